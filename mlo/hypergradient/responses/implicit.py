@@ -1,0 +1,103 @@
+"""Responses by the implicit function theorem: the cotangent meets the inverse Hessian at the solution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mlo.hypergradient.products import Exact, ProductOption
+from mlo.hypergradient.responses.base import Pulled, Response
+from mlo.hypergradient.step import LastStep
+from mlo.vectors import Vector, add, dot, norm, scaled
+
+MatVec = Callable[[Vector], Vector]
+
+
+class ConjugateGradient(Response):
+    """(H + damping) z = v solved by conjugate gradient, then -H_xt z (iMAML; Rajeswaran et al. 2019).
+
+    H, the Hessian at the present solution, must be positive definite with its damping; iterations stop where it
+    shows negative curvature or where the residual reaches the tolerance, and ``residual`` is reported.
+    """
+
+    iterations: int = Field(10, ge=1, description="most products with the Hessian")
+    tolerance: float = Field(1e-12, ge=0, description="relative residual at which to stop")
+    damping: float = Field(0.0, ge=0, description="added to every eigenvalue of the Hessian")
+    product: ProductOption = Field(Exact(), description="how curvature products are taken")
+
+    def pull(self, step: LastStep, cotangent: Vector) -> Pulled:
+        """Up to ``iterations`` products with H_tt, and one with H_xt."""
+        curvature = self.product.at(step.after())
+
+        def matvec(vector: Vector) -> Vector:
+            return add(curvature.own(vector), vector, self.damping) if self.damping else curvature.own(vector)
+
+        solution, residual = conjugate_gradient(matvec, cotangent, self.iterations, self.tolerance)
+        return Pulled(curvature.cross(scaled(solution, -1.0)), {"residual": residual})
+
+
+class Neumann(Response):
+    """The inverse Hessian as rate * sum (I - rate H)^k v over ``terms`` terms, then -H_xt (Lorraine et al. 2020).
+
+    It converges where ``rate`` is below 2 / (largest eigenvalue). From the first term that grows on, terms are left
+    out, so that the answer stays finite; ``residual`` is the relative size of the last term.
+    """
+
+    terms: int = Field(10, ge=1, description="terms of the series; each after the first takes one product")
+    rate: float | None = Field(None, gt=0, description="step size of the series; null: the problem's learning rate")
+    product: ProductOption = Field(Exact(), description="how curvature products are taken")
+
+    def pull(self, step: LastStep, cotangent: Vector) -> Pulled:
+        """``terms`` - 1 products with H_tt, and one with H_xt."""
+        curvature = self.product.at(step.after())
+        rate = step.record.problem.optimizer.param_groups[0]["lr"] if self.rate is None else self.rate
+        solution, residual = neumann_series(curvature.own, cotangent, self.terms, rate)
+        return Pulled(curvature.cross(scaled(solution, -1.0)), {"residual": residual})
+
+
+def conjugate_gradient(matvec: MatVec, target: Vector, iterations: int, tolerance: float) -> tuple[Vector, Tensor]:
+    """z with matvec(z) = target, for a positive definite matvec, and |matvec(z) - target| / |target|.
+
+    Whether to go on is decided on the device: nothing waits for a card. Once the residual is within ``tolerance`` or
+    a direction of no positive curvature turns up, the answer stays as it is.
+    """
+    solution = tuple(torch.zeros_like(t) for t in target)
+    residual = direction = target
+    size = start = dot(target, target)
+    active = start > 0
+    for _ in range(iterations):
+        if _over(active):
+            break
+        image = matvec(direction)
+        curvature = dot(direction, image)
+        active = active & (curvature > 0)
+        stride = torch.where(active, size / torch.where(active, curvature, 1.0), 0.0)
+        solution = add(solution, direction, stride)
+        residual = add(residual, image, -stride)
+        previous, size = size, dot(residual, residual)
+        active = active & (size > tolerance**2 * start)
+        direction = add(residual, direction, torch.where(previous > 0, size / previous, 0.0))
+    return solution, (size / start.clamp(min=torch.finfo(start.dtype).tiny)).sqrt()
+
+
+def neumann_series(matvec: MatVec, target: Vector, terms: int, rate: float | Tensor) -> tuple[Vector, Tensor]:
+    """rate * sum_{k < terms} (I - rate * matvec)^k target, and the relative size of the last term taken in."""
+    term = total = target
+    size = start = norm(target)
+    active = start > 0
+    for _ in range(terms - 1):
+        if _over(active):
+            break
+        term = add(term, matvec(term), -rate)
+        last, size = size, norm(term)
+        active = active & (size <= last)
+        total = tuple(torch.where(active, t + x, t) for t, x in zip(total, term, strict=True))
+    return scaled(total, rate), size / start.clamp(min=torch.finfo(start.dtype).tiny)
+
+
+def _over(active: Tensor) -> bool:
+    """Whether the iteration can stop, where asking costs nothing."""
+    return active.device.type == "cpu" and not bool(active)

@@ -1,0 +1,62 @@
+"""Responses that take the solution to be one optimizer step away: first order, one step, DARTS."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from mlo.hypergradient.products import Central, Exact, ProductOption
+from mlo.hypergradient.responses.base import Pulled, Response
+from mlo.hypergradient.step import LastStep
+from mlo.optimizers import check_differentiable
+from mlo.problem import Problem
+from mlo.vectors import Vector
+
+
+class FirstOrder(Response):
+    """No response: upper problems get the direct term alone (DARTS, first order)."""
+
+    differentiates: ClassVar[bool] = False
+
+    def pull(self, step: LastStep, cotangent: Vector) -> Pulled:
+        """Nothing."""
+        return Pulled({})
+
+
+class OneStep(Response):
+    """The last optimizer step, differentiated; what came before it is held fixed (T1-T2).
+
+    The cotangent goes back through the user's own optimizer, learning rate, momentum and Adam's scaling included, and
+    on through the gradient that it stepped with, by one curvature product.
+    """
+
+    needs_before: ClassVar[bool] = True
+    product: ProductOption = Field(Exact(), description="how curvature products are taken")
+
+    def pull(self, step: LastStep, cotangent: Vector) -> Pulled:
+        """One optimizer pullback and one product, at the state before the step."""
+        return Pulled(self.product.at(step.before()).cross(step.pull_through_optimizer(cotangent)))
+
+    def check(self, problem: Problem) -> None:
+        """The optimizer's step must be differentiable."""
+        check_differentiable(problem)
+
+
+class Darts(Response):
+    """One step by a central difference, with lookahead (DARTS, eqs. 7 and 8; LBT, eqs. 7 to 12).
+
+    The same as ``one_step`` with the product ``central``; the step size of the difference is ``radius`` / |v|.
+    """
+
+    needs_before: ClassVar[bool] = True
+    lookahead: ClassVar[bool] = True
+    radius: float = Field(0.01, gt=0, description="distance of the two points of the difference from the middle")
+
+    def pull(self, step: LastStep, cotangent: Vector) -> Pulled:
+        """See :class:`OneStep`."""
+        return OneStep(product=Central(radius=self.radius)).pull(step, cotangent)
+
+    def check(self, problem: Problem) -> None:
+        """See :class:`OneStep`."""
+        check_differentiable(problem)

@@ -1,0 +1,58 @@
+"""The backward sweep: reverse-mode differentiation with problems as the nodes, each pulled back once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from mlo.errors import GraphError
+from mlo.evaluation import Evaluator
+from mlo.hypergradient.responses.base import Response
+from mlo.hypergradient.step import LastStep, Record
+from mlo.vectors import Vector, add
+
+
+def sweep(
+    top: str,
+    paths: Mapping[str, tuple[str, ...]],
+    cotangents: Mapping[str, Vector],
+    records: Mapping[str, Record],
+    responses: Mapping[str, Response],
+    evaluator: Evaluator,
+    pullbacks: Counter[str],
+    metrics: dict[str, Tensor],
+) -> Vector | None:
+    """The part of ``top``'s gradient that runs through the training of lower problems.
+
+    Args:
+        paths: {lower problem: what it is pulled back onto}, highest first (:meth:`mlo.graph.Graph.paths`).
+        cotangents: {lower problem: derivative of the top's loss for its variables}, where its loss reads it.
+        records: the last step of each problem in ``paths``.
+        pullbacks: counts one for each problem visited.
+        metrics: takes what the responses report, as "<problem>/<name>".
+
+    Raises:
+        GraphError: if a read that the graph declares carries no gradient.
+    """
+    waiting: dict[str, Vector] = dict(cotangents)
+    for name, targets in paths.items():
+        step = LastStep(records[name], targets, evaluator)
+        pulled = responses[name].pull(step, waiting.pop(name))
+        pullbacks[name] += 1
+        metrics.update({f"{name}/{key}": value for key, value in pulled.metrics.items()})
+        for target in targets:
+            found = pulled.cotangents[target]
+            if found is None:
+                raise unreached(name, target)
+            waiting[target] = add(waiting[target], found) if target in waiting else found
+    return waiting.get(top)
+
+
+def unreached(name: str, read: str) -> GraphError:
+    """The error of a declared read that carries no gradient."""
+    return GraphError(
+        f"problem {name!r}: its loss reads {read!r}, but no gradient flows through that read; is it used, and not under "
+        f"no_grad, detach or argmax? If it is meant as a constant, pass held=({read!r},) when you construct {name!r}"
+    )

@@ -1,0 +1,164 @@
+"""One step of any torch.optim optimizer as a function of parameters, gradients and state, and its pullback."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from mlo.errors import ConfigError
+from mlo.problem import Problem
+from mlo.vectors import Vector
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """An optimizer at one moment.
+
+    Attributes:
+        groups: the hyperparameters of each parameter group, as schedulers have set them by then.
+        slots: {parameter name: its state}, momentum and the like; copies.
+    """
+
+    groups: tuple[Mapping[str, Any], ...]
+    slots: Mapping[str, Mapping[str, Any]]
+
+
+def moment(problem: Problem) -> Moment:
+    """A copy of the present state of the problem's optimizer."""
+    optimizer = problem.optimizer
+    groups = tuple({k: _copied(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups)
+    slots = {
+        name: {key: _copied(value) for key, value in optimizer.state[parameter].items()}
+        for name, parameter in problem.variables.items()
+        if parameter in optimizer.state
+    }
+    return Moment(groups, slots)
+
+
+def virtual_step(
+    problem: Problem, parameters: Tensors, gradients: Mapping[str, Tensor | None], at: Moment
+) -> tuple[dict[str, Tensor], Moment]:
+    """The optimizer's step from ``parameters`` and ``at``, without touching either; returns what it leads to."""
+    with torch.no_grad():
+        clipped = clip(problem, gradients)
+        moved = {name: parameters[name].clone() for name in problem.variables}
+        shadow = _shadow(problem, moved, clipped, at, differentiable=False)
+        type(problem.optimizer).step(shadow)
+    slots = {name: dict(shadow.state[moved[name]]) for name in moved if moved[name] in shadow.state}
+    return {n: p.detach().requires_grad_() for n, p in moved.items()}, Moment(at.groups, slots)
+
+
+def pull_through_step(
+    problem: Problem, parameters: Tensors, gradients: Mapping[str, Tensor | None], at: Moment, cotangent: Vector
+) -> Vector:
+    """The cotangent of one step's gradient, from the cotangent of the parameters that the step led to.
+
+    It is the transposed Jacobian of the user's own optimizer step (learning rate, momentum, Adam's scaling), gradient
+    clipping included, with the parameters and the optimizer's state before the step held fixed.
+
+    Args:
+        parameters, gradients, at: what the step was taken from.
+        cotangent: one tensor per variable of the problem, in their order.
+    """
+    leaves = {n: None if g is None else _off_zero(g).requires_grad_() for n, g in gradients.items()}
+    with torch.enable_grad():
+        moved = {name: parameters[name].detach().clone() for name in problem.variables}
+        shadow = _shadow(problem, moved, clip(problem, leaves), at, differentiable=True)
+        type(problem.optimizer).step(shadow)
+    pairs = [(moved[name], c) for name, c in zip(problem.variables, cotangent, strict=True) if leaves[name] is not None]
+    stepped, given = zip(*pairs, strict=True)
+    inputs = [leaf for leaf in leaves.values() if leaf is not None]
+    pulled = iter(torch.autograd.grad(stepped, inputs, given, materialize_grads=True))
+    return tuple(torch.zeros_like(c) if leaf is None else next(pulled)
+                 for leaf, c in zip(leaves.values(), cotangent, strict=True))  # fmt: skip
+
+
+def clip(problem: Problem, gradients: Mapping[str, Tensor | None]) -> Mapping[str, Tensor | None]:
+    """The gradients, scaled down together so that their norm is at most the problem's ``clip_norm``."""
+    present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    if problem.clip_norm is None or not present:
+        return gradients
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in present.values()]))
+    scale = (problem.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    return {**gradients, **{name: gradient * scale for name, gradient in present.items()}}
+
+
+def check_differentiable(problem: Problem) -> None:
+    """Raise a ConfigError unless torch can differentiate the step of the problem's optimizer."""
+    if "differentiable" not in problem.optimizer.defaults:
+        raise ConfigError(
+            f"problem {problem.name!r}: a step of {type(problem.optimizer).__name__} cannot be differentiated (it has no "
+            "differentiable=True); give the problem hypergradient='cg', 'neumann' or 'first_order', which do not "
+            "differentiate the step, or another optimizer"
+        )
+
+
+def _shadow(
+    problem: Problem, parameters: Tensors, gradients: Mapping[str, Tensor | None], at: Moment, *, differentiable: bool
+) -> Optimizer:
+    """A copy of the problem's optimizer that steps ``parameters``, in place, from a copy of the state ``at``.
+
+    It is made from the instance, not by calling its class: a user's subclass may take any arguments. A scheduler
+    hangs its own ``step`` on the instance, which would step the real one.
+    """
+    optimizer = problem.optimizer
+    shadow = object.__new__(type(optimizer))
+    shadow.__dict__.update({key: value for key, value in vars(optimizer).items() if key != "step"})
+    stand_in = {id(problem.variables[name]): tensor for name, tensor in parameters.items()}
+    flags = {"differentiable": True, "foreach": False, "fused": False, "capturable": False} if differentiable else {}
+    shadow.param_groups = [
+        {
+            **hyperparameters,
+            **{flag: value for flag, value in flags.items() if flag in hyperparameters},
+            "params": [stand_in[id(p)] for p in group["params"] if id(p) in stand_in],
+        }
+        for hyperparameters, group in zip(at.groups, optimizer.param_groups, strict=True)
+    ]
+    shadow.defaults = {**optimizer.defaults, **{f: v for f, v in flags.items() if f in optimizer.defaults}}
+    shadow.state = defaultdict(dict)
+    for name, tensor in parameters.items():
+        tensor.grad = gradients[name]
+        if name in at.slots:
+            shadow.state[tensor] = {key: _copied(value) for key, value in at.slots[name].items()}
+            if differentiable and isinstance(at.slots[name].get("step"), Tensor):
+                # a differentiable step computes 1 - beta^step as tensors, where float32 loses five digits
+                shadow.state[tensor]["step"] = at.slots[name]["step"].double()
+    if differentiable and isinstance(shadow, SGD):
+        _begin_momentum(shadow)
+    return shadow
+
+
+def _begin_momentum(shadow: SGD) -> None:
+    """Give parameters at their first step a momentum buffer by which that step comes out as torch takes it.
+
+    Torch's SGD takes the first buffer to be the gradient itself, but cut out of the graph.
+    """
+    for group in shadow.param_groups:
+        momentum, dampening = group["momentum"], group["dampening"]
+        for parameter in group["params"] if momentum else ():
+            if parameter.grad is not None and shadow.state[parameter].get("momentum_buffer") is None:
+                sign = -1.0 if group["maximize"] else 1.0
+                gradient = sign * parameter.grad + group["weight_decay"] * parameter.detach()
+                shadow.state[parameter]["momentum_buffer"] = dampening / momentum * gradient
+
+
+def _off_zero(gradient: Tensor) -> Tensor:
+    """The gradient with exact zeros moved off by a square root of the smallest number's order.
+
+    Adaptive steps divide by the root of a mean square, whose derivative at zero autograd takes as infinity times
+    zero; just beside zero it is finite, and what it should be.
+    """
+    nudge = torch.finfo(gradient.dtype).tiny ** 0.4
+    return torch.where(gradient == 0, nudge, gradient.detach())
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

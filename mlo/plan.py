@@ -1,0 +1,98 @@
+"""What an engine decides before the first step: estimators, paths, what to record; every misfit is told here."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+
+from mlo.errors import ConfigError, GraphError
+from mlo.graph import Graph
+from mlo.hypergradient import Response, estimator
+from mlo.problem import Problem
+
+
+class Plan:
+    """The graph of some problems with an estimator for each.
+
+    Attributes:
+        graph: who reads whom.
+        responses: {problem: how it is differentiated through}.
+        paths: {problem: the backward sweep of its hypergradient}; empty for one whose gradient is its own.
+        lookahead: whether top problems step on virtual steps of the others.
+    """
+
+    def __init__(self, problems: Sequence[Problem], hypergradient: object, lookahead: bool | None) -> None:
+        strange = [p for p in problems if not isinstance(p, Problem)]
+        if strange:
+            raise ConfigError(f"problems: {strange[0]!r} is no mlo.Problem; give a list of problems, lowest level first")
+        self.graph = Graph([problem.node for problem in problems])
+        self._problems = {problem.name: problem for problem in problems}
+        _refuse_shared(problems)
+        default = estimator(hypergradient)
+        self.responses: dict[str, Response] = {
+            p.name: default if p.hypergradient is None else estimator(p.hypergradient) for p in problems
+        }
+        blocked = {name for name, response in self.responses.items() if not response.differentiates}
+        self.paths = {name: self.graph.paths(name, blocked) for name in self.graph.names}
+        self.tops = [name for name in self.graph.tops() if self.graph.is_upper(name)]
+        through = {name for paths in self.paths.values() for name in paths}
+        for name in through:
+            self.responses[name].check(self._problems[name])
+        self.lookahead = any(self.responses[n].lookahead for n in through) if lookahead is None else lookahead
+        self._refuse_late_levels()
+        for middle, low in self.graph.nested():
+            if middle in through:
+                warnings.warn(
+                    f"the gradient of {middle!r} itself runs through {low!r}: the response of {middle!r} leaves that "
+                    "inner path out of its curvature, so hypergradients above it are approximate",
+                    stacklevel=3,
+                )
+
+    def targets(self, lower: str, uppers: Collection[str]) -> tuple[str, ...]:
+        """What the sweeps of ``uppers`` pull ``lower`` back onto; empty if none goes through it."""
+        return tuple(dict.fromkeys(t for upper in uppers for t in self.paths[upper].get(lower, ())))
+
+    def _refuse_late_levels(self) -> None:
+        for upper, paths in self.paths.items():
+            for lower in paths:
+                if self._problems[lower].warmup > self._problems[upper].warmup:
+                    raise ConfigError(
+                        f"problem {upper!r} starts after {self._problems[upper].warmup} rounds, but is differentiated "
+                        f"through {lower!r}, which starts after {self._problems[lower].warmup}; raise the warmup of {upper!r}"
+                    )
+
+
+def place(problems: Sequence[Problem], device: str | torch.device) -> torch.device:
+    """Move modules, optimizer states and streams to ``device``; "auto" is a CUDA card where there is one.
+
+    Raises:
+        ConfigError: if there is no such device.
+    """
+    found = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        target = torch.empty(0, device=found).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device!r} cannot be used ({error}); pass 'auto', 'cpu' or 'cuda'") from error
+    for problem in problems:
+        problem.module.to(target)
+        for slots in problem.optimizer.state.values():
+            for key, value in slots.items():
+                if isinstance(value, torch.Tensor) and not (key == "step" and value.device.type == "cpu"):
+                    slots[key] = value.to(target)
+        problem.stream.device = target
+    return target
+
+
+def _refuse_shared(problems: Sequence[Problem]) -> None:
+    owners: dict[int, tuple[Problem, str]] = {}
+    for problem in problems:
+        for name, parameter in problem.module.named_parameters():
+            owner, own_name = owners.setdefault(id(parameter), (problem, name))
+            if owner is not problem and (name in problem.variables or own_name in owner.variables):
+                raise GraphError(
+                    f"problems {owner.name!r} and {problem.name!r} share a parameter ({own_name!r} and {name!r}); a "
+                    "parameter belongs to one level: copy the module (copy.deepcopy), or let one problem read the other"
+                )
+

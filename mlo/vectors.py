@@ -1,0 +1,37 @@
+"""Arithmetic on vectors that are kept as tuples of tensors, one per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+Vector = tuple[Tensor, ...]
+
+
+def add(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) -> Vector:
+    """``a + scale * b``."""
+    if isinstance(scale, Tensor):
+        return tuple(torch._foreach_add(a, torch._foreach_mul(b, scale)))
+    return tuple(torch._foreach_add(a, b, alpha=scale))
+
+
+def scaled(a: Sequence[Tensor], scale: float | Tensor) -> Vector:
+    """``scale * a``."""
+    return tuple(torch._foreach_mul(a, scale))
+
+
+def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """The inner product, a scalar tensor."""
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def norm(a: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm, a scalar tensor."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(a)))
+
+
+def filled(values: Iterable[Tensor | None], like: Sequence[Tensor]) -> Vector:
+    """``values`` with zeros of the shapes of ``like`` where there is none."""
+    return tuple(torch.zeros_like(l) if v is None else v for v, l in zip(values, like, strict=True))

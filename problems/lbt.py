@@ -1,0 +1,88 @@
+"""Learning by Teaching: a teacher learns, teaches a student by pseudo-labels, and its architecture follows from both.
+
+The three levels of "Learning by Teaching, with Application to Neural Architecture Search", each as one would train it
+alone. The graph is in the signatures: the teacher reads the architecture, the student reads both, and the
+architecture is judged by the teacher and the student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mlo
+
+
+class TeacherTrain(mlo.Problem):
+    """Level 1, the teacher learns: min_W L(W, A; D_t^tr), the cross-entropy on the teacher's training data.
+
+    Its module maps (images, architecture) to logits (N, classes); a batch is (images, labels).
+    """
+
+    def loss(self, batch: Any, arch: mlo.Problem) -> Tensor:
+        """The teacher's training loss, W after equation (4)."""
+        images, labels = batch
+        return F.cross_entropy(self(images, arch()), labels)
+
+
+class StudentTeach(mlo.Problem):
+    """Level 2, the teacher teaches: min_S L(S; D_s^tr) + lambda L(S; D_pl(D_u, W)), equation (5).
+
+    Its module maps images to logits (N, classes). A batch is {"labeled": (images, labels), "unlabeled": images}, or
+    {"unlabeled": images} to learn from pseudo-labels alone (the second ablation); images and labels side by side are
+    taken for "unlabeled" too, the labels left aside. Labeled and unlabeled images go through the student as one batch.
+
+    The pseudo-labels are the teacher's probabilities. They depend on the architecture by the teacher's weights and
+    directly; ``held=("arch",)`` leaves the direct dependence out, as equations (9) to (12) do.
+
+    Args:
+        pseudo_weight: lambda, the weight of the pseudo-labeled images.
+        **problem: see :class:`mlo.Problem`.
+    """
+
+    def __init__(self, name: str, *, pseudo_weight: float = 1.0, **problem: Any) -> None:
+        super().__init__(name, **problem)
+        self.pseudo_weight = pseudo_weight
+
+    def loss(self, batch: Any, teacher: mlo.Problem, arch: mlo.Problem) -> Tensor:
+        """The student's training loss."""
+        unlabeled = batch["unlabeled"]
+        if not isinstance(unlabeled, Tensor):
+            unlabeled = unlabeled[0]
+        pseudo_labels = teacher(unlabeled, arch()).softmax(dim=1)
+        if "labeled" not in batch:
+            return self.pseudo_weight * F.cross_entropy(self(unlabeled), pseudo_labels)
+        images, labels = batch["labeled"]
+        on_labeled, on_unlabeled = self(torch.cat([images, unlabeled])).split([len(images), len(unlabeled)])
+        return F.cross_entropy(on_labeled, labels) + self.pseudo_weight * F.cross_entropy(on_unlabeled, pseudo_labels)
+
+
+class ArchValidate(mlo.Problem):
+    """Level 3, the teacher re-learns: min_A L(W, A; D_t^val) + gamma L(S; D_s^val), equation (6).
+
+    Its module takes nothing and returns the architecture that the teacher is called with. A batch is (images,
+    labels), or {"teacher": (images, labels), "student": (images, labels)} where the two are validated on data of
+    their own. ``reads={"teacher": None}`` judges by the student alone (the first ablation).
+
+    Args:
+        student_weight: gamma, the weight of the student's validation loss.
+        **problem: see :class:`mlo.Problem`.
+    """
+
+    def __init__(self, name: str, *, student_weight: float = 1.0, **problem: Any) -> None:
+        super().__init__(name, **problem)
+        self.student_weight = student_weight
+
+    def loss(self, batch: Any, student: mlo.Problem, teacher: mlo.Problem | None = None) -> Tensor:
+        """The architecture's validation loss."""
+        split = batch if isinstance(batch, Mapping) else {"teacher": batch, "student": batch}
+        images, labels = split["student"]
+        loss = self.student_weight * F.cross_entropy(student(images), labels)
+        if teacher is not None:
+            images, labels = split["teacher"]
+            loss = loss + F.cross_entropy(teacher(images, self()), labels)
+        return loss

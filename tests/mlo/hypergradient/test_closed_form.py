@@ -1,0 +1,92 @@
+"""Every estimator that solves for the response against the closed form, on every shape of graph, in float64."""
+
+import pytest
+import torch
+from analytic import SHAPES, Quadratics
+
+import mlo
+
+CASES = [(shape, top) for shape in SHAPES for top in shape.tops]
+EXACT = [
+    {"kind": "cg"},
+    {"kind": "cg", "product": {"kind": "central", "radius": 1e-2}},
+    {"kind": "neumann", "terms": 800, "rate": 0.15},
+]
+
+
+def hypergradient(quadratics: Quadratics, top: str, estimator: object, **engine: object) -> torch.Tensor:
+    return mlo.Engine(quadratics.problems(), estimator, device="cpu", **engine).hypergradient(top)["value"]
+
+
+@pytest.mark.parametrize("estimator", EXACT, ids=str)
+@pytest.mark.parametrize(("shape", "top"), CASES, ids=str)
+def test_agrees_with_the_closed_form(shape, top, estimator):
+    quadratics = Quadratics.make(shape)
+    expected = quadratics.closed_form(top)
+    torch.testing.assert_close(hypergradient(quadratics, top, estimator), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("shape", "top"), CASES, ids=str)
+def test_every_part_of_the_closed_form_counts(shape, top):
+    """The direct term alone is far off: a dropped path cannot hide within the tolerance above."""
+    quadratics = Quadratics.make(shape)
+    expected = quadratics.closed_form(top)
+    assert (hypergradient(quadratics, top, "first_order") - expected).norm() > 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("knob", ["terms", "iterations"])
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_converges_as_its_knob_is_turned(shape, knob):
+    quadratics = Quadratics.make(shape)
+    expected = quadratics.closed_form("top")
+    kind = {"terms": "neumann", "iterations": "cg"}[knob]
+    extra = {"rate": 0.15} if kind == "neumann" else {}
+    errors = [
+        (hypergradient(quadratics, "top", {"kind": kind, knob: n, **extra}) - expected).norm() for n in (1, 2, 3, 200)
+    ]
+    assert errors[-1] < 1e-8 * expected.norm() < 1e-3 * errors[0]
+    assert errors[0] > errors[2]
+
+
+def test_damping_is_added_to_the_curvature():
+    quadratics = Quadratics.make(SHAPES[0])
+    damped = Quadratics.make(SHAPES[0])
+    damped.own["low"] = damped.own["low"] + 0.7 * torch.eye(3, dtype=torch.float64)
+    found = hypergradient(quadratics, "top", {"kind": "cg", "damping": 0.7})
+    low, top = quadratics.values["low"], quadratics.values["top"]
+    cotangent = 2 * low + low.cos() + quadratics.mixed["top", "low"].T @ top
+    direct = quadratics.own["top"] @ top + quadratics.pull("top", quadratics.values)
+    response = quadratics.mixed["low", "top"].T @ torch.linalg.solve(damped.own["low"], cotangent)
+    torch.testing.assert_close(found, direct - response, rtol=1e-10, atol=1e-10)
+
+
+def test_neumann_stops_where_its_terms_grow():
+    """Eigenvalue times rate above 2 diverges: the answer stays finite, and the report tells."""
+    quadratics = Quadratics.make(SHAPES[0])
+    engine = mlo.Engine(quadratics.problems(), {"kind": "neumann", "terms": 200, "rate": 5.0}, device="cpu")
+    assert engine.hypergradient("top")["value"].isfinite().all()
+    engine.step()
+    assert engine.metrics()["low/residual"] > 1
+
+
+def test_conjugate_gradient_stops_at_negative_curvature():
+    quadratics = Quadratics.make(SHAPES[0])
+    quadratics.own["low"] = torch.diag(torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64))
+    engine = mlo.Engine(quadratics.problems(), {"kind": "cg", "iterations": 50}, device="cpu")
+    assert engine.hypergradient("top")["value"].isfinite().all()
+    engine.step()
+    assert engine.metrics()["low/residual"] > 1e-3
+
+
+def test_a_zero_cotangent_gives_zero_and_not_nan():
+    quadratics = Quadratics.make(SHAPES[0])
+
+    class Flat(mlo.Problem):
+        def loss(self, batch, low):
+            return (0 * low()).sum() + self().square().sum()
+
+    low, top = quadratics.problems()
+    flat = Flat("top", module=top.module, optimizer=top.optimizer)
+    for estimator in ("cg", "neumann", "one_step", "darts"):
+        found = mlo.Engine([low, flat], estimator, device="cpu").hypergradient("top")["value"]
+        torch.testing.assert_close(found, 2 * top.module.value.detach())
