@@ -24,7 +24,9 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     try:
         write_atomic(path, buffer.getvalue())
     except OSError as error:
-        raise CheckpointError(f"{path}: the checkpoint cannot be written ({error.strerror}); make room for it") from error
+        raise CheckpointError(
+            f"{path}: the checkpoint cannot be written ({error.strerror}); make room for it"
+        ) from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -37,9 +39,11 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no such checkpoint") from error
-    except Exception as error:  # noqa: BLE001 - a damaged archive fails in as many ways as there are damages
+    except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path}: this is no checkpoint that can be read ({reason}); use an earlier one") from error
+        raise CheckpointError(
+            f"{path}: this is no checkpoint that can be read ({reason}); use an earlier one"
+        ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: this is no checkpoint of mlo, but a {type(state).__name__}")
     return state

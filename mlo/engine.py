@@ -130,8 +130,10 @@ class Engine:
         return dict(zip(variables, filled(gradient.values(), tuple(variables.values())), strict=True))
 
     def metrics(self) -> dict[str, float]:
-        """The last losses, as "<problem>/loss", and what the estimators report; waits for the device."""
+        """The last losses as "<problem>/loss", and what estimators and problems report; waits for the device."""
         found = {f"{name}/loss": loss for name, loss in self.losses.items()} | self._reports
+        for name, problem in self.problems.items():
+            found |= {f"{name}/{key}": value for key, value in problem.metrics().items()}
         return {key: float(value) for key, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -241,14 +243,18 @@ class Engine:
         elif all(g is None for g in own):
             raise self._no_gradient(name)
         return _Gradient(
-            evaluation.loss.detach(), dict(zip(problem.variables, own, strict=True)), evaluation.buffers, randomness, memo
+            evaluation.loss.detach(),
+            dict(zip(problem.variables, own, strict=True)),
+            evaluation.buffers,
+            randomness,
+            memo,
         )
 
     def _no_gradient(self, name: str) -> GraphError:
         if self.graph.is_upper(name) and not self._plan.paths[name]:
             return GraphError(
-                f"problem {name!r}: with first_order nothing is differentiated through lower problems, and its loss does "
-                f"not depend directly on its own parameters; choose another estimator, such as hypergradient='one_step'"
+                f"problem {name!r}: with first_order nothing is differentiated through lower problems, and its loss "
+                "does not depend directly on its own parameters; choose another estimator, such as 'one_step'"
             )
         return GraphError(
             f"problem {name!r}: no gradient of its loss reaches its own parameters; compute the loss from self(...)"

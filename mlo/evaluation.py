@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from mlo.errors import GraphError
 from mlo.memo import Memo
@@ -73,10 +72,9 @@ class Evaluator:
             for read in problem.node.reads
         }
         replayed = nullcontext() if randomness is None else replay(randomness, self.device)
-        with _standing(problem, own), replayed:
-            with _all_standing(self.problems, reads):
-                arguments = {argument: self.problems[read] for argument, read in problem.arguments.items()}
-                loss = problem.loss(batch, **arguments)
+        with _standing(problem, own), replayed, _all_standing(self.problems, reads):
+            arguments = {argument: self.problems[read] for argument, read in problem.arguments.items()}
+            loss = problem.loss(batch, **arguments)
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise GraphError(f"problem {name!r}: its loss returned {found}; return a scalar tensor (.mean() or .sum())")
@@ -97,7 +95,7 @@ class _Own:
         self._passes[self._kind] += 1
         if not self._substitutes:
             return problem.module(*args, **kwargs)
-        return functional_call(problem.module, self._substitutes, args, kwargs)
+        return problem.run_with(self._substitutes, args, kwargs)
 
 
 class _Read:
@@ -120,7 +118,7 @@ class _Read:
         def forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._passes["read"] += 1
             buffers = {name: buffer.clone() for name, buffer in self._state.buffers.items()}
-            return functional_call(problem.module, {**self.parameters, **buffers}, args, kwargs)
+            return problem.run_with({**self.parameters, **buffers}, args, kwargs)
 
         if self._memo is None:
             return forward(args, kwargs)

@@ -48,7 +48,9 @@ class Graph:
 
     def tops(self) -> tuple[str, ...]:
         """The problems whose solution nobody above reads."""
-        read = {read for name in self.names for read in self._nodes[name].reads if self._level[read] < self._level[name]}
+        read = {
+            read for name in self.names for read in self._nodes[name].reads if self._level[read] < self._level[name]
+        }
         return tuple(name for name in self.names if name not in read)
 
     def is_upper(self, name: str) -> bool:
@@ -138,8 +140,8 @@ def _faults(nodes: Sequence[Node]) -> Iterable[str]:
             level.get(read, len(names)) < level[node.name] for read in node.reads
         ):
             yield (
-                f"problem {node.name!r} is a top level (nobody above reads it), but its loss reads no problem below it; "
-                "add a parameter named after the lower problem whose solution it judges"
+                f"problem {node.name!r} is a top level (nobody above reads it), but its loss reads no problem below "
+                "it; add a parameter named after the lower problem whose solution it judges"
             )
 
 

@@ -120,6 +120,6 @@ def _tensors(problem: Problem, device: torch.device) -> Iterator[Tensor]:
 def _check(name: str, step: int, loss: float) -> None:
     if not math.isfinite(loss):
         raise NonFiniteLossError(
-            f"problem {name!r}: its loss is {loss} at its step {step + 1}; that step was not taken, and the state before "
-            "it stands. Lower the learning rate, clip the gradient (clip_norm=), or look for bad values in that batch"
+            f"problem {name!r}: its loss is {loss} at its step {step + 1}; that step was not taken, and the state "
+            "before it stands. Lower the learning rate, set clip_norm, or look for bad values in the batch"
         )

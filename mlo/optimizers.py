@@ -95,8 +95,8 @@ def check_differentiable(problem: Problem) -> None:
     """Raise a ConfigError unless torch can differentiate the step of the problem's optimizer."""
     if "differentiable" not in problem.optimizer.defaults:
         raise ConfigError(
-            f"problem {problem.name!r}: a step of {type(problem.optimizer).__name__} cannot be differentiated (it has no "
-            "differentiable=True); give the problem hypergradient='cg', 'neumann' or 'first_order', which do not "
+            f"problem {problem.name!r}: a step of {type(problem.optimizer).__name__} cannot be differentiated (it has "
+            "no differentiable=True); give the problem hypergradient='cg', 'neumann' or 'first_order', which do not "
             "differentiate the step, or another optimizer"
         )
 

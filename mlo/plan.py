@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -26,7 +26,9 @@ class Plan:
     def __init__(self, problems: Sequence[Problem], hypergradient: object, lookahead: bool | None) -> None:
         strange = [p for p in problems if not isinstance(p, Problem)]
         if strange:
-            raise ConfigError(f"problems: {strange[0]!r} is no mlo.Problem; give a list of problems, lowest level first")
+            raise ConfigError(
+                f"problems: {strange[0]!r} is no mlo.Problem; give a list of problems, lowest level first"
+            )
         self.graph = Graph([problem.node for problem in problems])
         self._problems = {problem.name: problem for problem in problems}
         _refuse_shared(problems)
@@ -56,11 +58,12 @@ class Plan:
 
     def _refuse_late_levels(self) -> None:
         for upper, paths in self.paths.items():
+            start = self._problems[upper].warmup
             for lower in paths:
-                if self._problems[lower].warmup > self._problems[upper].warmup:
+                if self._problems[lower].warmup > start:
                     raise ConfigError(
-                        f"problem {upper!r} starts after {self._problems[upper].warmup} rounds, but is differentiated "
-                        f"through {lower!r}, which starts after {self._problems[lower].warmup}; raise the warmup of {upper!r}"
+                        f"problem {upper!r} starts after {start} rounds, but goes through {lower!r}, which "
+                        f"starts after {self._problems[lower].warmup}; raise the warmup of {upper!r}"
                     )
 
 
@@ -95,4 +98,3 @@ def _refuse_shared(problems: Sequence[Problem]) -> None:
                     f"problems {owner.name!r} and {problem.name!r} share a parameter ({own_name!r} and {name!r}); a "
                     "parameter belongs to one level: copy the module (copy.deepcopy), or let one problem read the other"
                 )
-

@@ -1,4 +1,4 @@
-"""A level of a multi-level problem: a module, its optimizer, its data, and a loss whose signature names what it reads."""
+"""A level of a multi-level problem: module, optimizer, data, and a loss whose signature names what it reads."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -93,6 +94,7 @@ class Problem(ABC):
         self.node = Node(name, tuple(self.arguments.values()), (held,) if isinstance(held, str) else tuple(held))
         self.stream = open_stream(data, name)
         self.steps_taken = 0
+        self._aliases = _aliases(module)
         self._stand: Stand | None = None
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.variables = {n: p for n, p in module.named_parameters() if id(p) in owned and p.requires_grad}
@@ -122,10 +124,20 @@ class Problem(ABC):
             return self.module(*args, **kwargs)
         return self._stand.run(self, args, kwargs)
 
+    def metrics(self) -> Mapping[str, Tensor]:
+        """What else is worth logging of the present state, {name: scalar tensor}; override it, nothing by default."""
+        return {}
+
     @property
     def params(self) -> Mapping[str, Tensor]:
         """The parameters in force, by name: for penalties and for distances between problems."""
         return dict(self.module.named_parameters()) if self._stand is None else self._stand.parameters
+
+    def run_with(self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's output with ``tensors`` in place of its parameters and buffers of those names; ties hold."""
+        tied = {alias: tensors[name] for alias, name in self._aliases.items() if name in tensors}
+        # every name of a tied tensor is given, so functional_call need not look for ties, which is slow
+        return functional_call(self.module, {**tensors, **tied}, args, kwargs, tie_weights=False)
 
     def stand_in(self, stand: Stand | None) -> None:
         """Let ``stand`` take the module's place (None: the module itself again)."""
@@ -152,7 +164,9 @@ class Problem(ABC):
             CheckpointError: if the module, the optimizer or the scheduler is not of the saved form.
         """
         if (state["scheduler"] is None) != (self.scheduler is None):
-            raise CheckpointError(f"problem {self.name!r}: a scheduler is in only one of the checkpoint and the problem")
+            raise CheckpointError(
+                f"problem {self.name!r}: a scheduler is in only one of the checkpoint and the problem"
+            )
         try:
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -195,6 +209,13 @@ def _arguments(problem: Problem, renames: Mapping[str, str | None]) -> dict[str,
     return declared
 
 
+def _aliases(module: nn.Module) -> dict[str, str]:
+    """{further name of a tied parameter or buffer: the name that named_parameters and named_buffers give}."""
+    first: dict[int, str] = {}
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: first[id(tensor)] for name, tensor in named if first.setdefault(id(tensor), name) != name}
+
+
 def _fault_of_name(name: object) -> list[str]:
     if isinstance(name, str) and name.isidentifier():
         return []
@@ -212,7 +233,9 @@ def _faults_of_parts(module: object, optimizer: object, scheduler: object) -> li
     if scheduler is not None and not isinstance(scheduler, LRScheduler):
         faults.append(f"scheduler is a {type(scheduler).__name__}; pass a torch.optim.lr_scheduler scheduler")
     elif isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        faults.append("ReduceLROnPlateau waits for a validation metric, which a step does not have; pass another scheduler")
+        faults.append(
+            "ReduceLROnPlateau waits for a validation metric, which a step does not have; pass another scheduler"
+        )
     elif scheduler is not None and scheduler.optimizer is not optimizer:
         faults.append("its scheduler drives another optimizer; construct the scheduler over the optimizer passed here")
     return faults

@@ -65,8 +65,11 @@ def open_stream(data: Data, owner: str) -> Batches:
 
 
 class _Stream:
-    """Batches of one source. Whatever the source draws at random comes from a random state of the stream's own, so
-    looking ahead changes nothing else, and the position (start of the pass, batches since) is all there is to save."""
+    """Batches of one source.
+
+    Whatever the source draws at random comes from a random state of the stream's own, so looking ahead changes
+    nothing else, and the position (start of the pass, batches since) is all there is to save.
+    """
 
     def __init__(self, data: Iterable[Any] | Callable[[], Iterable[Any]], owner: str) -> None:
         self.device: torch.device | None = None

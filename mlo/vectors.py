@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,13 +14,13 @@ Vector = tuple[Tensor, ...]
 def add(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) -> Vector:
     """``a + scale * b``."""
     if isinstance(scale, Tensor):
-        return tuple(torch._foreach_add(a, torch._foreach_mul(b, scale)))
-    return tuple(torch._foreach_add(a, b, alpha=scale))
+        return torch._foreach_add(list(a), list(scaled(b, scale)))
+    return torch._foreach_add(list(a), list(b), alpha=scale)
 
 
 def scaled(a: Sequence[Tensor], scale: float | Tensor) -> Vector:
     """``scale * a``."""
-    return tuple(torch._foreach_mul(a, scale))
+    return torch._foreach_mul(list(a), cast(float, scale))  # a scalar tensor will do as well
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -29,9 +30,10 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 def norm(a: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm, a scalar tensor."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(a)))
+    sizes: Tensor = torch.stack(torch._foreach_norm(list(a)))
+    return sizes.square().sum().sqrt()
 
 
 def filled(values: Iterable[Tensor | None], like: Sequence[Tensor]) -> Vector:
     """``values`` with zeros of the shapes of ``like`` where there is none."""
-    return tuple(torch.zeros_like(l) if v is None else v for v, l in zip(values, like, strict=True))
+    return tuple(torch.zeros_like(shape) if v is None else v for v, shape in zip(values, like, strict=True))

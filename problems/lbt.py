@@ -66,7 +66,8 @@ class ArchValidate(mlo.Problem):
 
     Its module takes nothing and returns the architecture that the teacher is called with. A batch is (images,
     labels), or {"teacher": (images, labels), "student": (images, labels)} where the two are validated on data of
-    their own. ``reads={"teacher": None}`` judges by the student alone (the first ablation).
+    their own. ``reads={"teacher": None}`` judges by the student alone (the first ablation); ``reads={"student":
+    None}``, over a :class:`TeacherTrain`, is DARTS.
 
     Args:
         student_weight: gamma, the weight of the student's validation loss.
@@ -77,12 +78,14 @@ class ArchValidate(mlo.Problem):
         super().__init__(name, **problem)
         self.student_weight = student_weight
 
-    def loss(self, batch: Any, student: mlo.Problem, teacher: mlo.Problem | None = None) -> Tensor:
+    def loss(self, batch: Any, teacher: mlo.Problem | None = None, student: mlo.Problem | None = None) -> Tensor:
         """The architecture's validation loss."""
         split = batch if isinstance(batch, Mapping) else {"teacher": batch, "student": batch}
-        images, labels = split["student"]
-        loss = self.student_weight * F.cross_entropy(student(images), labels)
+        terms = []
         if teacher is not None:
             images, labels = split["teacher"]
-            loss = loss + F.cross_entropy(teacher(images, self()), labels)
-        return loss
+            terms.append(F.cross_entropy(teacher(images, self()), labels))
+        if student is not None:
+            images, labels = split["student"]
+            terms.append(self.student_weight * F.cross_entropy(student(images), labels))
+        return torch.stack(terms).sum()

@@ -1,4 +1,4 @@
-"""Analytic multi-level problems, listed once: quadratics on every shape of graph, with their hypergradient in closed form.
+"""Analytic multi-level problems, listed once: quadratics on every shape of graph, and their closed form.
 
 A problem's variables t minimize t'At/2 + t'(b + sum_r B_r x_r), so its solution is -A^-1 (b + sum_r B_r x_r), which the
 closed form differentiates by itself, with torch.linalg.solve and nothing of mlo.
@@ -85,7 +85,7 @@ class Quadratics:
         return made
 
     def pull(self, name: str, values: dict[str, Tensor]) -> Tensor:
-        """b + sum_r B_r x_r."""
+        """B + sum_r B_r x_r."""
         return self.shift[name] + sum(self.mixed[name, read] @ values[read] for read in self.shape.reads[name])
 
     def solutions(self, tops: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -126,7 +126,8 @@ def _problem_class(quadratics: Quadratics, name: str) -> type[mlo.Problem]:
 
     namespace: dict[str, object] = {"evaluate": evaluate}
     exec(  # the signature declares the graph, so it has to be written out
-        f"def loss(self, batch, {', '.join(reads)}):\n    return evaluate(self, dict({', '.join(f'{r}={r}' for r in reads)}))",
+        f"def loss(self, batch, {', '.join(reads)}):\n"
+        f"    return evaluate(self, dict({', '.join(f'{r}={r}' for r in reads)}))",
         namespace,
     )
     return type(f"Quadratic_{name}", (mlo.Problem,), {"loss": namespace["loss"]})

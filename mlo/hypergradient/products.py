@@ -37,6 +37,7 @@ class Exact(Product):
     """Double backward: exact; one forward, its gradient's graph kept for all products (about 3 passes for one)."""
 
     def at(self, loss: LocalLoss) -> Curvature:
+        """See :class:`Product`."""
         return _ExactCurvature(loss)
 
 
@@ -50,6 +51,7 @@ class Central(Product):
     radius: float = Field(0.01, gt=0, description="distance of the two points from the middle, a Euclidean norm")
 
     def at(self, loss: LocalLoss) -> Curvature:
+        """See :class:`Product`."""
         return _CentralCurvature(loss, self.radius)
 
 

@@ -53,6 +53,6 @@ def sweep(
 def unreached(name: str, read: str) -> GraphError:
     """The error of a declared read that carries no gradient."""
     return GraphError(
-        f"problem {name!r}: its loss reads {read!r}, but no gradient flows through that read; is it used, and not under "
-        f"no_grad, detach or argmax? If it is meant as a constant, pass held=({read!r},) when you construct {name!r}"
+        f"problem {name!r}: its loss reads {read!r}, but no gradient flows through that read; is it used, and not "
+        f"under no_grad, detach or argmax? If it is meant as a constant, pass held=({read!r},) to {name!r}"
     )

@@ -1,4 +1,4 @@
-"""Steps of torch.optim optimizers as functions: the same as the real step, and pulled back as finite differences say."""
+"""Steps of torch.optim optimizers as functions: like the real step, and pulled back as finite differences say."""
 
 from __future__ import annotations
 
@@ -73,7 +73,10 @@ def test_pullback_is_the_transposed_jacobian(name, steps):
 def test_a_virtual_step_is_the_real_one_and_changes_nothing(name, steps):
     made = problem(name, steps, **DIFFERENTIABLE.get(name, {}))
     before = {n: p.detach().clone() for n, p in made.variables.items()}
-    state = {k: {n: torch.as_tensor(v).clone() for n, v in s.items() if v is not None} for k, s in made.optimizer.state.items()}
+    state = {
+        k: {n: torch.as_tensor(v).clone() for n, v in s.items() if v is not None}
+        for k, s in made.optimizer.state.items()
+    }
     gradients = some(before)
     moved, after = virtual_step(made, made.variables, gradients, moment(made))
     for n, p in made.variables.items():

@@ -45,7 +45,11 @@ def problems(*, held: tuple[str, ...] = (), judged_by_teacher: bool = True, stud
     teacher = fill(Supernet(channels=4, cells=3).double())
     student = fill(
         nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+            nn.Conv2d(3, 8, 3, padding=1, bias=False),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 10),
         ).double()
     )
     arch = Architecture().double()

@@ -59,7 +59,7 @@ class Neumann(Response):
 
 
 def conjugate_gradient(matvec: MatVec, target: Vector, iterations: int, tolerance: float) -> tuple[Vector, Tensor]:
-    """z with matvec(z) = target, for a positive definite matvec, and |matvec(z) - target| / |target|.
+    """Z with matvec(z) = target, for a positive definite matvec, and |matvec(z) - target| / |target|.
 
     Whether to go on is decided on the device: nothing waits for a card. Once the residual is within ``tolerance`` or
     a direction of no positive curvature turns up, the answer stays as it is.
@@ -84,7 +84,7 @@ def conjugate_gradient(matvec: MatVec, target: Vector, iterations: int, toleranc
 
 
 def neumann_series(matvec: MatVec, target: Vector, terms: int, rate: float | Tensor) -> tuple[Vector, Tensor]:
-    """rate * sum_{k < terms} (I - rate * matvec)^k target, and the relative size of the last term taken in."""
+    """Rate * sum_{k < terms} (I - rate * matvec)^k target, and the relative size of the last term taken in."""
     term = total = target
     size = start = norm(target)
     active = start > 0

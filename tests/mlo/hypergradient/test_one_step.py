@@ -58,7 +58,10 @@ def small_lbt(optimizer: str, *, seed: int = 0, steps: int = 1, **problem: objec
     return [
         TeacherTrain("teacher", data=batches(5), **built(teacher)),
         StudentTeach(
-            "student", data={"labeled": batches(4), "unlabeled": batches(3, labeled=False)}, pseudo_weight=0.7, **built(student)
+            "student",
+            data={"labeled": batches(4), "unlabeled": batches(3, labeled=False)},
+            pseudo_weight=0.7,
+            **built(student),
         ),
         ArchValidate(
             "arch",
@@ -80,7 +83,9 @@ def _float64():
 def stepped(problem: mlo.Problem, loss: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """The optimizer's formula, written by hand, with its graph; the state before is read, never changed."""
     group = problem.optimizer.param_groups[0]
-    gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()), create_graph=True), strict=True))
+    gradients = dict(
+        zip(parameters, torch.autograd.grad(loss, list(parameters.values()), create_graph=True), strict=True)
+    )
     if problem.clip_norm is not None:
         size = torch.stack([g.norm() for g in gradients.values()]).norm()
         gradients = {n: g * torch.clamp(problem.clip_norm / (size + 1e-6), max=1.0) for n, g in gradients.items()}
@@ -155,7 +160,8 @@ def test_clipping_is_part_of_the_step():
     engine.run(2)
     expected = brute_force(stack)
     torch.testing.assert_close(engine.hypergradient("arch")["weights"], expected, rtol=1e-10, atol=1e-12)
-    assert (expected - brute_force(small_lbt("momentum"))).norm() > 1e-3
+    stack[0].clip_norm = stack[1].clip_norm = None
+    assert (expected - brute_force(stack)).norm() > 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("product", [{"kind": "central", "radius": r} for r in (1e-1, 1e-3)], ids=str)

@@ -1,0 +1,45 @@
+# make lbt    set up .venv, then search an architecture with Learning by Teaching
+# make test   set up .venv, then run every check and the tests that are not slow
+# make lint   the checks alone;  make slow  the slow tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help lbt test lint slow
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+lbt: $(VENV)/.installed
+	@$(BIN)/mlo run lbt $(ARGS)
+
+test: lint
+	@echo "== tests"
+	@$(BIN)/pytest -q -m "not slow" $(ARGS)
+
+slow: $(VENV)/.installed-dev
+	@$(BIN)/pytest -q -m slow $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	@echo "== ruff" && $(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
+	@echo "== mypy" && $(BIN)/mypy --no-error-summary
+	@echo "== import layers" && $(BIN)/lint-imports --no-logo >$(VENV)/layers.log || { cat $(VENV)/layers.log; exit 1; }
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/pip
+	@echo "Installing mlo and what it needs into $(VENV) (PyTorch is large: minutes, the first time)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
+	@echo "Installing mlo, what it needs and the tools for development into $(VENV) (PyTorch is large: minutes, the first time)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $(VENV)/.installed $@
+
+$(BIN)/pip:
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not there; name a Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: mlo needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }

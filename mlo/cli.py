@@ -1,0 +1,157 @@
+"""The command `mlo`: run, resume, list, graph."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from mlo import registry
+from mlo.errors import ConfigError, MloError
+
+if TYPE_CHECKING:
+    from mlo.job import Job
+    from mlo.run import Run
+
+app = typer.Typer(
+    help="Multi-level optimization: run a problem, go on with a run, see what there is.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}
+Name = Annotated[
+    str | None, typer.Argument(metavar="NAME", help="The problem, as `mlo list` names it.", show_default=False)
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE.yaml", help="Options; the command line wins.")
+]
+Help = Annotated[bool, typer.Option("--help", "-h", help="With a NAME, every option of that problem.")]
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Versions of mlo, torch and Python.")] = False) -> None:
+    """Say the versions."""
+    if version:
+        print(", ".join(f"{what} {number}" for what, number in registry.versions().items()))
+        raise typer.Exit
+
+
+@app.command(context_settings=OPEN, add_help_option=False)
+def run(
+    context: typer.Context,
+    name: Name = None,
+    config: ConfigFile = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="The run folder, new or empty.", show_default="runs/NAME-DATE-TIME"),
+    ] = None,
+    help: Help = False,
+) -> None:
+    """Run a problem: mlo run NAME [--option VALUE]...  (mlo run NAME --help lists the options)."""
+    job = _job(context, name, config, help)
+    if job:
+        from mlo.run import Run
+
+        made = Run.create(str(name), job, output)
+        try:
+            _go(made)
+        except MloError:
+            made.discard()
+            raise
+
+
+@app.command()
+def resume(folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of the run.")]) -> None:
+    """Go on with a run that was stopped, from its last checkpoint."""
+    from mlo.run import Run
+
+    _go(Run.open(folder))
+
+
+@app.command(context_settings=OPEN, add_help_option=False)
+def graph(context: typer.Context, name: Name = None, config: ConfigFile = None, help: Help = False) -> None:
+    """Print who reads whom, level by level; it takes the options of `mlo run NAME`."""
+    job = _job(context, name, config, help)
+    if job:
+        print(job.engine().graph)
+
+
+@app.command(name="list")
+def list_all() -> None:
+    """List the problems, and the hypergradient's responses and products."""
+    groups = {
+        registry.PROBLEMS: "Problems: mlo run NAME",
+        registry.RESPONSES: "Responses: --hypergradient NAME",
+        registry.PRODUCTS: "Products: --hypergradient.product NAME",
+    }
+    for group, title in groups.items():
+        names = registry.entries(group)
+        print(title)
+        for name in names:
+            print(f"  {name:<{max(map(len, names))}}  {_told(group, name)}")
+        print("" if names else "  (none)\n")
+
+
+def _told(group: str, name: str) -> str:
+    try:
+        return registry.summary(registry.load(group, name))
+    except ConfigError as error:
+        return f"(broken: {error})"
+
+
+def _job(context: typer.Context, name: str | None, config: Path | None, help: bool) -> "Job | None":
+    """The job of a command line, or None after its help was printed."""
+    from mlo.config import defaults, merge, read_yaml, validate
+    from mlo.job import load_job
+    from mlo.options import print_help, read_options
+
+    if name is None:
+        print(context.get_help())
+        raise typer.Exit(0 if help else 2)
+    if name.startswith("-"):
+        raise ConfigError(f"the name comes first: mlo {context.info_name} NAME {name} ...; `mlo list` shows the names")
+    model = load_job(name)
+    if help:
+        print_help(name, model, Console())
+        return None
+    data = merge(defaults(model), read_yaml(config) if config else {})
+    data = merge(data, read_options(model, context.args))
+    try:
+        return validate(model, data, name)
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n`mlo run {name} --help` lists the options") from None
+
+
+def _go(run: "Run") -> None:
+    print(f"run folder: {run.path}", flush=True)
+    with _stoppable(run.path):
+        run.job.run(run)
+    print(f"finished: {run.path}")
+
+
+@contextmanager
+def _stoppable(path: Path) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the command with the way to go on."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped; go on with: mlo resume {path}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main() -> None:
+    """Run the command; an error of ours is told in words, with exit code 2 if an option is at fault and 1 if not."""
+    try:
+        app()
+    except MloError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -1,0 +1,216 @@
+"""Typed options: strict models, options chosen by a registered name, layers of them merged, faults told to people."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails, core_schema
+
+from mlo import registry
+from mlo.errors import ConfigError
+
+KIND = "kind"
+
+
+class Config(BaseModel):
+    """A frozen set of options that refuses what it does not know and what has another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """Marks an option whose value is one of the Config classes registered in an entry-point group.
+
+    An option ``estimator: Annotated[Response, Registered(RESPONSES)] = Darts()`` takes a bare name, a mapping
+    ``{"kind": name, **its options}``, or an instance, and its value is always an instance.
+    """
+
+    group: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """Let pydantic validate by :meth:`build` and write by :meth:`dump`."""
+        return core_schema.no_info_plain_validator_function(
+            self.build, serialization=core_schema.plain_serializer_function_ser_schema(self.dump)
+        )
+
+    def build(self, value: object) -> Config:
+        """The instance that a name, a mapping or an instance stands for."""
+        if isinstance(value, Config):
+            return value
+        options = {KIND: value} if isinstance(value, str) else value
+        names = " | ".join(registry.entries(self.group))
+        if not isinstance(options, Mapping):
+            raise ValueError(f"it should be a name ({names}) or a mapping with its {KIND} and options")
+        if not isinstance(options.get(KIND), str):
+            raise ValueError(f"the mapping should say its {KIND}: {names}")
+        return parse(self.model(options), {key: given for key, given in options.items() if key != KIND})
+
+    def model(self, value: object) -> type[Config]:
+        """The class that a name, or the kind in a mapping, stands for; ValueError if there is none."""
+        name = value if isinstance(value, str) else value[KIND] if isinstance(value, Mapping) else ""
+        try:
+            model = registry.load(self.group, name)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        if not (isinstance(model, type) and issubclass(model, Config)):
+            raise ValueError(f"{name!r} is registered in {self.group} as {model!r}, which is no mlo.config.Config")
+        return model
+
+    def dump(self, value: object) -> object:
+        """The mapping that :meth:`build` makes the instance of again."""
+        if not isinstance(value, Config):
+            return value
+        names = [name for name in registry.entries(self.group) if registry.load(self.group, name) is type(value)]
+        if not names:
+            raise ValueError(f"{type(value).__name__} is not registered in {self.group}, so a file cannot name it")
+        return {KIND: names[0], **value.model_dump(mode="json")}
+
+
+def parse(model: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
+    """The model of options as a YAML or JSON file gives them: lists may stand for tuples, strings for paths."""
+    return model.model_validate_json(json.dumps(data, default=str))
+
+
+def validate(model: type[ConfigT], data: Mapping[str, Any], title: str) -> ConfigT:
+    """The model of ``data``; ``title`` says whose options they are.
+
+    Raises:
+        ConfigError: with every fault, its place, what was given and what is allowed.
+    """
+    try:
+        return parse(model, data)
+    except ValidationError as error:
+        faults = explain(error, model, data)
+    raise ConfigError("\n  ".join([f"{title}: {len(faults)} option{'s' * (len(faults) > 1)} to mend", *faults]))
+
+
+def defaults(model: type[BaseModel]) -> dict[str, Any]:
+    """The defaults of a model as plain data; options without one are left out."""
+    return model.model_construct().model_dump(mode="json", warnings=False)
+
+
+def merge(base: Any, over: Any) -> Any:
+    """``over`` laid on ``base``: mappings key by key, anything else replaced.
+
+    A bare name and a mapping with that ``kind`` are the same thing; another ``kind`` begins anew.
+    """
+    if isinstance(over, str) and isinstance(base, Mapping) and KIND in base:
+        over = {KIND: over}
+    if not isinstance(over, Mapping):
+        return over
+    if isinstance(base, str):
+        base = {KIND: base}
+    if not isinstance(base, Mapping) or (KIND in over and over[KIND] != base.get(KIND)):
+        base = {}
+    return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The options in a YAML file.
+
+    Raises:
+        ConfigError: if the file is not there, is no YAML, or holds no mapping.
+    """
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is no YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: should hold options as lines `name: value`, and holds {shown(data)}")
+    return data
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, where 1e-3 is a number too."""
+    return yaml.load(text, Loader=_Loader)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but for numbers like 1e-3, which it would take for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def explain(error: ValidationError, model: type[Config], data: Any) -> list[str]:
+    """One line for each option at fault: its dotted path, what was given, what is allowed."""
+    faults: dict[str, list[str]] = {}
+    for detail in error.errors(include_url=False):
+        path, owner = _place(detail, model, data)
+        faults.setdefault(path, []).append(_remedy(detail, owner))
+    return [": ".join(filter(None, [path, " or ".join(dict.fromkeys(told))])) for path, told in faults.items()]
+
+
+def _place(detail: ErrorDetails, model: type[Config], data: Any) -> tuple[str, type[BaseModel] | None]:
+    """An error's dotted path as the user wrote it (pydantic adds the branch of a union), and whose option it is."""
+    path: list[str] = []
+    node: type[BaseModel] | None = model
+    owner = node
+    for part in detail["loc"]:
+        held = isinstance(data, Mapping) and part in data
+        held = held or (isinstance(data, Sequence) and isinstance(part, int) and part < len(data))
+        if not held and detail["type"] != "missing":
+            continue
+        path.append(str(part))
+        owner, data = node, data[part] if held else None
+        field = node.model_fields.get(str(part)) if node else None
+        node = option_model(field, data) if field else node
+    return ".".join(path), owner
+
+
+def _remedy(detail: ErrorDetails, owner: type[BaseModel] | None) -> str:
+    """What is wrong with one option and what to write instead."""
+    if detail["type"] == "extra_forbidden":
+        valid = list(owner.model_fields) if owner else []
+        guess = registry.nearest(str(detail["loc"][-1]), valid)
+        remedy = f"did you mean {guess}?" if guess else f"the options here are: {', '.join(valid) or 'none'}"
+        return f"unknown option; {remedy}"
+    if detail["type"] == "missing":
+        return "has no default, so it must be given"
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
+    return f"{shown(detail['input'])} was given, but {detail['msg'].replace('Input', 'it', 1)}"
+
+
+def shown(value: object) -> str:
+    """A value as a user would write it, cut to a readable length."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def registered(field: FieldInfo) -> Registered | None:
+    """The mark of an option that is chosen by a registered name."""
+    marks = [mark for mark in (*field.metadata, *parts(field.annotation)) if isinstance(mark, Registered)]
+    return marks[0] if marks else None
+
+
+def option_model(field: FieldInfo, value: Any) -> type[BaseModel] | None:
+    """The model whose options stand below an option that has this value."""
+    mark = registered(field)
+    if mark:
+        try:
+            return mark.model(value)
+        except (ValueError, KeyError):
+            return None
+    return next((t for t in parts(field.annotation) if isinstance(t, type) and issubclass(t, BaseModel)), None)
+
+
+def parts(annotation: Any) -> Iterator[Any]:
+    """An annotation and all that its brackets hold: the branches of a union, the items of a list, the marks."""
+    yield annotation
+    for argument in get_args(annotation):
+        yield from parts(argument)

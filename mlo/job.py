@@ -1,0 +1,58 @@
+"""A job: the typed options of something that `mlo run NAME` runs, together with the code that they configure."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from mlo import registry
+from mlo.config import Config
+from mlo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mlo.engine import Engine
+    from mlo.run import Run
+
+
+class Job(Config):
+    """Derive from it, add options as fields, write :meth:`engine`, and register the class in `mlo.problems`.
+
+    The class's docstring is what `mlo list` and `mlo run NAME --help` say of it, and each field's description is what
+    the help says of that option. Every field that has a default can be left out by the user.
+    """
+
+    seed: int = Field(0, ge=0, description="where all randomness starts: the same seed gives the same run")
+    device: str = Field(
+        "auto", description="where to compute: cpu, cuda, cuda:1, or auto for a card where there is one"
+    )
+    steps: int = Field(1000, ge=1, description="rounds of the main stage")
+    log_every: int = Field(10, ge=1, description="rounds between two lines of metrics.jsonl")
+    checkpoint_every: int = Field(200, ge=1, description="rounds between two checkpoints")
+
+    @abstractmethod
+    def engine(self) -> Engine:
+        """The engine of the main stage, newly built; `mlo graph NAME` prints its graph."""
+
+    def run(self, run: Run) -> None:
+        """All that the job does in a run folder, stage by stage.
+
+        Override it to do more than train. It is called again, from the top, when a run is resumed: stages that are
+        finished return their stored results, so whatever takes long belongs in a stage.
+        """
+        run.stage("train", self.engine, self.steps, lambda engine: dict(engine.metrics()))
+
+
+def load_job(name: str) -> type[Job]:
+    """The job class registered under a name.
+
+    Raises:
+        ConfigError: if there is none, or it is no subclass of Job.
+    """
+    job = registry.load(registry.PROBLEMS, name)
+    if not (isinstance(job, type) and issubclass(job, Job)):
+        raise ConfigError(
+            f"{name!r} is registered in {registry.PROBLEMS} as {job!r}; register a class derived from mlo.job.Job"
+        )
+    return job

@@ -1,0 +1,176 @@
+"""The options of a job on the command line: `--nested.option VALUE` read into plain data, and their help."""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mlo import registry
+from mlo.config import KIND, Config, Registered, defaults, merge, option_model, parse_yaml, registered, shown
+from mlo.errors import ConfigError
+
+
+def read_options(model: type[Config], words: Sequence[str]) -> dict[str, Any]:
+    """The plain data that `--option VALUE`, `--option=VALUE` and `--switch` (true) on a command line stand for.
+
+    A value is read as YAML, and as it stands where the option is text.
+
+    Raises:
+        ConfigError: if a word is neither an option nor the value of one, or a value is no YAML.
+    """
+    data: dict[str, Any] = {}
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(
+                f"{word!r} belongs to no option; write --option VALUE, and quote a VALUE that holds spaces"
+            )
+        name, given, text = word[2:].partition("=")
+        if not given:
+            text = waiting.pop(0) if waiting and not waiting[0].startswith("--") else "true"
+        path = name.replace("-", "_").split(".")
+        data = merge(data, _nest(path, _value(model, path, text)))
+    return data
+
+
+def _nest(path: Sequence[str], value: Any) -> Any:
+    for part in reversed(path):
+        value = {part: value}
+    return value
+
+
+def _value(model: type[Config], path: Sequence[str], text: str) -> Any:
+    """The value of an option's text; text stays text where the option takes it."""
+    field = _field(model, path)
+    if field and not registered(field) and text != "null" and _takes(field.annotation, text):
+        return text
+    try:
+        return parse_yaml(text)
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", error)
+        raise ConfigError(f"--{'.'.join(path)}: {shown(text)} cannot be read as a value ({reason})") from error
+
+
+def _field(model: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
+    field = model.model_fields.get(path[0])
+    if field is None or len(path) == 1:
+        return field
+    below = option_model(field, field.default)
+    return _field(below, path[1:]) if below else None
+
+
+def _takes(annotation: Any, text: str) -> bool:
+    """Whether an option of this type takes this text as it stands."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return text in inner
+    if origin in (Union, UnionType, Annotated):
+        return any(_takes(branch, text) for branch in inner)
+    return isinstance(annotation, type) and issubclass(annotation, str | PurePath)
+
+
+def print_help(name: str, model: type[Config], console: Console) -> None:
+    """Every option of a job: how it is written, what it means, its type and its default."""
+    _say(console, f"mlo run {name} [--option VALUE]... [--config FILE.yaml] [--output DIR]\n", style="bold")
+    _say(console, f"{inspect.getdoc(model) or ''}\n\nOptions, which a FILE.yaml can hold as well:")
+    waiting = _print_options(model, "", console)
+    told: set[str] = set()
+    while waiting:
+        path, mark = waiting.pop(0)
+        if mark.group in told:
+            continue
+        told.add(mark.group)
+        for kind in registry.entries(mark.group):
+            waiting += _print_kind(path, kind, mark, console)
+    _say(console, "A list is written [1, 2], nothing at all null, and a switch without a VALUE is true.")
+
+
+def _print_kind(path: str, kind: str, mark: Registered, console: Console) -> list[tuple[str, Registered]]:
+    try:
+        model = mark.model(kind)
+    except ValueError as error:
+        _say(console, f"--{path} {kind}: {error}\n", style="red")
+        return []
+    _say(console, f"--{path} {kind}", style="bold")
+    _say(console, registry.summary(model))
+    return _print_options(model, f"{path}.", console)
+
+
+def _print_options(model: type[BaseModel], prefix: str, console: Console) -> list[tuple[str, Registered]]:
+    """Print the options of a model; those that are chosen by a registered name are given back, for their kinds."""
+    table = Table(box=None, show_header=False, padding=(0, 1, 0, 1))
+    chosen = []
+    for path, field, default in _rows(model, prefix, defaults(model)):
+        table.add_row(Text(f"--{path}", style="cyan"), _meaning(field, default))
+        mark = registered(field)
+        if mark:
+            chosen.append((path, mark))
+    if table.rows:
+        console.print(table)
+    console.print()
+    return chosen
+
+
+def _meaning(field: FieldInfo, default: str) -> Text:
+    return Text.assemble(f"{field.description or ''} ".lstrip(), (f"({type_text(field)}; {default})", "dim"))
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(text, style=style))
+
+
+def _rows(model: type[BaseModel], prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, FieldInfo, str]]:
+    """(dotted path, field, default as text) of each option, those of nested models in their place."""
+    for name, field in model.model_fields.items():
+        value = values.get(name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) and not registered(field):
+            yield from _rows(field.annotation, f"{prefix}{name}.", value or {})
+        else:
+            yield prefix + name, field, f"default {_default_text(field, value)}" if name in values else "must be given"
+
+
+def _default_text(field: FieldInfo, value: Any) -> str:
+    """A default as a user would write it: of a registered one, the kind and what differs from the kind's defaults."""
+    below = option_model(field, value)
+    if isinstance(value, Mapping) and below and KIND in value:
+        usual = defaults(below)
+        special = {name: given for name, given in value.items() if name != KIND and given != usual.get(name)}
+        value = {KIND: value[KIND], **special} if special else value[KIND]
+    return value if isinstance(value, str) else shown(value)
+
+
+def type_text(field: FieldInfo) -> str:
+    """An option's type as a user would write it, with its bounds: `int >= 1`, `true | false`, `a | b`."""
+    mark = registered(field)
+    text = " | ".join(registry.entries(mark.group)) if mark else _annotation_text(field.annotation)
+    bounds = [f"{sign} {getattr(m, key)}" for m in field.metadata for key, sign in BOUNDS.items() if hasattr(m, key)]
+    alternatives = text.split(" | null") if bounds else [text]
+    return " | null".join([" ".join([alternatives[0], *bounds]), *alternatives[1:]])
+
+
+BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+WORDS: dict[Any, str] = {NoneType: "null", bool: "true | false", str: "text", float: "number", ...: "..."}
+
+
+def _annotation_text(annotation: Any) -> str:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(str(choice) for choice in inner)
+    if origin in (Union, UnionType):
+        return " | ".join(_annotation_text(branch) for branch in inner)
+    if origin is Annotated:
+        return _annotation_text(inner[0])
+    if origin in (tuple, list):
+        return "[" + ", ".join(_annotation_text(item) for item in inner) + (", ...]" if origin is list else "]")
+    if origin is dict:
+        return "{" + ": ".join(_annotation_text(item) for item in inner) + "}"
+    return WORDS.get(annotation) or getattr(annotation, "__name__", str(annotation)).lower()

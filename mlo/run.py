@@ -1,0 +1,139 @@
+"""A run folder: what was run and with which options, and a subfolder for each stage; a stopped run goes on from it."""
+
+import contextlib
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import yaml
+
+from mlo.config import read_yaml, validate
+from mlo.errors import ConfigError
+from mlo.files import write_atomic
+from mlo.job import Job, load_job
+from mlo.registry import versions
+from mlo.stage import METRICS, Stage
+
+if TYPE_CHECKING:
+    from mlo.engine import Engine
+
+RUNS = Path("runs")
+
+
+class Run:
+    """An open run folder.
+
+    ``config.yaml`` holds every option, ``run.json`` the job's registered name and the versions of what ran it, and
+    ``stages/<name>/`` a stage's metrics, checkpoints and result. Anything else is the job's own.
+
+    Attributes:
+        path: the folder.
+        job: the job that runs in it.
+    """
+
+    def __init__(self, path: Path, job: Job) -> None:
+        self.path = path
+        self.job = job
+        self._stages: set[str] = set()
+
+    @classmethod
+    def create(cls, name: str, job: Job, output: Path | None = None) -> Self:
+        """A new run folder for a job registered as ``name``: ``output``, or runs/<name>-<date>-<time>.
+
+        Raises:
+            ConfigError: if ``output`` holds something already, or cannot be made.
+        """
+        path = output or RUNS / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        try:
+            if output is None:
+                path = _made(path)
+            path.mkdir(parents=True, exist_ok=True)
+            full = any(path.iterdir())
+        except OSError as error:
+            raise ConfigError(
+                f"{path}: no folder can be made there ({error.strerror}); give another --output"
+            ) from error
+        if full:
+            raise ConfigError(
+                f"{path}: holds something already, and nothing is written over; "
+                f"go on with that run (mlo resume {path}) or give another --output"
+            )
+        text = yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False)
+        write_atomic(path / "config.yaml", text)
+        about = {
+            "job": name,
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "versions": versions(),
+        }
+        write_atomic(path / "run.json", json.dumps(about, indent=2) + "\n")
+        return cls(path, job)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """The run in an existing folder, with the options that it was begun with.
+
+        Raises:
+            ConfigError: if it is no run folder, or its job or its options are not known any more.
+        """
+        try:
+            about = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            name, old = about["job"], about["versions"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: is no run folder, for it has no run.json that can be read") from error
+        job = validate(load_job(name), read_yaml(path / "config.yaml"), str(path / "config.yaml"))
+        new = versions()
+        changed = [f"{what} {old.get(what)} then, {new[what]} now" for what in new if old.get(what) != new[what]]
+        if changed:
+            print(
+                f"note: {path} was begun with other versions, so numbers may differ: {', '.join(changed)}",
+                file=sys.stderr,
+            )
+        return cls(path, job)
+
+    def metrics(self, stage: str) -> list[dict[str, Any]]:
+        """What a stage has logged so far, a dictionary for each line; none for a stage that has not begun."""
+        path = self.path / "stages" / stage / METRICS
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    def discard(self) -> None:
+        """Take away what :meth:`create` wrote, if no stage has begun, so that the folder can be used again."""
+        if not (self.path / "stages").exists():
+            for name in ("config.yaml", "run.json"):
+                (self.path / name).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def stage(self, name: str, engine: Callable[[], "Engine"], steps: int, result: Callable[["Engine"], Any]) -> Any:
+        """Train an engine for ``steps`` rounds and return ``result(engine)``; done once in the life of the run.
+
+        A finished stage returns its stored result and builds nothing; one that was stopped goes on from its last
+        checkpoint. The engine is built under a seed made from the job's seed and the stage's name.
+
+        Args:
+            name: the stage's name, of a form that a folder can have; no two stages of a run have the same.
+            engine: builds the engine.
+            steps: rounds in all, those before a resumption included.
+            result: what is kept of the trained engine; made of what JSON has, and returned as JSON gives it back.
+
+        Raises:
+            ConfigError: if two stages have one name, or the result is not made of what JSON has.
+            KeyboardInterrupt: if a SIGINT or SIGTERM came; a checkpoint was written.
+        """
+        if name in self._stages:
+            raise ConfigError(f"two stages of this job are named {name!r}; give each a name of its own")
+        self._stages.add(name)
+        return Stage(self.path / "stages" / name, self.job, steps).run(engine, result)
+
+
+def _made(path: Path) -> Path:
+    """A folder that nobody else has: ``path``, or with -2, -3, ... after it where runs begin in the same second."""
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError

@@ -1,0 +1,29 @@
+"""Cell-based neural architecture search: spaces, supernet, genotypes, evaluation network, drawing."""
+
+from problems.nas.drawing import draw_cell
+from problems.nas.genotype import CellKind, Choice, Genotype, derive, random_genotype
+from problems.nas.network import EvaluationNetwork, Predictions
+from problems.nas.operations import NONE, OPERATIONS
+from problems.nas.published import PUBLISHED
+from problems.nas.space import DARTS, ArchitectureLogits, Edge, SearchSpace
+from problems.nas.supernet import Architecture, Supernet
+
+__all__ = [
+    "DARTS",
+    "NONE",
+    "OPERATIONS",
+    "PUBLISHED",
+    "Architecture",
+    "ArchitectureLogits",
+    "CellKind",
+    "Choice",
+    "Edge",
+    "EvaluationNetwork",
+    "Genotype",
+    "Predictions",
+    "SearchSpace",
+    "Supernet",
+    "derive",
+    "draw_cell",
+    "random_genotype",
+]

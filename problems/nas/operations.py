@@ -1,0 +1,117 @@
+"""The candidate operations of the DARTS family, each defined once for the supernet and the evaluation network."""
+
+import difflib
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NONE = "none"
+"""The operation that contributes zero. It is a choice for the architecture, never a module."""
+
+
+class FactorizedReduce(nn.Module):
+    """Halve the resolution by two 1x1 convolutions of stride 2, the second shifted by one pixel; then batch norm.
+
+    Maps (N, in_channels, H, W) to (N, out_channels, ceil(H/2), ceil(W/2)); an odd H or W is met by a row or column
+    of zeros for the shifted convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, affine: bool) -> None:
+        super().__init__()
+        half = out_channels // 2
+        self.aligned = nn.Conv2d(in_channels, half, 1, stride=2, bias=False)
+        self.shifted = nn.Conv2d(in_channels, out_channels - half, 1, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels, affine=affine)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Halve the features' resolution."""
+        features = F.relu(features)
+        height, width = features.shape[2:]
+        shifted = F.pad(features, (-1, width % 2, -1, height % 2))
+        output: Tensor = self.norm(torch.cat([self.aligned(features), self.shifted(shifted)], dim=1))
+        return output
+
+
+def relu_conv_bn(in_channels: int, out_channels: int, affine: bool) -> nn.Sequential:
+    """ReLU, 1x1 convolution, batch norm: brings a cell's input to the cell's number of channels."""
+    return nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(in_channels, out_channels, 1, bias=False),
+        nn.BatchNorm2d(out_channels, affine=affine),
+    )
+
+
+def make_operation(name: str, channels: int, stride: int, affine: bool) -> nn.Module:
+    """Build the operation `name`: (N, channels, H, W) to (N, channels, ceil(H/stride), ceil(W/stride)).
+
+    `affine` tells the two variants apart. With it (evaluation network) batch norms have scale and shift. Without it
+    (search) they have none, since the operation's weight already scales, and a pool is followed by a batch norm that
+    brings it to the scale of the convolutions (Liu et al. 2019, DARTS, section 3.1 and appendix A).
+
+    Raises ValueError for a name that is not in `OPERATIONS`, or is "none", which has no module.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(explain_unknown(name))
+    return _BUILDERS[name](channels, stride, affine)
+
+
+def explain_unknown(name: str) -> str:
+    """Say that `name` is no operation that can be built, with the nearest that is and all the others."""
+    valid = f"(valid: {', '.join(_BUILDERS)})"
+    if name == NONE:
+        return f"{NONE!r} stands for the absence of an edge, and cannot be chosen {valid}"
+    nearest = difflib.get_close_matches(name, _BUILDERS, n=1, cutoff=0.0)[0]
+    return f"{name!r} is not an operation; the nearest is {nearest!r} {valid}"
+
+
+def _depthwise(channels: int, kernel: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:
+    padding = dilation * (kernel - 1) // 2
+    return [
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, kernel, stride, padding, dilation, groups=channels, bias=False),
+        nn.Conv2d(channels, channels, 1, bias=False),
+        nn.BatchNorm2d(channels, affine=affine),
+    ]
+
+
+def _separable(kernel: int) -> Callable[[int, int, bool], nn.Module]:
+    return lambda channels, stride, affine: nn.Sequential(
+        *_depthwise(channels, kernel, stride, 1, affine),
+        *_depthwise(channels, kernel, 1, 1, affine),
+    )
+
+
+def _dilated(kernel: int) -> Callable[[int, int, bool], nn.Module]:
+    return lambda channels, stride, affine: nn.Sequential(*_depthwise(channels, kernel, stride, 2, affine))
+
+
+def _skip(channels: int, stride: int, affine: bool) -> nn.Module:
+    return nn.Identity() if stride == 1 else FactorizedReduce(channels, channels, affine)
+
+
+def _max_pool(channels: int, stride: int, affine: bool) -> nn.Module:
+    return _pool(nn.MaxPool2d(3, stride, padding=1), channels, affine)
+
+
+def _average_pool(channels: int, stride: int, affine: bool) -> nn.Module:
+    return _pool(nn.AvgPool2d(3, stride, padding=1, count_include_pad=False), channels, affine)
+
+
+def _pool(pool: nn.Module, channels: int, affine: bool) -> nn.Module:
+    return pool if affine else nn.Sequential(pool, nn.BatchNorm2d(channels, affine=False))
+
+
+_BUILDERS: dict[str, Callable[[int, int, bool], nn.Module]] = {
+    "max_pool_3x3": _max_pool,
+    "avg_pool_3x3": _average_pool,
+    "skip_connect": _skip,
+    "sep_conv_3x3": _separable(3),
+    "sep_conv_5x5": _separable(5),
+    "dil_conv_3x3": _dilated(3),
+    "dil_conv_5x5": _dilated(5),
+}
+
+OPERATIONS: tuple[str, ...] = (NONE, *_BUILDERS)
+"""Every operation's name, in the order of the DARTS search space."""

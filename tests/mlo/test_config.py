@@ -1,0 +1,158 @@
+"""Options as plain data: strict types, registered choices, layers, and faults told all at once."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import yaml
+from pydantic import Field
+
+from mlo.config import Config, Registered, defaults, merge, parse_yaml, read_yaml, validate
+from mlo.errors import ConfigError
+
+FRUITS = """
+from mlo.config import Config
+from pydantic import Field
+
+class Apple(Config):
+    "A pome."
+
+class Cherry(Config):
+    stones: int = Field(1, gt=0)
+    sizes: tuple[int, float] = (1, 2.0)
+
+class Stranger:
+    "No Config."
+"""
+
+
+class Basket(Config):
+    weight: float = 1.0
+
+
+class Shop(Config):
+    seed: int = 0
+    open: bool = False
+    label: int | str | None = None
+    mood: Literal["good", "bad"] = "good"
+    folder: Path = Path("here")
+    span: tuple[int, int] = (1, 2)
+    basket: Basket = Basket()
+    baskets: tuple[Basket, ...] = ()
+    rate: float = Field(0.5, gt=0)
+    fruit: Annotated[Config, Registered("test.fruits")] | None = None
+
+
+class Strict(Config):
+    must: int
+
+
+@pytest.fixture(autouse=True)
+def fruits(register):
+    names = {"apple": "fruits:Apple", "cherry": "fruits:Cherry", "stranger": "fruits:Stranger"}
+    register("fruits", FRUITS, {"test.fruits": names})
+
+
+def told(model, data):
+    with pytest.raises(ConfigError) as error:
+        validate(model, data, "shop")
+    return str(error.value)
+
+
+def test_what_a_file_can_say_becomes_what_the_option_is():
+    shop = validate(Shop, {"folder": "a/b", "span": [3, 4], "rate": 2, "baskets": [{"weight": math.inf}]}, "shop")
+    assert (shop.folder, shop.span, shop.rate, shop.baskets[0].weight) == (Path("a/b"), (3, 4), 2.0, math.inf)
+
+
+def test_the_options_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Shop().seed = 3
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"seed": "x"}, '  seed: "x" was given, but it should be a valid integer'),
+        ({"seed": 1.5}, "  seed: 1.5 was given, but it should be a valid integer"),
+        ({"seed": True}, "  seed: true was given, but it should be a valid integer"),
+        ({"open": 1}, "  open: 1 was given, but it should be a valid boolean"),
+        ({"mood": "so"}, "  mood: \"so\" was given, but it should be 'good' or 'bad'"),
+        ({"rate": 0}, "  rate: 0 was given, but it should be greater than 0"),
+        ({"sed": 1}, "  sed: unknown option; did you mean seed?"),
+        ({"basket": {"wait": 1, "weihgt": 1}}, "  basket.weihgt: unknown option; did you mean weight?"),
+        ({"basket": {"zzz": 1}}, "  basket.zzz: unknown option; the options here are: weight"),
+        ({"basket": 3}, "  basket: 3 was given, but it should be an object"),
+        ({"baskets": [{}, {"weight": "x"}]}, '  baskets.1.weight: "x" was given, but it should be a valid number'),
+        ({"label": 1.5}, "  label: 1.5 was given, but it should be a valid integer or 1.5"),
+        ({"fruit": "chery"}, "  fruit: 'chery' is not known among test.fruits; did you mean cherry? there are: apple"),
+        ({"fruit": 3}, "  fruit: it should be a name (apple | cherry | stranger) or a mapping"),
+        ({"fruit": {"stones": 3}}, "  fruit: the mapping should say its kind: apple | cherry"),
+        ({"fruit": "stranger"}, "no mlo.config.Config"),
+        ({"fruit": {"kind": "cherry", "stone": 3}}, "  fruit.stone: unknown option; did you mean stones?"),
+        ({"fruit": {"kind": "cherry", "stones": 0}}, "  fruit.stones: 0 was given, but it should be greater than 0"),
+    ],
+)
+def test_a_fault_names_the_option_and_the_remedy(given, line):
+    assert line in told(Shop, given)
+
+
+def test_every_fault_is_told_at_once():
+    text = told(Shop, {"sed": 1, "open": "x", "basket": {"wait": 1}, "fruit": {"kind": "cherry", "stones": 0, "q": 1}})
+    assert text.startswith("shop: 5 options to mend\n")
+    assert text.count("\n") == 5
+
+
+def test_an_option_without_default_must_be_given():
+    assert told(Strict, {}) == "shop: 1 option to mend\n  must: has no default, so it must be given"
+    assert defaults(Strict) == {}
+
+
+@pytest.mark.parametrize("value", ["cherry", {"kind": "cherry"}])
+def test_a_bare_name_is_a_kind_without_options(value):
+    fruit = validate(Shop, {"fruit": value}, "shop").fruit
+    assert (type(fruit).__name__, fruit.stones) == ("Cherry", 1)
+
+
+def test_what_is_written_is_read_again():
+    shop = validate(Shop, {"fruit": {"kind": "cherry", "stones": 3, "sizes": [1, 0.5]}, "rate": 1e-5}, "shop")
+    text = yaml.safe_dump(shop.model_dump(mode="json"))
+    assert validate(Shop, parse_yaml(text), "shop") == shop
+
+
+def test_an_instance_that_no_name_stands_for_cannot_be_written():
+    with pytest.raises(ValueError, match="Basket is not registered in test"):
+        Shop(fruit=Basket()).model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("base", "over", "merged"),
+    [
+        ({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 4}}, {"a": 1, "b": {"c": 2, "d": 4}}),
+        ({"f": "cherry"}, {"f": {"stones": 3}}, {"f": {"kind": "cherry", "stones": 3}}),
+        ({"f": {"kind": "cherry", "stones": 3}}, {"f": "cherry"}, {"f": {"kind": "cherry", "stones": 3}}),
+        ({"f": {"kind": "cherry", "stones": 3}}, {"f": "apple"}, {"f": {"kind": "apple"}}),
+        ({"f": {"kind": "cherry", "stones": 3}}, {"f": {"kind": "apple"}}, {"f": {"kind": "apple"}}),
+        ({"f": {"kind": "cherry", "stones": 3}}, {"f": None}, {"f": None}),
+        ({"f": [1, 2]}, {"f": [3]}, {"f": [3]}),
+    ],
+)
+def test_layers(base, over, merged):
+    assert merge(base, over) == merged
+
+
+def test_numbers_with_an_exponent_are_numbers():
+    given = parse_yaml("{a: 1e-3, b: -2E4, c: 1.5e+3, d: e3, e: '1e3', f: 7}")
+    assert given == {"a": 1e-3, "b": -2e4, "c": 1500.0, "d": "e3", "e": "1e3", "f": 7}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read"), ("a: [1", "is no YAML"), ("- 1\n", r"should hold options .* and holds \[1\]")],
+)
+def test_a_file_that_is_not_what_it_should_be(tmp_path, content, message):
+    path = tmp_path / "options.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(path)

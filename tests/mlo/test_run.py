@@ -1,0 +1,298 @@
+"""Run folders and their stages: what is written, and that a stopped run ends as an unbroken one does."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from mlo import Engine, checkpoint
+from mlo.config import read_yaml, validate
+from mlo.errors import ConfigError
+from mlo.files import write_atomic
+from mlo.run import Run
+from mlo.stage import stage_seed
+
+STEPS = 12
+
+
+class PowerCutError(Exception):
+    """What the power cut of these tests raises."""
+
+
+@pytest.fixture
+def job(ridge):
+    return ridge.RidgeJob(device="cpu", log_every=2, checkpoint_every=5)
+
+
+def make(job, path):
+    return Run.create("ridge", job, path)
+
+
+def weights(engine):
+    return [p.tolist() for problem in engine.problems.values() for p in problem.module.parameters()]
+
+
+def train(run, before_step=lambda rounds: None, result=weights):
+    """The stage "train" of a run, with something that happens before each step."""
+
+    def build():
+        engine = run.job.engine()
+        step = engine.step
+
+        def stepped():
+            before_step(engine.rounds)
+            step()
+
+        engine.step = stepped
+        return engine
+
+    return run.stage("train", build, STEPS, result)
+
+
+def stop_at(rounds):
+    def before_step(now):
+        if now == rounds:
+            raise PowerCutError
+
+    return before_step
+
+
+def kill_at(rounds, number=signal.SIGTERM):
+    def before_step(now):
+        if now == rounds:
+            os.kill(os.getpid(), number)
+
+    return before_step
+
+
+def metrics(path):
+    return (path / "stages" / "train" / "metrics.jsonl").read_text()
+
+
+def saved(path):
+    return sorted(file.name for file in (path / "stages" / "train").glob("*.pt"))
+
+
+@pytest.fixture
+def unbroken(job, tmp_path):
+    """(result, metrics.jsonl) of a run that nothing stopped."""
+    return train(make(job, tmp_path / "unbroken")), metrics(tmp_path / "unbroken")
+
+
+def test_metrics_are_logged_at_their_interval_and_at_the_end(ridge, tmp_path):
+    job = ridge.RidgeJob(device="cpu", log_every=5)
+    train(make(job, tmp_path / "run"))
+    lines = Run.open(tmp_path / "run").metrics("train")
+    assert [line["step"] for line in lines] == [5, 10, 12]
+    assert set(lines[0]) == {"step", "fit/loss", "ridge/loss", "fit/residual"}
+    assert Run.open(tmp_path / "run").metrics("other") == []
+
+
+def test_tensors_are_read_only_when_something_is_logged(job, tmp_path, monkeypatch):
+    reads = []
+    read = Engine.metrics
+    monkeypatch.setattr(Engine, "metrics", lambda engine: reads.append(engine.rounds) or read(engine))
+    train(make(job, tmp_path / "run"))
+    assert reads == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_number_that_is_not_finite_is_written_as_null(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(Engine, "metrics", lambda engine: {"a": float("nan"), "b": 1.0})
+    train(make(job, tmp_path / "run"))
+    assert metrics(tmp_path / "run").startswith('{"step": 2, "a": null, "b": 1.0}\n')
+
+
+@pytest.mark.parametrize("rounds", [0, 3, 5, 7, 11])
+def test_a_run_that_died_ends_as_an_unbroken_one(job, tmp_path, unbroken, rounds):
+    path = tmp_path / "run"
+    with pytest.raises(PowerCutError):
+        train(make(job, path), stop_at(rounds))
+    taken = []
+    result = train(Run.open(path), taken.append)
+    assert (result, metrics(path)) == unbroken
+    assert taken == list(range(rounds // 5 * 5, STEPS))
+
+
+def test_half_a_line_of_metrics_is_cut_away(job, tmp_path, unbroken):
+    path = tmp_path / "run"
+    with pytest.raises(PowerCutError):
+        train(make(job, path), stop_at(7))
+    file = path / "stages" / "train" / "metrics.jsonl"
+    file.write_text(file.read_text() + '{"step": 8, "fit/lo')
+    train(Run.open(path))
+    assert metrics(path) == unbroken[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_round_and_writes_a_checkpoint(job, tmp_path, unbroken, number):
+    path = tmp_path / "run"
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        train(make(job, path), kill_at(7, number))
+    assert saved(path) == ["step-000000005.pt", "step-000000008.pt"]
+    assert signal.getsignal(number) is before
+    assert (train(Run.open(path)), metrics(path)) == unbroken
+
+
+def test_a_signal_in_the_last_round_is_obeyed_too(job, tmp_path, unbroken):
+    with pytest.raises(KeyboardInterrupt):
+        train(make(job, tmp_path / "run"), kill_at(11))
+    taken = []
+    assert train(Run.open(tmp_path / "run"), taken.append) == unbroken[0]
+    assert taken == []
+
+
+def test_a_second_signal_stops_at_once(job, tmp_path):
+    def twice(now):
+        if now == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make(job, tmp_path / "run"), twice)
+    assert saved(tmp_path / "run") == ["step-000000005.pt"]
+
+
+def test_a_finished_stage_builds_nothing(job, tmp_path, unbroken):
+    def never():
+        raise AssertionError("the engine was built again")
+
+    assert Run.open(tmp_path / "unbroken").stage("train", never, STEPS, never) == unbroken[0]
+
+
+def test_a_result_that_fails_leaves_nothing_and_trains_nothing_again(job, tmp_path, unbroken):
+    def failing(engine):
+        raise PowerCutError
+
+    with pytest.raises(PowerCutError):
+        train(make(job, tmp_path / "run"), result=failing)
+    assert not (tmp_path / "run" / "stages" / "train" / "result.json").exists()
+    taken = []
+    assert train(Run.open(tmp_path / "run"), taken.append) == unbroken[0]
+    assert taken == []
+
+
+@pytest.mark.parametrize("result", [torch.zeros(2), float("nan")])
+def test_a_result_that_is_no_json_is_refused(job, tmp_path, result):
+    with pytest.raises(ConfigError, match=r"stage 'train': its result cannot be stored as JSON .* return numbers"):
+        train(make(job, tmp_path / "run"), result=lambda engine: result)
+
+
+def test_the_last_two_checkpoints_are_kept(ridge, tmp_path):
+    train(make(ridge.RidgeJob(device="cpu", checkpoint_every=3), tmp_path / "run"))
+    assert saved(tmp_path / "run") == ["step-000000009.pt", "step-000000012.pt"]
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(job, tmp_path, unbroken, capsys):
+    path = tmp_path / "run"
+    with pytest.raises(PowerCutError):
+        train(make(job, path), stop_at(11))
+    assert saved(path) == ["step-000000005.pt", "step-000000010.pt"]
+    (path / "stages" / "train" / "step-000000010.pt").write_bytes(b"half")
+    taken = []
+    result = train(Run.open(path), taken.append)
+    assert (result, metrics(path), taken[0]) == (*unbroken, 5)
+    assert "step-000000010.pt: this is no checkpoint that can be read" in capsys.readouterr().err
+
+
+def test_a_stage_does_not_depend_on_the_stages_before_it(job, tmp_path, unbroken):
+    run = make(job, tmp_path / "run")
+    run.stage("first", run.job.engine, 3, weights)
+    assert train(run) == unbroken[0]
+    assert len({stage_seed(seed, name) for seed in (0, 1) for name in ("a", "b")}) == 4
+
+
+def test_stages_of_one_name_are_refused(job, tmp_path):
+    run = make(job, tmp_path / "run")
+    run.stage("twice", job.engine, 1, weights)
+    with pytest.raises(ConfigError, match="two stages of this job are named 'twice'"):
+        run.stage("twice", job.engine, 1, weights)
+
+
+def test_the_folder_tells_what_was_run(job, tmp_path):
+    run = make(job, tmp_path / "run")
+    assert validate(type(job), read_yaml(run.path / "config.yaml"), "ridge") == job
+    about = json.loads((run.path / "run.json").read_text())
+    assert about["job"] == "ridge"
+    assert about["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert Run.open(run.path).job == job
+
+
+def test_a_run_of_other_versions_is_gone_on_with_a_note(job, tmp_path, capsys):
+    run = make(job, tmp_path / "run")
+    about = json.loads((run.path / "run.json").read_text())
+    about["versions"]["torch"] = "1.0"
+    (run.path / "run.json").write_text(json.dumps(about))
+    Run.open(run.path)
+    assert "numbers may differ: torch 1.0 then" in capsys.readouterr().err
+
+
+def test_the_folder_is_named_after_problem_and_time(job, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = make(job, None).path
+    assert path.is_dir()
+    assert path.match("runs/ridge-[0-9]*-[0-9]*")
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(job, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len({make(job, None).path for _ in range(4)}) == 4
+
+
+def test_a_folder_that_holds_something_is_not_written_over(job, tmp_path):
+    run = make(job, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("mine")
+    with pytest.raises(ConfigError, match=r"nothing is written over; .*mlo resume .*run\) or give another --output"):
+        make(job, run.path)
+    assert (tmp_path / "run" / "config.yaml").read_text() == "mine"
+
+
+def test_an_empty_folder_is_taken(job, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert make(job, tmp_path / "empty").path == tmp_path / "empty"
+
+
+def test_a_file_in_the_folders_place_is_told(job, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"no folder can be made there .* another --output"):
+        make(job, tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_what_is_no_run_folder_cannot_be_resumed(tmp_path, content):
+    if content:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ConfigError, match="is no run folder"):
+        Run.open(tmp_path)
+
+
+def test_only_a_run_that_has_not_begun_is_discarded(job, tmp_path):
+    fresh = make(job, tmp_path / "fresh")
+    fresh.discard()
+    assert not fresh.path.exists()
+    begun = make(job, tmp_path / "begun")
+    with pytest.raises(PowerCutError):
+        train(begun, stop_at(0))
+    begun.discard()
+    assert (begun.path / "config.yaml").exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_atomic(path, "new")
+    assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["file"])
+
+
+def test_checkpoints_hold_the_whole_engine(job, tmp_path):
+    train(make(job, tmp_path / "run"))
+    state = checkpoint.load(tmp_path / "run" / "stages" / "train" / "step-000000012.pt")
+    assert state["rounds"] == STEPS

@@ -1,0 +1,143 @@
+"""The evaluation network: published sizes, drop-path, auxiliary head."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from problems.nas import PUBLISHED, Choice, EvaluationNetwork
+from problems.nas.network import GenotypeEdge, drop_samples
+from problems.nas.skeleton import CellPlan
+
+IMAGENET = {"channels": 48, "cells": 14, "classes": 1000, "stem": "imagenet"}
+SIZES = {
+    "DARTS_V1": (3_169_414, 3_221_344, 500_987_520, 4_510_432, 505_864_704),
+    "DARTS_V2": (3_349_342, 3_401_272, 528_359_040, 4_718_752, 529_911_552),
+    "PDARTS": (3_433_798, 3_485_728, 532_174_464, 4_944_352, 542_819_328),
+    "PC_DARTS_cifar": (3_634_678, 3_686_608, 556_670_592, 5_270_560, 571_137_408),
+    "PC_DARTS_image": (3_721_510, 3_773_440, 570_466_944, 5_342_464, 581_627_328),
+}
+
+
+def parameter_count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def multiply_accumulates(network, size):
+    with FlopCounterMode(display=False) as counter:
+        network.eval()(torch.empty(1, 3, size, size))
+    return counter.get_total_flops() / 2
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return EvaluationNetwork(PUBLISHED["DARTS_V2"], **{"channels": 4, "cells": 3, "image_channels": 1} | options)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    genotype = PUBLISHED[name]
+    cifar10, cifar100, cifar_macs, imagenet, imagenet_macs = SIZES[name]
+    with torch.device("meta"):
+        assert parameter_count(EvaluationNetwork(genotype, classes=100)) == cifar100
+        network = EvaluationNetwork(genotype)
+        assert parameter_count(network) == cifar10
+        assert multiply_accumulates(network, 32) == cifar_macs
+        network = EvaluationNetwork(genotype, **IMAGENET)
+        assert parameter_count(network) == imagenet
+        assert multiply_accumulates(network, 224) == imagenet_macs
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters", "size"),
+    [({}, 476_426, 32), ({"classes": 100}, 545_636, 32), (IMAGENET, 1_260_776, 224)],
+)
+def test_auxiliary_head(options, parameters, size):
+    with torch.device("meta"):
+        network = EvaluationNetwork(PUBLISHED["PC_DARTS_cifar"], auxiliary=True, **options)
+        assert parameter_count(network.auxiliary) == parameters
+        seen = {}
+        network.cells[2 * len(network.cells) // 3].register_forward_hook(lambda *call: seen.update(cell=call[2]))
+        network.auxiliary.register_forward_hook(lambda *call: seen.update(head=call[1][0]))
+        logits, auxiliary = network.train()(torch.empty(2, 3, size, size))
+        assert logits.shape == auxiliary.shape == (2, options.get("classes", 10))
+        assert seen.pop("cell") is seen.pop("head")
+        assert network.eval()(torch.empty(2, 3, size, size)).auxiliary is None
+        assert "head" not in seen
+
+
+def test_auxiliary_head_refuses_small_images_in_training_only():
+    network = small(auxiliary=True)
+    with pytest.raises(ValueError, match=r"at least 8x8 .*32x32.* got 2x2; .*auxiliary=False"):
+        network(torch.randn(2, 1, 8, 8))
+    assert network.eval()(torch.randn(2, 1, 8, 8)).logits.shape == (2, 10)
+
+
+def test_larger_images_pass_the_auxiliary_head():
+    assert small(auxiliary=True)(torch.randn(2, 1, 48, 48)).auxiliary.shape == (2, 10)
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_expectation():
+    torch.manual_seed(0)
+    features = torch.rand(4000, 3, 2, 2) + 0.5
+    dropped = drop_samples(features, 0.3)
+    kept = dropped.flatten(1).any(1)
+    torch.testing.assert_close(dropped[kept], features[kept] / 0.7)
+    assert not dropped[~kept].any()
+    assert abs(kept.float().mean() - 0.7) < 4 * (0.3 * 0.7 / 4000) ** 0.5
+    torch.testing.assert_close(drop_samples(features, torch.tensor(0.0)), features)
+
+
+@pytest.mark.parametrize(
+    ("operation", "reduces", "drops"),
+    [("skip_connect", False, False), ("skip_connect", True, True), ("max_pool_3x3", False, True)],
+)
+def test_drop_path_spares_the_identity_alone_and_only_in_training(operation, reduces, drops):
+    torch.manual_seed(0)
+    edge = GenotypeEdge(Choice(operation, 1), CellPlan((4, 4), 4, reduces, follows_reduction=False))
+    states = [torch.zeros(()), torch.rand(64, 4, 4, 4) + 0.1]
+    output = edge(states, torch.tensor(0.5))
+    assert output.flatten(1).any(1).all() == (not drops)
+    assert edge.eval()(states, torch.tensor(0.5)).flatten(1).any(1).all()
+
+
+def test_drop_path_is_an_argument_of_each_forward_pass():
+    images = torch.randn(8, 1, 8, 8)
+    network = small()
+    assert not torch.equal(network(images, 0.5).logits, network(images, 0.5).logits)
+    assert torch.equal(network(images).logits, network(images).logits)
+    network.eval()
+    assert torch.equal(network(images, 0.5).logits, network(images, 0.5).logits)
+    with pytest.raises(ValueError, match=r"\[0, 1\), not 1.0"):
+        network(images, drop_path=1.0)
+
+
+def test_node_sums_its_two_edges_and_cell_concatenates_its_nodes():
+    network = small().double().eval()
+    cell = network.cells[0]
+    before = last = torch.randn(2, 12, 8, 8, dtype=torch.float64)
+    states = cell.inputs(before, last)
+    for node, choices in enumerate(PUBLISHED["DARTS_V2"].normal):
+        edges = cell.edges[2 * node], cell.edges[2 * node + 1]
+        states.append(sum(edge.operation(states[choice.source]) for edge, choice in zip(edges, choices, strict=True)))
+    torch.testing.assert_close(cell(before, last, 0.0), torch.cat(states[2:], 1))
+
+
+def test_every_parameter_gets_a_gradient_and_double_backward_works():
+    network = small(image_channels=3, auxiliary=True)
+    logits, auxiliary = network(torch.randn(4, 3, 32, 32), drop_path=0.1)
+    parameters = list(network.parameters())
+    loss = logits.logsumexp(1).sum() + 0.4 * auxiliary.logsumexp(1).sum()
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+    torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), parameters, allow_unused=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stem": "cifr"}, "'cifr' is not a stem; valid: cifar, imagenet"),
+        ({"cells": 0}, "at least 1 cell"),
+    ],
+)
+def test_wrong_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
