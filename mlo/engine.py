@@ -137,7 +137,11 @@ class Engine:
         return {key: float(value) for key, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it takes to go on to the bit: every problem's state, the round, the random state."""
+        """All that it takes to go on to the bit: every problem's state, the round, the random state.
+
+        Waits for the device, and raises a NonFiniteLossError rather than let a bad state be saved.
+        """
+        self._guard.wait()
         return {
             "rounds": self.rounds,
             "problems": {name: problem.state_dict() for name, problem in self.problems.items()},

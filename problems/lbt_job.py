@@ -19,7 +19,7 @@ from mlo.job import Job
 from mlo.run import Run
 from problems.lbt import ArchValidate, StudentTeach, TeacherTrain
 from problems.nas import DARTS, Architecture, EvaluationNetwork, Genotype, Supernet, derive, random_genotype
-from problems.report import write_report
+from problems.report import TITLES, write_report
 from problems.training import TrainNetwork, test_error
 from problems.vision import Images, Splits, batches, small_student, split_images
 
@@ -63,8 +63,8 @@ class LbtJob(Job):
     """Learning by Teaching: a teacher's architecture from how well it learns and teaches; beside it, plain DARTS."""
 
     steps: int = Field(60, ge=1, description="search steps, each one of all three levels")
-    log_every: int = Field(2, ge=1, description="Rounds between two lines of metrics.jsonl")
-    checkpoint_every: int = Field(20, ge=1, description="Rounds between two checkpoints")
+    log_every: int = Field(2, ge=1, description="rounds between two lines of metrics.jsonl")
+    checkpoint_every: int = Field(20, ge=1, description="rounds between two checkpoints")
     methods: tuple[Method, ...] = Field(
         ("lbt", "darts"), min_length=1, description="what to search with; random draws an architecture as a baseline"
     )
@@ -155,7 +155,9 @@ class LbtJob(Job):
                 self.evaluation.steps,
                 self._judge,
             )
-        write_report(run, found, results)
+        for method, result in results.items():
+            print(f"{TITLES[method]}: {result['test_error']:.2f} % test error, {result['parameters']:,} weights")
+        print(f"page: {write_report(run, found, results)}")
 
     def _find(self, run: Run, method: Method) -> Genotype:
         if method == "random":

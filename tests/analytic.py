@@ -66,16 +66,16 @@ class Quadratics:
     values: dict[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def make(shape: Shape, seed: int = 0) -> Quadratics:
+    def make(shape: Shape, seed: int = 0, device: torch.device | str = "cpu") -> Quadratics:
         draw = torch.Generator().manual_seed(seed)
 
         def normal(*size: int) -> Tensor:
-            return torch.randn(*size, generator=draw, dtype=torch.float64)
+            return torch.randn(*size, generator=draw, dtype=torch.float64).to(device)
 
         made = Quadratics(shape)
         for name, reads in shape.reads.items():
             root = normal(SIZE, SIZE)
-            made.own[name] = root @ root.T / SIZE + torch.eye(SIZE, dtype=torch.float64)
+            made.own[name] = root @ root.T / SIZE + torch.eye(SIZE, dtype=torch.float64, device=device)
             made.shift[name] = normal(SIZE)
             for read in reads:
                 made.mixed[name, read] = normal(SIZE, SIZE)

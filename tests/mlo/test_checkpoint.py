@@ -34,15 +34,15 @@ def everything(stack: list[mlo.Problem]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("estimator", ["darts", "one_step", "cg"])
 @pytest.mark.parametrize("cut", [1, 4, 7])
-def test_a_resumed_engine_ends_bit_identical(tmp_path, estimator, cut):
+def test_a_resumed_engine_ends_bit_identical(tmp_path, estimator, cut, device):
     unbroken = noisy_lbt(student={"steps": 2}, arch={"warmup": 2})
     torch.manual_seed(5)
-    engine = mlo.Engine(unbroken, estimator, device="cpu")
+    engine = mlo.Engine(unbroken, estimator, device=device)
     engine.run(cut)
     checkpoint.save(tmp_path / "c.pt", engine.state_dict())
     engine.run(11 - cut)
     resumed = rebuilt(student={"steps": 2}, arch={"warmup": 2})
-    engine = mlo.Engine(resumed, estimator, device="cpu")
+    engine = mlo.Engine(resumed, estimator, device=device)
     engine.load_state_dict(checkpoint.load(tmp_path / "c.pt"))
     engine.run(11 - cut)
     assert engine.rounds == 11

@@ -31,6 +31,7 @@ def snapshot(stack: list[mlo.Problem]) -> object:
             ]
             for problem in stack
         ]
+        + [torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []]
         + [torch.get_rng_state(), list(np.random.get_state()), random.getstate()]
     )
 
@@ -48,9 +49,9 @@ def same(one: object, other: object) -> bool:
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_estimating_changes_no_bit_of_anything(estimator):
+def test_estimating_changes_no_bit_of_anything(estimator, device):
     stack = noisy_lbt()
-    engine = mlo.Engine(stack, estimator, device="cpu")
+    engine = mlo.Engine(stack, estimator, device=device)
     engine.run(2)
     before = snapshot(stack)
     assert before[0][1]["norm.running_mean"].abs().sum() > 0

@@ -95,8 +95,8 @@ def norms(gradient: dict[str, Tensor]) -> tuple[float, float]:
     ],
     ids=["full", "darts", "student part", "student part, paper path"],
 )
-def test_the_hypergradient_has_the_golden_norms(options, expected):
-    engine = mlo.Engine(problems(**options), "one_step", device="cpu")
+def test_the_hypergradient_has_the_golden_norms(options, expected, device):
+    engine = mlo.Engine(problems(**options), "one_step", device=device)
     assert norms(engine.hypergradient("arch")) == pytest.approx(expected, rel=1e-10, abs=0)
 
 

@@ -15,13 +15,14 @@ EXACT = [
 
 
 def hypergradient(quadratics: Quadratics, top: str, estimator: object, **engine: object) -> torch.Tensor:
-    return mlo.Engine(quadratics.problems(), estimator, device="cpu", **engine).hypergradient(top)["value"]
+    device = quadratics.values[top].device
+    return mlo.Engine(quadratics.problems(), estimator, device=device, **engine).hypergradient(top)["value"]
 
 
 @pytest.mark.parametrize("estimator", EXACT, ids=str)
 @pytest.mark.parametrize(("shape", "top"), CASES, ids=str)
-def test_agrees_with_the_closed_form(shape, top, estimator):
-    quadratics = Quadratics.make(shape)
+def test_agrees_with_the_closed_form(shape, top, estimator, device):
+    quadratics = Quadratics.make(shape, device=device)
     expected = quadratics.closed_form(top)
     torch.testing.assert_close(hypergradient(quadratics, top, estimator), expected, rtol=1e-10, atol=1e-10)
 

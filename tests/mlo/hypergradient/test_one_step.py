@@ -133,9 +133,9 @@ def brute_force(stack: list[mlo.Problem]) -> Tensor:
 @pytest.mark.parametrize("rounds", [0, 3], ids=["first step", "with optimizer state"])
 @pytest.mark.parametrize("lookahead", [False, True])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_agrees_with_brute_force(optimizer, lookahead, rounds):
+def test_agrees_with_brute_force(optimizer, lookahead, rounds, device):
     stack = small_lbt(optimizer)
-    engine = mlo.Engine(stack, "one_step", lookahead=lookahead, device="cpu")
+    engine = mlo.Engine(stack, "one_step", lookahead=lookahead, device=device)
     engine.run(rounds)
     expected = brute_force(stack)
     torch.testing.assert_close(engine.hypergradient("arch")["weights"], expected, rtol=1e-10, atol=1e-12)

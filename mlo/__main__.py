@@ -1,0 +1,5 @@
+"""The command as `python -m mlo`."""
+
+from mlo.cli import main
+
+main()

@@ -1,0 +1,177 @@
+"""The main job as a user runs it: whole, on real digits, stopped by force and resumed, and with wrong options."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlo import checkpoint
+from problems.nas import Genotype
+
+SMALL = [
+    "--steps=6",
+    "--log-every=1",
+    "--checkpoint-every=2",
+    "--search.channels=1",
+    "--search.cells=1",
+    "--search.batch-size=16",
+    "--evaluation.steps=6",
+    "--evaluation.channels=2",
+    "--evaluation.cells=1",
+    "--data.train-size=40",
+    "--data.validation-size=40",
+    "--data.unlabeled-size=40",
+]
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "mlo", *map(str, words)]
+
+
+def mlo(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*words), capture_output=True, text=True, timeout=250, check=False)
+
+
+def final_states(run: Path) -> dict[str, dict]:
+    return {stage.name: checkpoint.load(max(stage.glob("step-*.pt"))) for stage in sorted((run / "stages").iterdir())}
+
+
+def assert_identical(one: object, other: object) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_identical(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for mine, others in zip(one, other, strict=True):
+            assert_identical(mine, others)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "unbroken"
+    done = mlo("run", "lbt", *SMALL, "--output", run)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_a_run_leaves_everything_that_shows_it(unbroken):
+    for name in ("genotype.json", "genotype-darts.json"):
+        Genotype.load(unbroken / name)
+    for method in ("lbt", "darts"):
+        result = json.loads((unbroken / "stages" / f"train-{method}" / "result.json").read_text())
+        assert 0 <= result["test_error"] <= 100
+        assert result["parameters"] > 100
+        lines = (unbroken / "stages" / f"search-{method}" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        for title in ("normal-cell", "reduction-cell", "losses-of-the-search", "mean-weight-of-each-operation"):
+            assert (unbroken / "figures" / f"{method}-{title}.png").read_bytes().startswith(b"\x89PNG")
+    losses = json.loads(lines[-1])
+    assert losses["teacher/loss"] > 0
+    assert sum(losses[key] for key in losses if key.startswith("arch/normal/")) == pytest.approx(1)
+    page = (unbroken / "report.html").read_text()
+    assert page.count("<svg") == 10
+    assert re.findall(r'(?:src|href)="((?!#|genotype)[^"]*)', page) == [], "the page is self-contained"
+    assert "pseudo_weight: 1.0" in page
+
+
+@pytest.mark.parametrize("stage", ["search-lbt", "search-darts"])
+def test_a_killed_run_resumes_to_the_same_bits(unbroken, tmp_path, stage):
+    run = tmp_path / "killed"
+    process = subprocess.Popen(command("run", "lbt", *SMALL, "--output", run), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(run.glob(f"stages/{stage}/step-*2.pt")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "report.html").exists()
+    assert not (run / "stages" / stage / "result.json").exists()
+    done = mlo("resume", run)
+    assert done.returncode == 0, done.stderr
+    assert_identical(final_states(run), final_states(unbroken))
+    for path in ("genotype.json", *(f"stages/{s}/metrics.jsonl" for s in final_states(run))):
+        assert (run / path).read_text() == (unbroken / path).read_text()
+
+
+def test_another_seed_is_another_run(unbroken, tmp_path):
+    done = mlo("run", "lbt", *SMALL, "--seed", 1, "--methods", "[lbt]", "--output", tmp_path / "other")
+    assert done.returncode == 0, done.stderr
+    one, other = (final_states(r)["search-lbt"]["problems"]["arch"]["module"] for r in (unbroken, tmp_path / "other"))
+    assert not torch.equal(one["normal"], other["normal"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--hypergradient", "neumann", "--judged-by", "student"],
+        ["--hypergradient", '{"kind": "cg", "damping": 1.0}', "--student-learns-from", "pseudo_labels"],
+        ["--hypergradient", "first_order", "--lookahead", "true"],
+        ["--hypergradient", "one_step", "--pseudo-label-path", "paper", "--methods", "[random, lbt]"],
+    ],
+    ids=lambda words: words[1],
+)
+def test_options_reach_the_search(tmp_path, options):
+    done = mlo("run", "lbt", *SMALL, "--methods", "[lbt]", "--steps", 2, *options, "--output", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--data.source", "digit"], "data: 'digit' is not there; give digits"),
+        (["--data.unlabeled-size", 1700], "but digits has 1797 images"),
+        (["--data.train-size", 5], "train_size=5 is less than one image for each of the 10 classes"),
+        (["--hypergradent", "cg"], "did you mean hypergradient?"),
+        (["--steps", "many"], "steps"),
+        (["--methods", "[lbt, dart]"], "dart"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_told_and_leave_nothing(tmp_path, options, told):
+    done = mlo("run", "lbt", *options, "--output", tmp_path / "r")
+    assert done.returncode in (1, 2)
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+def test_images_of_ones_own_from_an_npz_file(tmp_path):
+    draw = np.random.default_rng(0)
+    arrays = {
+        f"{part}_{what}": draw.integers(0, 256, (120, 8, 8, 3), dtype=np.uint8) if what == "images" else np.arange(120) % 10
+        for part in ("train", "test")
+        for what in ("images", "labels")
+    }
+    np.savez(tmp_path / "mine.npz", **arrays)
+    own = ["--data.source", tmp_path / "mine.npz", "--methods", "[lbt]", "--steps", 2]
+    done = mlo("run", "lbt", *SMALL, *own, "--output", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    del arrays["test_labels"]
+    np.savez(tmp_path / "cut.npz", **arrays)
+    done = mlo("run", "lbt", *SMALL, "--data.source", tmp_path / "cut.npz", "--output", tmp_path / "s")
+    assert "cut.npz has no test_labels" in done.stderr
+
+
+def test_the_graph_is_printed_level_by_level():
+    done = mlo("graph", "lbt")
+    assert done.stdout.splitlines() == [
+        "level 3  arch  reads teacher (best response), student (best response)",
+        "level 2  student  reads teacher (best response), arch (input)",
+        "level 1  teacher  reads arch (input)",
+    ]
