@@ -9,13 +9,13 @@ read, one that was stopped goes on. Prints the table as Markdown.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from mlo.run import Run
 from problems.report import TITLES
 
 METHODS = ("lbt", "darts", "random")
@@ -27,8 +27,8 @@ def finished(folder: Path, seed: int) -> dict[str, Any]:
     words = ["resume", str(folder)] if (folder / "run.json").exists() else begin
     if not (folder / "report.html").exists():
         subprocess.run([sys.executable, "-m", "mlo", *words], check=True)
-    run = Run.open(folder)
-    return {method: run.result(f"train-{method}") for method in METHODS}
+    stored = {method: folder / "stages" / f"train-{method}" / "result.json" for method in METHODS}
+    return {method: json.loads(path.read_text(encoding="utf-8")) for method, path in stored.items()}
 
 
 def table(results: list[dict[str, Any]]) -> str:
