@@ -53,7 +53,8 @@ def test_each_loss_is_the_papers():
     expected = {
         "teacher": F.cross_entropy(teacher.module(images, weights), labels),
         "student": F.cross_entropy(student.module(images), labels) + 0.3 * pseudo,
-        "arch": F.cross_entropy(teacher.module(images, weights), labels) + 0.6 * F.cross_entropy(student.module(images), labels),
+        "arch": F.cross_entropy(teacher.module(images, weights), labels)
+        + 0.6 * F.cross_entropy(student.module(images), labels),
     }
     assert teacher.loss(teacher.stream.peek(), arch) == expected["teacher"]
     torch.testing.assert_close(student.loss(student.stream.peek(), teacher, arch), expected["student"])
@@ -72,7 +73,7 @@ def test_second_ablation_learns_from_pseudo_labels_alone():
 
 def test_first_ablation_judges_by_the_student_alone():
     problems = stack(reads={"teacher": None})
-    teacher, student, arch = problems
+    _, student, arch = problems
     images, labels = arch.stream.peek()
     assert arch.loss((images, labels), student=student) == F.cross_entropy(student.module(images), labels)
     engine = mlo.Engine(problems, "one_step", device="cpu")

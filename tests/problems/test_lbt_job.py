@@ -154,7 +154,9 @@ def test_wrong_options_are_told_and_leave_nothing(tmp_path, options, told):
 def test_images_of_ones_own_from_an_npz_file(tmp_path):
     draw = np.random.default_rng(0)
     arrays = {
-        f"{part}_{what}": draw.integers(0, 256, (120, 8, 8, 3), dtype=np.uint8) if what == "images" else np.arange(120) % 10
+        f"{part}_{what}": draw.integers(0, 256, (120, 8, 8, 3), dtype=np.uint8)
+        if what == "images"
+        else np.arange(120) % 10
         for part in ("train", "test")
         for what in ("images", "labels")
     }
