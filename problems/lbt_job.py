@@ -155,8 +155,8 @@ class LbtJob(Job):
                 self.evaluation.steps,
                 self._judge,
             )
-        for method, result in results.items():
-            print(f"{TITLES[method]}: {result['test_error']:.2f} % test error, {result['parameters']:,} weights")
+        for name, result in results.items():
+            print(f"{TITLES[name]}: {result['test_error']:.2f} % test error, {result['parameters']:,} weights")
         print(f"page: {write_report(run, found, results)}")
 
     def _find(self, run: Run, method: Method) -> Genotype:
