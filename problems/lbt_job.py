@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -151,7 +151,7 @@ class LbtJob(Job):
             genotype = found[method] = self._find(run, method)
             results[method] = run.stage(
                 f"train-{method}",
-                lambda genotype=genotype: self.training_engine(genotype),  # type: ignore[misc]
+                partial(self.training_engine, genotype),
                 self.evaluation.steps,
                 self._judge,
             )
