@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mlo.errors import CheckpointError, ConfigError, GraphError
+from mlo.errors import CheckpointError, ConfigError
 from mlo.evaluation import Evaluator
+from mlo.gradients import Gradient, Gradients, Records
 from mlo.graph import Graph
 from mlo.guard import Guard
-from mlo.hypergradient.step import Record, copied, cotangents_of
-from mlo.hypergradient.sweep import sweep, unreached
-from mlo.memo import Memo
-from mlo.optimizers import moment, virtual_step
+from mlo.hypergradient.step import Record, copied
+from mlo.optimizers import Moment, moment, moved_moment, virtual_step
 from mlo.plan import Plan, place
 from mlo.problem import Problem, State
-from mlo.randomness import Randomness, global_state, replay, set_global_state
-from mlo.vectors import Vector, filled
+from mlo.randomness import global_state, replay, set_global_state
+from mlo.vectors import filled
 
 Callback = Callable[["Engine"], None]
 
@@ -44,7 +42,6 @@ class Engine:
         graph: who reads whom.
         rounds: rounds taken so far.
         losses: {problem: its loss at its last step}, detached, on the device.
-        pullbacks: {problem: how often a sweep has pulled a cotangent back through it}.
 
     Raises:
         GraphError, ConfigError: if the problems do not fit together, with the remedy.
@@ -63,10 +60,9 @@ class Engine:
         self.device = place(problems, device)
         self.rounds = 0
         self.losses: dict[str, Tensor] = {}
-        self.pullbacks: Counter[str] = Counter()
         self._evaluator = Evaluator(self.problems, self.device)
+        self._gradients = Gradients(self._plan, self._evaluator)
         self._guard = Guard(self.device, deferred=self.device.type != "cpu")
-        self._reports: dict[str, Tensor] = {}
 
     @property
     def graph(self) -> Graph:
@@ -77,6 +73,11 @@ class Engine:
     def passes(self) -> Mapping[str, Mapping[str, int]]:
         """{problem: {kind: forward passes of its module so far}}; see :class:`mlo.evaluation.Evaluator`."""
         return self._evaluator.passes
+
+    @property
+    def pullbacks(self) -> Mapping[str, int]:
+        """{problem: how often a sweep has pulled a cotangent back through it}."""
+        return self._gradients.pullbacks
 
     def run(self, steps: int, callbacks: Iterable[Callback] = ()) -> None:
         """Take ``steps`` rounds, calling each callback with the engine after every one."""
@@ -99,14 +100,11 @@ class Engine:
         for top in tops:
             for _ in range(self.problems[top].steps):
                 states, records = self._rollout(top, due)
-                self._real_step(top, states, records, uppers=())
+                self._real_step(top, {**states, top: self.problems[top].live_state()}, records)
         rest = [name for name in due if name not in tops]
-        records = {}
+        states, records = self._live_states(), Records()
         for position, name in enumerate(rest):
-            later = [n for n in rest[position:] if self._plan.paths[n]]
-            for again in reversed(range(self.problems[name].steps)):
-                uppers = later[1:] if later[:1] == [name] and not again else later
-                self._real_step(name, self._live_states(), records, uppers)
+            self._real_steps(name, states, records, [n for n in rest[position + 1 :] if self._plan.paths[n]])
         self.rounds += 1
         self._guard.look()
 
@@ -125,13 +123,13 @@ class Engine:
         with replay(None, self.device):
             states, records = self._rollout(name, list(self.problems))
             batch = self.problems[name].stream.peek()
-            gradient = self._gradient(name, states, records, batch, "virtual", ()).own
+            gradient = self._gradients.of(name, states, records, batch, "virtual", ()).own
         variables = self.problems[name].variables
         return dict(zip(variables, filled(gradient.values(), tuple(variables.values())), strict=True))
 
     def metrics(self) -> dict[str, float]:
         """The last losses as "<problem>/loss", and what estimators and problems report; waits for the device."""
-        found = {f"{name}/loss": loss for name, loss in self.losses.items()} | self._reports
+        found = {f"{name}/loss": loss for name, loss in self.losses.items()} | self._gradients.reports
         for name, problem in self.problems.items():
             found |= {f"{name}/{key}": value for key, value in problem.metrics().items()}
         return {key: float(value) for key, value in found.items()}
@@ -169,120 +167,86 @@ class Engine:
         return {name: problem.live_state() for name, problem in self.problems.items()}
 
     def _real_step(
-        self, name: str, states: Mapping[str, State], records: dict[str, Record], uppers: Collection[str]
-    ) -> None:
-        """One step of a problem, recorded if the sweep of one of ``uppers`` will go through it."""
+        self,
+        name: str,
+        states: Mapping[str, State],
+        records: Records,
+        targets: Collection[str] = (),
+        freeze: bool = False,
+    ) -> Gradient:
+        """One step of a problem, remembered for a pullback onto ``targets``.
+
+        With ``freeze``, ``records`` are still needed after it, and keep copies of what it is about to change.
+        """
         problem = self.problems[name]
-        batch = problem.stream.peek()
-        targets = self._plan.targets(name, uppers)
-        gradient = self._gradient(name, states, records, batch, "step", targets)
-        keep = bool(targets) and self._plan.responses[name].needs_before
-        before, at = (copied(states[name]), moment(problem)) if keep else (None, None)
-        if uppers:
-            for record in records.values():
+        gradient = self._gradients.of(name, states, records, problem.stream.peek(), "step", targets)
+        if freeze:
+            for record in itertools.chain.from_iterable(records.values()):
                 record.freeze(name)
         self._guard.update(problem, gradient.loss, gradient.own, gradient.buffers)
         problem.stream.next()
         self.losses[name] = gradient.loss
-        if targets:
-            records[name] = gradient.record(problem, before, states[name], at, batch, states)
+        return gradient
 
-    def _rollout(self, top: str, due: Collection[str]) -> tuple[dict[str, State], dict[str, Record]]:
-        """The states that the next steps of the problems below ``top`` would lead to, and records of the last ones."""
+    def _real_steps(self, name: str, states: Mapping[str, State], records: Records, later: Sequence[str]) -> None:
+        """A problem's steps of one round; recorded if a sweep of one of ``later`` will go through them."""
+        problem = self.problems[name]
+        targets = self._plan.targets(name, later)
+        recorded: list[Record] = []
+        for left in reversed(range(problem.steps)):
+            keep = self._keeps(name, left) and bool(targets)
+            batch = problem.stream.peek()
+            before, at = self._stored(name, states[name], moment(problem), len(recorded)) if keep else (None, None)
+            onto = targets if keep and not left else ()
+            gradient = self._real_step(name, states, records, onto, freeze=bool(later or left))
+            if keep:
+                recorded.append(gradient.record(problem, before, at, states[name], batch, states))
+        if targets:
+            records[name] = recorded
+
+    def _keeps(self, name: str, left: int) -> bool:
+        """Whether a step is recorded after which ``left`` more are taken in the round."""
+        recorded = self._plan.responses[name].recorded
+        return recorded is None or left < recorded
+
+    def _stored(self, name: str, state: State, at: Moment, index: int) -> tuple[State | None, Moment | None]:
+        """What the response stores of what the ``index``-th recorded step is taken from."""
+        response = self._plan.responses[name]
+        if not response.needs_before:
+            return None, None
+        if index % response.storage.every:
+            return None, Moment(at.groups, {})
+        device = response.storage.device
+        if state.live or device is not None:
+            state = copied(state, device)
+        return state, at if device is None else moved_moment(at, device)
+
+    def _rollout(self, top: str, due: Collection[str]) -> tuple[dict[str, State], Records]:
+        """The states that the next steps of the problems below ``top`` would lead to, and records of those steps."""
         states = self._live_states()
-        records: dict[str, Record] = {}
+        records: Records = {}
         below = [name for name in self.graph.names[: self.graph.names.index(top)] if name in due]
         with replay(None, self.device):
             for position, name in enumerate(below):
-                problem, at = self.problems[name], moment(self.problems[name])
-                uppers = [upper for upper in (*below[position:], top) if upper != name]
-                for step in range(problem.steps):
-                    batch, before, was = problem.stream.peek(step), states[name], at
-                    targets = self._plan.targets(name, uppers) if step == problem.steps - 1 else ()
-                    gradient = self._gradient(name, states, records, batch, "virtual", targets)
-                    moved, at = virtual_step(problem, before.parameters, gradient.own, was)
-                    after = State({**before.parameters, **moved}, gradient.buffers)
-                    if targets:
-                        records[name] = gradient.record(problem, before, after, was, batch, states)
-                    states[name] = after
+                later = [*below[position + 1 :], top]
+                self._virtual_steps(name, states, records, later)
         return states, records
 
-    def _gradient(
-        self,
-        name: str,
-        states: Mapping[str, State],
-        records: Mapping[str, Record],
-        batch: Any,
-        kind: str,
-        targets: Collection[str],
-    ) -> _Gradient:
-        """The gradient of a problem's loss for its variables, through its best responses; ``targets``: see Record."""
-        problem, paths = self.problems[name], self._plan.paths[name]
-        lower = [read for read in self.graph.lower_reads(name) if read in paths]
-        randomness = Randomness.capture(self.device)
-        memo = Memo() if targets else None
-        evaluation = self._evaluator.evaluate(
-            name, states, batch, kind=kind, through={*lower, *targets}, memo=memo
-        )  # fmt: skip
-        variables = {n: [states[n].parameters[v] for v in self.problems[n].variables] for n in (name, *lower)}
-        inputs = [v for n in variables for v in variables[n]]
-        if memo is not None and lower:
-            inputs += memo.leaves
-        if not evaluation.loss.requires_grad:
-            raise self._no_gradient(name)
-        gradients = cotangents_of(inputs, torch.autograd.grad(evaluation.loss, inputs, allow_unused=True))
-        if memo is not None and lower:
-            gradients = memo.pull(gradients)
-        own: list[Tensor | None] = [gradients.get(v) for v in variables[name]]
-        if paths:
-            cotangents = {}
-            for read in lower:
-                reached = [gradients.get(v) for v in variables[read]]
-                if all(r is None for r in reached):
-                    raise unreached(name, read)
-                cotangents[read] = filled(reached, variables[read])
-            swept = sweep(name, paths, cotangents, records, self._plan.responses, self._evaluator, self.pullbacks,
-                          self._reports)  # fmt: skip
-            own = _sum(own, swept)
-        elif all(g is None for g in own):
-            raise self._no_gradient(name)
-        return _Gradient(
-            evaluation.loss.detach(),
-            dict(zip(problem.variables, own, strict=True)),
-            evaluation.buffers,
-            randomness,
-            memo,
-        )
-
-    def _no_gradient(self, name: str) -> GraphError:
-        if self.graph.is_upper(name) and not self._plan.paths[name]:
-            return GraphError(
-                f"problem {name!r}: with first_order nothing is differentiated through lower problems, and its loss "
-                "does not depend directly on its own parameters; choose another estimator, such as 'one_step'"
-            )
-        return GraphError(
-            f"problem {name!r}: no gradient of its loss reaches its own parameters; compute the loss from self(...)"
-        )
-
-
-@dataclass(frozen=True)
-class _Gradient:
-    """A problem's gradient at one state, with what a record of the step keeps of its evaluation."""
-
-    loss: Tensor
-    own: dict[str, Tensor | None]
-    buffers: Mapping[str, Tensor]
-    randomness: Randomness
-    memo: Memo | None
-
-    def record(
-        self, problem: Problem, before: State | None, after: State, at: Any, batch: Any, states: Mapping[str, State]
-    ) -> Record:
-        reads = {read: states[read] for read in problem.node.reads}
-        return Record(problem, before, after, self.own, at, batch, self.randomness, reads, self.memo)
-
-
-def _sum(own: Sequence[Tensor | None], swept: Vector | None) -> list[Tensor | None]:
-    if swept is None:
-        return list(own)
-    return [s if o is None else o + s for o, s in zip(own, swept, strict=True)]
+    def _virtual_steps(self, name: str, states: dict[str, State], records: Records, later: Sequence[str]) -> None:
+        """Like :meth:`_real_steps`, but it changes ``states`` and nothing else."""
+        problem, targets, at = self.problems[name], self._plan.targets(name, later), moment(self.problems[name])
+        recorded: list[Record] = []
+        for left in reversed(range(problem.steps)):
+            keep = self._keeps(name, left) and bool(targets)
+            batch, before, was = problem.stream.peek(problem.steps - 1 - left), states[name], at
+            onto = targets if keep and not left else ()
+            gradient = self._gradients.of(name, states, records, batch, "virtual", onto)
+            moved, at = virtual_step(problem, before.parameters, gradient.own, was)
+            if keep:
+                stored = self._stored(name, before, was, len(recorded))
+                recorded.append(gradient.record(problem, *stored, before, batch, states))
+            states[name] = State({**before.parameters, **moved}, gradient.buffers)
+        for record in recorded:
+            record.after = states[name]
+        if targets:
+            records[name] = recorded

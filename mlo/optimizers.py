@@ -43,6 +43,17 @@ def moment(problem: Problem) -> Moment:
     return Moment(groups, slots)
 
 
+def moved_moment(at: Moment, device: torch.device | None) -> Moment:
+    """A copy on another device; counters stay where they are."""
+    slots = {
+        name: {
+            key: value.to(device) if isinstance(value, Tensor) and key != "step" else value for key, value in s.items()
+        }
+        for name, s in at.slots.items()
+    }
+    return Moment(at.groups, slots)
+
+
 def virtual_step(
     problem: Problem, parameters: Tensors, gradients: Mapping[str, Tensor | None], at: Moment
 ) -> tuple[dict[str, Tensor], Moment]:
@@ -56,29 +67,58 @@ def virtual_step(
     return {n: p.detach().requires_grad_() for n, p in moved.items()}, Moment(at.groups, slots)
 
 
-def pull_through_step(
-    problem: Problem, parameters: Tensors, gradients: Mapping[str, Tensor | None], at: Moment, cotangent: Vector
-) -> Vector:
-    """The cotangent of one step's gradient, from the cotangent of the parameters that the step led to.
+@dataclass(frozen=True)
+class StepCotangents:
+    """Cotangents of what a step was taken from; one tensor per variable, and {variable: {key: tensor}} of its slots."""
 
-    It is the transposed Jacobian of the user's own optimizer step (learning rate, momentum, Adam's scaling), gradient
-    clipping included, with the parameters and the optimizer's state before the step held fixed.
+    gradient: Vector
+    parameters: Vector
+    slots: Mapping[str, Mapping[str, Tensor]]
+
+
+def pull_through_step(
+    problem: Problem,
+    parameters: Tensors,
+    gradients: Mapping[str, Tensor | None],
+    at: Moment,
+    cotangent: Vector,
+    slots: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> StepCotangents:
+    """One step, transposed: cotangents of what it was taken from, from those of what it led to.
+
+    It is the Jacobian of the user's own optimizer step (learning rate, momentum, Adam's scaling), gradient clipping
+    included.
 
     Args:
         parameters, gradients, at: what the step was taken from.
-        cotangent: one tensor per variable of the problem, in their order.
+        cotangent: of the parameters after the step, one tensor per variable of the problem, in their order.
+        slots: cotangents of the optimizer's state after the step; None: of the gradient alone is asked, with
+            parameters and state before the step held fixed.
     """
+    names = list(problem.variables)
     leaves = {n: None if g is None else _off_zero(g).requires_grad_() for n, g in gradients.items()}
+    held = slots is None
+    start = {n: parameters[n].detach().requires_grad_(not held) for n in names}
+    state = Moment(at.groups, {n: {k: _leaf(k, v, held) for k, v in s.items()} for n, s in at.slots.items()})
     with torch.enable_grad():
-        moved = {name: parameters[name].detach().clone() for name in problem.variables}
-        shadow = _shadow(problem, moved, clip(problem, leaves), at, differentiable=True)
+        moved = {name: tensor.clone() for name, tensor in start.items()}
+        shadow = _shadow(problem, moved, clip(problem, leaves), state, differentiable=True)
         type(problem.optimizer).step(shadow)
-    pairs = [(moved[name], c) for name, c in zip(problem.variables, cotangent, strict=True) if leaves[name] is not None]
-    stepped, given = zip(*pairs, strict=True)
+    pairs = list(zip(moved.values(), cotangent, strict=True))
+    pairs += [(shadow.state[moved[n]][k], c) for n, s in (slots or {}).items() for k, c in s.items()]
+    stepped, given = zip(*((o, c) for o, c in pairs if o.requires_grad), strict=True)
+    keys = [(n, k) for n, s in state.slots.items() for k, v in s.items() if isinstance(v, Tensor) and v.requires_grad]
     inputs = [leaf for leaf in leaves.values() if leaf is not None]
-    pulled = iter(torch.autograd.grad(stepped, inputs, given, materialize_grads=True))
-    return tuple(torch.zeros_like(c) if leaf is None else next(pulled)
-                 for leaf, c in zip(leaves.values(), cotangent, strict=True))  # fmt: skip
+    others = [] if held else [*start.values(), *(state.slots[n][k] for n, k in keys)]
+    found = iter(torch.autograd.grad(stepped, [*inputs, *others], given, materialize_grads=True))
+    gradient = tuple(torch.zeros_like(start[n]) if leaves[n] is None else next(found) for n in names)
+    if held:
+        return StepCotangents(gradient, (), {})
+    before = tuple(next(found) for _ in names)
+    pulled: dict[str, dict[str, Tensor]] = {}
+    for (name, key), value in zip(keys, found, strict=True):
+        pulled.setdefault(name, {})[key] = value
+    return StepCotangents(gradient, before, pulled)
 
 
 def clip(problem: Problem, gradients: Mapping[str, Tensor | None]) -> Mapping[str, Tensor | None]:
@@ -130,7 +170,7 @@ def _shadow(
             shadow.state[tensor] = {key: _copied(value) for key, value in at.slots[name].items()}
             if differentiable and isinstance(at.slots[name].get("step"), Tensor):
                 # a differentiable step computes 1 - beta^step as tensors, where float32 loses five digits
-                shadow.state[tensor]["step"] = at.slots[name]["step"].double()
+                shadow.state[tensor]["step"] = at.slots[name]["step"].double().clone()
     if differentiable and isinstance(shadow, SGD):
         _begin_momentum(shadow)
     return shadow
@@ -146,7 +186,7 @@ def _begin_momentum(shadow: SGD) -> None:
         for parameter in group["params"] if momentum else ():
             if parameter.grad is not None and shadow.state[parameter].get("momentum_buffer") is None:
                 sign = -1.0 if group["maximize"] else 1.0
-                gradient = sign * parameter.grad + group["weight_decay"] * parameter.detach()
+                gradient = sign * parameter.grad + group["weight_decay"] * parameter
                 shadow.state[parameter]["momentum_buffer"] = dampening / momentum * gradient
 
 
@@ -158,6 +198,13 @@ def _off_zero(gradient: Tensor) -> Tensor:
     """
     nudge = torch.finfo(gradient.dtype).tiny ** 0.4
     return torch.where(gradient == 0, nudge, gradient.detach())
+
+
+def _leaf(key: str, value: Any, held: bool) -> Any:
+    """A slot to be differentiated for; counters are no variables."""
+    if held or key == "step" or not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().requires_grad_()
 
 
 def _copied(value: Any) -> Any:

@@ -27,6 +27,11 @@ class State:
     buffers: Mapping[str, Tensor]
     live: bool = False
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(iter(self.parameters.values())).device
+
 
 class Stand(Protocol):
     """What stands in for a problem's module while a loss is evaluated."""

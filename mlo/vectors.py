@@ -20,7 +20,7 @@ def add(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) -
 
 def scaled(a: Sequence[Tensor], scale: float | Tensor) -> Vector:
     """``scale * a``."""
-    return torch._foreach_mul(list(a), cast(float, scale))  # a scalar tensor will do as well
+    return torch._foreach_mul(list(a), cast(float, scale)) if a else ()  # a scalar tensor will do as well
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:

@@ -6,11 +6,13 @@ from pydantic import ValidationError
 
 from mlo.config import Registered, explain
 from mlo.errors import ConfigError
-from mlo.hypergradient.products import Central, Curvature, Exact, Product, ProductOption
+from mlo.hypergradient.products import Central, Curvature, Exact, Forward, OneSided, Product, ProductOption
 from mlo.hypergradient.responses.base import Pulled, Response, ResponseOption
 from mlo.hypergradient.responses.implicit import ConjugateGradient, Neumann
-from mlo.hypergradient.responses.one_step import Darts, FirstOrder, OneStep
-from mlo.hypergradient.step import LastStep, LocalLoss
+from mlo.hypergradient.responses.one_step import Darts, FirstOrder, OneStep, Sama
+from mlo.hypergradient.responses.penalty import Penalty
+from mlo.hypergradient.responses.unrolled import Truncated, Unrolled
+from mlo.hypergradient.step import LocalLoss, Step
 from mlo.hypergradient.sweep import sweep
 from mlo.registry import RESPONSES
 
@@ -21,15 +23,21 @@ __all__ = [
     "Darts",
     "Exact",
     "FirstOrder",
-    "LastStep",
+    "Forward",
     "LocalLoss",
     "Neumann",
+    "OneSided",
     "OneStep",
+    "Penalty",
     "Product",
     "ProductOption",
     "Pulled",
     "Response",
     "ResponseOption",
+    "Sama",
+    "Step",
+    "Truncated",
+    "Unrolled",
     "estimator",
     "sweep",
 ]

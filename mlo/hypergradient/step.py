@@ -1,4 +1,4 @@
-"""The last step of a lower problem, as recorded for differentiating through it, and its loss near one point."""
+"""The steps of a lower problem, as recorded for differentiating through them, and its loss near one point."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from mlo.evaluation import Evaluator
 from mlo.memo import Memo, add_to
-from mlo.optimizers import Moment, pull_through_step
+from mlo.optimizers import Moment, StepCotangents, pull_through_step, virtual_step
 from mlo.problem import Problem, State
 from mlo.randomness import Randomness
 from mlo.vectors import Vector, filled
+
+Slots = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass
@@ -22,33 +24,36 @@ class Record:
     """All that one step of a problem depended on.
 
     Attributes:
-        before, after: the problem's state on either side of the step (before: None where no response asks for it).
-        gradient: {variable: its gradient, before clipping} that the step was taken with.
-        moment: the optimizer before the step.
+        before, after: the problem's state on either side of the step (before: None where no response asks for it, or
+            where it is recomputed from an earlier step).
+        gradient: {variable: its gradient, before clipping} that the step was taken with, if kept.
+        moment: the optimizer before the step; its slots are kept where ``before`` is.
         batch, randomness: what the loss was evaluated on, and the random state that it drew from.
         reads: the states of the problems that the loss read.
         memo: the outputs of the problems read, kept from the step for the pullback; None once they changed.
+        base: {output of a problem read: the step's gradient for it}, where a product asks for it.
     """
 
     problem: Problem
     before: State | None
     after: State
-    gradient: Mapping[str, Tensor | None]
+    gradient: Mapping[str, Tensor | None] | None
     moment: Moment | None
     batch: Any
     randomness: Randomness
     reads: dict[str, State]
     memo: Memo | None = field(default=None, repr=False)
+    base: dict[Tensor, Tensor] | None = field(default=None, repr=False)
 
     def freeze(self, name: str) -> None:
         """Keep a copy of what the step read of problem ``name``, whose own tensors are about to change."""
         if name in self.reads and self.reads[name].live:
             self.reads[name] = copied(self.reads[name])
-            self.memo = None
+            self.memo = self.base = None
 
 
-class LastStep:
-    """What a response sees of a lower problem: its last step, to be pulled back onto ``targets``."""
+class Step:
+    """What a response sees of one step of a lower problem, to be pulled back onto ``targets``."""
 
     def __init__(self, record: Record, targets: Collection[str], evaluator: Evaluator) -> None:
         self.record = record
@@ -58,31 +63,60 @@ class LastStep:
     def before(self) -> LocalLoss:
         """The loss around the parameters that the step was taken from."""
         assert self.record.before is not None, "the response did not say that it needs the state before the step"
-        return LocalLoss(self.record, self.record.before, self.targets, self._evaluator)
+        return LocalLoss(self.record, self.record.before, self.targets, self._evaluator, at_step=True)
 
     def after(self) -> LocalLoss:
         """The loss around the present solution."""
-        return LocalLoss(self.record, self.record.after, self.targets, self._evaluator)
+        return LocalLoss(self.record, self.record.after, self.targets, self._evaluator, at_step=False)
 
-    def pull_through_optimizer(self, cotangent: Vector) -> Vector:
-        """From the cotangent of the solution to that of the gradient: the optimizer's step, transposed."""
+    def pull_through_optimizer(self, cotangent: Vector, gradient: Vector, slots: Slots | None = None) -> StepCotangents:
+        """The optimizer's step, transposed (:func:`mlo.optimizers.pull_through_step`), at this gradient."""
         record = self.record
         assert record.before is not None and record.moment is not None
-        return pull_through_step(record.problem, record.before.parameters, record.gradient, record.moment, cotangent)
+        named: dict[str, Tensor | None] = dict(zip(record.problem.variables, gradient, strict=True))
+        if record.gradient is not None:  # which variables had none
+            named = {name: None if record.gradient[name] is None else g for name, g in named.items()}
+        return pull_through_step(
+            record.problem, record.before.parameters, named, record.moment, cotangent, slots
+        )  # fmt: skip
+
+    def repeated(self) -> tuple[State, Moment]:
+        """The state and the optimizer that the step led to, computed again; one pass."""
+        record = self.record
+        assert record.before is not None and record.moment is not None
+        name = record.problem.name
+        variables = {v: record.before.parameters[v].detach().requires_grad_() for v in record.problem.variables}
+        state = State({**record.before.parameters, **variables}, record.before.buffers)
+        evaluation = self._evaluator.evaluate(
+            name, {**record.reads, name: state}, record.batch, kind="recompute", randomness=record.randomness
+        )
+        gradients = torch.autograd.grad(evaluation.loss, list(variables.values()), allow_unused=True)
+        named = dict(zip(variables, gradients, strict=True))
+        moved, moment = virtual_step(record.problem, state.parameters, named, record.moment)
+        return State({**state.parameters, **moved}, evaluation.buffers), moment
 
 
 class LocalLoss:
-    """One problem's loss as a function of its own variables, everything else as it was at its last step.
+    """One problem's loss as a function of its own variables, everything else as it was at one step.
 
     Attributes:
         point: the variables around which it is taken, one tensor each, requiring gradients.
     """
 
-    def __init__(self, record: Record, at: State, targets: Collection[str], evaluator: Evaluator) -> None:
+    def __init__(
+        self,
+        record: Record,
+        at: State,
+        targets: Collection[str],
+        evaluator: Evaluator,
+        at_step: bool,
+    ) -> None:
         self._record = record
         self._state = replace(at, live=False)
         self._targets = targets
         self._evaluator = evaluator
+        self._gradient = record.gradient if at_step else None
+        self._base = record.base if at_step else None
         self.point: Vector = tuple(at.parameters[n].detach().requires_grad_() for n in record.problem.variables)
         if record.memo is None:
             record.memo = Memo()
@@ -103,6 +137,28 @@ class LocalLoss:
             randomness=self._record.randomness,
         ).loss
 
+    def gradients(self, variables: Vector, own: bool = True) -> tuple[Vector, dict[Tensor, Tensor]]:
+        """The gradient at ``variables`` in them (if ``own``) and in those of :meth:`inputs` it reaches; one pass."""
+        value = self(variables)
+        inputs = self.inputs()
+        wanted = variables if own else ()
+        if not wanted and not inputs:
+            return (), {}
+        found = torch.autograd.grad(value, [*wanted, *inputs], allow_unused=True)
+        return filled(found[: len(wanted)], wanted), cotangents_of(inputs, found[len(wanted) :])
+
+    def base(self) -> tuple[Vector, dict[Tensor, Tensor]]:
+        """:meth:`gradients` at the point: the step's own where they are known, else one pass."""
+        if self._gradient is not None and self._base is not None:
+            return filled(self._gradient.values(), self.point), self._base
+        return self.gradients(self.point)
+
+    def gradient(self) -> Vector:
+        """The gradient at the point: the step's own where it is known, else one pass."""
+        if self._gradient is not None:
+            return filled(self._gradient.values(), self.point)
+        return filled(torch.autograd.grad(self(self.point), self.point, allow_unused=True), self.point)
+
     def inputs(self) -> list[Tensor]:
         """The tensors by which the problems read enter the evaluations made so far."""
         parameters = [self._record.reads[t].parameters[v] for t in self._targets for v in self._variables_of(t)]
@@ -122,12 +178,14 @@ class LocalLoss:
         return self._evaluator.problems[target].variables
 
 
-def copied(state: State) -> State:
-    """A state of its own, of the same values; differentiable where the other was."""
-    with torch.no_grad():
-        parameters = {n: p.clone().requires_grad_(p.requires_grad) for n, p in state.parameters.items()}
-        buffers = {n: b.clone() for n, b in state.buffers.items()}
-    return State(parameters, buffers)
+def copied(state: State, device: torch.device | None = None) -> State:
+    """A state of its own, of the same values, on ``device``; differentiable where the other was."""
+
+    def copy(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=device or tensor.device, requires_grad=False).copy_(tensor.detach())
+
+    parameters = {n: copy(p).requires_grad_(p.requires_grad) for n, p in state.parameters.items()}
+    return State(parameters, {n: copy(b) for n, b in state.buffers.items()})
 
 
 def cotangents_of(inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> dict[Tensor, Tensor]:

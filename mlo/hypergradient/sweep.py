@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from mlo.errors import GraphError
 from mlo.evaluation import Evaluator
 from mlo.hypergradient.responses.base import Response
-from mlo.hypergradient.step import LastStep, Record
+from mlo.hypergradient.step import Record, Step
 from mlo.vectors import Vector, add
 
 
@@ -18,7 +18,7 @@ def sweep(
     top: str,
     paths: Mapping[str, tuple[str, ...]],
     cotangents: Mapping[str, Vector],
-    records: Mapping[str, Record],
+    records: Mapping[str, Sequence[Record]],
     responses: Mapping[str, Response],
     evaluator: Evaluator,
     pullbacks: Counter[str],
@@ -29,7 +29,7 @@ def sweep(
     Args:
         paths: {lower problem: what it is pulled back onto}, highest first (:meth:`mlo.graph.Graph.paths`).
         cotangents: {lower problem: derivative of the top's loss for its variables}, where its loss reads it.
-        records: the last step of each problem in ``paths``.
+        records: the recorded steps of each problem in ``paths``, the last one last.
         pullbacks: counts one for each problem visited.
         metrics: takes what the responses report, as "<problem>/<name>".
 
@@ -38,8 +38,8 @@ def sweep(
     """
     waiting: dict[str, Vector] = dict(cotangents)
     for name, targets in paths.items():
-        step = LastStep(records[name], targets, evaluator)
-        pulled = responses[name].pull(step, waiting.pop(name))
+        steps = [Step(record, targets, evaluator) for record in records[name]]
+        pulled = responses[name].pull(steps, waiting.pop(name))
         pullbacks[name] += 1
         metrics.update({f"{name}/{key}": value for key, value in pulled.metrics.items()})
         for target in targets:

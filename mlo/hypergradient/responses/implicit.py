@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from pydantic import Field
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mlo.hypergradient.products import Exact, ProductOption
 from mlo.hypergradient.responses.base import Pulled, Response
-from mlo.hypergradient.step import LastStep
+from mlo.hypergradient.step import Step
 from mlo.vectors import Vector, add, dot, norm, scaled
 
 MatVec = Callable[[Vector], Vector]
@@ -28,9 +28,9 @@ class ConjugateGradient(Response):
     damping: float = Field(0.0, ge=0, description="added to every eigenvalue of the Hessian")
     product: ProductOption = Field(Exact(), description="how curvature products are taken")
 
-    def pull(self, step: LastStep, cotangent: Vector) -> Pulled:
+    def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
         """Up to ``iterations`` products with H_tt, and one with H_xt."""
-        curvature = self.product.at(step.after())
+        curvature = self.product.at(steps[-1].after())
 
         def matvec(vector: Vector) -> Vector:
             return add(curvature.own(vector), vector, self.damping) if self.damping else curvature.own(vector)
@@ -50,10 +50,10 @@ class Neumann(Response):
     rate: float | None = Field(None, gt=0, description="step size of the series; null: the problem's learning rate")
     product: ProductOption = Field(Exact(), description="how curvature products are taken")
 
-    def pull(self, step: LastStep, cotangent: Vector) -> Pulled:
+    def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
         """``terms`` - 1 products with H_tt, and one with H_xt."""
-        curvature = self.product.at(step.after())
-        rate = step.record.problem.optimizer.param_groups[0]["lr"] if self.rate is None else self.rate
+        curvature = self.product.at(steps[-1].after())
+        rate = steps[-1].record.problem.optimizer.param_groups[0]["lr"] if self.rate is None else self.rate
         solution, residual = neumann_series(curvature.own, cotangent, self.terms, rate)
         return Pulled(curvature.cross(scaled(solution, -1.0)), {"residual": residual})
 

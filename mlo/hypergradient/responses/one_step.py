@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field
 
 from mlo.hypergradient.products import Central, Exact, ProductOption
 from mlo.hypergradient.responses.base import Pulled, Response
-from mlo.hypergradient.step import LastStep
+from mlo.hypergradient.step import Step
 from mlo.optimizers import check_differentiable
 from mlo.problem import Problem
 from mlo.vectors import Vector
@@ -19,7 +20,7 @@ class FirstOrder(Response):
 
     differentiates: ClassVar[bool] = False
 
-    def pull(self, step: LastStep, cotangent: Vector) -> Pulled:
+    def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
         """Nothing."""
         return Pulled({})
 
@@ -34,9 +35,16 @@ class OneStep(Response):
     needs_before: ClassVar[bool] = True
     product: ProductOption = Field(Exact(), description="how curvature products are taken")
 
-    def pull(self, step: LastStep, cotangent: Vector) -> Pulled:
+    def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
         """One optimizer pullback and one product, at the state before the step."""
-        return Pulled(self.product.at(step.before()).cross(step.pull_through_optimizer(cotangent)))
+        step = steps[-1]
+        curvature = self.product.at(step.before())
+        return Pulled(curvature.cross(step.pull_through_optimizer(cotangent, curvature.gradient()).gradient))
+
+    @property
+    def needs_base(self) -> bool:
+        """As the product has it."""
+        return self.product.needs_base
 
     def check(self, problem: Problem) -> None:
         """The optimizer's step must be differentiable."""
@@ -53,9 +61,30 @@ class Darts(Response):
     lookahead: ClassVar[bool] = True
     radius: float = Field(0.01, gt=0, description="distance of the two points of the difference from the middle")
 
-    def pull(self, step: LastStep, cotangent: Vector) -> Pulled:
+    def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
         """See :class:`OneStep`."""
-        return OneStep(product=Central(radius=self.radius)).pull(step, cotangent)
+        return OneStep(product=Central(radius=self.radius)).pull(steps, cotangent)
+
+    def check(self, problem: Problem) -> None:
+        """See :class:`OneStep`."""
+        check_differentiable(problem)
+
+
+class Sama(Response):
+    """SAMA (Choe et al. 2023): the inverse Hessian taken for the identity, Adam's scaling kept; 2 passes.
+
+    The cotangent goes through the optimizer's step, and the product is a central difference at the present solution
+    rather than before the step, so that no state of the weights has to be kept.
+    """
+
+    needs_before: ClassVar[bool] = True
+    radius: float = Field(0.01, gt=0, description="distance of the two points of the difference from the middle")
+
+    def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
+        """One optimizer pullback and one product, at the solution."""
+        step = steps[-1]
+        direction = step.pull_through_optimizer(cotangent, step.before().gradient()).gradient
+        return Pulled(Central(radius=self.radius).at(step.after()).cross(direction))
 
     def check(self, problem: Problem) -> None:
         """See :class:`OneStep`."""

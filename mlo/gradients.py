@@ -1,0 +1,153 @@
+"""The gradient of one problem's loss at one state, through the training of lower problems where it is an upper one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlo.errors import GraphError
+from mlo.evaluation import Evaluator
+from mlo.hypergradient.step import Record, cotangents_of
+from mlo.hypergradient.sweep import sweep, unreached
+from mlo.memo import Memo
+from mlo.optimizers import Moment
+from mlo.plan import Plan
+from mlo.problem import Problem, State
+from mlo.randomness import Randomness
+from mlo.vectors import Vector, filled
+
+Records = dict[str, list[Record]]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A problem's gradient at one state, with what a record of the step keeps of its evaluation.
+
+    Attributes:
+        loss: detached, on the device.
+        own: {variable: its gradient, None where the loss does not reach it}.
+        buffers: the module's buffers after the evaluation.
+        randomness: the random state that the evaluation drew from.
+        memo, base: see :class:`mlo.hypergradient.step.Record`.
+    """
+
+    loss: Tensor
+    own: dict[str, Tensor | None]
+    buffers: Mapping[str, Tensor]
+    randomness: Randomness
+    memo: Memo | None
+    base: dict[Tensor, Tensor] | None
+
+    def record(
+        self,
+        problem: Problem,
+        before: State | None,
+        moment: Moment | None,
+        after: State,
+        batch: Any,
+        states: Mapping[str, State],
+    ) -> Record:
+        """A record of the step taken with this gradient; the gradient itself is kept for the last step alone."""
+        reads = {read: states[read] for read in problem.node.reads}
+        gradient = None if self.memo is None else self.own
+        return Record(
+            problem, before, after, gradient, moment, batch, self.randomness, reads, self.memo, self.base
+        )  # fmt: skip
+
+
+class Gradients:
+    """Takes gradients for an engine.
+
+    Attributes:
+        pullbacks: {problem: how often a sweep has pulled a cotangent back through it}.
+        reports: {"<problem>/<name>": scalar tensor}, what the last pullbacks reported.
+    """
+
+    def __init__(self, plan: Plan, evaluator: Evaluator) -> None:
+        self._plan = plan
+        self._evaluator = evaluator
+        self.pullbacks: Counter[str] = Counter()
+        self.reports: dict[str, Tensor] = {}
+
+    def of(
+        self,
+        name: str,
+        states: Mapping[str, State],
+        records: Mapping[str, Sequence[Record]],
+        batch: Any,
+        kind: str,
+        targets: Collection[str],
+    ) -> Gradient:
+        """The gradient of problem ``name``'s loss for its variables, through its best responses.
+
+        Args:
+            states: the state of every problem.
+            records: the steps of the lower problems that the sweep goes through.
+            kind: what the pass is for, as it is counted.
+            targets: what a later pullback of this very step will go onto, whose outputs are then remembered.
+
+        Raises:
+            GraphError: if no gradient reaches the problem's variables, or a declared read.
+        """
+        problem, paths = self._evaluator.problems[name], self._plan.paths[name]
+        lower = [read for read in self._plan.graph.lower_reads(name) if read in paths]
+        randomness = Randomness.capture(self._evaluator.device)
+        memo = Memo() if targets else None
+        evaluation = self._evaluator.evaluate(
+            name, states, batch, kind=kind, through={*lower, *targets}, memo=memo
+        )  # fmt: skip
+        if not evaluation.loss.requires_grad:
+            raise self._no_gradient(name)
+        needs_base = bool(targets) and self._plan.responses[name].needs_base
+        extra = [*memo.leaves, *self._variables(states, targets)] if memo and (lower or needs_base) else []
+        inputs = list(dict.fromkeys([*self._variables(states, (name, *lower)), *extra]))
+        found = cotangents_of(inputs, torch.autograd.grad(evaluation.loss, inputs, allow_unused=True))
+        base = {tensor: found[tensor] for tensor in extra if tensor in found} if needs_base else None
+        if memo and lower:
+            found = memo.pull(found)
+        own: list[Tensor | None] = [found.get(v) for v in self._variables(states, (name,))]
+        if paths:
+            cotangents = {}
+            for read in lower:
+                variables = self._variables(states, (read,))
+                reached = [found.get(v) for v in variables]
+                if all(r is None for r in reached):
+                    raise unreached(name, read)
+                cotangents[read] = filled(reached, variables)
+            own = _sum(own, self._swept(name, cotangents, records))
+        elif all(g is None for g in own):
+            raise self._no_gradient(name)
+        named = dict(zip(problem.variables, own, strict=True))
+        return Gradient(evaluation.loss.detach(), named, evaluation.buffers, randomness, memo, base)
+
+    def _swept(
+        self, name: str, cotangents: Mapping[str, Vector], records: Mapping[str, Sequence[Record]]
+    ) -> Vector | None:
+        plan = self._plan
+        return sweep(
+            name, plan.paths[name], cotangents, records, plan.responses, self._evaluator, self.pullbacks, self.reports
+        )
+
+    def _variables(self, states: Mapping[str, State], names: Collection[str]) -> list[Tensor]:
+        return [states[n].parameters[v] for n in names for v in self._evaluator.problems[n].variables]
+
+    def _no_gradient(self, name: str) -> GraphError:
+        if self._plan.graph.is_upper(name) and not self._plan.paths[name]:
+            return GraphError(
+                f"problem {name!r}: with first_order nothing is differentiated through lower problems, and its loss "
+                "does not depend directly on its own parameters; choose another estimator, such as 'one_step'"
+            )
+        return GraphError(
+            f"problem {name!r}: no gradient of its loss reaches its own parameters; compute the loss from self(...)"
+        )
+
+
+def _sum(own: Sequence[Tensor | None], swept: Vector | None) -> list[Tensor | None]:
+    if swept is None:
+        return list(own)
+    return [s if o is None else o + s for o, s in zip(own, swept, strict=True)]

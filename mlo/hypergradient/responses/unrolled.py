@@ -1,0 +1,111 @@
+"""Responses that walk the lower problem's steps backwards: unrolled and truncated backpropagation."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from mlo.hypergradient.products import Exact, ProductOption
+from mlo.hypergradient.responses.base import Pulled, Response, Storage
+from mlo.hypergradient.step import Step, copied
+from mlo.optimizers import check_differentiable, moved_moment
+from mlo.problem import Problem
+from mlo.vectors import Vector, add
+
+
+class Backpropagation(Response, ABC):
+    """The recorded steps walked backwards, one step's graph alive at a time.
+
+    Cotangents flow through the parameters and through the optimizer's state (momentum, Adam's moments). Memory grows
+    by the stored states alone; they can be thinned, with the others recomputed (one more pass a step), and kept on
+    the CPU.
+    """
+
+    needs_before: ClassVar[bool] = True
+    every: int = Field(1, ge=1, description="store every n-th state, and recompute the others")
+    store_on: Literal["device", "cpu"] = Field("device", description="where the states are stored")
+    product: ProductOption = Field(Exact(), description="how curvature products are taken")
+
+    @property
+    def storage(self) -> Storage:
+        """As the options have it."""
+        return Storage(self.every, torch.device("cpu") if self.store_on == "cpu" else None)
+
+    @property
+    def needs_base(self) -> bool:
+        """As the product has it."""
+        return self.product.needs_base
+
+    def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
+        """One product and one optimizer pullback for each step."""
+        total: dict[str, Vector | None] = dict.fromkeys(steps[-1].targets)
+        slots: dict[str, dict[str, torch.Tensor]] = {}
+        oldest = steps[0]
+        for step in _backwards(steps):
+            curvature = self.product.at(step.before())
+            gradient = curvature.gradient()
+            if step is oldest and not slots:
+                u = step.pull_through_optimizer(cotangent, gradient).gradient
+            else:
+                pulled = step.pull_through_optimizer(cotangent, gradient, slots)
+                u, slots = pulled.gradient, {n: dict(s) for n, s in pulled.slots.items()}
+            if step is oldest:
+                cross = curvature.cross(u)
+            else:
+                own, cross = curvature.both(u)
+                cotangent = add(pulled.parameters, own)
+            for target, found in cross.items():
+                so_far = total[target]
+                total[target] = so_far if found is None else found if so_far is None else add(so_far, found)
+        return Pulled(total)
+
+    def check(self, problem: Problem) -> None:
+        """The optimizer's step must be differentiable."""
+        check_differentiable(problem)
+
+
+class Unrolled(Backpropagation):
+    """All steps since the last upper one, walked backwards, one step's graph alive at a time."""
+
+    @property
+    def recorded(self) -> int | None:
+        """All."""
+        return None
+
+
+class Truncated(Backpropagation):
+    """The last ``steps`` steps walked backwards; what came before them is held fixed (Shaban et al. 2019)."""
+
+    steps: int = Field(5, ge=1, description="steps walked backwards")
+
+    @property
+    def recorded(self) -> int | None:
+        """The number of steps."""
+        return self.steps
+
+
+def _backwards(steps: Sequence[Step]) -> Iterator[Step]:
+    """The steps, last first, each with the state that it was taken from; gone again once it is done."""
+    stored = [i for i, step in enumerate(steps) if step.record.before is not None]
+    for first, end in zip(reversed(stored), reversed([*stored[1:], len(steps)]), strict=True):
+        segment = steps[first:end]
+        record, kept = segment[0].record, (segment[0].record.before, segment[0].record.moment)
+        device = record.after.device
+        assert record.before is not None and record.moment is not None
+        record.before, record.moment = copied(record.before, device), moved_moment(record.moment, device)
+        for before, step in itertools.pairwise(segment):
+            state, reached = before.repeated()
+            assert step.record.moment is not None
+            step.record.before = state
+            step.record.moment = type(reached)(step.record.moment.groups, reached.slots)
+        for step in reversed(segment):
+            yield step
+            if step is not segment[0]:
+                step.record.before = None
+            step.record.memo = step.record.memo if step is steps[-1] else None
+        record.before, record.moment = kept
