@@ -8,7 +8,7 @@ from mlo.config import Registered, explain
 from mlo.errors import ConfigError
 from mlo.hypergradient.products import Central, Curvature, Exact, Forward, OneSided, Product, ProductOption
 from mlo.hypergradient.responses.base import Pulled, Response, ResponseOption
-from mlo.hypergradient.responses.implicit import ConjugateGradient, Neumann
+from mlo.hypergradient.responses.implicit import ConjugateGradient, Neumann, Nystrom
 from mlo.hypergradient.responses.one_step import Darts, FirstOrder, OneStep, Sama
 from mlo.hypergradient.responses.penalty import Penalty
 from mlo.hypergradient.responses.unrolled import Truncated, Unrolled
@@ -26,6 +26,7 @@ __all__ = [
     "Forward",
     "LocalLoss",
     "Neumann",
+    "Nystrom",
     "OneSided",
     "OneStep",
     "Penalty",

@@ -11,6 +11,7 @@ from torch import Tensor
 from mlo.hypergradient.products import Exact, ProductOption
 from mlo.hypergradient.responses.base import Pulled, Response
 from mlo.hypergradient.step import Step
+from mlo.randomness import replay
 from mlo.vectors import Vector, add, dot, norm, scaled
 
 MatVec = Callable[[Vector], Vector]
@@ -58,6 +59,30 @@ class Neumann(Response):
         return Pulled(curvature.cross(scaled(solution, -1.0)), {"residual": residual})
 
 
+class Nystrom(Response):
+    """The inverse of a low-rank approximation of the Hessian, plus damping (Hataya and Yamada 2023), then -H_xt.
+
+    The Hessian is approximated from its action on ``rank`` random vectors, which the step's own random state gives,
+    so the same state gives the same answer. Exact, but for the damping, once ``rank`` is the number of variables.
+    """
+
+    rank: int = Field(10, ge=1, description="random vectors, each of which takes one product with the Hessian")
+    damping: float = Field(0.01, gt=0, description="added to every eigenvalue of the Hessian")
+    product: ProductOption = Field(Exact(), description="how curvature products are taken")
+
+    def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
+        """``rank`` products with H_tt, and one with H_xt."""
+        step = steps[-1]
+        curvature = self.product.at(step.after())
+        device = cotangent[0].device
+        rank = min(self.rank, sum(c.numel() for c in cotangent))
+        with replay(step.record.randomness, device):
+            probes = [tuple(torch.randn_like(c) for c in cotangent) for _ in range(rank)]
+        solution = nystrom_solve(curvature.own, cotangent, _orthonormal(probes), self.damping)
+        residual = add(add(cotangent, curvature.own(solution), -1.0), solution, -self.damping)
+        return Pulled(curvature.cross(scaled(solution, -1.0)), {"residual": norm(residual) / norm(cotangent)})
+
+
 def conjugate_gradient(matvec: MatVec, target: Vector, iterations: int, tolerance: float) -> tuple[Vector, Tensor]:
     """Z with matvec(z) = target, for a positive definite matvec, and |matvec(z) - target| / |target|.
 
@@ -96,6 +121,30 @@ def neumann_series(matvec: MatVec, target: Vector, terms: int, rate: float | Ten
         active = active & (size <= last)
         total = tuple(torch.where(active, t + x, t) for t, x in zip(total, term, strict=True))
     return scaled(total, rate), size / start.clamp(min=torch.finfo(start.dtype).tiny)
+
+
+def nystrom_solve(matvec: MatVec, target: Vector, probes: Sequence[Vector], damping: float) -> Vector:
+    """(H_r + damping)^-1 target, with H_r = Y (P'Y)^-1 Y' for probes P and Y = H P, by the Woodbury identity."""
+    images = torch.stack([_flat(matvec(probe)) for probe in probes])
+    core = torch.stack([_flat(probe) for probe in probes]) @ images.T
+    core = (core + core.T) / 2 + damping**-1 * (images @ images.T)
+    right = _flat(target)
+    weights = torch.linalg.pinv(core, hermitian=True) @ (images @ right)
+    return _shaped((right - images.T @ weights / damping) / damping, target)
+
+
+def _orthonormal(vectors: Sequence[Vector]) -> list[Vector]:
+    basis = torch.linalg.qr(torch.stack([_flat(vector) for vector in vectors], dim=1)).Q
+    return [_shaped(column, vectors[0]) for column in basis.T]
+
+
+def _flat(vector: Vector) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in vector])
+
+
+def _shaped(flat: Tensor, like: Vector) -> Vector:
+    parts = flat.split([part.numel() for part in like])
+    return tuple(part.view_as(shape) for part, shape in zip(parts, like, strict=True))
 
 
 def _over(active: Tensor) -> bool:

@@ -35,6 +35,28 @@ def test_every_part_of_the_closed_form_counts(shape, top):
     assert (hypergradient(quadratics, top, "first_order") - expected).norm() > 0.1 * expected.norm()
 
 
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_nystrom_of_full_rank_is_the_damped_inverse(shape):
+    quadratics, damped = Quadratics.make(shape), Quadratics.make(shape)
+    expected = quadratics.closed_form("top")
+    errors = [
+        (hypergradient(damped, "top", {"kind": "nystrom", "rank": 3, "damping": d}) - expected).norm()
+        for d in (1e-3, 1e-6)
+    ]
+    assert errors[1] < 1e-5 * expected.norm()
+    assert errors[0] > 100 * errors[1]
+
+
+def test_nystrom_converges_with_its_rank():
+    quadratics = Quadratics.make(SHAPES[0])
+    expected = quadratics.closed_form("top")
+    found = [hypergradient(quadratics, "top", {"kind": "nystrom", "rank": r, "damping": 1e-7}) for r in (1, 2, 3, 9)]
+    errors = [(f - expected).norm() / expected.norm() for f in found]
+    assert errors[2] < 1e-5
+    assert errors[3] < 1e-5
+    assert errors[0] > 1e-2
+
+
 @pytest.mark.parametrize("knob", ["terms", "iterations"])
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_converges_as_its_knob_is_turned(shape, knob):

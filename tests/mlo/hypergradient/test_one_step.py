@@ -2,75 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
+from brute_force import OPTIMIZERS, brute_force, small_lbt
 
 import mlo
-from problems.lbt import ArchValidate, StudentTeach, TeacherTrain
-
-OPTIMIZERS = {
-    "sgd": (torch.optim.SGD, {"lr": 0.1}),
-    "momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
-    "nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
-    "adam": (torch.optim.Adam, {"lr": 0.03, "weight_decay": 0.01}),
-    "adamw": (torch.optim.AdamW, {"lr": 0.03, "weight_decay": 0.1}),
-}
-
-
-class MixedTeacher(nn.Module):
-    """A small network mixed by architecture weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.head = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 3)
-
-    def forward(self, images: Tensor, weights: Tensor) -> Tensor:
-        mix = weights.softmax(dim=0)
-        return self.head(torch.tanh(mix[0] * self.one(images) + mix[1] * torch.sin(self.two(images))))
-
-
-class Weights(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(torch.randn(2))
-
-    def forward(self) -> Tensor:
-        return self.weights
-
-
-def batches(count: int, *, labeled: bool = True) -> list:
-    return [(torch.randn(4, 5), torch.randint(3, (4,))) if labeled else torch.randn(6, 5) for _ in range(count)]
-
-
-def small_lbt(optimizer: str, *, seed: int = 0, steps: int = 1, **problem: object) -> list[mlo.Problem]:
-    torch.manual_seed(seed)
-    make, options = OPTIMIZERS[optimizer]
-    teacher, student, arch = MixedTeacher(), nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), Weights()
-
-    def built(module: nn.Module) -> dict[str, object]:
-        return {"module": module, "optimizer": make(module.parameters(), **options), "steps": steps, **problem}
-
-    return [
-        TeacherTrain("teacher", data=batches(5), **built(teacher)),
-        StudentTeach(
-            "student",
-            data={"labeled": batches(4), "unlabeled": batches(3, labeled=False)},
-            pseudo_weight=0.7,
-            **built(student),
-        ),
-        ArchValidate(
-            "arch",
-            module=arch,
-            optimizer=torch.optim.Adam(arch.parameters(), lr=0.05),
-            data=batches(2),
-            student_weight=1.3,
-        ),
-    ]
 
 
 @pytest.fixture(autouse=True)
@@ -78,56 +14,6 @@ def _float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def stepped(problem: mlo.Problem, loss: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The optimizer's formula, written by hand, with its graph; the state before is read, never changed."""
-    group = problem.optimizer.param_groups[0]
-    gradients = dict(
-        zip(parameters, torch.autograd.grad(loss, list(parameters.values()), create_graph=True), strict=True)
-    )
-    if problem.clip_norm is not None:
-        size = torch.stack([g.norm() for g in gradients.values()]).norm()
-        gradients = {n: g * torch.clamp(problem.clip_norm / (size + 1e-6), max=1.0) for n, g in gradients.items()}
-    new = {}
-    for name, w in parameters.items():
-        state = problem.optimizer.state.get(problem.variables[name], {})
-        g, lr, decay = gradients[name], group["lr"], group["weight_decay"]
-        if isinstance(problem.optimizer, torch.optim.SGD):
-            g = g + decay * w
-            if group["momentum"]:
-                buffer = group["momentum"] * state["momentum_buffer"] + g if state else g
-                g = g + group["momentum"] * buffer if group["nesterov"] else buffer
-            new[name] = w - lr * g
-        else:
-            if isinstance(problem.optimizer, torch.optim.AdamW):
-                w = w * (1 - lr * decay)
-            else:
-                g = g + decay * w
-            (b1, b2), step = group["betas"], float(state["step"]) + 1 if state else 1.0
-            m = b1 * (state["exp_avg"] if state else 0) + (1 - b1) * g
-            v = b2 * (state["exp_avg_sq"] if state else 0) + (1 - b2) * g * g
-            new[name] = w - lr / (1 - b1**step) * m / (v.sqrt() / math.sqrt(1 - b2**step) + group["eps"])
-    return new
-
-
-def brute_force(stack: list[mlo.Problem]) -> Tensor:
-    """Both virtual steps and the validation loss as one graph, differentiated by autograd."""
-    teacher, student, arch = stack
-    a = arch.module.weights.detach().clone().requires_grad_()
-    w = {n: p.detach().clone().requires_grad_() for n, p in teacher.module.named_parameters()}
-    s = {n: p.detach().clone().requires_grad_() for n, p in student.module.named_parameters()}
-    x, y = teacher.stream.peek()
-    w = stepped(teacher, F.cross_entropy(functional_call(teacher.module, w, (x, a)), y), w)
-    (x, y), u = student.stream.peek()["labeled"], student.stream.peek()["unlabeled"]
-    soft = functional_call(teacher.module, w, (u, a)).softmax(1)
-    on_unlabeled = -(soft * functional_call(student.module, s, (u,)).log_softmax(1)).sum(1).mean()
-    loss = F.cross_entropy(functional_call(student.module, s, (x,)), y) + student.pseudo_weight * on_unlabeled
-    s = stepped(student, loss, s)
-    x, y = arch.stream.peek()
-    loss = F.cross_entropy(functional_call(teacher.module, w, (x, a)), y)
-    loss = loss + arch.student_weight * F.cross_entropy(functional_call(student.module, s, (x,)), y)
-    return torch.autograd.grad(loss, a)[0]
 
 
 @pytest.mark.parametrize("rounds", [0, 3], ids=["first step", "with optimizer state"])

@@ -1,0 +1,88 @@
+"""Unrolled and truncated responses against brute force through several steps, with the optimizer's state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from brute_force import brute_force, small_lbt
+from small_lbt import noisy_lbt
+
+import mlo
+
+OPTIONS = [{}, {"every": 2}, {"every": 3, "store_on": "cpu"}, {"product": "forward"}]
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("rounds", [0, 2], ids=["first steps", "with optimizer state"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("optimizer", ["momentum", "nesterov", "adam", "adamw"])
+def test_five_steps_agree_with_brute_force(optimizer, options, rounds, device):
+    stack = small_lbt(optimizer, steps=5)
+    engine = mlo.Engine(stack, {"kind": "unrolled", **options}, device=device)
+    engine.run(rounds)
+    expected = brute_force(stack)
+    torch.testing.assert_close(engine.hypergradient("arch")["weights"], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_the_step_that_the_top_takes_is_along_that_hypergradient(lookahead, options):
+    stack = small_lbt("momentum", steps=5, clip_norm=0.4)
+    engine = mlo.Engine(stack, {"kind": "unrolled", **options}, lookahead=lookahead, device="cpu")
+    for _ in range(2):
+        expected = brute_force(stack)
+        before = stack[2].optimizer.state[stack[2].module.weights].get("exp_avg", torch.zeros(2)).clone()
+        engine.step()
+        taken = (stack[2].optimizer.state[stack[2].module.weights]["exp_avg"] - 0.9 * before) / 0.1
+        torch.testing.assert_close(taken, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("last", [1, 2, 4])
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_truncation_differentiates_the_last_steps_alone(optimizer, last):
+    stack = small_lbt(optimizer, steps=4)
+    engine = mlo.Engine(stack, {"kind": "truncated", "steps": last}, device="cpu")
+    engine.run(1)
+    expected = brute_force(stack, last)
+    torch.testing.assert_close(engine.hypergradient("arch")["weights"], expected, rtol=1e-9, atol=1e-12)
+    if last < 4:
+        assert (expected - brute_force(stack)).norm() > 1e-4 * expected.norm()
+
+
+def test_one_truncated_step_is_one_step():
+    stack = small_lbt("adam", steps=3)
+    found = [
+        mlo.Engine(stack, estimator, device="cpu").hypergradient("arch")["weights"]
+        for estimator in ("one_step", {"kind": "truncated", "steps": 1})
+    ]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
+def test_passes():
+    """A step costs its product; thinned states one more pass for each that is recomputed."""
+    for every, recomputed in ((1, 0), (2, 2), (5, 4)):
+        engine = mlo.Engine(small_lbt("momentum", steps=5), {"kind": "unrolled", "every": every}, device="cpu")
+        engine.step()
+        assert engine.passes["teacher"]["product"] == 5
+        assert engine.passes["teacher"].get("recompute", 0) == recomputed
+        assert engine.pullbacks == {"teacher": 1, "student": 1}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_batch_norm_and_dropout_are_replayed_in_every_step(options):
+    """Recomputed or stored, the same masks: all options agree to the last digits, though dropout is at work."""
+    found = []
+    for given in ({}, options):
+        stack = noisy_lbt(student={"steps": 4})
+        stack[0].steps = 3
+        engine = mlo.Engine(stack, {"kind": "unrolled", **given}, device="cpu")
+        torch.manual_seed(3)
+        engine.run(2)
+        found.append(engine.hypergradient("arch")["weights"])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=0)
