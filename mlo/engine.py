@@ -14,11 +14,12 @@ from mlo.evaluation import Evaluator
 from mlo.gradients import Gradient, Gradients, Records
 from mlo.graph import Graph
 from mlo.guard import Guard
-from mlo.hypergradient.step import Record, copied
-from mlo.optimizers import Moment, moment, moved_moment, virtual_step
+from mlo.hypergradient.step import Record
+from mlo.optimizers import moment
 from mlo.plan import Plan, place
 from mlo.problem import Problem, State
 from mlo.randomness import global_state, replay, set_global_state
+from mlo.rollout import Rollout, cast_batch, cast_state
 from mlo.vectors import filled
 
 Callback = Callable[["Engine"], None]
@@ -62,6 +63,7 @@ class Engine:
         self.losses: dict[str, Tensor] = {}
         self._evaluator = Evaluator(self.problems, self.device)
         self._gradients = Gradients(self._plan, self._evaluator)
+        self._rollout = Rollout(self._plan, self.problems, self._gradients, self.device)
         self._guard = Guard(self.device, deferred=self.device.type != "cpu")
 
     @property
@@ -99,7 +101,7 @@ class Engine:
         tops = [name for name in self._plan.tops if name in due] if self._plan.lookahead else []
         for top in tops:
             for _ in range(self.problems[top].steps):
-                states, records = self._rollout(top, due)
+                states, records = self._rollout.below(top, due, self._live_states())
                 self._real_step(top, {**states, top: self.problems[top].live_state()}, records)
         rest = [name for name in due if name not in tops]
         states, records = self._live_states(), Records()
@@ -108,24 +110,59 @@ class Engine:
         self.rounds += 1
         self._guard.look()
 
-    def hypergradient(self, name: str) -> dict[str, Tensor]:
+    def hypergradient(self, name: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The gradient that problem ``name`` would step on next: {parameter name: tensor of its shape}.
 
         The problems below it take their next steps virtually, on their next batches. Nothing changes: no parameter,
         buffer or optimizer state, no random state, no position in the data.
 
+        Args:
+            name: an upper problem (for a lower one it is the plain gradient).
+            dtype: computed in this precision, from copies of all floating-point tensors; None: as they are.
+
         Raises:
             ConfigError: if there is no such problem.
             GraphError: if a declared read carries no gradient.
         """
+        states, records, batch = self._next(name, {}, dtype)
+        with replay(None, self.device):
+            gradient = self._gradients.of(name, states, records, batch, "virtual", ()).own
+        variables = [states[name].parameters[v] for v in self.problems[name].variables]
+        return dict(zip(gradient, filled(gradient.values(), variables), strict=True))
+
+    def objective(
+        self, name: str, parameters: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The loss that problem ``name`` would have next, after the next steps of the problems below it.
+
+        It is the function whose gradient :meth:`hypergradient` estimates, as the same random state gives it; nothing
+        changes.
+
+        Args:
+            name: a problem.
+            parameters: {parameter name: tensor} in place of its own.
+            dtype: as for :meth:`hypergradient`.
+
+        Returns:
+            A scalar, without a graph.
+        """
+        states, _, batch = self._next(name, parameters or {}, dtype)
+        with replay(None, self.device):
+            return self._evaluator.evaluate(name, states, batch, kind="virtual").loss.detach()
+
+    def _next(
+        self, name: str, parameters: Mapping[str, Tensor], dtype: torch.dtype | None
+    ) -> tuple[dict[str, State], Records, Any]:
+        """The states in which ``name`` would take its next step, the records of the steps there, and its batch."""
         if name not in self.problems:
             raise ConfigError(f"no problem is named {name!r}; there are {', '.join(map(repr, self.problems))}")
-        with replay(None, self.device):
-            states, records = self._rollout(name, list(self.problems))
-            batch = self.problems[name].stream.peek()
-            gradient = self._gradients.of(name, states, records, batch, "virtual", ()).own
-        variables = self.problems[name].variables
-        return dict(zip(variables, filled(gradient.values(), tuple(variables.values())), strict=True))
+        states = self._live_states()
+        if parameters:
+            states[name] = State({**states[name].parameters, **parameters}, states[name].buffers)
+        if dtype is not None:
+            states = {n: cast_state(state, dtype) for n, state in states.items()}
+        states, records = self._rollout.below(name, list(self.problems), states, dtype)
+        return states, records, cast_batch(self.problems[name].stream.peek(), dtype)
 
     def metrics(self) -> dict[str, float]:
         """The last losses as "<problem>/loss", and what estimators and problems report; waits for the device."""
@@ -190,63 +227,16 @@ class Engine:
 
     def _real_steps(self, name: str, states: Mapping[str, State], records: Records, later: Sequence[str]) -> None:
         """A problem's steps of one round; recorded if a sweep of one of ``later`` will go through them."""
-        problem = self.problems[name]
+        problem, response = self.problems[name], self._plan.responses[name]
         targets = self._plan.targets(name, later)
         recorded: list[Record] = []
         for left in reversed(range(problem.steps)):
-            keep = self._keeps(name, left) and bool(targets)
+            keep = bool(targets) and response.records(left)
             batch = problem.stream.peek()
-            before, at = self._stored(name, states[name], moment(problem), len(recorded)) if keep else (None, None)
+            stored = response.stored(states[name], moment(problem), len(recorded)) if keep else (None, None)
             onto = targets if keep and not left else ()
             gradient = self._real_step(name, states, records, onto, freeze=bool(later or left))
             if keep:
-                recorded.append(gradient.record(problem, before, at, states[name], batch, states))
-        if targets:
-            records[name] = recorded
-
-    def _keeps(self, name: str, left: int) -> bool:
-        """Whether a step is recorded after which ``left`` more are taken in the round."""
-        recorded = self._plan.responses[name].recorded
-        return recorded is None or left < recorded
-
-    def _stored(self, name: str, state: State, at: Moment, index: int) -> tuple[State | None, Moment | None]:
-        """What the response stores of what the ``index``-th recorded step is taken from."""
-        response = self._plan.responses[name]
-        if not response.needs_before:
-            return None, None
-        if index % response.storage.every:
-            return None, Moment(at.groups, {})
-        device = response.storage.device
-        if state.live or device is not None:
-            state = copied(state, device)
-        return state, at if device is None else moved_moment(at, device)
-
-    def _rollout(self, top: str, due: Collection[str]) -> tuple[dict[str, State], Records]:
-        """The states that the next steps of the problems below ``top`` would lead to, and records of those steps."""
-        states = self._live_states()
-        records: Records = {}
-        below = [name for name in self.graph.names[: self.graph.names.index(top)] if name in due]
-        with replay(None, self.device):
-            for position, name in enumerate(below):
-                later = [*below[position + 1 :], top]
-                self._virtual_steps(name, states, records, later)
-        return states, records
-
-    def _virtual_steps(self, name: str, states: dict[str, State], records: Records, later: Sequence[str]) -> None:
-        """Like :meth:`_real_steps`, but it changes ``states`` and nothing else."""
-        problem, targets, at = self.problems[name], self._plan.targets(name, later), moment(self.problems[name])
-        recorded: list[Record] = []
-        for left in reversed(range(problem.steps)):
-            keep = self._keeps(name, left) and bool(targets)
-            batch, before, was = problem.stream.peek(problem.steps - 1 - left), states[name], at
-            onto = targets if keep and not left else ()
-            gradient = self._gradients.of(name, states, records, batch, "virtual", onto)
-            moved, at = virtual_step(problem, before.parameters, gradient.own, was)
-            if keep:
-                stored = self._stored(name, before, was, len(recorded))
-                recorded.append(gradient.record(problem, *stored, before, batch, states))
-            states[name] = State({**before.parameters, **moved}, gradient.buffers)
-        for record in recorded:
-            record.after = states[name]
+                recorded.append(gradient.record(problem, *stored, states[name], batch, states))
         if targets:
             records[name] = recorded

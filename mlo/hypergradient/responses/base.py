@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from torch import Tensor
 
 from mlo.config import Config, Registered
-from mlo.hypergradient.step import Step
-from mlo.problem import Problem
+from mlo.hypergradient.step import Step, copied
+from mlo.optimizers import Moment
+from mlo.problem import Problem, State
 from mlo.registry import RESPONSES
 from mlo.vectors import Vector
 
@@ -30,15 +29,15 @@ class Response(Config, ABC):
     needs_before: ClassVar[bool] = False
     lookahead: ClassVar[bool] = False
 
-    @property
-    def recorded(self) -> int | None:
-        """How many of the last steps of a round are recorded; None for all."""
-        return 1
+    def records(self, left: int) -> bool:
+        """Whether a step is recorded after which ``left`` more are taken in the round."""
+        return left == 0
 
-    @property
-    def storage(self) -> Storage:
-        """How the states before recorded steps are kept."""
-        return Storage()
+    def stored(self, state: State, at: Moment, index: int) -> tuple[State | None, Moment | None]:
+        """What is kept of what the ``index``-th recorded step is taken from; ``at`` is a copy already."""
+        if not self.needs_before:
+            return None, None
+        return copied(state) if state.live else state, at
 
     @property
     def needs_base(self) -> bool:
@@ -56,14 +55,6 @@ class Response(Config, ABC):
 
     def check(self, problem: Problem) -> None:
         """Raise a ConfigError if the response cannot go through ``problem``."""
-
-
-@dataclass(frozen=True)
-class Storage:
-    """Where the states before recorded steps are kept: every ``every``-th, on ``device`` (None: where they are)."""
-
-    every: int = 1
-    device: torch.device | None = None
 
 
 class Pulled:

@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 
 from mlo.hypergradient.products import Exact, ProductOption
-from mlo.hypergradient.responses.base import Pulled, Response, Storage
+from mlo.hypergradient.responses.base import Pulled, Response
 from mlo.hypergradient.step import Step, copied
-from mlo.optimizers import check_differentiable, moved_moment
-from mlo.problem import Problem
+from mlo.optimizers import Moment, check_differentiable, moved_moment
+from mlo.problem import Problem, State
 from mlo.vectors import Vector, add
 
 
@@ -31,10 +31,13 @@ class Backpropagation(Response, ABC):
     store_on: Literal["device", "cpu"] = Field("device", description="where the states are stored")
     product: ProductOption = Field(Exact(), description="how curvature products are taken")
 
-    @property
-    def storage(self) -> Storage:
-        """As the options have it."""
-        return Storage(self.every, torch.device("cpu") if self.store_on == "cpu" else None)
+    def stored(self, state: State, at: Moment, index: int) -> tuple[State | None, Moment | None]:
+        """Every ``every``-th, where the options have it; of the others the hyperparameters alone."""
+        if index % self.every:
+            return None, Moment(at.groups, {})
+        if self.store_on == "cpu":
+            return copied(state, torch.device("cpu")), moved_moment(at, torch.device("cpu"))
+        return copied(state) if state.live else state, at
 
     @property
     def needs_base(self) -> bool:
@@ -72,10 +75,9 @@ class Backpropagation(Response, ABC):
 class Unrolled(Backpropagation):
     """All steps since the last upper one, walked backwards, one step's graph alive at a time."""
 
-    @property
-    def recorded(self) -> int | None:
+    def records(self, left: int) -> bool:
         """All."""
-        return None
+        return True
 
 
 class Truncated(Backpropagation):
@@ -83,10 +85,9 @@ class Truncated(Backpropagation):
 
     steps: int = Field(5, ge=1, description="steps walked backwards")
 
-    @property
-    def recorded(self) -> int | None:
-        """The number of steps."""
-        return self.steps
+    def records(self, left: int) -> bool:
+        """The last ones."""
+        return left < self.steps
 
 
 def _backwards(steps: Sequence[Step]) -> Iterator[Step]:

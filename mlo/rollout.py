@@ -1,0 +1,93 @@
+"""The next steps of lower problems, taken virtually: states go in, states and records come out, nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from mlo.gradients import Gradients, Records
+from mlo.hypergradient.step import Record
+from mlo.optimizers import Moment, moment, virtual_step
+from mlo.plan import Plan
+from mlo.problem import Problem, State
+from mlo.randomness import replay
+
+
+class Rollout:
+    """Takes virtual steps for an engine."""
+
+    def __init__(self, plan: Plan, problems: Mapping[str, Problem], gradients: Gradients, device: torch.device) -> None:
+        self._plan = plan
+        self._problems = problems
+        self._gradients = gradients
+        self._device = device
+
+    def below(
+        self, top: str, due: Collection[str], states: Mapping[str, State], dtype: torch.dtype | None = None
+    ) -> tuple[dict[str, State], Records]:
+        """The states that the next steps of the problems below ``top`` lead to, and records of those steps.
+
+        Args:
+            due: the problems that step.
+            states: of all problems, to begin with.
+            dtype: of the floating-point tensors in ``states``, if it is another than the modules'.
+        """
+        reached, records = dict(states), Records()
+        names = self._plan.graph.names
+        below = [name for name in names[: names.index(top)] if name in due]
+        with replay(None, self._device):
+            for position, name in enumerate(below):
+                self._steps(name, reached, records, [*below[position + 1 :], top], dtype)
+        return reached, records
+
+    def _steps(
+        self, name: str, states: dict[str, State], records: Records, later: Sequence[str], dtype: torch.dtype | None
+    ) -> None:
+        """A problem's steps of one round; recorded if a sweep of one of ``later`` will go through them."""
+        problem, response = self._problems[name], self._plan.responses[name]
+        targets, at = self._plan.targets(name, later), cast_moment(moment(problem), dtype)
+        recorded: list[Record] = []
+        for left in reversed(range(problem.steps)):
+            keep = bool(targets) and response.records(left)
+            batch = cast_batch(problem.stream.peek(problem.steps - 1 - left), dtype)
+            before, was, onto = states[name], at, targets if keep and not left else ()
+            gradient = self._gradients.of(name, states, records, batch, "virtual", onto)
+            moved, at = virtual_step(problem, before.parameters, gradient.own, was)
+            if keep:
+                stored = response.stored(before, was, len(recorded))
+                recorded.append(gradient.record(problem, *stored, before, batch, states))
+            states[name] = State({**before.parameters, **moved}, gradient.buffers)
+        for record in recorded:
+            record.after = states[name]
+        if targets:
+            records[name] = recorded
+
+
+def cast_state(state: State, dtype: torch.dtype) -> State:
+    """A copy of the state with floating-point tensors of ``dtype``."""
+    parameters = {n: _cast(p.detach(), dtype).requires_grad_(p.requires_grad) for n, p in state.parameters.items()}
+    return State(parameters, {n: _cast(b, dtype) for n, b in state.buffers.items()})
+
+
+def cast_moment(at: Moment, dtype: torch.dtype | None) -> Moment:
+    """The moment with floating-point slots of ``dtype``; counters stay as they are."""
+    if dtype is None:
+        return at
+    slots = {
+        name: {k: _cast(v, dtype) if isinstance(v, Tensor) and k != "step" else v for k, v in s.items()}
+        for name, s in at.slots.items()
+    }
+    return Moment(at.groups, slots)
+
+
+def cast_batch(batch: Any, dtype: torch.dtype | None) -> Any:
+    """The batch with floating-point tensors of ``dtype``."""
+    return batch if dtype is None else tree_map_only(Tensor, lambda t: _cast(t, dtype), batch)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
