@@ -1,7 +1,8 @@
 """Multi-level optimization in PyTorch: problems that read each other's solutions, and their hypergradients."""
 
+from mlo.diagnostics import check, diagnose
 from mlo.engine import Engine
-from mlo.errors import CheckpointError, ConfigError, GraphError, MloError, NonFiniteLossError
+from mlo.errors import CheckpointError, ConfigError, GraphError, HypergradientError, MloError, NonFiniteLossError
 from mlo.hypergradient import Product, Response
 from mlo.problem import Problem
 
@@ -10,9 +11,12 @@ __all__ = [
     "ConfigError",
     "Engine",
     "GraphError",
+    "HypergradientError",
     "MloError",
     "NonFiniteLossError",
     "Problem",
     "Product",
     "Response",
+    "check",
+    "diagnose",
 ]

@@ -17,5 +17,9 @@ class CheckpointError(MloError):
     """A checkpoint cannot be written, read or fitted to the run that asks for it."""
 
 
+class HypergradientError(MloError):
+    """A hypergradient is not the derivative that it should be."""
+
+
 class NonFiniteLossError(MloError):
     """A loss came out as NaN or infinity; the step was not taken."""
