@@ -37,6 +37,8 @@ class Engine:
         hypergradient: the estimator for problems that do not carry their own: a registered name ("darts", "one_step",
             "cg", ...), a mapping {"kind": name, **options}, or a :class:`mlo.Response`.
         lookahead: None: as the estimators have it ("darts" on, the others off).
+        inner_path: where a middle problem's own gradient runs through a lower one, let its curvature include that path
+            (exact), rather than leave it out (usual, with a warning).
         device: "auto" (a CUDA card where there is one), or a torch device; modules are moved there once.
 
     Attributes:
@@ -54,9 +56,10 @@ class Engine:
         hypergradient: object = "darts",
         *,
         lookahead: bool | None = None,
+        inner_path: bool = False,
         device: str | torch.device = "auto",
     ) -> None:
-        self._plan = Plan(problems, hypergradient, lookahead)
+        self._plan = Plan(problems, hypergradient, lookahead, inner_path)
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
         self.device = place(problems, device)
         self.rounds = 0
@@ -158,7 +161,8 @@ class Engine:
             raise ConfigError(f"no problem is named {name!r}; there are {', '.join(map(repr, self.problems))}")
         states = self._live_states()
         if parameters:
-            states[name] = State({**states[name].parameters, **parameters}, states[name].buffers)
+            moved = {n: p.detach().requires_grad_() for n, p in parameters.items()}
+            states[name] = State({**states[name].parameters, **moved}, states[name].buffers)
         if dtype is not None:
             states = {n: cast_state(state, dtype) for n, state in states.items()}
         states, records = self._rollout.below(name, list(self.problems), states, dtype)

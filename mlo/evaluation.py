@@ -52,6 +52,7 @@ class Evaluator:
         kind: str,
         through: Collection[str] = (),
         memo: Memo | None = None,
+        moving: Collection[str] = (),
         randomness: Randomness | None = None,
     ) -> Evaluation:
         """The loss of problem ``name`` where it and all that it reads are in ``states``.
@@ -60,6 +61,7 @@ class Evaluator:
             kind: what the pass is for, as it is counted.
             through: problems whose parameters the loss is to be differentiated for; the other reads are constants.
             memo: keeps the outputs of the problems read, for further evaluations of the same loss.
+            moving: problems read whose states differ between those evaluations, so that nothing of them is kept.
             randomness: drawn from instead of the present random state, which is then left alone.
 
         Raises:
@@ -68,7 +70,13 @@ class Evaluator:
         problem = self.problems[name]
         own = _Own(states[name], self.passes[name], kind)
         reads = {
-            read: _Read(states[read], self.passes[read], differentiate=read in through, memo=memo, device=self.device)
+            read: _Read(
+                states[read],
+                self.passes[read],
+                differentiate=read in through,
+                memo=None if read in moving else memo,
+                device=self.device,
+            )
             for read in problem.node.reads
         }
         replayed = nullcontext() if randomness is None else replay(randomness, self.device)

@@ -33,7 +33,7 @@ class Gradient:
         own: {variable: its gradient, None where the loss does not reach it}.
         buffers: the module's buffers after the evaluation.
         randomness: the random state that the evaluation drew from.
-        memo, base: see :class:`mlo.hypergradient.step.Record`.
+        memo, base, inner: see :class:`mlo.hypergradient.step.Record`.
     """
 
     loss: Tensor
@@ -42,6 +42,7 @@ class Gradient:
     randomness: Randomness
     memo: Memo | None
     base: dict[Tensor, Tensor] | None
+    inner: Mapping[str, Sequence[Record]]
 
     def record(
         self,
@@ -53,10 +54,12 @@ class Gradient:
         states: Mapping[str, State],
     ) -> Record:
         """A record of the step taken with this gradient; the gradient itself is kept for the last step alone."""
-        reads = {read: states[read] for read in problem.node.reads}
+        readers = [problem, *(records[0].problem for records in self.inner.values())]
+        names = {read for reader in readers for read in reader.node.reads} - {problem.name, *self.inner}
+        reads = {read: states[read] for read in names}
         gradient = None if self.memo is None else self.own
         return Record(
-            problem, before, after, gradient, moment, batch, self.randomness, reads, self.memo, self.base
+            problem, before, after, gradient, moment, batch, self.randomness, reads, self.memo, self.base, self.inner
         )  # fmt: skip
 
 
@@ -123,7 +126,8 @@ class Gradients:
         elif all(g is None for g in own):
             raise self._no_gradient(name)
         named = dict(zip(problem.variables, own, strict=True))
-        return Gradient(evaluation.loss.detach(), named, evaluation.buffers, randomness, memo, base)
+        inner = {low: records[low] for low in self._plan.inner.get(name, ())}
+        return Gradient(evaluation.loss.detach(), named, evaluation.buffers, randomness, memo, base, inner)
 
     def _swept(
         self, name: str, cotangents: Mapping[str, Vector], records: Mapping[str, Sequence[Record]]

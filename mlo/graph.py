@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlo.errors import GraphError
@@ -57,30 +57,25 @@ class Graph:
         """Whether the gradient of ``name`` runs through the training of a lower problem."""
         return bool(self.paths(name))
 
-    def paths(self, name: str, blocked: Collection[str] = ()) -> dict[str, tuple[str, ...]]:
+    def paths(
+        self, name: str, blocked: Collection[str] = (), inner: Mapping[str, Sequence[str]] | None = None
+    ) -> dict[str, tuple[str, ...]]:
         """The backward sweep for ``name``: {lower problem: what it is pulled back onto}, highest level first.
 
         Only problems on some path of reads from ``name`` through best responses back to ``name`` appear, and of
-        their reads only those on such a path. Problems in ``blocked`` are not differentiated through.
+        their reads only those on such a path. Problems in ``blocked`` are not differentiated through. ``inner`` names,
+        for a problem, those whose steps are taken as part of it: it reads what they read.
         """
-        reached = self._reached(name, blocked)
+        inner = inner or {}
+        reached = self._reached(name, blocked, inner)
         useful: dict[str, tuple[str, ...]] = {}
         for lower in self.names[: self._level[name]]:
             if lower in reached:
-                below = self.lower_reads(lower)
-                targets = tuple(r for r in self._live_reads(lower) if r == name or (r in below and r in useful))
+                reads = self._joint_reads(lower, inner.get(lower, ()))
+                targets = tuple(r for r in reads if r == name or (self._level[r] < self._level[lower] and r in useful))
                 if targets:
                     useful[lower] = targets
         return dict(reversed(useful.items()))
-
-    def nested(self) -> tuple[tuple[str, str], ...]:
-        """Pairs (middle, low): middle's own gradient runs through low, and something above is pulled through middle."""
-        return tuple(
-            (middle, low)
-            for middle in self.names
-            if any(middle in self.paths(above) for above in self.names)
-            for low in self.paths(middle)
-        )
 
     def __str__(self) -> str:
         lines = []
@@ -97,12 +92,17 @@ class Graph:
         node = self._nodes[name]
         return tuple(read for read in node.reads if read not in node.held)
 
-    def _reached(self, name: str, blocked: Collection[str]) -> set[str]:
+    def _joint_reads(self, name: str, inner: Sequence[str]) -> tuple[str, ...]:
+        reads = dict.fromkeys(read for reader in (name, *inner) for read in self._live_reads(reader))
+        return tuple(read for read in reads if read != name and read not in inner)
+
+    def _reached(self, name: str, blocked: Collection[str], inner: Mapping[str, Sequence[str]]) -> set[str]:
         reached: set[str] = set()
         waiting = [name]
         while waiting:
-            for read in self.lower_reads(waiting.pop()):
-                if read not in reached and read not in blocked:
+            reader = waiting.pop()
+            for read in self._joint_reads(reader, () if reader == name else inner.get(reader, ())):
+                if self._level[read] < self._level[reader] and read not in reached and read not in blocked:
                     reached.add(read)
                     waiting.append(read)
         return reached

@@ -67,6 +67,18 @@ def virtual_step(
     return {n: p.detach().requires_grad_() for n, p in moved.items()}, Moment(at.groups, slots)
 
 
+def differentiable_step(
+    problem: Problem, parameters: Tensors, gradients: Mapping[str, Tensor | None], at: Moment
+) -> tuple[dict[str, Tensor], Moment]:
+    """Like :func:`virtual_step`, with the graph of all that it is given."""
+    with torch.enable_grad():
+        moved = {name: parameters[name].clone() for name in problem.variables}
+        shadow = _shadow(problem, moved, clip(problem, gradients), at, differentiable=True)
+        type(problem.optimizer).step(shadow)
+    slots = {name: dict(shadow.state[tensor]) for name, tensor in moved.items() if tensor in shadow.state}
+    return moved, Moment(at.groups, slots)
+
+
 @dataclass(frozen=True)
 class StepCotangents:
     """Cotangents of what a step was taken from; one tensor per variable, and {variable: {key: tensor}} of its slots."""
@@ -96,16 +108,13 @@ def pull_through_step(
             parameters and state before the step held fixed.
     """
     names = list(problem.variables)
-    leaves = {n: None if g is None else _off_zero(g).requires_grad_() for n, g in gradients.items()}
+    leaves = {n: None if g is None else off_zero(g.detach()).requires_grad_() for n, g in gradients.items()}
     held = slots is None
     start = {n: parameters[n].detach().requires_grad_(not held) for n in names}
     state = Moment(at.groups, {n: {k: _leaf(k, v, held) for k, v in s.items()} for n, s in at.slots.items()})
-    with torch.enable_grad():
-        moved = {name: tensor.clone() for name, tensor in start.items()}
-        shadow = _shadow(problem, moved, clip(problem, leaves), state, differentiable=True)
-        type(problem.optimizer).step(shadow)
+    moved, after = differentiable_step(problem, start, leaves, state)
     pairs = list(zip(moved.values(), cotangent, strict=True))
-    pairs += [(shadow.state[moved[n]][k], c) for n, s in (slots or {}).items() for k, c in s.items()]
+    pairs += [(after.slots[n][k], c) for n, s in (slots or {}).items() for k, c in s.items()]
     stepped, given = zip(*((o, c) for o, c in pairs if o.requires_grad), strict=True)
     keys = [(n, k) for n, s in state.slots.items() for k, v in s.items() if isinstance(v, Tensor) and v.requires_grad]
     inputs = [leaf for leaf in leaves.values() if leaf is not None]
@@ -190,14 +199,14 @@ def _begin_momentum(shadow: SGD) -> None:
                 shadow.state[parameter]["momentum_buffer"] = dampening / momentum * gradient
 
 
-def _off_zero(gradient: Tensor) -> Tensor:
+def off_zero(gradient: Tensor) -> Tensor:
     """The gradient with exact zeros moved off by a square root of the smallest number's order.
 
     Adaptive steps divide by the root of a mean square, whose derivative at zero autograd takes as infinity times
     zero; just beside zero it is finite, and what it should be.
     """
     nudge = torch.finfo(gradient.dtype).tiny ** 0.4
-    return torch.where(gradient == 0, nudge, gradient.detach())
+    return torch.where(gradient == 0, nudge, gradient)
 
 
 def _leaf(key: str, value: Any, held: bool) -> Any:

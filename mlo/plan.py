@@ -20,10 +20,13 @@ class Plan:
         graph: who reads whom.
         responses: {problem: how it is differentiated through}.
         paths: {problem: the backward sweep of its hypergradient}; empty for one whose gradient is its own.
+        inner: {problem: lower ones whose steps are part of its curvature}, lowest first.
         lookahead: whether top problems step on virtual steps of the others.
     """
 
-    def __init__(self, problems: Sequence[Problem], hypergradient: object, lookahead: bool | None) -> None:
+    def __init__(
+        self, problems: Sequence[Problem], hypergradient: object, lookahead: bool | None, inner_path: bool
+    ) -> None:
         strange = [p for p in problems if not isinstance(p, Problem)]
         if strange:
             raise ConfigError(
@@ -38,19 +41,43 @@ class Plan:
         }
         blocked = {name for name, response in self.responses.items() if not response.differentiates}
         self.paths = {name: self.graph.paths(name, blocked) for name in self.graph.names}
+        nested = self._nested()
+        self.inner = {m: tuple(reversed(self.paths[m])) for m in nested} if inner_path else {}
+        if inner_path:
+            self._check_inner()
+            self.paths = {name: self.graph.paths(name, blocked, self.inner) for name in self.graph.names}
         self.tops = [name for name in self.graph.tops() if self.graph.is_upper(name)]
         through = {name for paths in self.paths.values() for name in paths}
         for name in through:
             self.responses[name].check(self._problems[name])
         self.lookahead = any(self.responses[n].lookahead for n in through) if lookahead is None else lookahead
         self._refuse_late_levels()
-        for middle, low in self.graph.nested():
-            if middle in through:
-                warnings.warn(
-                    f"the gradient of {middle!r} itself runs through {low!r}: the response of {middle!r} leaves that "
-                    "inner path out of its curvature, so hypergradients above it are approximate",
-                    stacklevel=3,
+        for middle in nested if not inner_path else ():
+            warnings.warn(
+                f"the gradient of {middle!r} itself runs through {', '.join(map(repr, self.paths[middle]))}: its "
+                "response leaves that inner path out of its curvature, so hypergradients above it are approximate; "
+                "Engine(..., inner_path=True) includes it",
+                stacklevel=4,
+            )
+
+    def _nested(self) -> list[str]:
+        """Problems whose own gradient runs through lower ones, and which something above is differentiated through."""
+        return [m for m, paths in self.paths.items() if paths and any(m in above for above in self.paths.values())]
+
+    def _check_inner(self) -> None:
+        for middle, lows in self.inner.items():
+            if self._problems[middle].steps > 1:
+                raise ConfigError(
+                    f"inner_path: problem {middle!r} takes {self._problems[middle].steps} steps a round through the "
+                    "same lower steps, whose path cannot then be part of each; let it take 1"
                 )
+            for low in lows:
+                if not self.responses[low].needs_before or low in self.inner:
+                    kind = "is nested itself" if low in self.inner else "is not differentiated by its steps"
+                    raise ConfigError(
+                        f"inner_path: {low!r}, below {middle!r}, {kind}; give it hypergradient='one_step' or "
+                        "'unrolled', or leave the inner path out"
+                    )
 
     def targets(self, lower: str, uppers: Collection[str]) -> tuple[str, ...]:
         """What the sweeps of ``uppers`` pull ``lower`` back onto; empty if none goes through it."""

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from mlo.evaluation import Evaluator
 from mlo.memo import Memo, add_to
-from mlo.optimizers import Moment, StepCotangents, pull_through_step, virtual_step
+from mlo.optimizers import (
+    Moment,
+    StepCotangents,
+    differentiable_step,
+    off_zero,
+    pull_through_step,
+    virtual_step,
+)
 from mlo.problem import Problem, State
 from mlo.randomness import Randomness
 from mlo.vectors import Vector, filled
@@ -32,6 +39,8 @@ class Record:
         reads: the states of the problems that the loss read.
         memo: the outputs of the problems read, kept from the step for the pullback; None once they changed.
         base: {output of a problem read: the step's gradient for it}, where a product asks for it.
+        inner: {lower problem: its recorded steps}, lowest first, that the gradient itself ran through, where the
+            curvature is to include that path; those steps are then part of the loss.
     """
 
     problem: Problem
@@ -44,6 +53,7 @@ class Record:
     reads: dict[str, State]
     memo: Memo | None = field(default=None, repr=False)
     base: dict[Tensor, Tensor] | None = field(default=None, repr=False)
+    inner: Mapping[str, Sequence[Record]] = field(default_factory=dict, repr=False)
 
     def freeze(self, name: str) -> None:
         """Keep a copy of what the step read of problem ``name``, whose own tensors are about to change."""
@@ -126,16 +136,46 @@ class LocalLoss:
         """The loss at ``variables``: the same batch, the same random numbers, the same reads."""
         name = self._record.problem.name
         moved = dict(zip(self._record.problem.variables, variables, strict=True))
-        state = replace(self._state, parameters={**self._state.parameters, **moved})
+        states = {**self._record.reads, name: replace(self._state, parameters={**self._state.parameters, **moved})}
+        for low, records in self._record.inner.items():
+            states[low] = self._inner_steps(low, records, states)
         return self._evaluator.evaluate(
             name,
-            {**self._record.reads, name: state},
+            states,
             self._record.batch,
             kind="product",
-            through=self._targets,
+            through={*self._targets, *self._record.inner},
             memo=self._memo,
+            moving=self._record.inner,
             randomness=self._record.randomness,
         ).loss
+
+    def _inner_steps(self, name: str, records: Sequence[Record], states: Mapping[str, State]) -> State:
+        """Where the recorded steps of a lower problem lead under ``states``, with the graph of all of them."""
+        first = records[0]
+        assert first.before is not None and first.moment is not None
+        variables = {v: first.before.parameters[v].detach().requires_grad_() for v in first.problem.variables}
+        state, moment = State({**first.before.parameters, **variables}, first.before.buffers), first.moment
+        for record in records:
+            assert record.moment is not None
+            reads = {read: states.get(read, there) for read, there in record.reads.items()}
+            evaluation = self._evaluator.evaluate(
+                name,
+                {**reads, name: state},
+                record.batch,
+                kind="product",
+                through=reads,
+                randomness=record.randomness,
+            )
+            variables = {v: state.parameters[v] for v in record.problem.variables}
+            found = torch.autograd.grad(
+                evaluation.loss, list(variables.values()), create_graph=True, allow_unused=True
+            )  # fmt: skip
+            gradients = {v: None if g is None else off_zero(g) for v, g in zip(variables, found, strict=True)}
+            at = Moment(record.moment.groups, moment.slots)
+            variables, moment = differentiable_step(record.problem, variables, gradients, at)
+            state = State({**state.parameters, **variables}, evaluation.buffers)
+        return state
 
     def gradients(self, variables: Vector, own: bool = True) -> tuple[Vector, dict[Tensor, Tensor]]:
         """The gradient at ``variables`` in them (if ``own``) and in those of :meth:`inputs` it reaches; one pass."""

@@ -1,0 +1,104 @@
+"""A middle problem whose own update contains a hypergradient, against brute force, with its inner path and without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mlo
+from mlo.optimizers import differentiable_step, moment
+
+
+class Vector(nn.Module):
+    def __init__(self, *value: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value, dtype=torch.float64))
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
+def low_loss(low: Tensor, mid: Tensor, top: Tensor) -> Tensor:
+    return (low * mid).sin().sum() + (low - top).square().sum() + (low * top * mid).sum()
+
+
+def mid_loss(mid: Tensor, low: Tensor, top: Tensor) -> Tensor:
+    return (mid - low.cos()).square().sum() + (low * mid * top).sum() + low.square().sum()
+
+
+def top_loss(mid: Tensor, low: Tensor) -> Tensor:
+    return mid.exp().sum() + (mid * low).sum()
+
+
+class Low(mlo.Problem):
+    def loss(self, batch, mid, top):
+        return low_loss(self(), mid(), top())
+
+
+class Mid(mlo.Problem):
+    def loss(self, batch, low, top):
+        return mid_loss(self(), low(), top())
+
+
+class Top(mlo.Problem):
+    def loss(self, batch, mid, low):
+        return top_loss(mid(), low())
+
+
+def stack(steps: int) -> list[mlo.Problem]:
+    made = []
+    for cls, name, value in ((Low, "low", (0.3, -0.7)), (Mid, "mid", (0.5, 0.2)), (Top, "top", (-0.4, 0.9))):
+        module = Vector(*value)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        made.append(cls(name, module=module, optimizer=optimizer, steps=steps if name == "low" else 1))
+    return made
+
+
+def brute_force(problems: list[mlo.Problem]) -> Tensor:
+    low, mid, _ = problems
+    theta, m, x = (p.module.value.detach().clone().requires_grad_() for p in problems)
+    at = moment(low)
+    variables = {"value": theta}
+    for _ in range(low.steps):
+        gradient = torch.autograd.grad(low_loss(variables["value"], m, x), variables["value"], create_graph=True)[0]
+        variables, at = differentiable_step(low, variables, {"value": gradient}, at)
+    theta = variables["value"]
+    total = torch.autograd.grad(mid_loss(m, theta, x), m, create_graph=True)[0]
+    moved, _ = differentiable_step(mid, {"value": m.detach()}, {"value": total}, moment(mid))
+    return torch.autograd.grad(top_loss(moved["value"], theta), x)[0]
+
+
+@pytest.mark.parametrize("estimator", ["unrolled", {"kind": "unrolled", "product": "forward"}], ids=str)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_with_the_inner_path_it_is_exact(steps, estimator):
+    problems = stack(steps)
+    engine = mlo.Engine(problems, estimator, inner_path=True, device="cpu")
+    for _ in range(3):
+        expected = brute_force(problems)
+        torch.testing.assert_close(engine.hypergradient("top")["value"], expected, rtol=1e-10, atol=1e-13)
+        before = problems[2].optimizer.state[problems[2].module.value].get("momentum_buffer", torch.zeros(2)).clone()
+        engine.step()
+        taken = problems[2].optimizer.state[problems[2].module.value]["momentum_buffer"] - 0.9 * before
+        torch.testing.assert_close(taken, expected, rtol=1e-10, atol=1e-13)
+
+
+def test_it_passes_the_check_that_users_have():
+    mlo.check(mlo.Engine(stack(2), "unrolled", inner_path=True, device="cpu"), "top")
+
+
+def test_without_it_the_engine_warns_and_is_off():
+    problems = stack(1)
+    with pytest.warns(UserWarning, match="the gradient of 'mid' itself runs through 'low'.*inner_path=True"):
+        engine = mlo.Engine(problems, "one_step", device="cpu")
+    expected = brute_force(problems)
+    assert (engine.hypergradient("top")["value"] - expected).norm() > 0.01 * expected.norm()
+
+
+def test_what_the_inner_path_cannot_go_through_is_said():
+    with pytest.raises(mlo.ConfigError, match=r"inner_path: 'low', below 'mid', is not differentiated by its steps"):
+        mlo.Engine(stack(1), "cg", inner_path=True, device="cpu")
+    problems = stack(1)
+    problems[1].steps = 2
+    with pytest.raises(mlo.ConfigError, match="inner_path: problem 'mid' takes 2 steps"):
+        mlo.Engine(problems, "one_step", inner_path=True, device="cpu")
