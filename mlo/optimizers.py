@@ -161,7 +161,7 @@ def _shadow(
     optimizer = problem.optimizer
     shadow = object.__new__(type(optimizer))
     shadow.__dict__.update({key: value for key, value in vars(optimizer).items() if key != "step"})
-    stand_in = {id(problem.variables[name]): tensor for name, tensor in parameters.items()}
+    stand_in = {id(problem.variables[n]): tensor for n, tensor in parameters.items() if gradients[n] is not None}
     flags = {"differentiable": True, "foreach": False, "fused": False, "capturable": False} if differentiable else {}
     shadow.param_groups = [
         {
@@ -174,7 +174,8 @@ def _shadow(
     shadow.defaults = {**optimizer.defaults, **{f: v for f, v in flags.items() if f in optimizer.defaults}}
     shadow.state = defaultdict(dict)
     for name, tensor in parameters.items():
-        tensor.grad = gradients[name]
+        if gradients[name] is not None:
+            tensor.grad = gradients[name]
         if name in at.slots:
             shadow.state[tensor] = {key: _copied(value) for key, value in at.slots[name].items()}
             if differentiable and isinstance(at.slots[name].get("step"), Tensor):

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mlo.errors import CheckpointError, ConfigError
 from mlo.graph import Node
+from mlo.recomputation import recomputing_with
 from mlo.streams import Data, open_stream
 
 
@@ -141,8 +142,12 @@ class Problem(ABC):
     def run_with(self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's output with ``tensors`` in place of its parameters and buffers of those names; ties hold."""
         tied = {alias: tensors[name] for alias, name in self._aliases.items() if name in tensors}
-        # every name of a tied tensor is given, so functional_call need not look for ties, which is slow
-        return functional_call(self.module, {**tensors, **tied}, args, kwargs, tie_weights=False)
+        every = {**tensors, **tied}
+        with recomputing_with(self.module, every):
+            if not every:
+                return self.module(*args, **kwargs)
+            # every name of a tied tensor is given, so functional_call need not look for ties, which is slow
+            return functional_call(self.module, every, args, kwargs, tie_weights=False)
 
     def stand_in(self, stand: Stand | None) -> None:
         """Let ``stand`` take the module's place (None: the module itself again)."""

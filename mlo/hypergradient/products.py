@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mlo.config import Config, Registered
+from mlo.evaluation import twice_differentiable
 from mlo.hypergradient.step import LocalLoss, cotangents_of
 from mlo.memo import add_to
 from mlo.registry import PRODUCTS
@@ -102,7 +103,7 @@ ProductOption = Annotated[Product, Registered(PRODUCTS)]
 class _ExactCurvature:
     def __init__(self, loss: LocalLoss) -> None:
         self._loss = loss
-        with torch.enable_grad():
+        with torch.enable_grad(), twice_differentiable():
             value = loss(loss.point)
             gradient = torch.autograd.grad(value, loss.point, create_graph=True, allow_unused=True)
         self._gradient = filled(gradient, loss.point)
@@ -157,7 +158,7 @@ class _Directional:
 
 def _tangents(loss: LocalLoss, vector: Vector, own: bool) -> tuple[Vector, dict[Tensor, Tensor]]:
     """Forward-mode derivatives of the gradients along ``vector``."""
-    with forward_ad.dual_level():
+    with forward_ad.dual_level(), twice_differentiable():
         moving = tuple(forward_ad.make_dual(p, u) for p, u in zip(loss.point, vector, strict=True))
         value = loss(moving)
         inputs = loss.inputs()

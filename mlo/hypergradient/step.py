@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlo.evaluation import Evaluator
+from mlo.evaluation import Evaluator, twice_differentiable
 from mlo.memo import Memo, add_to
 from mlo.optimizers import (
     Moment,
@@ -159,14 +159,15 @@ class LocalLoss:
         for record in records:
             assert record.moment is not None
             reads = {read: states.get(read, there) for read, there in record.reads.items()}
-            evaluation = self._evaluator.evaluate(
-                name,
-                {**reads, name: state},
-                record.batch,
-                kind="product",
-                through=reads,
-                randomness=record.randomness,
-            )
+            with twice_differentiable():
+                evaluation = self._evaluator.evaluate(
+                    name,
+                    {**reads, name: state},
+                    record.batch,
+                    kind="product",
+                    through=reads,
+                    randomness=record.randomness,
+                )
             variables = {v: state.parameters[v] for v in record.problem.variables}
             found = torch.autograd.grad(
                 evaluation.loss, list(variables.values()), create_graph=True, allow_unused=True
