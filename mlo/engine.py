@@ -184,6 +184,7 @@ class Engine:
         return {
             "rounds": self.rounds,
             "problems": {name: problem.state_dict() for name, problem in self.problems.items()},
+            "warm": {upper: {n: list(v) for n, v in warm.items()} for upper, warm in self._gradients.warm.items()},
             "random": global_state(),
             "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -200,6 +201,10 @@ class Engine:
         for name, problem in self.problems.items():
             problem.load_state_dict(state["problems"][name])
         self.rounds = state["rounds"]
+        self._gradients.warm = {
+            upper: {name: tuple(part.to(self.device) for part in solution) for name, solution in warm.items()}
+            for upper, warm in state["warm"].items()
+        }
         set_global_state(state["random"])
         if self.device.type == "cuda" and state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)

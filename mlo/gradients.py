@@ -69,6 +69,7 @@ class Gradients:
     Attributes:
         pullbacks: {problem: how often a sweep has pulled a cotangent back through it}.
         reports: {"<problem>/<name>": scalar tensor}, what the last pullbacks reported.
+        warm: {upper problem: {lower: the solution that its last real step left}}.
     """
 
     def __init__(self, plan: Plan, evaluator: Evaluator) -> None:
@@ -76,6 +77,7 @@ class Gradients:
         self._evaluator = evaluator
         self.pullbacks: Counter[str] = Counter()
         self.reports: dict[str, Tensor] = {}
+        self.warm: dict[str, dict[str, Vector]] = {}
 
     def of(
         self,
@@ -122,7 +124,7 @@ class Gradients:
                 if all(r is None for r in reached):
                     raise unreached(name, read)
                 cotangents[read] = filled(reached, variables)
-            own = _sum(own, self._swept(name, cotangents, records))
+            own = _sum(own, self._swept(name, cotangents, records, real=kind == "step"))
         elif all(g is None for g in own):
             raise self._no_gradient(name)
         named = dict(zip(problem.variables, own, strict=True))
@@ -130,12 +132,23 @@ class Gradients:
         return Gradient(evaluation.loss.detach(), named, evaluation.buffers, randomness, memo, base, inner)
 
     def _swept(
-        self, name: str, cotangents: Mapping[str, Vector], records: Mapping[str, Sequence[Record]]
+        self, name: str, cotangents: Mapping[str, Vector], records: Mapping[str, Sequence[Record]], real: bool
     ) -> Vector | None:
-        plan = self._plan
-        return sweep(
-            name, plan.paths[name], cotangents, records, plan.responses, self._evaluator, self.pullbacks, self.reports
+        plan, warm = self._plan, dict(self.warm.get(name, {}))
+        found = sweep(
+            name,
+            plan.paths[name],
+            cotangents,
+            records,
+            plan.responses,
+            self._evaluator,
+            self.pullbacks,
+            self.reports if real else {},
+            warm,
         )
+        if real and warm:
+            self.warm[name] = warm
+        return found
 
     def _variables(self, states: Mapping[str, State], names: Collection[str]) -> list[Tensor]:
         return [states[n].parameters[v] for n in names for v in self._evaluator.problems[n].variables]

@@ -63,11 +63,20 @@ class Record:
 
 
 class Step:
-    """What a response sees of one step of a lower problem, to be pulled back onto ``targets``."""
+    """What a response sees of one step of a lower problem, to be pulled back onto ``targets``.
 
-    def __init__(self, record: Record, targets: Collection[str], evaluator: Evaluator) -> None:
+    Attributes:
+        record: what the step depended on.
+        targets: the problems onto which it is pulled back.
+        warm: the solution that the last pullback left for this one, if any.
+    """
+
+    def __init__(
+        self, record: Record, targets: Collection[str], evaluator: Evaluator, warm: Vector | None = None
+    ) -> None:
         self.record = record
         self.targets = tuple(targets)
+        self.warm = warm
         self._evaluator = evaluator
 
     def before(self) -> LocalLoss:

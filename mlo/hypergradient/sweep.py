@@ -23,6 +23,7 @@ def sweep(
     evaluator: Evaluator,
     pullbacks: Counter[str],
     metrics: dict[str, Tensor],
+    warm: dict[str, Vector],
 ) -> Vector | None:
     """The part of ``top``'s gradient that runs through the training of lower problems.
 
@@ -32,16 +33,19 @@ def sweep(
         records: the recorded steps of each problem in ``paths``, the last one last.
         pullbacks: counts one for each problem visited.
         metrics: takes what the responses report, as "<problem>/<name>".
+        warm: {problem: solution to begin with}; takes the solutions that responses leave for the next time.
 
     Raises:
         GraphError: if a read that the graph declares carries no gradient.
     """
     waiting: dict[str, Vector] = dict(cotangents)
     for name, targets in paths.items():
-        steps = [Step(record, targets, evaluator) for record in records[name]]
+        steps = [Step(record, targets, evaluator, warm.get(name)) for record in records[name]]
         pulled = responses[name].pull(steps, waiting.pop(name))
         pullbacks[name] += 1
         metrics.update({f"{name}/{key}": value for key, value in pulled.metrics.items()})
+        if pulled.solution is not None:
+            warm[name] = pulled.solution
         for target in targets:
             found = pulled.cotangents[target]
             if found is None:

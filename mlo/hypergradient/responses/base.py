@@ -63,11 +63,18 @@ class Pulled:
     Attributes:
         cotangents: {target: one tensor per variable of it, or None if no gradient reaches it}.
         metrics: {name: scalar tensor}, about how well it went, such as the residual of a linear solve.
+        solution: left for the next pullback of the same problem to begin with.
     """
 
-    def __init__(self, cotangents: dict[str, Vector | None], metrics: dict[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        cotangents: dict[str, Vector | None],
+        metrics: dict[str, Tensor] | None = None,
+        solution: Vector | None = None,
+    ) -> None:
         self.cotangents = cotangents
         self.metrics = metrics or {}
+        self.solution = solution
 
 
 ResponseOption = Annotated[Response, Registered(RESPONSES)]

@@ -27,6 +27,7 @@ class ConjugateGradient(Response):
     iterations: int = Field(10, ge=1, description="most products with the Hessian")
     tolerance: float = Field(1e-12, ge=0, description="relative residual at which to stop")
     damping: float = Field(0.0, ge=0, description="added to every eigenvalue of the Hessian")
+    warm_start: bool = Field(False, description="begin with the solution of the step before")
     product: ProductOption = Field(Exact(), description="how curvature products are taken")
 
     def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
@@ -36,8 +37,10 @@ class ConjugateGradient(Response):
         def matvec(vector: Vector) -> Vector:
             return add(curvature.own(vector), vector, self.damping) if self.damping else curvature.own(vector)
 
-        solution, residual = conjugate_gradient(matvec, cotangent, self.iterations, self.tolerance)
-        return Pulled(curvature.cross(scaled(solution, -1.0)), {"residual": residual})
+        start = steps[-1].warm if self.warm_start else None
+        solution, residual = conjugate_gradient(matvec, cotangent, self.iterations, self.tolerance, start)
+        cotangents = curvature.cross(scaled(solution, -1.0))
+        return Pulled(cotangents, {"residual": residual}, solution if self.warm_start else None)
 
 
 class Neumann(Response):
@@ -49,14 +52,17 @@ class Neumann(Response):
 
     terms: int = Field(10, ge=1, description="terms of the series; each after the first takes one product")
     rate: float | None = Field(None, gt=0, description="step size of the series; null: the problem's learning rate")
+    warm_start: bool = Field(False, description="begin with the solution of the step before (SOBA, with 1 or 2 terms)")
     product: ProductOption = Field(Exact(), description="how curvature products are taken")
 
     def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
         """``terms`` - 1 products with H_tt, and one with H_xt."""
         curvature = self.product.at(steps[-1].after())
         rate = steps[-1].record.problem.optimizer.param_groups[0]["lr"] if self.rate is None else self.rate
-        solution, residual = neumann_series(curvature.own, cotangent, self.terms, rate)
-        return Pulled(curvature.cross(scaled(solution, -1.0)), {"residual": residual})
+        start = steps[-1].warm if self.warm_start else None
+        solution, residual = neumann_series(curvature.own, cotangent, self.terms, rate, start)
+        cotangents = curvature.cross(scaled(solution, -1.0))
+        return Pulled(cotangents, {"residual": residual}, solution if self.warm_start else None)
 
 
 class Nystrom(Response):
@@ -83,16 +89,18 @@ class Nystrom(Response):
         return Pulled(curvature.cross(scaled(solution, -1.0)), {"residual": norm(residual) / norm(cotangent)})
 
 
-def conjugate_gradient(matvec: MatVec, target: Vector, iterations: int, tolerance: float) -> tuple[Vector, Tensor]:
-    """Z with matvec(z) = target, for a positive definite matvec, and |matvec(z) - target| / |target|.
+def conjugate_gradient(
+    matvec: MatVec, target: Vector, iterations: int, tolerance: float, start: Vector | None = None
+) -> tuple[Vector, Tensor]:
+    """Solve matvec(z) = target for a positive definite matvec; with z comes |matvec(z) - target| / |target|.
 
     Whether to go on is decided on the device: nothing waits for a card. Once the residual is within ``tolerance`` or
     a direction of no positive curvature turns up, the answer stays as it is.
     """
-    solution = tuple(torch.zeros_like(t) for t in target)
-    residual = direction = target
-    size = start = dot(target, target)
-    active = start > 0
+    solution = tuple(torch.zeros_like(t) for t in target) if start is None else start
+    residual = direction = target if start is None else add(target, matvec(start), -1.0)
+    size, whole = dot(residual, residual), dot(target, target)
+    active = size > tolerance**2 * whole
     for _ in range(iterations):
         if _over(active):
             break
@@ -103,16 +111,21 @@ def conjugate_gradient(matvec: MatVec, target: Vector, iterations: int, toleranc
         solution = add(solution, direction, stride)
         residual = add(residual, image, -stride)
         previous, size = size, dot(residual, residual)
-        active = active & (size > tolerance**2 * start)
+        active = active & (size > tolerance**2 * whole)
         direction = add(residual, direction, torch.where(previous > 0, size / previous, 0.0))
-    return solution, (size / start.clamp(min=torch.finfo(start.dtype).tiny)).sqrt()
+    return solution, (size / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt()
 
 
-def neumann_series(matvec: MatVec, target: Vector, terms: int, rate: float | Tensor) -> tuple[Vector, Tensor]:
-    """Rate * sum_{k < terms} (I - rate * matvec)^k target, and the relative size of the last term taken in."""
-    term = total = target
-    size = start = norm(target)
-    active = start > 0
+def neumann_series(
+    matvec: MatVec, target: Vector, terms: int, rate: float | Tensor, start: Vector | None = None
+) -> tuple[Vector, Tensor]:
+    """Rate * sum_{k < terms} (I - rate * matvec)^k target, and the relative size of the last term taken in.
+
+    From a ``start`` the series is of what that leaves, target - matvec(start), and the sum is added to it.
+    """
+    term = total = target if start is None else add(target, matvec(start), -1.0)
+    size, whole = norm(term), norm(target)
+    active = size > 0
     for _ in range(terms - 1):
         if _over(active):
             break
@@ -120,7 +133,8 @@ def neumann_series(matvec: MatVec, target: Vector, terms: int, rate: float | Ten
         last, size = size, norm(term)
         active = active & (size <= last)
         total = tuple(torch.where(active, t + x, t) for t, x in zip(total, term, strict=True))
-    return scaled(total, rate), size / start.clamp(min=torch.finfo(start.dtype).tiny)
+    solution = scaled(total, rate) if start is None else add(start, total, rate)
+    return solution, size / whole.clamp(min=torch.finfo(whole.dtype).tiny)
 
 
 def nystrom_solve(matvec: MatVec, target: Vector, probes: Sequence[Vector], damping: float) -> Vector:

@@ -113,3 +113,38 @@ def test_a_zero_cotangent_gives_zero_and_not_nan():
     for estimator in ("cg", "neumann", "one_step", "darts"):
         found = mlo.Engine([low, flat], estimator, device="cpu").hypergradient("top")["value"]
         torch.testing.assert_close(found, 2 * top.module.value.detach())
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [{"kind": "cg", "iterations": 1}, {"kind": "neumann", "terms": 2, "rate": 0.15}],
+    ids=lambda options: options["kind"],
+)
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_a_warm_start_converges_over_steps_with_one_iteration_each(shape, estimator):
+    """While the top stays put, one iteration a step reaches what many at once reach (SOBA)."""
+    quadratics = Quadratics.make(shape)
+    expected = quadratics.closed_form("top")
+    errors = {}
+    for warm in (False, True):
+        problems = quadratics.problems()
+        problems[-1].optimizer.param_groups[0]["lr"] = 0.0
+        engine = mlo.Engine(problems, {**estimator, "warm_start": warm}, device="cpu")
+        engine.run(600)
+        errors[warm] = (engine.hypergradient("top")["value"] - expected).norm() / expected.norm()
+    assert errors[True] < 1e-8
+    assert errors[False] > 1e-3
+
+
+def test_a_warm_start_is_part_of_the_state_and_looking_leaves_it_alone():
+    quadratics = Quadratics.make(SHAPES[2])
+    options = {"kind": "cg", "iterations": 1, "warm_start": True}
+    engine = mlo.Engine(quadratics.problems(), options, device="cpu")
+    engine.run(3)
+    saved = engine.state_dict()
+    looked = engine.hypergradient("top")["value"]
+    assert torch.equal(engine.hypergradient("top")["value"], looked)
+    resumed = mlo.Engine(quadratics.problems(), options, device="cpu")
+    assert not torch.equal(resumed.hypergradient("top")["value"], looked)
+    resumed.load_state_dict(saved)
+    assert torch.equal(resumed.hypergradient("top")["value"], looked)
