@@ -59,6 +59,7 @@ class Evaluator:
         through: Collection[str] = (),
         memo: Memo | None = None,
         moving: Collection[str] = (),
+        autocast: bool = True,
         randomness: Randomness | None = None,
     ) -> Evaluation:
         """The loss of problem ``name`` where it and all that it reads are in ``states``.
@@ -68,6 +69,7 @@ class Evaluator:
             through: problems whose parameters the loss is to be differentiated for; the other reads are constants.
             memo: keeps the outputs of the problems read, for further evaluations of the same loss.
             moving: problems read whose states differ between those evaluations, so that nothing of them is kept.
+            autocast: under the problem's own autocast, if it has one.
             randomness: drawn from instead of the present random state, which is then left alone.
 
         Raises:
@@ -86,7 +88,8 @@ class Evaluator:
             for read in problem.node.reads
         }
         replayed = nullcontext() if randomness is None else replay(randomness, self.device)
-        with _standing(problem, own), replayed, _all_standing(self.problems, reads):
+        lowered = torch.autocast(self.device.type, problem.autocast, enabled=autocast and problem.autocast is not None)
+        with _standing(problem, own), replayed, lowered, _all_standing(self.problems, reads):
             arguments = {argument: self.problems[read] for argument, read in problem.arguments.items()}
             loss = problem.loss(batch, **arguments)
         if not isinstance(loss, Tensor) or loss.dim() != 0:

@@ -59,6 +59,8 @@ class Problem(ABC):
         steps: steps taken in each round of the engine.
         warmup: rounds of the engine before the first step of this problem.
         clip_norm: the gradient's norm, over all parameters, is scaled down to this before each step.
+        autocast: torch.bfloat16 to evaluate this problem's loss under torch.autocast; None: as the tensors are.
+            Curvature products are taken without it, unless they are told.
         hypergradient: how upper problems are differentiated through this one: an estimator's name, its options, or
             None for the engine's.
         reads: {parameter of loss: problem} where their names differ; {parameter: None} leaves out a parameter that
@@ -80,12 +82,13 @@ class Problem(ABC):
         steps: int = 1,
         warmup: int = 0,
         clip_norm: float | None = None,
+        autocast: torch.dtype | None = None,
         hypergradient: object = None,
         reads: Mapping[str, str | None] | None = None,
         held: Sequence[str] = (),
     ) -> None:
         faults = [*_fault_of_name(name), *_faults_of_parts(module, optimizer, scheduler)]
-        faults += _faults_of_numbers(steps, warmup, clip_norm)
+        faults += _faults_of_numbers(steps, warmup, clip_norm, autocast)
         if faults:
             raise ConfigError("\n".join(f"problem {name!r}: {fault}" for fault in faults))
         self.name = name
@@ -95,6 +98,7 @@ class Problem(ABC):
         self.steps = steps
         self.warmup = warmup
         self.clip_norm = clip_norm
+        self.autocast = autocast
         self.hypergradient = hypergradient
         self.arguments = _arguments(self, reads or {})
         self.node = Node(name, tuple(self.arguments.values()), (held,) if isinstance(held, str) else tuple(held))
@@ -251,7 +255,7 @@ def _faults_of_parts(module: object, optimizer: object, scheduler: object) -> li
     return faults
 
 
-def _faults_of_numbers(steps: object, warmup: object, clip_norm: object) -> list[str]:
+def _faults_of_numbers(steps: object, warmup: object, clip_norm: object, autocast: object) -> list[str]:
     faults = []
     if type(steps) is not int or steps < 1:
         faults.append(f"steps={steps!r}; pass a whole number, 1 or more")
@@ -259,4 +263,8 @@ def _faults_of_numbers(steps: object, warmup: object, clip_norm: object) -> list
         faults.append(f"warmup={warmup!r}; pass a whole number of rounds, 0 or more")
     if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
         faults.append(f"clip_norm={clip_norm!r}; pass a number above 0, or None")
+    if autocast is torch.float16:
+        faults.append("autocast=torch.float16 would need its gradients scaled; pass torch.bfloat16")
+    elif autocast is not None and autocast is not torch.bfloat16:
+        faults.append(f"autocast={autocast!r}; pass torch.bfloat16, or None")
     return faults

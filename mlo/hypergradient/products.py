@@ -42,16 +42,21 @@ class Product(Config, ABC):
     """A way of taking curvature products; a subclass has its options, and opens a :class:`Curvature`."""
 
     needs_base: ClassVar[bool] = False  # whether the step should keep its gradients for what it reads
+    autocast: bool = Field(False, description="under the problem's autocast, as its steps are, rather than without")
 
-    @abstractmethod
     def at(self, loss: LocalLoss) -> Curvature:
         """The curvature of ``loss`` at its point."""
+        return self.open(loss.under_autocast() if self.autocast else loss)
+
+    @abstractmethod
+    def open(self, loss: LocalLoss) -> Curvature:
+        """The curvature of ``loss``, which is in the precision asked for."""
 
 
 class Exact(Product):
     """Double backward: exact; one forward, its gradient's graph kept for all products (about 3 passes for one)."""
 
-    def at(self, loss: LocalLoss) -> Curvature:
+    def open(self, loss: LocalLoss) -> Curvature:
         """See :class:`Product`."""
         return _ExactCurvature(loss)
 
@@ -63,7 +68,7 @@ class Forward(Product):
     derivative, fused attention among them, refuse it.
     """
 
-    def at(self, loss: LocalLoss) -> Curvature:
+    def open(self, loss: LocalLoss) -> Curvature:
         """See :class:`Product`."""
         return _Directional(loss, _tangents)
 
@@ -77,7 +82,7 @@ class Central(Product):
 
     radius: float = Field(0.01, gt=0, description="distance of the two points from the middle, a Euclidean norm")
 
-    def at(self, loss: LocalLoss) -> Curvature:
+    def open(self, loss: LocalLoss) -> Curvature:
         """See :class:`Product`."""
         return _Directional(loss, partial(_difference, radius=self.radius, signs=(1.0, -1.0)))
 
@@ -92,7 +97,7 @@ class OneSided(Product):
     needs_base: ClassVar[bool] = True
     radius: float = Field(0.01, gt=0, description="distance of the other point, a Euclidean norm")
 
-    def at(self, loss: LocalLoss) -> Curvature:
+    def open(self, loss: LocalLoss) -> Curvature:
         """See :class:`Product`."""
         return _Directional(loss, partial(_difference, radius=self.radius, signs=(1.0,), base=loss.base()))
 

@@ -137,9 +137,18 @@ class LocalLoss:
         self._gradient = record.gradient if at_step else None
         self._base = record.base if at_step else None
         self.point: Vector = tuple(at.parameters[n].detach().requires_grad_() for n in record.problem.variables)
+        self._autocast = False
+        if record.problem.autocast is not None:
+            self._memo, self._base = Memo(), None
+            return
         if record.memo is None:
             record.memo = Memo()
         self._memo = record.memo
+
+    def under_autocast(self) -> LocalLoss:
+        """The same, evaluated under the problem's autocast, as its steps are."""
+        self._autocast = True
+        return self
 
     def __call__(self, variables: Sequence[Tensor]) -> Tensor:
         """The loss at ``variables``: the same batch, the same random numbers, the same reads."""
@@ -156,6 +165,7 @@ class LocalLoss:
             through={*self._targets, *self._record.inner},
             memo=self._memo,
             moving=self._record.inner,
+            autocast=self._autocast,
             randomness=self._record.randomness,
         ).loss
 

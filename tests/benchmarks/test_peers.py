@@ -1,0 +1,60 @@
+"""The benchmark beside other libraries: mlo, the loops by hand and the references agree on small sizes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks/ is not installed
+
+from benchmarks.peers import report
+from benchmarks.peers.catalogue import ESTIMATORS, REFERENCES, WORKLOADS, Case, cases
+from benchmarks.peers.libraries import build
+from benchmarks.peers.reference import flat, reference
+from benchmarks.peers.workloads import make
+
+PAIRS = [(workload, estimator) for workload in WORKLOADS for estimator in ESTIMATORS[workload]]
+
+
+def first_gradient(library: str, workload: str, estimator: str) -> torch.Tensor:
+    return flat(build(library, make(workload, "small", torch.float64), estimator).gradient())
+
+
+@pytest.mark.parametrize(("workload", "estimator"), PAIRS)
+def test_mlo_and_the_loop_by_hand_agree(workload: str, estimator: str) -> None:
+    ours, theirs = (first_gradient(library, workload, estimator) for library in ("mlo", "hand"))
+    assert (ours - theirs).norm() <= 1e-8 * theirs.norm()
+
+
+@pytest.mark.parametrize(("workload", "estimator"), PAIRS)
+def test_the_loop_by_hand_is_what_the_reference_says(workload: str, estimator: str) -> None:
+    exact = reference(workload, REFERENCES[estimator], "small")
+    error = (first_gradient("hand", workload, estimator) - exact).norm() / exact.norm()
+    assert error <= (0.1 if estimator == "darts" else 1e-8)  # a difference, and kinks
+
+
+@pytest.mark.parametrize("library", ["mlo", "hand"])
+@pytest.mark.parametrize(("workload", "estimator"), PAIRS)
+def test_rounds_go_on(library: str, workload: str, estimator: str) -> None:
+    task = make(workload, "small")
+    run = build(library, task, estimator)
+    run.gradient()
+    upper = task.arch if workload == "lbt" else task.weights
+    before = [p.detach().clone() for p in upper.parameters()]
+    for _ in range(3):
+        run.round()
+    moved = any(not torch.equal(a, b) for a, b in zip(before, upper.parameters(), strict=True))
+    assert moved == task.trains
+
+
+def test_the_page_says_what_failed_and_what_was_missed() -> None:
+    fine = {"ratio": 1.2, "quartiles": [1.1, 1.3], "milliseconds": 2.4, "hand_milliseconds": 2.0, "error": 1e-7}
+    fine |= {"cosine": 1.0, "peak_mb": 700.0, "baseline_mb": 650.0, "torch": "2.x"}
+    rows = {case: {"failed": "KeyError: 'params'"} if case.library == "betty" else fine for case in cases("tiny")}
+    rows |= {Case("tiny", "betty", "unrolled"): {"failed": "KeyError: 'params'"}}
+    page = report.page(rows, {"cpu": "a CPU", "python": "3"})
+    assert "| Betty 0.2.1 | `KeyError: 'params'` |" in page
+    assert "| tiny, `unrolled`: time over the hand-written loop | 1.10 | 1.20 | missed |" in page
