@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter
 
 from mlo import registry
 from mlo.engine import Engine
-from mlo.errors import ConfigError, HypergradientError
+from mlo.errors import HypergradientError, MloError
 from mlo.hypergradient import Darts, Exact, Forward, OneStep, Response, Unrolled, estimator
 from mlo.vectors import Vector, add, dot, norm
 
@@ -154,7 +154,7 @@ def _row(engine: Engine, top: str, option: object, exact: Vector) -> Row:
                 times.append(1e3 * (time.perf_counter() - start))
             with _PeakMemory() as memory:
                 one.hypergradient(top)
-    except (ConfigError, RuntimeError, ValueError) as error:
+    except (MloError, RuntimeError, ValueError) as error:
         return Row(title, note=str(error).partition("\n")[0])
     cosine = (dot(found, exact) / (norm(found) * norm(exact))).item()
     warning = _noise(engine, top, option, found)
