@@ -70,10 +70,16 @@ class Registered:
         """The mapping that :meth:`build` makes the instance of again."""
         if not isinstance(value, Config):
             return value
-        names = [name for name in registry.entries(self.group) if registry.load(self.group, name) is type(value)]
+        names = [name for name in registry.entries(self.group) if self._is(name, type(value))]
         if not names:
             raise ValueError(f"{type(value).__name__} is not registered in {self.group}, so a file cannot name it")
         return {KIND: names[0], **value.model_dump(mode="json")}
+
+    def _is(self, name: str, model: type) -> bool:
+        try:
+            return registry.load(self.group, name) is model
+        except ConfigError:  # a broken package is no matter of this option's
+            return False
 
 
 def parse(model: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:

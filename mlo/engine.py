@@ -53,7 +53,7 @@ class Engine:
     def __init__(
         self,
         problems: Sequence[Problem],
-        hypergradient: object = "darts",
+        hypergradient: object = "one_step",
         *,
         lookahead: bool | None = None,
         inner_path: bool = False,
@@ -66,7 +66,7 @@ class Engine:
         self.losses: dict[str, Tensor] = {}
         self._evaluator = Evaluator(self.problems, self.device)
         self._gradients = Gradients(self._plan, self._evaluator)
-        self._rollout = Rollout(self._plan, self.problems, self._gradients, self.device)
+        self._rollout = Rollout(self._plan, self._evaluator, self._gradients)
         self._guard = Guard(self.device, deferred=self.device.type != "cpu")
 
     @property
@@ -100,7 +100,7 @@ class Engine:
             NonFiniteLossError: if a loss is NaN or infinite: that step is not taken, what came before it stands.
             GraphError: if a declared read carries no gradient.
         """
-        due = [name for name, problem in self.problems.items() if self.rounds >= problem.warmup]
+        due = self._due()
         tops = [name for name in self._plan.tops if name in due] if self._plan.lookahead else []
         for top in tops:
             for _ in range(self.problems[top].steps):
@@ -116,8 +116,8 @@ class Engine:
     def hypergradient(self, name: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The gradient that problem ``name`` would step on next: {parameter name: tensor of its shape}.
 
-        The problems below it take their next steps virtually, on their next batches. Nothing changes: no parameter,
-        buffer or optimizer state, no random state, no position in the data.
+        The problems below it take their next steps virtually, on their next batches, at the present learning rates.
+        Nothing of the run changes: no parameter, buffer or optimizer state, no random state, no position in the data.
 
         Args:
             name: an upper problem (for a lower one it is the plain gradient).
@@ -128,7 +128,7 @@ class Engine:
             GraphError: if a declared read carries no gradient.
         """
         states, records, batch = self._next(name, {}, dtype)
-        with replay(None, self.device):
+        with replay(None, self.device, self._evaluator.draws_outside((name,))):
             gradient = self._gradients.of(name, states, records, batch, "virtual", ()).own
         variables = [states[name].parameters[v] for v in self.problems[name].variables]
         return dict(zip(gradient, filled(gradient.values(), variables), strict=True))
@@ -150,7 +150,7 @@ class Engine:
             A scalar, without a graph.
         """
         states, _, batch = self._next(name, parameters or {}, dtype)
-        with replay(None, self.device):
+        with replay(None, self.device, self._evaluator.draws_outside((name,))):
             return self._evaluator.evaluate(name, states, batch, kind="virtual").loss.detach()
 
     def _next(
@@ -165,7 +165,8 @@ class Engine:
             states[name] = State({**states[name].parameters, **moved}, states[name].buffers)
         if dtype is not None:
             states = {n: cast_state(state, dtype) for n, state in states.items()}
-        states, records = self._rollout.below(name, list(self.problems), states, dtype)
+        due = {*self._due(), *self._plan.paths[name]}
+        states, records = self._rollout.below(name, due, states, dtype)
         return states, records, cast_batch(self.problems[name].stream.peek(), dtype)
 
     def metrics(self) -> dict[str, float]:
@@ -185,6 +186,8 @@ class Engine:
             "rounds": self.rounds,
             "problems": {name: problem.state_dict() for name, problem in self.problems.items()},
             "warm": {upper: {n: list(v) for n, v in warm.items()} for upper, warm in self._gradients.warm.items()},
+            "losses": dict(self.losses),
+            "reports": dict(self._gradients.reports),
             "random": global_state(),
             "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -195,6 +198,8 @@ class Engine:
         Raises:
             CheckpointError: if it is of other problems, or one of them does not fit.
         """
+        if "problems" not in state:
+            raise CheckpointError(f"this is no state of an engine; it holds {', '.join(map(str, state)) or 'nothing'}")
         saved, mine = list(state["problems"]), list(self.problems)
         if saved != mine:
             raise CheckpointError(f"the checkpoint is of the problems {saved}, and the engine has {mine}")
@@ -205,9 +210,14 @@ class Engine:
             upper: {name: tuple(part.to(self.device) for part in solution) for name, solution in warm.items()}
             for upper, warm in state["warm"].items()
         }
+        self.losses = {name: loss.to(self.device) for name, loss in state["losses"].items()}
+        self._gradients.reports = {key: value.to(self.device) for key, value in state["reports"].items()}
         set_global_state(state["random"])
         if self.device.type == "cuda" and state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
+
+    def _due(self) -> list[str]:
+        return [name for name, problem in self.problems.items() if self.rounds >= problem.warmup]
 
     def _live_states(self) -> dict[str, State]:
         return {name: problem.live_state() for name, problem in self.problems.items()}

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mlo.errors import GraphError
 from mlo.memo import Memo
 from mlo.problem import Problem, State
-from mlo.randomness import Randomness, replay
+from mlo.randomness import Randomness, outside_state, replay, same_outside
 
 
 def twice_differentiable() -> AbstractContextManager[None]:
@@ -48,6 +48,15 @@ class Evaluator:
         self.problems = problems
         self.device = device
         self.passes: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._torch_only: set[str] = set()
+
+    def draws_outside(self, names: Collection[str]) -> bool:
+        """Whether the loss of one of these may draw from NumPy's or Python's generators: until it has not, once."""
+        return not self._torch_only.issuperset(names)
+
+    def capture(self, name: str) -> Randomness:
+        """The random state that the loss of ``name`` would draw from now."""
+        return Randomness.capture(self.device, self.draws_outside((name,)))
 
     def evaluate(
         self,
@@ -88,10 +97,15 @@ class Evaluator:
             for read in problem.node.reads
         }
         replayed = nullcontext() if randomness is None else replay(randomness, self.device)
+        if memo is not None:
+            memo.begin()
+        outside = outside_state() if self.draws_outside((name,)) else None
         lowered = torch.autocast(self.device.type, problem.autocast, enabled=autocast and problem.autocast is not None)
         with _standing(problem, own), replayed, lowered, _all_standing(self.problems, reads):
             arguments = {argument: self.problems[read] for argument, read in problem.arguments.items()}
             loss = problem.loss(batch, **arguments)
+            if outside is not None and randomness is None and same_outside(outside, outside_state()):
+                self._torch_only.add(name)
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise GraphError(f"problem {name!r}: its loss returned {found}; return a scalar tensor (.mean() or .sum())")
@@ -110,7 +124,9 @@ class _Own:
 
     def run(self, problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._passes[self._kind] += 1
-        return problem.run_with(self._substitutes, args, kwargs)
+        output = problem.run_with(self._substitutes, args, kwargs)
+        self.buffers = {name: self._substitutes[name].detach() for name in self.buffers}
+        return output
 
 
 class _Read:

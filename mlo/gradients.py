@@ -101,7 +101,7 @@ class Gradients:
         """
         problem, paths = self._evaluator.problems[name], self._plan.paths[name]
         lower = [read for read in self._plan.graph.lower_reads(name) if read in paths]
-        randomness = Randomness.capture(self._evaluator.device)
+        randomness = self._evaluator.capture(name)
         memo = Memo() if targets else None
         evaluation = self._evaluator.evaluate(
             name, states, batch, kind=kind, through={*lower, *targets}, memo=memo

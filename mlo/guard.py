@@ -1,4 +1,4 @@
-"""Real updates, taken only while every loss is finite; on a card this is decided there, and read when it is known."""
+"""Real updates, taken while losses and gradients are finite; on a card this is decided there, and read when known."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 from mlo.errors import NonFiniteLossError
 from mlo.optimizers import clip
 from mlo.problem import Problem
+from mlo.vectors import norm
 
 
 class Guard:
-    """Updates problems, and stops the run at a loss that is NaN or infinite with the last good state in place.
+    """Updates problems, and stops at a loss or gradient that is NaN or infinite, with the last good state in place.
 
     On the CPU the loss is looked at before the update. On a card, looking would wait for it: there each update is
-    undone on the device unless all losses so far were finite, and the host learns of it a round or so later, from a
+    undone on the device unless all so far were finite, and the host learns of it a round or so later, from a
     copy that it did not wait for. By then the counters (optimizer steps, schedulers, position in the data) have run
     on; parameters, buffers and optimizer moments have not.
     """
@@ -38,12 +39,14 @@ class Guard:
         Raises:
             NonFiniteLossError: on the CPU, before anything is changed.
         """
+        sizes = [g.detach() for g in gradients.values() if g is not None]
+        seen = torch.stack([loss.double(), norm(sizes).double()])
         if not self._deferred:
-            _check(problem.name, problem.steps_taken, float(loss))
+            _check(problem.name, problem.steps_taken, seen.tolist())
             _take_step(problem, gradients, buffers)
             return
-        self._round.append((problem.name, problem.steps_taken, loss))
-        self._fine = self._fine & torch.isfinite(loss)
+        self._round.append((problem.name, problem.steps_taken, seen))
+        self._fine = self._fine & torch.isfinite(seen).all()
         before = {id(tensor): tensor.detach().clone() for tensor in _tensors(problem, self._device)}
         _take_step(problem, gradients, buffers)
         with torch.no_grad():
@@ -75,9 +78,9 @@ class _Sent:
 
     def __init__(self, losses: list[tuple[str, int, Tensor]], device: torch.device) -> None:
         self._labels = [(name, step) for name, step, _ in losses]
-        values = torch.stack([loss.double() for _, _, loss in losses])
+        values = torch.stack([seen for _, _, seen in losses])
         on_card = device.type == "cuda"
-        self._values = torch.empty(len(losses), dtype=torch.float64, pin_memory=on_card)
+        self._values = torch.empty(values.shape, dtype=torch.float64, pin_memory=on_card)
         self._values.copy_(values, non_blocking=True)
         self._event = torch.cuda.Event() if on_card else None
         if self._event is not None:
@@ -117,9 +120,11 @@ def _tensors(problem: Problem, device: torch.device) -> Iterator[Tensor]:
                 yield value
 
 
-def _check(name: str, step: int, loss: float) -> None:
-    if not math.isfinite(loss):
-        raise NonFiniteLossError(
-            f"problem {name!r}: its loss is {loss} at its step {step + 1}; that step was not taken, and the state "
-            "before it stands. Lower the learning rate, set clip_norm, or look for bad values in the batch"
-        )
+def _check(name: str, step: int, seen: list[float]) -> None:
+    """``seen`` are the loss and the norm of its gradient."""
+    for what, value in zip(("loss", "gradient's norm"), seen, strict=True):
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"problem {name!r}: its {what} is {value} at its step {step + 1}; that step was not taken, and the "
+                "state before it stands. Lower the learning rate, set clip_norm, or look for bad values in the batch"
+            )

@@ -44,7 +44,12 @@ class Memo:
     """The calls of read problems made so far by the evaluations of one loss at one state of what it reads."""
 
     def __init__(self) -> None:
-        self._calls: list[_Call] = []
+        self._calls: list[_Call | None] = []
+        self._next = 0
+
+    def begin(self) -> None:
+        """Another evaluation begins: its first call is matched with the first one remembered, and so on."""
+        self._next = 0
 
     def run(
         self,
@@ -55,41 +60,45 @@ class Memo:
         parameters: Sequence[Tensor],
         device: torch.device,
     ) -> Any:
-        """The output of ``forward(args, kwargs)``, remembered where the arguments are the same tensors again.
+        """The output of ``forward(args, kwargs)``, remembered where this call had the same arguments before.
 
-        A call whose arguments depend on the parameters under evaluation is not remembered: it runs, and stays in the
-        graph. ``parameters`` are those that the call can be differentiated for.
+        A call under ``no_grad``, and one whose arguments depend on the parameters under evaluation, is not remembered:
+        it runs, and stays in the graph. ``parameters`` are those that the call can be differentiated for.
         """
         arguments, structure = tree_flatten((args, kwargs))
         leaves = self.leaves
-        if any(isinstance(a, Tensor) and a.requires_grad and not _among(a, leaves) for a in arguments):
+        bound = any(isinstance(a, Tensor) and a.requires_grad and not _among(a, leaves) for a in arguments)
+        if bound or not torch.is_grad_enabled():
             return forward(args, kwargs)
-        for call in self._calls:
-            if call.is_for(problem, arguments, structure):
-                call.randomness_after.restore(device)
-                return tree_unflatten(call.leaves, call.output_structure)
-        with torch.enable_grad():
-            outputs, output_structure = tree_flatten(forward(args, kwargs))
-        cut = [
-            o.detach().requires_grad_(o.requires_grad) if isinstance(o, Tensor) else o
-            for o in outputs
-        ]  # fmt: skip
+        index, self._next = self._next, self._next + 1
+        if index < len(self._calls):
+            call = self._calls[index]
+            if call is None or not call.is_for(problem, arguments, structure):
+                return forward(args, kwargs)
+            call.randomness_after.restore(device)
+            return tree_unflatten(call.leaves, call.output_structure)
+        output = forward(args, kwargs)
+        outputs, output_structure = tree_flatten(output)
+        if any(not isinstance(part, Tensor) and not _plain(part) for part in outputs):
+            self._calls.append(None)  # tensors in there could not be cut out
+            return output
+        cut = [o.detach().requires_grad_(o.requires_grad) if isinstance(o, Tensor) else o for o in outputs]
         after = Randomness.capture(device)
-        self._calls.append(
-            _Call(problem, arguments, structure, parameters, outputs, cut, output_structure, after)
-        )  # fmt: skip
+        self._calls.append(_Call(problem, arguments, structure, parameters, outputs, cut, output_structure, after))
         return tree_unflatten(cut, output_structure)
 
     @property
     def leaves(self) -> list[Tensor]:
         """The remembered outputs, cut out of the graph, that evaluations differentiate down to."""
-        return [leaf for call in self._calls for leaf in call.leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        remembered = [leaf for call in self._calls if call is not None for leaf in call.leaves]
+        return [leaf for leaf in remembered if isinstance(leaf, Tensor) and leaf.requires_grad]
 
     def pull(self, cotangents: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
         """Take cotangents of leaves on to the parameters of the problems read; other tensors' stay as they are."""
         pulled = dict(cotangents)
-        for index in reversed(range(len(self._calls))):
-            call = self._calls[index]
+        for call in reversed(self._calls):
+            if call is None:
+                continue
             pairs = [
                 (output, pulled.pop(leaf))
                 for output, leaf in zip(call.outputs, call.leaves, strict=True)
@@ -112,9 +121,12 @@ def add_to(total: dict[Tensor, Tensor], keys: Sequence[Tensor], terms: Sequence[
 
 
 def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return one is other
-    return type(one) is type(other) and bool(one == other)
+    return one is other or (type(one) is type(other) and _plain(one) and bool(one == other))
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value holds no tensor, and can be compared."""
+    return value is None or isinstance(value, bool | int | float | complex | str | bytes)
 
 
 def _among(tensor: Tensor, others: Sequence[Tensor]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -155,12 +155,15 @@ def _shadow(
 ) -> Optimizer:
     """A copy of the problem's optimizer that steps ``parameters``, in place, from a copy of the state ``at``.
 
-    It is made from the instance, not by calling its class: a user's subclass may take any arguments. A scheduler
-    hangs its own ``step`` on the instance, which would step the real one.
+    It is made from the instance, not by calling its class: a user's subclass may take any arguments. The hooks of the
+    instance's step are left out: they may hold on to the real parameters.
     """
     optimizer = problem.optimizer
     shadow = object.__new__(type(optimizer))
-    shadow.__dict__.update({key: value for key, value in vars(optimizer).items() if key != "step"})
+    shadow.__dict__.update(vars(optimizer))
+    shadow.__dict__.update(
+        {hooks: OrderedDict() for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")}
+    )
     stand_in = {id(problem.variables[n]): tensor for n, tensor in parameters.items() if gradients[n] is not None}
     flags = {"differentiable": True, "foreach": False, "fused": False, "capturable": False} if differentiable else {}
     shadow.param_groups = [

@@ -101,7 +101,9 @@ class Problem(ABC):
         self.autocast = autocast
         self.hypergradient = hypergradient
         self.arguments = _arguments(self, reads or {})
-        self.node = Node(name, tuple(self.arguments.values()), (held,) if isinstance(held, str) else tuple(held))
+        self.node = Node(
+            name, tuple(dict.fromkeys(self.arguments.values())), (held,) if isinstance(held, str) else tuple(held)
+        )
         self.stream = open_stream(data, name)
         self.steps_taken = 0
         self._aliases = _aliases(module)
@@ -143,15 +145,21 @@ class Problem(ABC):
         """The parameters in force, by name: for penalties and for distances between problems."""
         return dict(self.module.named_parameters()) if self._stand is None else self._stand.parameters
 
-    def run_with(self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's output with ``tensors`` in place of its parameters and buffers of those names; ties hold."""
+    def run_with(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's output with ``tensors`` in place of its parameters and buffers of those names; ties hold.
+
+        Where the module assigns a new tensor to a buffer, ``tensors`` holds it afterwards.
+        """
         tied = {alias: tensors[name] for alias, name in self._aliases.items() if name in tensors}
         every = {**tensors, **tied}
         with recomputing_with(self.module, every):
             if not every:
                 return self.module(*args, **kwargs)
             # every name of a tied tensor is given, so functional_call need not look for ties, which is slow
-            return functional_call(self.module, every, args, kwargs, tie_weights=False)
+            output = functional_call(self.module, every, args, kwargs, tie_weights=False)
+        for name in tensors:
+            tensors[name] = every[name]
+        return output
 
     def stand_in(self, stand: Stand | None) -> None:
         """Let ``stand`` take the module's place (None: the module itself again)."""

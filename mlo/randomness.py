@@ -14,34 +14,55 @@ import torch
 
 @dataclass(frozen=True)
 class Randomness:
-    """The state of torch's generators, of the CPU and of one CUDA device; replayed, it draws the same dropout masks."""
+    """The state of random generators; replayed, it draws the same dropout masks.
+
+    Attributes:
+        cpu, cuda: of torch's generators, of the CPU and of one CUDA device.
+        outside: of NumPy's and Python's global ones, where a loss draws from them.
+    """
 
     cpu: torch.Tensor
     cuda: torch.Tensor | None = None
+    outside: tuple[Any, Any] | None = None
 
     @staticmethod
-    def capture(device: torch.device) -> Randomness:
+    def capture(device: torch.device, outside: bool = False) -> Randomness:
         """The state at this moment; ``device`` is where the modules are."""
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return Randomness(torch.get_rng_state(), cuda)
+        return Randomness(torch.get_rng_state(), cuda, outside_state() if outside else None)
 
     def restore(self, device: torch.device) -> None:
         """Make the generators go on from this state."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, device)
+        if self.outside is not None:
+            np.random.set_state(self.outside[0])
+            random.setstate(self.outside[1])
 
 
 @contextmanager
-def replay(randomness: Randomness | None, device: torch.device) -> Iterator[None]:
+def replay(randomness: Randomness | None, device: torch.device, outside: bool = False) -> Iterator[None]:
     """Run the body from ``randomness`` (None: from the present state) and leave the generators as they were."""
-    present = Randomness.capture(device)
+    present = Randomness.capture(device, outside or (randomness is not None and randomness.outside is not None))
     if randomness is not None:
         randomness.restore(device)
     try:
         yield
     finally:
         present.restore(device)
+
+
+def outside_state() -> tuple[Any, Any]:
+    """The state of NumPy's and Python's global generators."""
+    return np.random.get_state(legacy=True), random.getstate()
+
+
+def same_outside(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
+    """Whether nothing was drawn between two :func:`outside_state`."""
+    (_, keys, *rest), python = one
+    (_, other_keys, *other_rest), other_python = other
+    return rest == other_rest and python == other_python and bool(np.array_equal(keys, other_keys))
 
 
 def global_state() -> dict[str, Any]:

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from mlo.evaluation import Evaluator
 from mlo.gradients import Gradients, Records
 from mlo.hypergradient.step import Record
 from mlo.optimizers import Moment, moment, virtual_step
 from mlo.plan import Plan
-from mlo.problem import Problem, State
+from mlo.problem import State
 from mlo.randomness import replay
 
 
 class Rollout:
     """Takes virtual steps for an engine."""
 
-    def __init__(self, plan: Plan, problems: Mapping[str, Problem], gradients: Gradients, device: torch.device) -> None:
+    def __init__(self, plan: Plan, evaluator: Evaluator, gradients: Gradients) -> None:
         self._plan = plan
-        self._problems = problems
+        self._evaluator = evaluator
         self._gradients = gradients
-        self._device = device
 
     def below(
         self, top: str, due: Collection[str], states: Mapping[str, State], dtype: torch.dtype | None = None
@@ -39,7 +39,9 @@ class Rollout:
         reached, records = dict(states), Records()
         names = self._plan.graph.names
         below = [name for name in names[: names.index(top)] if name in due]
-        with replay(None, self._device):
+        if self._plan.lookahead:  # other tops step by themselves, not below this one
+            below = [name for name in below if name not in self._plan.tops]
+        with replay(None, self._evaluator.device, self._evaluator.draws_outside(below)):
             for position, name in enumerate(below):
                 self._steps(name, reached, records, [*below[position + 1 :], top], dtype)
         return reached, records
@@ -48,7 +50,7 @@ class Rollout:
         self, name: str, states: dict[str, State], records: Records, later: Sequence[str], dtype: torch.dtype | None
     ) -> None:
         """A problem's steps of one round; recorded if a sweep of one of ``later`` will go through them."""
-        problem, response = self._problems[name], self._plan.responses[name]
+        problem, response = self._evaluator.problems[name], self._plan.responses[name]
         targets, at = self._plan.targets(name, later), cast_moment(moment(problem), dtype)
         recorded: list[Record] = []
         for left in reversed(range(problem.steps)):

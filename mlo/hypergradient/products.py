@@ -186,7 +186,7 @@ def _difference(
 ) -> tuple[Vector, dict[Tensor, Tensor]]:
     """The difference quotient of the gradients at points ``radius`` away along ``vector``, or of one and ``base``."""
     size = norm(vector)
-    stride = radius / size.clamp(min=torch.finfo(size.dtype).tiny)
+    stride = torch.where(size > 0, radius / size, 0.0)
     weight = size / (len(signs) * radius)
     total: Vector = () if base is None or not own else scaled(base[0], -weight)
     inputs = {} if base is None else {key: -weight * gradient for key, gradient in base[1].items()}

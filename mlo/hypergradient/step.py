@@ -141,9 +141,7 @@ class LocalLoss:
         if record.problem.autocast is not None:
             self._memo, self._base = Memo(), None
             return
-        if record.memo is None:
-            record.memo = Memo()
-        self._memo = record.memo
+        self._memo = Memo() if record.memo is None else record.memo
 
     def under_autocast(self) -> LocalLoss:
         """The same, evaluated under the problem's autocast, as its steps are."""

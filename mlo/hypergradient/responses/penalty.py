@@ -30,7 +30,7 @@ class Penalty(Response):
         loss = steps[-1].after()
         rate = steps[-1].record.problem.optimizer.param_groups[0]["lr"] if self.rate is None else self.rate
         size = norm(cotangent)
-        tilt = self.tilt / size.clamp(min=torch.finfo(size.dtype).tiny)
+        tilt = self.tilt / torch.where(size > 0, size, 1.0)
         difference: dict[torch.Tensor, torch.Tensor] = {}
         for sign in (1.0, -1.0):
             reached = self._descend(loss, cotangent, sign * tilt, rate)
