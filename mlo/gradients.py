@@ -33,6 +33,7 @@ class Gradient:
         own: {variable: its gradient, None where the loss does not reach it}.
         buffers: the module's buffers after the evaluation.
         randomness: the random state that the evaluation drew from.
+        upper: whether it runs through lower problems.
         memo, base, inner: see :class:`mlo.hypergradient.step.Record`.
     """
 
@@ -43,6 +44,7 @@ class Gradient:
     memo: Memo | None
     base: dict[Tensor, Tensor] | None
     inner: Mapping[str, Sequence[Record]]
+    upper: bool
 
     def record(
         self,
@@ -53,11 +55,15 @@ class Gradient:
         batch: Any,
         states: Mapping[str, State],
     ) -> Record:
-        """A record of the step taken with this gradient; the gradient itself is kept for the last step alone."""
+        """A record of the step taken with this gradient.
+
+        The gradient itself is kept for the last step, and where it runs through lower problems; elsewhere the loss
+        gives it again.
+        """
         readers = [problem, *(records[0].problem for records in self.inner.values())]
         names = {read for reader in readers for read in reader.node.reads} - {problem.name, *self.inner}
         reads = {read: states[read] for read in names}
-        gradient = None if self.memo is None else self.own
+        gradient = self.own if self.memo is not None or self.upper else None
         return Record(
             problem, before, after, gradient, moment, batch, self.randomness, reads, self.memo, self.base, self.inner
         )  # fmt: skip
@@ -129,7 +135,7 @@ class Gradients:
             raise self._no_gradient(name)
         named = dict(zip(problem.variables, own, strict=True))
         inner = {low: records[low] for low in self._plan.inner.get(name, ())}
-        return Gradient(evaluation.loss.detach(), named, evaluation.buffers, randomness, memo, base, inner)
+        return Gradient(evaluation.loss.detach(), named, evaluation.buffers, randomness, memo, base, inner, bool(paths))
 
     def _swept(
         self, name: str, cotangents: Mapping[str, Vector], records: Mapping[str, Sequence[Record]], real: bool

@@ -6,13 +6,13 @@ from pydantic import ValidationError
 
 from mlo.config import Registered, explain
 from mlo.errors import ConfigError
-from mlo.hypergradient.products import Central, Curvature, Exact, Forward, OneSided, Product, ProductOption
+from mlo.hypergradient.products import Central, Exact, Forward, OneSided, Product, ProductOption
 from mlo.hypergradient.responses.base import Pulled, Response, ResponseOption
 from mlo.hypergradient.responses.implicit import ConjugateGradient, Neumann, Nystrom
 from mlo.hypergradient.responses.one_step import Darts, FirstOrder, OneStep, Sama
 from mlo.hypergradient.responses.penalty import Penalty
 from mlo.hypergradient.responses.unrolled import Truncated, Unrolled
-from mlo.hypergradient.step import LocalLoss, Step
+from mlo.hypergradient.step import Curvature, LocalLoss, Step
 from mlo.hypergradient.sweep import sweep
 from mlo.registry import RESPONSES
 

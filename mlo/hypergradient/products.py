@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, ClassVar, Protocol
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -14,28 +14,10 @@ from torch.autograd import forward_ad
 
 from mlo.config import Config, Registered
 from mlo.evaluation import twice_differentiable
-from mlo.hypergradient.step import LocalLoss, cotangents_of
+from mlo.hypergradient.step import Cotangents, Curvature, LocalLoss, cotangents_of
 from mlo.memo import add_to
 from mlo.registry import PRODUCTS
 from mlo.vectors import Vector, add, filled, norm, scaled
-
-Cotangents = dict[str, Vector | None]
-
-
-class Curvature(Protocol):
-    """The first and second derivatives of one local loss at its point."""
-
-    def gradient(self) -> Vector:
-        """The gradient in the problem's own variables."""
-
-    def own(self, vector: Vector) -> Vector:
-        """H_tt u: the Hessian in the problem's own variables."""
-
-    def cross(self, vector: Vector) -> Cotangents:
-        """H_xt u for each problem x that the loss reads: the gradient in x of <gradient in t, u>."""
-
-    def both(self, vector: Vector) -> tuple[Vector, Cotangents]:
-        """:meth:`own` and :meth:`cross` of one vector, for the price of one."""
 
 
 class Product(Config, ABC):

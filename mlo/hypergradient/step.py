@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,24 @@ from mlo.problem import Problem, State
 from mlo.randomness import Randomness
 from mlo.vectors import Vector, filled
 
+
+class Curvature(Protocol):
+    """The first and second derivatives of one local loss at its point, t its variables and x what it reads."""
+
+    def gradient(self) -> Vector:
+        """The gradient in the problem's own variables."""
+
+    def own(self, vector: Vector) -> Vector:
+        """H_tt u: the Hessian in the problem's own variables."""
+
+    def cross(self, vector: Vector) -> Cotangents:
+        """H_xt u for each problem x that the loss reads: the gradient in x of <gradient in t, u>."""
+
+    def both(self, vector: Vector) -> tuple[Vector, Cotangents]:
+        """:meth:`own` and :meth:`cross` of one vector, for the price of one."""
+
+
+Cotangents = dict[str, Vector | None]
 Slots = Mapping[str, Mapping[str, Tensor]]
 
 
@@ -88,6 +106,15 @@ class Step:
         """The loss around the present solution."""
         return LocalLoss(self.record, self.record.after, self.targets, self._evaluator, at_step=False)
 
+    def gradient(self, curvature: Curvature) -> Vector:
+        """The gradient that the step was taken with: as recorded, else as the curvature at it has it."""
+        recorded = self.record.gradient
+        if recorded is None:
+            return curvature.gradient()
+        assert self.record.before is not None
+        point = [self.record.before.parameters[name] for name in recorded]
+        return filled(recorded.values(), point)
+
     def pull_through_optimizer(self, cotangent: Vector, gradient: Vector, slots: Slots | None = None) -> StepCotangents:
         """The optimizer's step, transposed (:func:`mlo.optimizers.pull_through_step`), at this gradient."""
         record = self.record
@@ -110,7 +137,7 @@ class Step:
             name, {**record.reads, name: state}, record.batch, kind="recompute", randomness=record.randomness
         )
         gradients = torch.autograd.grad(evaluation.loss, list(variables.values()), allow_unused=True)
-        named = dict(zip(variables, gradients, strict=True))
+        named = dict(zip(variables, gradients, strict=True)) if record.gradient is None else dict(record.gradient)
         moved, moment = virtual_step(record.problem, state.parameters, named, record.moment)
         return State({**state.parameters, **moved}, evaluation.buffers), moment
 

@@ -39,7 +39,7 @@ class OneStep(Response):
         """One optimizer pullback and one product, at the state before the step."""
         step = steps[-1]
         curvature = self.product.at(step.before())
-        return Pulled(curvature.cross(step.pull_through_optimizer(cotangent, curvature.gradient()).gradient))
+        return Pulled(curvature.cross(step.pull_through_optimizer(cotangent, step.gradient(curvature)).gradient))
 
     @property
     def needs_base(self) -> bool:
@@ -83,8 +83,9 @@ class Sama(Response):
     def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
         """One optimizer pullback and one product, at the solution."""
         step = steps[-1]
-        direction = step.pull_through_optimizer(cotangent, step.before().gradient()).gradient
-        return Pulled(Central(radius=self.radius).at(step.after()).cross(direction))
+        product = Central(radius=self.radius)
+        direction = step.pull_through_optimizer(cotangent, step.gradient(product.at(step.before()))).gradient
+        return Pulled(product.at(step.after()).cross(direction))
 
     def check(self, problem: Problem) -> None:
         """See :class:`OneStep`."""

@@ -51,7 +51,7 @@ class Backpropagation(Response, ABC):
         oldest = steps[0]
         for step in _backwards(steps):
             curvature = self.product.at(step.before())
-            gradient = curvature.gradient()
+            gradient = step.gradient(curvature)
             if step is oldest and not slots:
                 u = step.pull_through_optimizer(cotangent, gradient).gradient
             else:
