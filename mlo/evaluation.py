@@ -149,7 +149,10 @@ class _Read:
         def forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self._passes["read"] += 1
             buffers = {name: buffer.clone() for name, buffer in self._state.buffers.items()}
-            return problem.run_with({**self.parameters, **buffers}, args, kwargs)
+            parameters = self.parameters
+            if not torch.is_grad_enabled():  # also where the module gives a parameter itself
+                parameters = {name: parameter.detach() for name, parameter in parameters.items()}
+            return problem.run_with({**parameters, **buffers}, args, kwargs)
 
         if self._memo is None:
             return forward(args, kwargs)

@@ -35,6 +35,7 @@ class Plan:
         self.graph = Graph([problem.node for problem in problems])
         self._problems = {problem.name: problem for problem in problems}
         _refuse_shared(problems)
+        _refuse_shared_generators(problems)
         default = estimator(hypergradient)
         self.responses: dict[str, Response] = {
             p.name: default if p.hypergradient is None else estimator(p.hypergradient) for p in problems
@@ -113,6 +114,18 @@ def place(problems: Sequence[Problem], device: str | torch.device) -> torch.devi
                     slots[key] = value.to(target)
         problem.stream.device = target
     return target
+
+
+def _refuse_shared_generators(problems: Sequence[Problem]) -> None:
+    owners: dict[int, str] = {}
+    for problem in problems:
+        for generator in problem.stream.generators():
+            if id(generator) in owners:
+                raise ConfigError(
+                    f"the data of {owners[id(generator)]!r} and of {problem.name!r} draw from one torch.Generator, so "
+                    "neither could be resumed by itself; give each loader its own"
+                )
+            owners[id(generator)] = problem.name
 
 
 def _refuse_shared(problems: Sequence[Problem]) -> None:

@@ -173,6 +173,7 @@ class Problem(ABC):
         """All that this problem needs to go on to the bit: module, optimizer, scheduler, position in the data."""
         return {
             "module": self.module.state_dict(),
+            "buffers": self._other_buffers(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "data": self.stream.state_dict(),
@@ -194,10 +195,17 @@ class Problem(ABC):
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"problem {self.name!r} does not fit the checkpoint: {error}") from error
+        for name, buffer in self._other_buffers().items():
+            buffer.copy_(state["buffers"][name])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
         self.stream.load_state_dict(state["data"])
         self.steps_taken = state["steps_taken"]
+
+    def _other_buffers(self) -> dict[str, Tensor]:
+        """Buffers that the module's own state leaves out."""
+        saved = self.module.state_dict(keep_vars=True)
+        return {name: buffer for name, buffer in self.module.named_buffers() if name not in saved}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, reads={list(self.node.reads)})"

@@ -22,6 +22,9 @@ class Batches(Protocol):
 
     device: torch.device | None
 
+    def generators(self) -> list[torch.Generator]:
+        """The generators of the user's that its sources draw from."""
+
     def peek(self, ahead: int = 0) -> Any:
         """The batch that the ``ahead``-th next call of :meth:`next` will give."""
 
@@ -82,6 +85,9 @@ class _Stream:
         self._index = 0
         self._random = seeded_state(int(torch.randint(2**62, ()))) if self._draws else {}
         self._start = self._random_state()
+
+    def generators(self) -> list[torch.Generator]:
+        return self._generators
 
     def peek(self, ahead: int = 0) -> Any:
         while len(self._ahead) <= ahead:
@@ -175,6 +181,9 @@ class _MergedStream:
     def device(self, device: torch.device | None) -> None:
         for part in self._parts.values():
             part.device = device
+
+    def generators(self) -> list[torch.Generator]:
+        return [generator for part in self._parts.values() for generator in part.generators()]
 
     def peek(self, ahead: int = 0) -> dict[str, Any]:
         return {name: part.peek(ahead) for name, part in self._parts.items()}
