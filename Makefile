@@ -1,13 +1,13 @@
 # make lbt    set up .venv, then search an architecture with Learning by Teaching
-# make test   set up .venv, then run every check and the tests that are not slow
-# make lint   the checks alone;  make slow  the slow tests
+# make test   set up .venv, then run every check and every test
+# make lint   the checks alone
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help lbt test lint slow
+.PHONY: help lbt test lint
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -17,10 +17,7 @@ lbt: $(VENV)/.installed
 
 test: lint
 	@echo "== tests"
-	@$(BIN)/pytest -q -m "not slow" $(ARGS)
-
-slow: $(VENV)/.installed-dev
-	@$(BIN)/pytest -q -m slow $(ARGS)
+	@$(BIN)/pytest -q $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@echo "== ruff" && $(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .

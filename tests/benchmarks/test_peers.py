@@ -52,7 +52,7 @@ def test_rounds_go_on(library: str, workload: str, estimator: str) -> None:
 
 def test_the_page_says_what_failed_and_what_was_missed() -> None:
     fine = {"ratio": 1.2, "quartiles": [1.1, 1.3], "milliseconds": 2.4, "hand_milliseconds": 2.0, "error": 1e-7}
-    fine |= {"cosine": 1.0, "peak_mb": 700.0, "baseline_mb": 650.0, "torch": "2.x"}
+    fine |= {"cosine": 1.0, "peak_mb": 700.0, "baseline_mb": 650.0, "default_over_mb": 60.0, "torch": "2.x"}
     rows = {case: {"failed": "KeyError: 'params'"} if case.library == "betty" else fine for case in cases("tiny")}
     rows |= {Case("tiny", "betty", "unrolled"): {"failed": "KeyError: 'params'"}}
     page = report.page(rows, {"cpu": "a CPU", "python": "3"})

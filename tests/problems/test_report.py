@@ -1,0 +1,67 @@
+"""The page and the pictures: each shows what its title says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mlo.run import Run
+from problems import report
+from problems.lbt_job import LbtJob
+from problems.nas import DARTS, PUBLISHED
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = Run.create("lbt", LbtJob(), tmp_path / "run")
+    for stage in ("search-lbt", "train-lbt", "train-random"):
+        losses = {"network/loss": 2.0}
+        folder = made.path / "stages" / stage
+        folder.mkdir(parents=True)
+        weights = {f"arch/{kind}/{name}": 0.125 for kind in ("normal", "reduce") for name in DARTS.operations}
+        lines = [json.dumps({"step": step, **losses, **weights}) for step in (1, 2)]
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return made
+
+
+def test_cells_are_drawn_under_their_own_names(run, monkeypatch):
+    drawn, saved = {}, {}
+    real, save = report.draw_cell, report._save
+
+    def watched(genotype, kind):
+        figure = real(genotype, kind)
+        drawn[id(figure)] = (genotype, kind)
+        return figure
+
+    monkeypatch.setattr(report, "draw_cell", watched)
+    monkeypatch.setattr(report, "_save", lambda figure, path: saved.update({path.name: figure}) or save(figure, path))
+    report.write_report(run, {"lbt": PUBLISHED["DARTS_V2"]}, {"lbt": {"test_error": 12.345, "parameters": 6789}})
+    assert drawn[id(saved["lbt-normal-cell.png"])] == (PUBLISHED["DARTS_V2"], "normal")
+    assert drawn[id(saved["lbt-reduction-cell.png"])] == (PUBLISHED["DARTS_V2"], "reduce")
+
+
+def test_the_page_says_what_came_out(run):
+    page = report.write_report(
+        run,
+        {"lbt": PUBLISHED["DARTS_V2"], "random": PUBLISHED["PDARTS"]},
+        {"lbt": {"test_error": 12.345, "parameters": 6789}, "random": {"test_error": 50.0, "parameters": 1}},
+    ).read_text()
+    assert "12.35" in page or "12.34" in page
+    assert "6,789" in page
+    assert "random architecture" in page
+    assert json.loads((run.path / "genotype.json").read_text())["normal"][0][0][0] == "sep_conv_3x3"
+    assert json.loads((run.path / "genotype-random.json").read_text())["normal"][0][0][0] == "skip_connect"
+
+
+def test_curves_show_the_logged_numbers():
+    lines = [{"step": s, "teacher/loss": 1.0 / s, "arch/loss": float(s)} for s in (1, 2, 4)]
+    axes = report.loss_curves(lines).axes[0]
+    curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+    assert curves == {"teacher": ([1, 2, 4], [1.0, 0.5, 0.25]), "arch": ([1, 2, 4], [1.0, 2.0, 4.0])}
+    weights = [
+        {"step": 1, **{f"arch/{k}/{o}": i / 10 for k in ("normal", "reduce") for i, o in enumerate(DARTS.operations)}}
+    ]
+    panels = report.weight_curves(weights).axes
+    assert [p.get_title() for p in panels[:2]] == ["normal cell", "reduction cell"]
+    assert [list(line.get_ydata()) for line in panels[1].get_lines()] == [[i / 10] for i in range(8)]
