@@ -13,7 +13,7 @@ from mlo.errors import CheckpointError
 from mlo.files import write_atomic
 
 
-def save(path: Path, state: Mapping[str, Any]) -> None:
+def save(path: str | Path, state: Mapping[str, Any]) -> None:
     """Write ``state`` (nested mappings and lists of tensors and plain values) to ``path``, or leave what was there.
 
     Raises:
@@ -22,14 +22,14 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     try:
-        write_atomic(path, buffer.getvalue())
+        write_atomic(Path(path), buffer.getvalue())
     except OSError as error:
         raise CheckpointError(
             f"{path}: the checkpoint cannot be written ({error.strerror}); make room for it"
         ) from error
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: str | Path) -> dict[str, Any]:
     """What :func:`save` wrote to ``path``, on the CPU.
 
     Raises:

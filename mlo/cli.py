@@ -130,7 +130,7 @@ def _job(context: typer.Context, name: str | None, config: Path | None, help: bo
 
 def _go(run: "Run") -> None:
     print(f"run folder: {run.path}", flush=True)
-    with _stoppable(run.path):
+    with run.locked(), _stoppable(run.path):
         run.job.run(run)
     print(f"finished: {run.path}")
 

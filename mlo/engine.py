@@ -52,13 +52,14 @@ class Engine:
 
     def __init__(
         self,
-        problems: Sequence[Problem],
+        problems: Problem | Iterable[Problem],
         hypergradient: object = "one_step",
         *,
         lookahead: bool | None = None,
         inner_path: bool = False,
         device: str | torch.device = "auto",
     ) -> None:
+        problems = [problems] if isinstance(problems, Problem) else list(problems)
         self._plan = Plan(problems, hypergradient, lookahead, inner_path)
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
         self.device = place(problems, device)
@@ -86,6 +87,8 @@ class Engine:
 
     def run(self, steps: int, callbacks: Iterable[Callback] = ()) -> None:
         """Take ``steps`` rounds, calling each callback with the engine after every one."""
+        if type(steps) is not int or steps < 0:
+            raise ConfigError(f"steps={steps!r}; pass a whole number of rounds, 0 or more")
         called = list(callbacks)
         for _ in range(steps):
             self.step()

@@ -113,7 +113,7 @@ class Gradients:
             name, states, batch, kind=kind, through={*lower, *targets}, memo=memo
         )  # fmt: skip
         if not evaluation.loss.requires_grad:
-            raise self._no_gradient(name)
+            raise unreached(name, lower[0]) if lower else self._no_gradient(name)
         needs_base = bool(targets) and self._plan.responses[name].needs_base
         extra = [*memo.leaves, *self._variables(states, targets)] if memo and (lower or needs_base) else []
         inputs = list(dict.fromkeys([*self._variables(states, (name, *lower)), *extra]))
@@ -166,7 +166,8 @@ class Gradients:
                 "does not depend directly on its own parameters; choose another estimator, such as 'one_step'"
             )
         return GraphError(
-            f"problem {name!r}: no gradient of its loss reaches its own parameters; compute the loss from self(...)"
+            f"problem {name!r}: no gradient of its loss reaches its own parameters; compute the loss from self(...), "
+            f"or look at the order of the list, which goes lowest level first: {', '.join(self._plan.graph.names)}"
         )
 
 

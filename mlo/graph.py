@@ -141,7 +141,8 @@ def _faults(nodes: Sequence[Node]) -> Iterable[str]:
         ):
             yield (
                 f"problem {node.name!r} is a top level (nobody above reads it), but its loss reads no problem below "
-                "it; add a parameter named after the lower problem whose solution it judges"
+                "it; add a parameter named after the lower problem whose solution it judges, or look at the order of "
+                f"the list, which goes lowest level first: {', '.join(names)}"
             )
 
 
@@ -155,7 +156,8 @@ def _read_faults(node: Node, names: Sequence[str]) -> Iterable[str]:
             yield (
                 f"problem {node.name!r}: its loss reads {read!r}, and no problem has that name; {hint}"
                 f"there are {', '.join(map(repr, names))}. Rename the parameter of loss, or pass "
-                f"reads={{{read!r}: <name>}} when you construct {node.name!r}"
+                f"reads={{{read!r}: <name>}} when you construct {node.name!r}, or {{{read!r}: None}} where it has a "
+                "default and is no problem"
             )
     for held in node.held:
         if held not in node.reads:

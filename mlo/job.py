@@ -27,6 +27,11 @@ class Job(Config):
     device: str = Field(
         "auto", description="where to compute: cpu, cuda, cuda:1, or auto for a card where there is one"
     )
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads; null: torch's own choice, which small networks are slower with than with 1",
+    )
     steps: int = Field(1000, ge=1, description="rounds of the main stage")
     log_every: int = Field(10, ge=1, description="rounds between two lines of metrics.jsonl")
     checkpoint_every: int = Field(200, ge=1, description="rounds between two checkpoints")

@@ -4,12 +4,14 @@ import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import yaml
+from filelock import FileLock, Timeout
 
 from mlo.config import read_yaml, validate
 from mlo.errors import ConfigError
@@ -94,6 +96,25 @@ class Run:
             )
         return cls(path, job)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from running in this folder meanwhile.
+
+        Raises:
+            ConfigError: if one does already.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"{self.path}: another process is running in this folder; wait for it, or stop it"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """What a stage has logged so far, a dictionary for each line; none for a stage that has not begun."""
         path = self.path / "stages" / stage / METRICS
@@ -102,7 +123,7 @@ class Run:
     def discard(self) -> None:
         """Take away what :meth:`create` wrote, if no stage has begun, so that the folder can be used again."""
         if not (self.path / "stages").exists():
-            for name in ("config.yaml", "run.json"):
+            for name in ("config.yaml", "run.json", ".lock"):
                 (self.path / name).unlink(missing_ok=True)
             if not any(self.path.iterdir()):
                 self.path.rmdir()

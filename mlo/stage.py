@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mlo import checkpoint
 from mlo.errors import CheckpointError, ConfigError
 from mlo.files import write_atomic
@@ -36,6 +38,8 @@ class Stage:
         """The stored result if there is one; else train what is left to train, and store it."""
         store = self.path / "result.json"
         if not store.exists():
+            if self.job.threads is not None:
+                torch.set_num_threads(self.job.threads)
             seed_everything(stage_seed(self.job.seed, self.path.name))
             engine = build()
             self.path.mkdir(parents=True, exist_ok=True)

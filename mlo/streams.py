@@ -81,6 +81,7 @@ class _Stream:
         self._draws = not isinstance(data, Sequence)
         self._generators = _generators_of(data)
         self._ahead: deque[tuple[dict[str, Any], int, Any]] = deque()
+        self._moved: dict[int, Any] = {}
         self._iterator: Iterator[Any] | None = None
         self._index = 0
         self._random = seeded_state(int(torch.randint(2**62, ()))) if self._draws else {}
@@ -128,9 +129,18 @@ class _Stream:
                 raise ConfigError(f"problem {self._owner!r}: its data yields no batch")
         place = (self._start, self._index)
         self._index += 1
-        if self.device is not None:
-            batch = tree_map_only(torch.Tensor, lambda t: t.to(self.device, non_blocking=True), batch)
-        return *place, batch
+        return *place, self._placed(batch, place[1])
+
+    def _placed(self, batch: Any, index: int) -> Any:
+        """The batch on the device; those of a list stay there, so that each is moved once."""
+        if self.device is None or self.device.type == "cpu":
+            return batch
+        if index in self._moved:
+            return self._moved[index]
+        batch = tree_map_only(torch.Tensor, lambda t: t.to(self.device, non_blocking=True), batch)
+        if not self._draws:
+            self._moved[index] = batch
+        return batch
 
     def _pass(self) -> Iterator[Any]:
         if self._iterator is None:

@@ -62,6 +62,7 @@ class Evaluation(Config):
 class LbtJob(Job):
     """Learning by Teaching: a teacher's architecture from how well it learns and teaches; beside it, plain DARTS."""
 
+    threads: int | None = Field(1, ge=1, description="CPU threads; null: torch's own choice. Small images want 1")
     steps: int = Field(60, ge=1, description="search steps, each one of all three levels")
     log_every: int = Field(2, ge=1, description="rounds between two lines of metrics.jsonl")
     checkpoint_every: int = Field(20, ge=1, description="rounds between two checkpoints")
@@ -83,7 +84,6 @@ class LbtJob(Job):
     pseudo_label_path: Literal["full", "paper"] = Field(
         "full", description="paper leaves out how the pseudo-labels depend on the architecture directly"
     )
-    threads: int | None = Field(1, ge=1, description="CPU threads; null: torch's own choice. Small images want 1")
     data: Data = Field(Data(), description="the images")
     search: Search = Field(Search(), description="the search")
     evaluation: Evaluation = Field(Evaluation(), description="the final training")
@@ -143,8 +143,6 @@ class LbtJob(Job):
 
     def run(self, run: Run) -> None:
         """Search and train with each method in turn, then write genotypes, pictures, curves and the page."""
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
         found: dict[str, Genotype] = {}
         results: dict[str, dict[str, Any]] = {}
         for method in dict.fromkeys(self.methods):
@@ -157,7 +155,12 @@ class LbtJob(Job):
             )
         for name, result in results.items():
             print(f"{TITLES[name]}: {result['test_error']:.2f} % test error, {result['parameters']:,} weights")
-        print(f"page: {write_report(run, found, results)}")
+        data = self.data
+        about = (
+            f"Architectures were searched for {self.steps} steps on {data.source}: {data.train_size} training, "
+            f"{data.validation_size} validation and {data.unlabeled_size} unlabeled images."
+        )
+        print(f"page: {write_report(run, found, results, about)}")
 
     def _find(self, run: Run, method: Method) -> Genotype:
         if method == "random":
@@ -173,7 +176,8 @@ class LbtJob(Job):
         network = engine.problems["network"].module
         assert isinstance(network, EvaluationNetwork)
         weights = sum(p.numel() for p in network.parameters())
-        return {"test_error": test_error(network, self._splits.test), "parameters": weights}
+        test = self._splits.test
+        return {"test_error": test_error(network, test), "test_images": len(test.labels), "parameters": weights}
 
     def _supernet(self) -> Supernet:
         return Supernet(DARTS, self.search.channels, self.search.cells, self._classes, self._image_channels)

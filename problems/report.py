@@ -17,24 +17,28 @@ from mlo.run import Run
 from problems.nas import DARTS, Genotype, draw_cell
 
 Line = Mapping[str, Any]
-TITLES = {"lbt": "Learning by Teaching", "darts": "DARTS", "random": "random architecture"}
+TITLES = {"lbt": "Learning by Teaching", "darts": "DARTS", "random": "Random architecture"}
 
 
-def write_report(run: Run, genotypes: Mapping[str, Genotype], results: Mapping[str, Mapping[str, Any]]) -> Path:
+def write_report(
+    run: Run, genotypes: Mapping[str, Genotype], results: Mapping[str, Mapping[str, Any]], about: str
+) -> Path:
     """Write everything that shows a run into its folder, and return the path of its page.
 
-    ``genotype.json`` is the first method's; those of the others are ``genotype-<method>.json``. Pictures are PNG
-    files in ``figures/``, and inside the page as SVG.
+    ``genotype.json`` is LBT's, or else the first method's; those of the others are ``genotype-<method>.json``. Pictures are
+    PNG files in ``figures/``, and inside the page as SVG.
 
     Args:
         genotypes: {method: what it found}.
-        results: {method: {"test_error": percent, "parameters": number}}.
+        results: {method: {"test_error": percent, "test_images": number, "parameters": number}}.
+        about: one sentence on what was run, for the page.
     """
     figures = run.path / "figures"
     figures.mkdir(exist_ok=True)
     sections = []
+    main = "lbt" if "lbt" in genotypes else next(iter(genotypes))
     for method, genotype in genotypes.items():
-        name = "genotype.json" if method == next(iter(genotypes)) else f"genotype-{method}.json"
+        name = "genotype.json" if method == main else f"genotype-{method}.json"
         write_atomic(run.path / name, genotype.model_dump_json(indent=2) + "\n")
         drawn = {"normal cell": draw_cell(genotype, "normal"), "reduction cell": draw_cell(genotype, "reduce")}
         searched = run.metrics(f"search-{method}")
@@ -51,7 +55,9 @@ def write_report(run: Run, genotypes: Mapping[str, Genotype], results: Mapping[s
         loader=PackageLoader("problems", "."), autoescape=select_autoescape(["html", "j2"]), undefined=StrictUndefined
     )
     config = (run.path / "config.yaml").read_text(encoding="utf-8")
-    write_atomic(page, environment.get_template("report.html.j2").render(run=run, sections=sections, config=config))
+    write_atomic(
+        page, environment.get_template("report.html.j2").render(run=run, sections=sections, config=config, about=about)
+    )
     return page
 
 

@@ -57,6 +57,7 @@ def sweep(
 def unreached(name: str, read: str) -> GraphError:
     """The error of a declared read that carries no gradient."""
     return GraphError(
-        f"problem {name!r}: its loss reads {read!r}, but no gradient flows through that read; is it used, and not "
-        f"under no_grad, detach or argmax? If it is meant as a constant, pass held=({read!r},) to {name!r}"
+        f"problem {name!r}: its loss reads {read!r}, but no gradient flows through that read; is it used, called "
+        "as a problem rather than by its module, on parameters that its optimizer holds, and not under no_grad, detach "
+        f"or argmax? If it is meant as a constant, pass held=({read!r},) to {name!r}"
     )

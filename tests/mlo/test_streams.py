@@ -155,3 +155,12 @@ def test_nothing_to_walk():
             open_stream(data, "p")
     with pytest.raises(ConfigError, match="yields no batch"):
         open_stream(lambda: iter([]), "p").next()
+
+
+def test_batches_of_a_list_are_moved_once():
+    stream = open_stream([torch.ones(2), torch.zeros(2)], "p")
+    stream.device = torch.device("meta")
+    first, second, again = (stream.next() for _ in range(3))
+    assert first.device.type == "meta"
+    assert first is again
+    assert first is not second

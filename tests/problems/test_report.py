@@ -11,6 +11,8 @@ from problems import report
 from problems.lbt_job import LbtJob
 from problems.nas import DARTS, PUBLISHED
 
+RESULT = {"test_error": 12.345, "test_images": 99, "parameters": 6789}
+
 
 @pytest.fixture
 def run(tmp_path):
@@ -36,7 +38,7 @@ def test_cells_are_drawn_under_their_own_names(run, monkeypatch):
 
     monkeypatch.setattr(report, "draw_cell", watched)
     monkeypatch.setattr(report, "_save", lambda figure, path: saved.update({path.name: figure}) or save(figure, path))
-    report.write_report(run, {"lbt": PUBLISHED["DARTS_V2"]}, {"lbt": {"test_error": 12.345, "parameters": 6789}})
+    report.write_report(run, {"lbt": PUBLISHED["DARTS_V2"]}, {"lbt": RESULT}, "About it.")
     assert drawn[id(saved["lbt-normal-cell.png"])] == (PUBLISHED["DARTS_V2"], "normal")
     assert drawn[id(saved["lbt-reduction-cell.png"])] == (PUBLISHED["DARTS_V2"], "reduce")
 
@@ -45,11 +47,14 @@ def test_the_page_says_what_came_out(run):
     page = report.write_report(
         run,
         {"lbt": PUBLISHED["DARTS_V2"], "random": PUBLISHED["PDARTS"]},
-        {"lbt": {"test_error": 12.345, "parameters": 6789}, "random": {"test_error": 50.0, "parameters": 1}},
+        {"lbt": RESULT, "random": {"test_error": 50.0, "test_images": 99, "parameters": 1}},
+        "Some words about it.",
     ).read_text()
+    assert "Some words about it." in page
+    assert "on 99 other images" in page
     assert "12.35" in page or "12.34" in page
     assert "6,789" in page
-    assert "random architecture" in page
+    assert "Random architecture" in page
     assert json.loads((run.path / "genotype.json").read_text())["normal"][0][0][0] == "sep_conv_3x3"
     assert json.loads((run.path / "genotype-random.json").read_text())["normal"][0][0][0] == "skip_connect"
 

@@ -51,7 +51,9 @@ class Neumann(Response):
     """
 
     terms: int = Field(10, ge=1, description="terms of the series; each after the first takes one product")
-    rate: float | None = Field(None, gt=0, description="step size of the series; null: the problem's learning rate")
+    rate: float | None = Field(
+        None, gt=0, description="step size of the series; null: the learning rate of its first group"
+    )
     warm_start: bool = Field(False, description="begin with the solution of the step before (SOBA, with 1 or 2 terms)")
     product: ProductOption = Field(Exact(), description="how curvature products are taken")
 
