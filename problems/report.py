@@ -25,8 +25,8 @@ def write_report(
 ) -> Path:
     """Write everything that shows a run into its folder, and return the path of its page.
 
-    ``genotype.json`` is LBT's, or else the first method's; those of the others are ``genotype-<method>.json``. Pictures are
-    PNG files in ``figures/``, and inside the page as SVG.
+    ``genotype.json`` is LBT's, or else the first method's; those of the others are ``genotype-<method>.json``. The
+    pictures are PNG files in ``figures/``, and inside the page as SVG.
 
     Args:
         genotypes: {method: what it found}.
