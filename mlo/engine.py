@@ -255,9 +255,11 @@ class Engine:
         for left in reversed(range(problem.steps)):
             keep = bool(targets) and response.records(left)
             batch = problem.stream.peek()
-            stored = response.stored(states[name], moment(problem), len(recorded)) if keep else (None, None)
+            keeps = keep and response.needs_before
+            stored = response.stored(states[name], moment(problem), len(recorded)) if keeps else (None, None)
             onto = targets if keep and not left else ()
-            gradient = self._real_step(name, states, records, onto, freeze=bool(later or left))
+            seen = self._gradients.seen(name, states, stored[0]) if onto else states
+            gradient = self._real_step(name, seen, records, onto, freeze=bool(later or left))
             if keep:
                 recorded.append(gradient.record(problem, *stored, states[name], batch, states))
         if targets:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlo.errors import GraphError
-from mlo.evaluation import Evaluator
+from mlo.evaluation import Evaluator, twice_differentiable
 from mlo.hypergradient.step import Record, cotangents_of
 from mlo.hypergradient.sweep import sweep, unreached
 from mlo.memo import Memo
@@ -34,7 +35,7 @@ class Gradient:
         buffers: the module's buffers after the evaluation.
         randomness: the random state that the evaluation drew from.
         upper: whether it runs through lower problems.
-        memo, base, inner: see :class:`mlo.hypergradient.step.Record`.
+        memo, base, inner, graph: see :class:`mlo.hypergradient.step.Record`.
     """
 
     loss: Tensor
@@ -45,6 +46,7 @@ class Gradient:
     base: dict[Tensor, Tensor] | None
     inner: Mapping[str, Sequence[Record]]
     upper: bool
+    graph: tuple[Vector, Vector] | None
 
     def record(
         self,
@@ -64,9 +66,8 @@ class Gradient:
         names = {read for reader in readers for read in reader.node.reads} - {problem.name, *self.inner}
         reads = {read: states[read] for read in names}
         gradient = self.own if self.memo is not None or self.upper else None
-        return Record(
-            problem, before, after, gradient, moment, batch, self.randomness, reads, self.memo, self.base, self.inner
-        )  # fmt: skip
+        made = Record(problem, before, after, gradient, moment, batch, self.randomness, reads, self.memo)
+        return replace(made, base=self.base, inner=self.inner, graph=self.graph)
 
 
 class Gradients:
@@ -109,15 +110,21 @@ class Gradients:
         lower = [read for read in self._plan.graph.lower_reads(name) if read in paths]
         randomness = self._evaluator.capture(name)
         memo = Memo() if targets else None
-        evaluation = self._evaluator.evaluate(
-            name, states, batch, kind=kind, through={*lower, *targets}, memo=memo
-        )  # fmt: skip
+        keep = bool(targets) and self._keeps_graph(name) and not states[name].live
+        with twice_differentiable() if keep else nullcontext():
+            evaluation = self._evaluator.evaluate(name, states, batch, kind=kind, through={*lower, *targets}, memo=memo)
         if not evaluation.loss.requires_grad:
             raise unreached(name, lower[0]) if lower else self._no_gradient(name)
         needs_base = bool(targets) and self._plan.responses[name].needs_base
         extra = [*memo.leaves, *self._variables(states, targets)] if memo and (lower or needs_base) else []
         inputs = list(dict.fromkeys([*self._variables(states, (name, *lower)), *extra]))
-        found = cotangents_of(inputs, torch.autograd.grad(evaluation.loss, inputs, allow_unused=True))
+        gradients = torch.autograd.grad(evaluation.loss, inputs, allow_unused=True, create_graph=keep)
+        graph = None
+        if keep:
+            point = tuple(self._variables(states, (name,)))
+            graph = point, filled(gradients[: len(point)], point)
+            gradients = tuple(None if g is None else g.detach() for g in gradients)
+        found = cotangents_of(inputs, gradients)
         base = {tensor: found[tensor] for tensor in extra if tensor in found} if needs_base else None
         if memo and lower:
             found = memo.pull(found)
@@ -135,7 +142,18 @@ class Gradients:
             raise self._no_gradient(name)
         named = dict(zip(problem.variables, own, strict=True))
         inner = {low: records[low] for low in self._plan.inner.get(name, ())}
-        return Gradient(evaluation.loss.detach(), named, evaluation.buffers, randomness, memo, base, inner, bool(paths))
+        return Gradient(
+            evaluation.loss.detach(), named, evaluation.buffers, randomness, memo, base, inner, bool(paths), graph
+        )
+
+    def seen(self, name: str, states: Mapping[str, State], stored: State | None) -> Mapping[str, State]:
+        """``states`` with a problem's stored copy in place of its own tensors, where a graph is to outlive its step."""
+        here = stored is not None and stored.device == states[name].device
+        return {**states, name: stored} if stored is not None and here and self._keeps_graph(name) else states
+
+    def _keeps_graph(self, name: str) -> bool:
+        plain = not self._plan.paths[name] and self._evaluator.problems[name].autocast is None
+        return plain and self._plan.responses[name].keeps_graph
 
     def _swept(
         self, name: str, cotangents: Mapping[str, Vector], records: Mapping[str, Sequence[Record]], real: bool

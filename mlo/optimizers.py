@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,8 @@ def pull_through_step(
         slots: cotangents of the optimizer's state after the step; None: of the gradient alone is asked, with
             parameters and state before the step held fixed.
     """
+    if slots is None and type(problem.optimizer) is SGD and problem.clip_norm is None:
+        return StepCotangents(_pull_through_sgd(problem, gradients, at, cotangent), (), {})
     names = list(problem.variables)
     leaves = {n: None if g is None else off_zero(g.detach()).requires_grad_() for n, g in gradients.items()}
     held = slots is None
@@ -128,6 +130,31 @@ def pull_through_step(
     for (name, key), value in zip(keys, found, strict=True):
         pulled.setdefault(name, {})[key] = value
     return StepCotangents(gradient, before, pulled)
+
+
+def _pull_through_sgd(
+    problem: Problem, gradients: Mapping[str, Tensor | None], at: Moment, cotangent: Vector
+) -> Vector:
+    """Torch's SGD, whose Jacobian is a number for each group; the general way costs several passes over the weights."""
+    groups = {id(p): g for p, g in _groups(problem.optimizer, at)}
+    pulled = []
+    for (name, parameter), part in zip(problem.variables.items(), cotangent, strict=True):
+        group = groups[id(parameter)]
+        begun = at.slots.get(name, {}).get("momentum_buffer") is not None
+        share = 1.0
+        if group["momentum"]:
+            taken = 1 - group["dampening"] if begun else 1.0
+            share = 1 + group["momentum"] * taken if group["nesterov"] else taken
+        factor = (group["lr"] if group["maximize"] else -group["lr"]) * share
+        pulled.append(torch.zeros_like(part) if gradients[name] is None else part * factor)
+    return tuple(pulled)
+
+
+def _groups(optimizer: Optimizer, at: Moment) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+    """Each parameter with the hyperparameters that its group had then."""
+    for hyperparameters, group in zip(at.groups, optimizer.param_groups, strict=True):
+        for parameter in group["params"]:
+            yield parameter, hyperparameters
 
 
 def clip(problem: Problem, gradients: Mapping[str, Tensor | None]) -> Mapping[str, Tensor | None]:

@@ -57,10 +57,11 @@ class Rollout:
             keep = bool(targets) and response.records(left)
             batch = cast_batch(problem.stream.peek(problem.steps - 1 - left), dtype)
             before, was, onto = states[name], at, targets if keep and not left else ()
-            gradient = self._gradients.of(name, states, records, batch, "virtual", onto)
+            stored = response.stored(before, was, len(recorded)) if keep and response.needs_before else (None, None)
+            seen = self._gradients.seen(name, states, stored[0]) if onto else states
+            gradient = self._gradients.of(name, seen, records, batch, "virtual", onto)
             moved, at = virtual_step(problem, before.parameters, gradient.own, was)
             if keep:
-                stored = response.stored(before, was, len(recorded))
                 recorded.append(gradient.record(problem, *stored, before, batch, states))
             states[name] = State({**before.parameters, **moved}, gradient.buffers)
         for record in recorded:

@@ -14,7 +14,9 @@ Vector = tuple[Tensor, ...]
 def add(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) -> Vector:
     """``a + scale * b``."""
     if isinstance(scale, Tensor):
-        return torch._foreach_add(list(a), list(scaled(b, scale)))
+        if scale.device.type == "cuda":  # reading it would wait for the card
+            return torch._foreach_add(list(a), list(scaled(b, scale)))
+        scale = float(scale)
     return torch._foreach_add(list(a), list(b), alpha=scale)
 
 
@@ -25,7 +27,7 @@ def scaled(a: Sequence[Tensor], scale: float | Tensor) -> Vector:
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """The inner product, a scalar tensor."""
-    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+    return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)]).sum()
 
 
 def norm(a: Sequence[Tensor]) -> Tensor:

@@ -90,23 +90,26 @@ ProductOption = Annotated[Product, Registered(PRODUCTS)]
 class _ExactCurvature:
     def __init__(self, loss: LocalLoss) -> None:
         self._loss = loss
+        if loss.graph is not None:
+            self._point, self._gradient = loss.graph
+            return
+        self._point = loss.point
         with torch.enable_grad(), twice_differentiable():
-            value = loss(loss.point)
-            gradient = torch.autograd.grad(value, loss.point, create_graph=True, allow_unused=True)
+            gradient = torch.autograd.grad(loss(loss.point), loss.point, create_graph=True, allow_unused=True)
         self._gradient = filled(gradient, loss.point)
 
     def gradient(self) -> Vector:
         return tuple(g.detach() for g in self._gradient)
 
     def own(self, vector: Vector) -> Vector:
-        return filled(self._transposed(vector, self._loss.point), self._loss.point)
+        return filled(self._transposed(vector, self._point), self._point)
 
     def cross(self, vector: Vector) -> Cotangents:
         inputs = self._loss.inputs()
         return self._loss.pull(cotangents_of(inputs, self._transposed(vector, inputs)))
 
     def both(self, vector: Vector) -> tuple[Vector, Cotangents]:
-        point, inputs = self._loss.point, self._loss.inputs()
+        point, inputs = self._point, self._loss.inputs()
         found = self._transposed(vector, (*point, *inputs))
         own = filled(found[: len(point)], point)
         return own, self._loss.pull(cotangents_of(inputs, found[len(point) :]))

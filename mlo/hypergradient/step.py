@@ -57,6 +57,8 @@ class Record:
         reads: the states of the problems that the loss read.
         memo: the outputs of the problems read, kept from the step for the pullback; None once they changed.
         base: {output of a problem read: the step's gradient for it}, where a product asks for it.
+        graph: the variables that the gradient was evaluated at, and the gradient with its graph, where the response
+            takes exact products there.
         inner: {lower problem: its recorded steps}, lowest first, that the gradient itself ran through, where the
             curvature is to include that path; those steps are then part of the loss.
     """
@@ -72,12 +74,13 @@ class Record:
     memo: Memo | None = field(default=None, repr=False)
     base: dict[Tensor, Tensor] | None = field(default=None, repr=False)
     inner: Mapping[str, Sequence[Record]] = field(default_factory=dict, repr=False)
+    graph: tuple[Vector, Vector] | None = field(default=None, repr=False)
 
     def freeze(self, name: str) -> None:
         """Keep a copy of what the step read of problem ``name``, whose own tensors are about to change."""
         if name in self.reads and self.reads[name].live:
             self.reads[name] = copied(self.reads[name])
-            self.memo = self.base = None
+            self.memo = self.base = self.graph = None
 
 
 class Step:
@@ -147,6 +150,7 @@ class LocalLoss:
 
     Attributes:
         point: the variables around which it is taken, one tensor each, requiring gradients.
+        graph: the point as the step was evaluated at, and the gradient there with its graph, if they were kept.
     """
 
     def __init__(
@@ -164,6 +168,7 @@ class LocalLoss:
         self._gradient = record.gradient if at_step else None
         self._base = record.base if at_step else None
         self.point: Vector = tuple(at.parameters[n].detach().requires_grad_() for n in record.problem.variables)
+        self.graph = record.graph if at_step else None
         self._autocast = False
         if record.problem.autocast is not None:
             self._memo, self._base = Memo(), None

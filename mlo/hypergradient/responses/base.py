@@ -29,14 +29,17 @@ class Response(Config, ABC):
     needs_before: ClassVar[bool] = False
     lookahead: ClassVar[bool] = False
 
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether the last step should keep its gradient's graph, for exact products where it was taken from."""
+        return False
+
     def records(self, left: int) -> bool:
         """Whether a step is recorded after which ``left`` more are taken in the round."""
         return left == 0
 
     def stored(self, state: State, at: Moment, index: int) -> tuple[State | None, Moment | None]:
-        """What is kept of what the ``index``-th recorded step is taken from; ``at`` is a copy already."""
-        if not self.needs_before:
-            return None, None
+        """What is kept of what the ``index``-th recorded step is taken from, where that is needed; ``at`` is a copy."""
         return copied(state) if state.live else state, at
 
     @property

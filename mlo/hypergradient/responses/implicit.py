@@ -134,7 +134,9 @@ def neumann_series(
         term = add(term, matvec(term), -rate)
         last, size = size, norm(term)
         active = active & (size <= last)
-        total = tuple(torch.where(active, t + x, t) for t, x in zip(total, term, strict=True))
+        if not _over(active):
+            grown = add(total, term)
+            total = grown if active.device.type == "cpu" else _chosen(active, grown, total)
     solution = scaled(total, rate) if start is None else add(start, total, rate)
     return solution, size / whole.clamp(min=torch.finfo(whole.dtype).tiny)
 
@@ -161,6 +163,10 @@ def _flat(vector: Vector) -> Tensor:
 def _shaped(flat: Tensor, like: Vector) -> Vector:
     parts = flat.split([part.numel() for part in like])
     return tuple(part.view_as(shape) for part, shape in zip(parts, like, strict=True))
+
+
+def _chosen(active: Tensor, one: Vector, other: Vector) -> Vector:
+    return tuple(torch.where(active, a, b) for a, b in zip(one, other, strict=True))
 
 
 def _over(active: Tensor) -> bool:

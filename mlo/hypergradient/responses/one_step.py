@@ -46,6 +46,11 @@ class OneStep(Response):
         """As the product has it."""
         return self.product.needs_base
 
+    @property
+    def keeps_graph(self) -> bool:
+        """For exact products."""
+        return isinstance(self.product, Exact)
+
     def check(self, problem: Problem) -> None:
         """The optimizer's step must be differentiable."""
         check_differentiable(problem)

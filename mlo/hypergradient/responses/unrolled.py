@@ -44,6 +44,11 @@ class Backpropagation(Response, ABC):
         """As the product has it."""
         return self.product.needs_base
 
+    @property
+    def keeps_graph(self) -> bool:
+        """For exact products."""
+        return isinstance(self.product, Exact)
+
     def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
         """One product and one optimizer pullback for each step."""
         total: dict[str, Vector | None] = dict.fromkeys(steps[-1].targets)

@@ -1,0 +1,135 @@
+"""The same workloads through mlo, hand-written torch loops and other libraries.
+
+    python -m benchmarks.peers                       # all; writes docs/benchmarks.md
+    python -m benchmarks.peers --workload mwn --library betty
+    python -m benchmarks.peers --quick               # small sizes, prints the tables: does it all run?
+
+Each measurement has a process of its own on one thread, and each peer an environment of its own, made on first use.
+Rows go to JSON files in the output folder; rows measured before stay there, and the page is made of all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import environments, report
+from benchmarks.peers.catalogue import LIBRARIES, REFERENCES, REFUSED, WORKLOADS, Case, cases
+
+HERE = Path(__file__).resolve().parents[2]
+# glibc keeps freed blocks of some MB in its heap, between which small ones that stay pin them; with a fixed threshold
+# they go back to the system, and the peak is that of the memory in use
+EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+
+class Session:
+    """Where environments and results are, and the size of the workloads."""
+
+    def __init__(self, folder: Path, output: Path, size: str) -> None:
+        self.folder, self.output, self.size = folder, output, size
+        output.mkdir(parents=True, exist_ok=True)
+
+    def measure(self, case: Case) -> dict[str, Any]:
+        """One row: error and time, then memory, each in a fresh process."""
+        if (case.workload, case.library) in REFUSED:
+            return {"failed": REFUSED[case.workload, case.library]}
+        stored = self.output / f"{case.workload}-{REFERENCES[case.estimator]}.pt"
+        if not stored.exists():
+            made = self._run(Case(case.workload, "hand", case.estimator), "reference", stored)
+            if "failed" in made:
+                return made
+        row = self._run(case, "time", stored)
+        if "failed" in row:
+            return row
+        return {**row, **self.remember(case)}
+
+    def remember(self, case: Case) -> dict[str, Any]:
+        """Peak memory of one row and of its baseline; and the row's over its baseline's as malloc is by default."""
+        nothing = Case(case.workload, "none", "none")
+        found, base = self._run(case, "memory", exact=True), self._kept(nothing, exact=True)
+        usual, usual_base = self._run(case, "memory"), self._kept(nothing)
+        if "failed" in found:
+            return found
+        over = {"default_over_mb": usual["peak_mb"] - usual_base["peak_mb"]}
+        return {**found, "baseline_mb": base["peak_mb"], **over}
+
+    def _kept(self, case: Case, exact: bool = False) -> dict[str, Any]:
+        kept = self.output / f"baseline-{case.workload}{'-exact' if exact else ''}.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(self._run(case, "memory", exact=exact)), encoding="utf-8")
+        return dict(json.loads(kept.read_text(encoding="utf-8")))
+
+    def _run(self, case: Case, mode: str, stored: Path = Path(), exact: bool = False) -> dict[str, Any]:
+        result = self.output / "result.tmp"
+        result.unlink(missing_ok=True)
+        try:
+            python = environments.interpreter(case.library, self.folder)
+        except RuntimeError as error:
+            return {"failed": f"cannot be installed: {error}"}
+        words = [case.workload, case.library, case.estimator, mode, self.size, str(result), str(stored)]
+        ended = subprocess.run(
+            [str(python), "-W", "ignore", "-m", "benchmarks.peers.worker", *words],
+            cwd=HERE,
+            env={**os.environ, **ONE_THREAD, **(EXACT_MEMORY if exact else {}), "PYTHONPATH": str(HERE)},
+            capture_output=True,
+            text=True,
+        )
+        if not result.exists():
+            said = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
+            return {"failed": said[-1]}
+        return dict(json.loads(result.read_text(encoding="utf-8")))
+
+
+def revision() -> str:
+    """The commit that is measured, marked where files differ from it."""
+    words = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+
+
+def machine() -> dict[str, str]:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {"cpu": names[0] if names else platform.processor(), "python": platform.python_version()}
+
+
+def main() -> None:
+    """Measure the rows asked for, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=WORKLOADS, help="this one alone")
+    parser.add_argument("--library", choices=LIBRARIES, help="this one alone")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few repetitions; the tables are printed")
+    parser.add_argument("--report", action="store_true", help="measure nothing: make the page of the rows there are")
+    parser.add_argument("--environments", type=Path, default=Path.home() / ".cache" / "mlo" / "peers",
+                        help="folder of the peers' environments")  # fmt: skip
+    parser.add_argument("--output", type=Path, help="folder of the rows (default: runs/peers or runs/peers-quick)")
+    options = parser.parse_args()
+    output = options.output or HERE / "runs" / ("peers-quick" if options.quick else "peers")
+    session = Session(options.environments.absolute(), output.absolute(), "small" if options.quick else "full")
+    for case in [] if options.report else cases(options.workload, options.library):
+        row = session.measure(case)
+        if case.library == "mlo":
+            row["revision"] = revision()
+        (output / f"{case.name}.row.json").write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")
+        print(f"{case.name:32} {report.line(row)}", flush=True)
+    found = {
+        case: json.loads(path.read_text(encoding="utf-8"))
+        for case in cases()
+        if (path := output / f"{case.name}.row.json").exists()
+    }
+    page = report.page(found, machine())
+    if options.quick:
+        print(page)
+    else:
+        (HERE / "docs" / "benchmarks.md").write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What is measured: workloads, estimators, and what each library is asked for; knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: products of the implicit estimators, and the terms of the series
+ITERATIONS = 10
+
+#: {workload: what it is, in a line}
+WORKLOADS = {
+    "mwn": "(a) Meta-weight-net: MLP 784-256-10, batch 100, one round (a step of the model, a step of the weight net)",
+    "clean512": "(b) Hyper-cleaning: MLP 784-256-10, N = 512 sample weights, T = 20 steps of SGD, one hypergradient",
+    "clean8192": "(b) Hyper-cleaning: MLP 784-256-10, N = 8192 sample weights, T = 36 steps of SGD, one hypergradient",
+    "lbt": "(c) LBT's V: two small convolutional networks with batch norm and an architecture, one round of the three",
+    "tiny": "(d) Hyper-cleaning: MLP 16-16-10, N = 32 sample weights, T = 20 steps of SGD, one hypergradient",
+}
+
+#: {estimator: what its hypergradient is compared with, computed by plain autograd in float64}
+REFERENCES = {
+    "darts": "one_step",
+    "one_step": "one_step",
+    "unrolled": "unrolled",
+    "recomputed": "unrolled",
+    "cg": "cg",
+    "neumann": "neumann",
+}
+
+ESTIMATORS = {
+    "mwn": ("one_step", "darts", "cg", "neumann"),
+    "clean512": ("unrolled", "recomputed", "cg", "neumann"),
+    "clean8192": ("unrolled", "recomputed"),
+    "lbt": ("one_step", "darts"),
+    "tiny": ("unrolled", "recomputed"),
+}
+
+LIBRARIES = ("hand", "mlo", "betty", "torchopt", "higher", "boat")
+
+TITLES = {
+    "hand": "by hand",
+    "mlo": "**mlo**",
+    "betty": "Betty 0.2.1",
+    "torchopt": "TorchOpt 0.7.3",
+    "higher": "higher 0.2.1",
+    "boat": "BOAT 1.1.1",
+}
+
+#: {library: estimators that it has}; what is not here is not asked of it
+OFFERED = {
+    "hand": ("one_step", "darts", "cg", "neumann", "unrolled", "recomputed"),
+    "mlo": ("one_step", "darts", "cg", "neumann", "unrolled", "recomputed"),
+    "betty": ("darts", "cg", "neumann", "unrolled"),
+    "torchopt": ("one_step", "cg", "neumann", "unrolled"),
+    "higher": ("one_step", "unrolled"),
+    "boat": ("one_step", "darts", "cg", "neumann", "unrolled"),
+}
+
+#: {(workload, library): why it cannot be said there at all}
+REFUSED = {("lbt", "boat"): "two levels only"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the tables."""
+
+    workload: str
+    library: str
+    estimator: str
+
+    @property
+    def name(self) -> str:
+        """As a file name."""
+        return f"{self.workload}-{self.estimator}-{self.library}"
+
+
+def cases(workload: str | None = None, library: str | None = None) -> list[Case]:
+    """All rows, or those of one workload or of one library beside the hand-written loop."""
+    return [
+        Case(w, lib, estimator)
+        for w in WORKLOADS
+        for estimator in ESTIMATORS[w]
+        for lib in LIBRARIES
+        if workload in (None, w) and library in (None, lib) and estimator in OFFERED[lib]
+    ]

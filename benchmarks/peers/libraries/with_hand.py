@@ -1,0 +1,15 @@
+"""The hand-written loops, as a library among the others."""
+
+from __future__ import annotations
+
+from benchmarks.peers.by_hand import Cleaning, Reweighting
+from benchmarks.peers.by_hand_lbt import Teach
+from benchmarks.peers.libraries import Runner
+from benchmarks.peers.workloads import Task, Teaching
+
+
+def build(task: Task, estimator: str) -> Runner:
+    """See :mod:`benchmarks.peers.libraries`."""
+    if isinstance(task, Teaching):
+        return Teach(task, estimator)
+    return (Reweighting if task.trains else Cleaning)(task, estimator)

@@ -1,0 +1,120 @@
+"""The hypergradients by brute force: plain autograd, in float64, of the very steps that the estimators stand for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, jvp
+
+from benchmarks.peers.catalogue import ITERATIONS
+from benchmarks.peers.workloads import Bilevel, Task, Teaching, make
+
+Params = dict[str, Tensor]
+
+
+def reference(workload: str, kind: str, size: str = "full") -> Tensor:
+    """The first hypergradient of the workload, flat; ``kind`` is one of :data:`catalogue.REFERENCES`."""
+    task: Task = make(workload, size, torch.float64)
+    if isinstance(task, Teaching):
+        return _teaching(task)
+    if kind in ("one_step", "unrolled"):
+        return _unrolled(task)
+    return _implicit(task, kind)
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    """All of them in a row, in float64."""
+    return torch.cat([t.detach().double().flatten() for t in tensors])
+
+
+def _lower(task: Bilevel, parameters: Params, hyper: Params) -> Tensor:
+    def model(x: Tensor) -> Tensor:
+        return functional_call(task.model, parameters, (x,))
+
+    def weigh(*args: Tensor) -> Tensor:
+        return functional_call(task.weights, hyper, args)
+
+    return task.lower_loss(model, weigh, parameters.values(), task.lower[0])
+
+
+def _upper(task: Bilevel, parameters: Params) -> Tensor:
+    return task.upper_loss(lambda x: functional_call(task.model, parameters, (x,)), task.upper[0])
+
+
+def _unrolled(task: Bilevel) -> Tensor:
+    hyper = dict(task.weights.named_parameters())
+    parameters: Params = dict(task.model.named_parameters())
+    for _ in range(task.steps):  # a first step with momentum is one without
+        found = torch.autograd.grad(_lower(task, parameters, hyper), list(parameters.values()), create_graph=True)
+        parameters = {n: p - task.lr * g for (n, p), g in zip(parameters.items(), found, strict=True)}
+    return flat(list(torch.autograd.grad(_upper(task, parameters), list(hyper.values()))))
+
+
+def _implicit(task: Bilevel, kind: str) -> Tensor:
+    """CG or a series of as many products, by forward over reverse, on one flat vector."""
+    hyper = {n: p.detach() for n, p in task.weights.named_parameters()}
+    parameters = {n: p.detach() for n, p in task.model.named_parameters()}
+    for _ in range(task.steps):
+        found = grad(lambda p: _lower(task, p, hyper))(parameters)
+        parameters = {n: p - task.lr * found[n] for n, p in parameters.items()}
+    sizes = [p.numel() for p in parameters.values()]
+
+    def named(vector: Tensor) -> Params:
+        return {n: v.view_as(p) for (n, p), v in zip(parameters.items(), vector.split(sizes), strict=True)}
+
+    def product(vector: Tensor) -> Tensor:
+        moved = jvp(grad(lambda p: _lower(task, p, hyper)), (parameters,), (named(vector),))[1]
+        return flat(list(moved.values()))
+
+    target = flat(list(grad(lambda p: _upper(task, p))(parameters).values()))
+    solution = _krylov(product, target) if kind == "cg" else _series(product, target, task.lr)
+    _, cross = jvp(
+        lambda p: grad(lambda h: _lower(task, p, h))(hyper), (parameters,), (named(solution),)
+    )  # fmt: skip
+    return -flat(list(cross.values()))
+
+
+def _krylov(product: object, target: Tensor) -> Tensor:
+    """The best solution (in energy) of the Krylov space: what conjugate gradient is, by a basis and a small solve."""
+    basis: list[Tensor] = []
+    images: list[Tensor] = []
+    vector = target / target.norm()
+    for _ in range(ITERATIONS):
+        basis.append(vector)
+        images.append(product(vector))
+        vector = images[-1]
+        for _ in range(2):
+            for other in basis:
+                vector = vector - (vector @ other) * other
+        vector = vector / vector.norm()
+    space, image = torch.stack(basis, 1), torch.stack(images, 1)
+    small = space.T @ image
+    if torch.linalg.eigvalsh((small + small.T) / 2).min() <= 0:
+        raise ValueError("the lower Hessian is not positive definite here: raise RIDGE")
+    return space @ torch.linalg.solve(small, space.T @ target)
+
+
+def _series(product: object, target: Tensor, rate: float) -> Tensor:
+    total = term = target
+    for _ in range(ITERATIONS - 1):
+        term = term - rate * product(term)
+        total = total + term
+    return rate * total
+
+
+def _teaching(task: Teaching) -> Tensor:
+    mix = task.arch.mix
+
+    def stepped(module: torch.nn.Module, loss: object) -> object:
+        parameters = dict(module.named_parameters())
+        found = torch.autograd.grad(
+            loss(lambda *args: functional_call(module, parameters, args)), list(parameters.values()), create_graph=True
+        )
+        moved = {n: p - task.lr * g for (n, p), g in zip(parameters.items(), found, strict=True)}
+        return lambda *args: functional_call(module, moved, args)
+
+    teacher = stepped(task.teacher, lambda run: task.teacher_loss(run, mix, task.teacher_data[0]))
+    pseudo = teacher(task.unlabeled[0], mix).softmax(1)
+    taught = stepped(task.student, lambda run: task.student_loss(run, pseudo, task.labeled[0], task.unlabeled[0]))
+    loss = task.arch_loss(teacher, mix, taught, task.validation[0])
+    return flat(list(torch.autograd.grad(loss, mix)))
