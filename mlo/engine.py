@@ -108,7 +108,7 @@ class Engine:
         for top in tops:
             for _ in range(self.problems[top].steps):
                 states, records = self._rollout.below(top, due, self._live_states())
-                self._real_step(top, {**states, top: self.problems[top].live_state()}, records)
+                self._real_step(top, states, records)
         rest = [name for name in due if name not in tops]
         states, records = self._live_states(), Records()
         for position, name in enumerate(rest):

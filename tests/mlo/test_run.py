@@ -296,3 +296,22 @@ def test_checkpoints_hold_the_whole_engine(job, tmp_path):
     train(make(job, tmp_path / "run"))
     state = checkpoint.load(tmp_path / "run" / "stages" / "train" / "step-000000012.pt")
     assert state["rounds"] == STEPS
+
+
+def test_one_process_at_a_time_runs_in_a_folder(job, tmp_path):
+    run = make(job, tmp_path / "run")
+    with run.locked(), pytest.raises(ConfigError, match="another process is running in this folder"):
+        Run.open(tmp_path / "run").locked().__enter__()
+    with Run.open(tmp_path / "run").locked():
+        pass
+
+
+def test_a_stage_runs_on_the_threads_that_the_job_says(ridge, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        seen = train(
+            make(ridge.RidgeJob(device="cpu", threads=2), tmp_path / "run"), result=lambda _: torch.get_num_threads()
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert seen == 2
