@@ -110,7 +110,7 @@ def _print_options(model: type[BaseModel], prefix: str, console: Console) -> lis
     table = Table(box=None, show_header=False, padding=(0, 1, 0, 1))
     chosen = []
     for path, field, default in _rows(model, prefix, defaults(model)):
-        table.add_row(Text(f"--{path}", style="cyan"), _meaning(field, default))
+        table.add_row(Text(f"--{path.replace('_', '-')}", style="cyan"), _meaning(field, default))
         mark = registered(field)
         if mark:
             chosen.append((path, mark))
