@@ -257,7 +257,7 @@ class Engine:
             batch = problem.stream.peek()
             keeps = keep and response.needs_before
             stored = response.stored(states[name], moment(problem), len(recorded)) if keeps else (None, None)
-            onto = targets if keep and not left else ()
+            onto = targets if keep and left < response.graphs else ()
             seen = self._gradients.seen(name, states, stored[0]) if onto else states
             gradient = self._real_step(name, seen, records, onto, freeze=bool(later or left))
             if keep:

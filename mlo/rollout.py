@@ -56,7 +56,7 @@ class Rollout:
         for left in reversed(range(problem.steps)):
             keep = bool(targets) and response.records(left)
             batch = cast_batch(problem.stream.peek(problem.steps - 1 - left), dtype)
-            before, was, onto = states[name], at, targets if keep and not left else ()
+            before, was, onto = states[name], at, targets if keep and left < response.graphs else ()
             stored = response.stored(before, was, len(recorded)) if keep and response.needs_before else (None, None)
             seen = self._gradients.seen(name, states, stored[0]) if onto else states
             gradient = self._gradients.of(name, seen, records, batch, "virtual", onto)

@@ -31,8 +31,13 @@ class Response(Config, ABC):
 
     @property
     def keeps_graph(self) -> bool:
-        """Whether the last step should keep its gradient's graph, for exact products where it was taken from."""
+        """Whether those steps should keep their gradients' graphs, for exact products where they were taken from."""
         return False
+
+    @property
+    def graphs(self) -> int:
+        """Of how many of the last steps what they computed is kept for the pullback: outputs read, graphs."""
+        return 1
 
     def records(self, left: int) -> bool:
         """Whether a step is recorded after which ``left`` more are taken in the round."""

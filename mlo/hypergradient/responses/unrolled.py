@@ -29,6 +29,9 @@ class Backpropagation(Response, ABC):
     needs_before: ClassVar[bool] = True
     every: int = Field(1, ge=1, description="store every n-th state, and recompute the others")
     store_on: Literal["device", "cpu"] = Field("device", description="where the states are stored")
+    keep_graphs: int = Field(
+        1, ge=1, description="last steps whose graphs are kept for exact products: a third faster, with their memory"
+    )
     product: ProductOption = Field(Exact(), description="how curvature products are taken")
 
     def stored(self, state: State, at: Moment, index: int) -> tuple[State | None, Moment | None]:
@@ -43,6 +46,11 @@ class Backpropagation(Response, ABC):
     def needs_base(self) -> bool:
         """As the product has it."""
         return self.product.needs_base
+
+    @property
+    def graphs(self) -> int:
+        """As the options have it."""
+        return self.keep_graphs
 
     @property
     def keeps_graph(self) -> bool:
@@ -113,5 +121,6 @@ def _backwards(steps: Sequence[Step]) -> Iterator[Step]:
             yield step
             if step is not segment[0]:
                 step.record.before = None
-            step.record.memo = step.record.memo if step is steps[-1] else None
+            if len(steps) > 1:  # one step's may serve another upper problem too; of many, memory counts
+                step.record.memo = step.record.base = step.record.graph = None
         record.before, record.moment = kept

@@ -9,7 +9,7 @@ from small_lbt import noisy_lbt
 
 import mlo
 
-OPTIONS = [{}, {"every": 2}, {"every": 3, "store_on": "cpu"}, {"product": "forward"}]
+OPTIONS = [{}, {"every": 2}, {"every": 3, "store_on": "cpu"}, {"product": "forward"}, {"keep_graphs": 3}]
 
 
 @pytest.fixture(autouse=True)
@@ -65,9 +65,10 @@ def test_one_truncated_step_is_one_step():
 
 
 def test_passes():
-    """A step costs its product, but the last, whose graph is there; thinned states one more pass for each of them."""
-    for every, recomputed, products in ((1, 0, 4), (2, 2, 4), (5, 4, 5)):
-        engine = mlo.Engine(small_lbt("momentum", steps=5), {"kind": "unrolled", "every": every}, device="cpu")
+    """A step costs its product, but those whose graph is kept; thinned states one more pass for each of them."""
+    for graphs, every, recomputed, products in ((1, 1, 0, 4), (1, 2, 2, 4), (1, 5, 4, 5), (3, 1, 0, 2), (9, 1, 0, 0)):
+        options = {"kind": "unrolled", "every": every, "keep_graphs": graphs}
+        engine = mlo.Engine(small_lbt("momentum", steps=5), options, device="cpu")
         engine.step()
         assert engine.passes["teacher"]["product"] == products
         assert engine.passes["teacher"].get("recompute", 0) == recomputed
