@@ -56,7 +56,7 @@ class Forward(Product):
 
 
 class Central(Product):
-    """Central difference of two gradients (DARTS, eqs. 8): 2 passes; no second derivative, but blind to kinks.
+    """Central difference of two gradients (DARTS, eq. 8): 2 passes; no second derivative, but blind to kinks.
 
     The two points lie at ``radius`` (in the Euclidean norm of all variables) on either side, which is the paper's
     epsilon = 0.01 / |v| at the default.

@@ -79,7 +79,7 @@ class Sama(Response):
     """SAMA (Choe et al. 2023): the inverse Hessian taken for the identity, Adam's scaling kept; 2 passes.
 
     The cotangent goes through the optimizer's step, and the product is a central difference at the present solution
-    rather than before the step, so that no state of the weights has to be kept.
+    rather than before the step.
     """
 
     needs_before: ClassVar[bool] = True
