@@ -61,8 +61,8 @@ def check(engine: Engine, name: str | None = None, *, directions: int = 4, toler
         predicted = dot(tuple(found.values()), tuple(along.values())).item()
         rows.append((predicted, (ends[0] - ends[1]) / (2 * step)))
     error = max(abs(predicted - measured) for predicted, measured in rows)
-    noise = 1e-9 / step * 1e-6  # the differences' own rounding
-    if error > tolerance * scale + noise:
+    rounding = 4 * torch.finfo(torch.float64).eps * abs(ends[0]) / step  # of the differences themselves
+    if error > tolerance * scale + rounding:
         values = "\n".join(f"  {predicted:+.9e}  {measured:+.9e}" for predicted, measured in rows)
         raise HypergradientError(
             f"the hypergradient of {top!r} is not the derivative of its loss through the lower steps: off by "
