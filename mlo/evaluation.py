@@ -82,7 +82,7 @@ class Evaluator:
             randomness: drawn from instead of the present random state, which is then left alone.
 
         Raises:
-            GraphError: if the loss is not a scalar tensor that depends on differentiable parameters.
+            GraphError: if the loss is not a scalar tensor.
         """
         problem = self.problems[name]
         own = _Own(states[name], self.passes[name], kind)

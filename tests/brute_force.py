@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from small_lbt import Weights
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -31,15 +32,6 @@ class MixedTeacher(nn.Module):
     def forward(self, images: Tensor, weights: Tensor) -> Tensor:
         mix = weights.softmax(dim=0)
         return self.head(torch.tanh(mix[0] * self.one(images) + mix[1] * torch.sin(self.two(images))))
-
-
-class Weights(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(torch.randn(2))
-
-    def forward(self) -> Tensor:
-        return self.weights
 
 
 def batches(count: int, *, labeled: bool = True) -> list:

@@ -125,9 +125,7 @@ class Step:
         named: dict[str, Tensor | None] = dict(zip(record.problem.variables, gradient, strict=True))
         if record.gradient is not None:  # which variables had none
             named = {name: None if record.gradient[name] is None else g for name, g in named.items()}
-        return pull_through_step(
-            record.problem, record.before.parameters, named, record.moment, cotangent, slots
-        )  # fmt: skip
+        return pull_through_step(record.problem, record.before.parameters, named, record.moment, cotangent, slots)
 
     def repeated(self) -> tuple[State, Moment]:
         """The state and the optimizer that the step led to, computed again; one pass."""
@@ -218,9 +216,7 @@ class LocalLoss:
                     randomness=record.randomness,
                 )
             variables = {v: state.parameters[v] for v in record.problem.variables}
-            found = torch.autograd.grad(
-                evaluation.loss, list(variables.values()), create_graph=True, allow_unused=True
-            )  # fmt: skip
+            found = torch.autograd.grad(evaluation.loss, list(variables.values()), create_graph=True, allow_unused=True)
             gradients = {v: None if g is None else off_zero(g) for v, g in zip(variables, found, strict=True)}
             at = Moment(record.moment.groups, moment.slots)
             variables, moment = differentiable_step(record.problem, variables, gradients, at)

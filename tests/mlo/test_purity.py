@@ -14,14 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import mlo
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 ESTIMATORS = ["one_step", {"kind": "one_step", "product": {"kind": "central", "radius": 1e-4}}]
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def problem(cls: type[mlo.Problem], name: str, module: nn.Module, lr: float = 0.1, **options: object) -> mlo.Problem:

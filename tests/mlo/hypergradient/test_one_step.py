@@ -8,12 +8,7 @@ from brute_force import OPTIMIZERS, brute_force, small_lbt
 
 import mlo
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("rounds", [0, 3], ids=["first step", "with optimizer state"])

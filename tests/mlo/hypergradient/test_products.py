@@ -9,14 +9,9 @@ from small_lbt import noisy_lbt
 
 import mlo
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 RESPONSES = ["one_step", "unrolled", "cg", "neumann"]
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def found(stack: list[mlo.Problem], **estimator: object) -> torch.Tensor:

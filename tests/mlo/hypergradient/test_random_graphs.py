@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import mlo
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 DAMPING = 60.0
 FOUND = Callable[[Tensor], Tensor]
 
@@ -147,13 +149,6 @@ class Drawn:
         own = leaves[top].detach().clone().requires_grad_()
         direct, inner = gradients(top, own, problems[top].stream.peek())
         return direct + inner
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def valid(count: int) -> list[int]:

@@ -9,14 +9,9 @@ from small_lbt import noisy_lbt
 
 import mlo
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 OPTIONS = [{}, {"every": 2}, {"every": 3, "store_on": "cpu"}, {"product": "forward"}, {"keep_graphs": 3}]
-
-
-@pytest.fixture(autouse=True)
-def _float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("rounds", [0, 2], ids=["first steps", "with optimizer state"])
