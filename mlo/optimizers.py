@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from mlo import sgd
 from mlo.errors import ConfigError
 from mlo.problem import Problem
 from mlo.vectors import Vector
@@ -59,12 +60,8 @@ def virtual_step(
 ) -> tuple[dict[str, Tensor], Moment]:
     """The optimizer's step from ``parameters`` and ``at``, without touching either; returns what it leads to."""
     with torch.no_grad():
-        clipped = clip(problem, gradients)
-        moved = {name: parameters[name].clone() for name in problem.variables}
-        shadow = _shadow(problem, moved, clipped, at, differentiable=False)
-        type(problem.optimizer).step(shadow)
-    slots = {name: dict(shadow.state[moved[name]]) for name in moved if moved[name] in shadow.state}
-    return {n: p.detach().requires_grad_() for n, p in moved.items()}, Moment(at.groups, slots)
+        moved, after = _step(problem, parameters, clip(problem, gradients), at, differentiable=False)
+    return {n: p.detach().requires_grad_() for n, p in moved.items()}, after
 
 
 def differentiable_step(
@@ -72,9 +69,18 @@ def differentiable_step(
 ) -> tuple[dict[str, Tensor], Moment]:
     """Like :func:`virtual_step`, with the graph of all that it is given."""
     with torch.enable_grad():
-        moved = {name: parameters[name].clone() for name in problem.variables}
-        shadow = _shadow(problem, moved, clip(problem, gradients), at, differentiable=True)
-        type(problem.optimizer).step(shadow)
+        return _step(problem, parameters, clip(problem, gradients), at, differentiable=True)
+
+
+def _step(
+    problem: Problem, parameters: Tensors, gradients: Mapping[str, Tensor | None], at: Moment, *, differentiable: bool
+) -> tuple[dict[str, Tensor], Moment]:
+    if sgd.applies(problem, at.groups):
+        moved, slots = sgd.step(problem, at.groups, parameters, gradients, at.slots)
+        return moved, Moment(at.groups, slots)
+    moved = {name: parameters[name].clone() for name in problem.variables}
+    shadow = _shadow(problem, moved, gradients, at, differentiable=differentiable)
+    type(problem.optimizer).step(shadow)
     slots = {name: dict(shadow.state[tensor]) for name, tensor in moved.items() if tensor in shadow.state}
     return moved, Moment(at.groups, slots)
 
@@ -105,11 +111,13 @@ def pull_through_step(
         parameters, gradients, at: what the step was taken from.
         cotangent: of the parameters after the step, one tensor per variable of the problem, in their order.
         slots: cotangents of the optimizer's state after the step; None: of the gradient alone is asked, with
-            parameters and state before the step held fixed.
+            parameters and state before the step held fixed, and theirs are not to be used.
     """
-    if slots is None and type(problem.optimizer) is SGD and problem.clip_norm is None:
-        return StepCotangents(_pull_through_sgd(problem, gradients, at, cotangent), (), {})
     names = list(problem.variables)
+    if problem.clip_norm is None and sgd.applies(problem, at.groups):
+        named = dict(zip(names, cotangent, strict=True))
+        of_gradient, of_parameters, of_slots = sgd.pull(problem, at.groups, gradients, at.slots, named, slots or {})
+        return StepCotangents(tuple(of_gradient.values()), tuple(of_parameters.values()), of_slots)
     leaves = {n: None if g is None else off_zero(g.detach()).requires_grad_() for n, g in gradients.items()}
     held = slots is None
     start = {n: parameters[n].detach().requires_grad_(not held) for n in names}
@@ -130,31 +138,6 @@ def pull_through_step(
     for (name, key), value in zip(keys, found, strict=True):
         pulled.setdefault(name, {})[key] = value
     return StepCotangents(gradient, before, pulled)
-
-
-def _pull_through_sgd(
-    problem: Problem, gradients: Mapping[str, Tensor | None], at: Moment, cotangent: Vector
-) -> Vector:
-    """Torch's SGD, whose Jacobian is a number for each group; the general way costs several passes over the weights."""
-    groups = {id(p): g for p, g in _groups(problem.optimizer, at)}
-    pulled = []
-    for (name, parameter), part in zip(problem.variables.items(), cotangent, strict=True):
-        group = groups[id(parameter)]
-        begun = at.slots.get(name, {}).get("momentum_buffer") is not None
-        share = 1.0
-        if group["momentum"]:
-            taken = 1 - group["dampening"] if begun else 1.0
-            share = 1 + group["momentum"] * taken if group["nesterov"] else taken
-        factor = (group["lr"] if group["maximize"] else -group["lr"]) * share
-        pulled.append(torch.zeros_like(part) if gradients[name] is None else part * factor)
-    return tuple(pulled)
-
-
-def _groups(optimizer: Optimizer, at: Moment) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
-    """Each parameter with the hyperparameters that its group had then."""
-    for hyperparameters, group in zip(at.groups, optimizer.param_groups, strict=True):
-        for parameter in group["params"]:
-            yield parameter, hyperparameters
 
 
 def clip(problem: Problem, gradients: Mapping[str, Tensor | None]) -> Mapping[str, Tensor | None]:
