@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlo.compilation import Compiler
 from mlo.errors import CheckpointError, ConfigError
 from mlo.evaluation import Evaluator
 from mlo.gradients import Gradient, Gradients, Records
@@ -39,6 +40,9 @@ class Engine:
         lookahead: None: as the estimators have it ("darts" on, the others off).
         inner_path: where a middle problem's own gradient runs through a lower one, let its curvature include that path
             (exact), rather than leave it out (usual, with a warning).
+        compile: run whole gradient passes and curvature products through torch.compile. It pays after some hundreds of
+            rounds: each kind of pass takes seconds to tens of seconds to compile. The first pass of each problem is
+            taken without; a problem that cannot be compiled is warned of, with the reason, and runs as it is.
         device: "auto" (a CUDA card where there is one), or a torch device; modules are moved there once.
 
     Attributes:
@@ -57,6 +61,7 @@ class Engine:
         *,
         lookahead: bool | None = None,
         inner_path: bool = False,
+        compile: bool = False,
         device: str | torch.device = "auto",
     ) -> None:
         problems = [problems] if isinstance(problems, Problem) else list(problems)
@@ -65,7 +70,7 @@ class Engine:
         self.device = place(problems, device)
         self.rounds = 0
         self.losses: dict[str, Tensor] = {}
-        self._evaluator = Evaluator(self.problems, self.device)
+        self._evaluator = Evaluator(self.problems, self.device, Compiler() if compile else None)
         self._gradients = Gradients(self._plan, self._evaluator)
         self._rollout = Rollout(self._plan, self._evaluator, self._gradients)
         self._guard = Guard(self.device, deferred=self.device.type != "cpu")

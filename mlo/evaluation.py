@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mlo.compilation import Compiler
 from mlo.errors import GraphError
-from mlo.memo import Memo
+from mlo.memo import Memo, add_to
 from mlo.problem import Problem, State
 from mlo.randomness import Randomness, outside_state, replay, same_outside
 
@@ -36,6 +38,21 @@ class Evaluation:
     buffers: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Pass:
+    """What one evaluation of a problem's loss and its derivative gave.
+
+    Attributes:
+        loss: the scalar, detached.
+        gradients: {tensor: the loss's gradient for it}, of those asked for that the loss depends on.
+        buffers: as in :class:`Evaluation`.
+    """
+
+    loss: Tensor
+    gradients: dict[Tensor, Tensor]
+    buffers: Mapping[str, Tensor]
+
+
 class Evaluator:
     """Evaluates losses of a set of problems, and counts the passes.
 
@@ -44,10 +61,11 @@ class Evaluator:
             lookahead), "product" (a curvature product) and "read" (another problem's loss read it).
     """
 
-    def __init__(self, problems: Mapping[str, Problem], device: torch.device) -> None:
+    def __init__(self, problems: Mapping[str, Problem], device: torch.device, compiler: Compiler | None = None) -> None:
         self.problems = problems
         self.device = device
         self.passes: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._compiler = compiler
         self._torch_only: set[str] = set()
 
     def draws_outside(self, names: Collection[str]) -> bool:
@@ -86,36 +104,164 @@ class Evaluator:
         """
         problem = self.problems[name]
         own = _Own(states[name], self.passes[name], kind)
-        reads = {
-            read: _Read(
-                states[read],
-                self.passes[read],
-                differentiate=read in through,
-                memo=None if read in moving else memo,
-                device=self.device,
-            )
-            for read in problem.node.reads
-        }
-        replayed = nullcontext() if randomness is None else replay(randomness, self.device)
+        stands: dict[str, _Own | _Read] = {name: own}
+        for read in problem.node.reads:
+            kept = None if read in moving else memo
+            stands[read] = _Read(states[read], self.passes[read], "read", read in through, kept, self.device)
         if memo is not None:
             memo.begin()
         outside = outside_state() if self.draws_outside((name,)) else None
-        lowered = torch.autocast(self.device.type, problem.autocast, enabled=autocast and problem.autocast is not None)
-        with _standing(problem, own), replayed, lowered, _all_standing(self.problems, reads):
-            arguments = {argument: self.problems[read] for argument, read in problem.arguments.items()}
-            loss = problem.loss(batch, **arguments)
-            if outside is not None and randomness is None and same_outside(outside, outside_state()):
-                self._torch_only.add(name)
+        with (
+            nullcontext() if randomness is None else replay(randomness, self.device),
+            self._lowered(problem, autocast),
+        ):
+            loss = _loss(self.problems, name, stands, batch)
+            if outside is not None and randomness is None:
+                self._note_draws(name, outside)
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise GraphError(f"problem {name!r}: its loss returned {found}; return a scalar tensor (.mean() or .sum())")
         return Evaluation(loss, own.buffers)
 
+    def differentiate(
+        self,
+        name: str,
+        states: Mapping[str, State],
+        batch: Any,
+        *,
+        of: Sequence[str],
+        kind: str,
+        leaves: bool = False,
+        keep_graph: bool = False,
+        memo: Memo | None = None,
+        **options: Any,
+    ) -> Pass:
+        """The loss of problem ``name`` and its gradients; one pass.
+
+        Args:
+            of: problems (itself among them or not) for whose variables in ``states`` it is differentiated.
+            leaves: differentiate for the outputs that ``memo`` cuts out of the graph, too.
+            keep_graph: keep the gradients' own graph, for second derivatives.
+            batch, kind, memo, options: as for :meth:`evaluate`.
+        """
+        reads = [read for read in of if read != name]
+        through = {*options.pop("through", ()), *reads}
+        if self._compiler is not None and name in self._torch_only and not options.get("moving"):
+            done = self._compiled(self._compiler, name, states, batch, of, through, kind, keep_graph, **options)
+            if done is not None:
+                return done
+        with twice_differentiable() if keep_graph else nullcontext():
+            evaluation = self.evaluate(name, states, batch, kind=kind, through=through, memo=memo, **options)
+            inputs = [states[n].parameters[v] for n in of for v in self.problems[n].variables]
+            if leaves and memo is not None:
+                inputs += memo.leaves
+            gradients: dict[Tensor, Tensor] = {}
+            if inputs and evaluation.loss.requires_grad:
+                found = torch.autograd.grad(evaluation.loss, inputs, allow_unused=True, create_graph=keep_graph)
+                add_to(gradients, inputs, found)
+        return Pass(evaluation.loss.detach(), gradients, evaluation.buffers)
+
+    def _compiled(
+        self,
+        compiler: Compiler,
+        name: str,
+        states: Mapping[str, State],
+        batch: Any,
+        of: Sequence[str],
+        through: Collection[str],
+        kind: str,
+        keep_graph: bool,
+        autocast: bool = True,
+        randomness: Randomness | None = None,
+    ) -> Pass | None:
+        """:meth:`differentiate` by compiled code; None where the problem cannot be compiled."""
+        problem = self.problems[name]
+        key = (name, tuple(of), tuple(sorted(through)), keep_graph, autocast)
+        if key not in compiler:
+            reads = tuple((read, read in through) for read in problem.node.reads)
+            inputs = tuple((n, v) for n in of for v in self.problems[n].variables)
+            lowered = problem.autocast if autocast else None
+            compiler.add(key, _pass_function(self.problems, name, reads, inputs, keep_graph, self.device, lowered))
+        names = (name, *problem.node.reads)
+        parameters = {n: states[n].parameters for n in names}
+        buffers = {n: states[n].buffers for n in names}
+        with (
+            nullcontext() if randomness is None else replay(randomness, self.device),
+            twice_differentiable() if keep_graph else nullcontext(),
+        ):
+            done = compiler.call(key, parameters, buffers, batch)
+        if done is None:
+            return None
+        loss, found, after, calls = done
+        for n, count in calls.items():
+            self.passes[n][kind if n == name else "read"] += count
+        gradients: dict[Tensor, Tensor] = {}
+        add_to(gradients, [states[n].parameters[v] for n in of for v in self.problems[n].variables], found)
+        return Pass(loss, gradients, after)
+
+    def _note_draws(self, name: str, before: tuple[Any, Any]) -> None:
+        if same_outside(before, outside_state()):
+            self._torch_only.add(name)
+        elif self._compiler is not None and name not in self._compiler.refused:
+            self._compiler.refuse(name, "its loss draws from NumPy's or Python's random generator; draw from torch's")
+
+    def _lowered(self, problem: Problem, wanted: bool) -> AbstractContextManager[Any]:
+        """The problem's autocast, or none at all, whatever surrounds it."""
+        dtype = problem.autocast if wanted else None
+        if dtype is None and not torch.is_autocast_enabled(self.device.type):
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+
+def _loss(problems: Mapping[str, Problem], name: str, stands: Mapping[str, _Own | _Read], batch: Any) -> Any:
+    """The loss of a problem with stand-ins for its module and for those of the problems that it reads."""
+    try:
+        for other, stand in stands.items():
+            problems[other].stand_in(stand)
+        arguments = {argument: problems[read] for argument, read in problems[name].arguments.items()}
+        return problems[name].loss(batch, **arguments)
+    finally:
+        for other in stands:
+            problems[other].stand_in(None)
+
+
+def _pass_function(
+    problems: Mapping[str, Problem],
+    name: str,
+    reads: Sequence[tuple[str, bool]],
+    inputs: Sequence[tuple[str, str]],
+    keep_graph: bool,
+    device: torch.device,
+    lowered: torch.dtype | None,
+) -> Callable[..., Any]:
+    """One pass of a problem as a function of tensors alone, to be compiled.
+
+    Args:
+        reads: the problems that it reads, and whether each is differentiated for.
+        inputs: (problem, variable) pairs for which the loss is differentiated.
+    """
+
+    def run(
+        parameters: Mapping[str, Mapping[str, Tensor]], buffers: Mapping[str, Mapping[str, Tensor]], batch: Any
+    ) -> tuple[Tensor, Sequence[Tensor | None], Mapping[str, Tensor], dict[str, int]]:
+        calls = {name: 0, **{read: 0 for read, _ in reads}}
+        own = _Own(State(parameters[name], buffers[name]), calls, name)
+        stands: dict[str, _Own | _Read] = {name: own}
+        for read, differentiate in reads:
+            stands[read] = _Read(State(parameters[read], buffers[read]), calls, read, differentiate, None, device)
+        with torch.autocast(device.type, lowered, enabled=lowered is not None):
+            loss = _loss(problems, name, stands, batch)
+        wanted = [parameters[n][v] for n, v in inputs]
+        found = torch.autograd.grad(loss, wanted, create_graph=keep_graph, allow_unused=True) if wanted else ()
+        return loss.detach(), found, own.buffers, calls
+
+    return run
+
 
 class _Own:
     """Stands in for the module of the problem whose loss is evaluated."""
 
-    def __init__(self, state: State, passes: Counter[str], kind: str) -> None:
+    def __init__(self, state: State, passes: MutableMapping[str, int], kind: str) -> None:
         self.parameters = state.parameters
         self.buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
         self._substitutes = dict(self.buffers) if state.live else {**state.parameters, **self.buffers}
@@ -133,48 +279,36 @@ class _Read:
     """Stands in for the module of a problem that the loss reads; its buffers are thrown away afterwards."""
 
     def __init__(
-        self, state: State, passes: Counter[str], *, differentiate: bool, memo: Memo | None, device: torch.device
+        self,
+        state: State,
+        passes: MutableMapping[str, int],
+        kind: str,
+        differentiate: bool,
+        memo: Memo | None,
+        device: torch.device,
     ) -> None:
-        self._state = state
+        self._buffers = state.buffers
         self._differentiate = differentiate
         if differentiate:
             self.parameters: Mapping[str, Tensor] = state.parameters
         else:
             self.parameters = {name: parameter.detach() for name, parameter in state.parameters.items()}
         self._passes = passes
+        self._kind = kind
         self._memo = memo
         self._device = device
 
     def run(self, problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        def forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self._passes["read"] += 1
-            buffers = {name: buffer.clone() for name, buffer in self._state.buffers.items()}
-            parameters = self.parameters
-            if not torch.is_grad_enabled():  # also where the module gives a parameter itself
-                parameters = {name: parameter.detach() for name, parameter in parameters.items()}
-            return problem.run_with({**parameters, **buffers}, args, kwargs)
-
         if self._memo is None:
-            return forward(args, kwargs)
+            return self._forward(problem, args, kwargs)
         parameters = tuple(self.parameters.values()) if self._differentiate else ()
+        forward = partial(self._forward, problem)
         return self._memo.run(problem.name, forward, args, kwargs, parameters, self._device)
 
-
-@contextmanager
-def _standing(problem: Problem, stand: _Own | _Read) -> Iterator[None]:
-    problem.stand_in(stand)
-    try:
-        yield
-    finally:
-        problem.stand_in(None)
-
-
-@contextmanager
-def _all_standing(problems: Mapping[str, Problem], stands: Mapping[str, _Read]) -> Iterator[None]:
-    for name, stand in stands.items():
-        problems[name].stand_in(stand)
-    try:
-        yield
-    finally:
-        for name in stands:
-            problems[name].stand_in(None)
+    def _forward(self, problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._passes[self._kind] += 1
+        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        parameters = self.parameters
+        if not torch.is_grad_enabled():  # also where the module gives a parameter itself
+            parameters = {name: parameter.detach() for name, parameter in parameters.items()}
+        return problem.run_with({**parameters, **buffers}, args, kwargs)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mlo.errors import GraphError
-from mlo.evaluation import Evaluator, twice_differentiable
-from mlo.hypergradient.step import Record, cotangents_of
+from mlo.evaluation import Evaluator
+from mlo.hypergradient.step import Record
 from mlo.hypergradient.sweep import sweep, unreached
 from mlo.memo import Memo
 from mlo.optimizers import Moment
@@ -34,7 +32,7 @@ class Gradient:
         own: {variable: its gradient, None where the loss does not reach it}.
         buffers: the module's buffers after the evaluation.
         randomness: the random state that the evaluation drew from.
-        upper: whether it runs through lower problems.
+        kept: whether a record is to keep it: for the last step, and where it runs through lower problems.
         memo, base, inner, graph: see :class:`mlo.hypergradient.step.Record`.
     """
 
@@ -45,7 +43,7 @@ class Gradient:
     memo: Memo | None
     base: dict[Tensor, Tensor] | None
     inner: Mapping[str, Sequence[Record]]
-    upper: bool
+    kept: bool
     graph: tuple[Vector, Vector] | None
 
     def record(
@@ -59,14 +57,14 @@ class Gradient:
     ) -> Record:
         """A record of the step taken with this gradient.
 
-        The gradient itself is kept for the last step, and where it runs through lower problems; elsewhere the loss
-        gives it again.
+        Where the gradient itself is not kept, the loss gives it again.
         """
         readers = [problem, *(records[0].problem for records in self.inner.values())]
         names = {read for reader in readers for read in reader.node.reads} - {problem.name, *self.inner}
         reads = {read: states[read] for read in names}
-        gradient = self.own if self.memo is not None or self.upper else None
-        made = Record(problem, before, after, gradient, moment, batch, self.randomness, reads, self.memo)
+        made = Record(
+            problem, before, after, self.own if self.kept else None, moment, batch, self.randomness, reads, self.memo
+        )
         return replace(made, base=self.base, inner=self.inner, graph=self.graph)
 
 
@@ -106,29 +104,35 @@ class Gradients:
         Raises:
             GraphError: if no gradient reaches the problem's variables, or a declared read.
         """
-        problem, paths = self._evaluator.problems[name], self._plan.paths[name]
+        paths, needs_base = self._plan.paths[name], bool(targets) and self._plan.responses[name].needs_base
         lower = [read for read in self._plan.graph.lower_reads(name) if read in paths]
         randomness = self._evaluator.capture(name)
-        memo = Memo() if targets else None
         keep = bool(targets) and self._keeps_graph(name) and not states[name].live
-        with twice_differentiable() if keep else nullcontext():
-            evaluation = self._evaluator.evaluate(name, states, batch, kind=kind, through={*lower, *targets}, memo=memo)
-        if not evaluation.loss.requires_grad:
-            raise unreached(name, lower[0]) if lower else self._no_gradient(name)
-        needs_base = bool(targets) and self._plan.responses[name].needs_base
-        extra = [*memo.leaves, *self._variables(states, targets)] if memo and (lower or needs_base) else []
-        inputs = list(dict.fromkeys([*self._variables(states, (name, *lower)), *extra]))
-        gradients = torch.autograd.grad(evaluation.loss, inputs, allow_unused=True, create_graph=keep)
-        graph = None
+        memo = Memo() if targets and not keep else None  # with its graph there, the loss is not evaluated again
+        down_to = targets if memo is not None and (lower or needs_base) else ()
+        done = self._evaluator.differentiate(
+            name,
+            states,
+            batch,
+            of=tuple(dict.fromkeys((name, *lower, *down_to))),
+            kind=kind,
+            through=targets,
+            leaves=bool(down_to),
+            keep_graph=keep,
+            memo=memo,
+        )
+        point, found, graph = self._variables(states, (name,)), done.gradients, None
         if keep:
-            point = tuple(self._variables(states, (name,)))
-            graph = point, filled(gradients[: len(point)], point)
-            gradients = tuple(None if g is None else g.detach() for g in gradients)
-        found = cotangents_of(inputs, gradients)
-        base = {tensor: found[tensor] for tensor in extra if tensor in found} if needs_base else None
-        if memo and lower:
+            graph = tuple(point), filled((found.get(v) for v in point), point)
+            found = {tensor: gradient.detach() for tensor, gradient in found.items()}
+        base = None
+        if needs_base and memo is not None:
+            base = {
+                tensor: found[tensor] for tensor in (*memo.leaves, *self._variables(states, targets)) if tensor in found
+            }
+        if memo is not None and lower:
             found = memo.pull(found)
-        own: list[Tensor | None] = [found.get(v) for v in self._variables(states, (name,))]
+        own: list[Tensor | None] = [found.get(v) for v in point]
         if paths:
             cotangents = {}
             for read in lower:
@@ -140,11 +144,9 @@ class Gradients:
             own = _sum(own, self._swept(name, cotangents, records, real=kind == "step"))
         elif all(g is None for g in own):
             raise self._no_gradient(name)
-        named = dict(zip(problem.variables, own, strict=True))
+        named = dict(zip(self._evaluator.problems[name].variables, own, strict=True))
         inner = {low: records[low] for low in self._plan.inner.get(name, ())}
-        return Gradient(
-            evaluation.loss.detach(), named, evaluation.buffers, randomness, memo, base, inner, bool(paths), graph
-        )
+        return Gradient(done.loss, named, done.buffers, randomness, memo, base, inner, bool(paths or targets), graph)
 
     def seen(self, name: str, states: Mapping[str, State], stored: State | None) -> Mapping[str, State]:
         """``states`` with a problem's stored copy in place of its own tensors, where a graph is to outlive its step."""

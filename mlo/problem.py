@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -152,7 +153,8 @@ class Problem(ABC):
         """
         tied = {alias: tensors[name] for alias, name in self._aliases.items() if name in tensors}
         every = {**tensors, **tied}
-        with recomputing_with(self.module, every):
+        compiling = torch.compiler.is_compiling()  # there, recomputations have the substituted tensors by themselves
+        with nullcontext() if compiling else recomputing_with(self.module, every):
             if not every:
                 return self.module(*args, **kwargs)
             # every name of a tied tensor is given, so functional_call need not look for ties, which is slow

@@ -94,9 +94,7 @@ class _ExactCurvature:
             self._point, self._gradient = loss.graph
             return
         self._point = loss.point
-        with torch.enable_grad(), twice_differentiable():
-            gradient = torch.autograd.grad(loss(loss.point), loss.point, create_graph=True, allow_unused=True)
-        self._gradient = filled(gradient, loss.point)
+        self._gradient = loss.gradients(loss.point, inputs=False, keep_graph=True)[0]
 
     def gradient(self) -> Vector:
         return tuple(g.detach() for g in self._gradient)

@@ -134,13 +134,15 @@ class Step:
         name = record.problem.name
         variables = {v: record.before.parameters[v].detach().requires_grad_() for v in record.problem.variables}
         state = State({**record.before.parameters, **variables}, record.before.buffers)
-        evaluation = self._evaluator.evaluate(
-            name, {**record.reads, name: state}, record.batch, kind="recompute", randomness=record.randomness
+        states = {**record.reads, name: state}
+        done = self._evaluator.differentiate(
+            name, states, record.batch, of=(name,), kind="recompute", randomness=record.randomness
         )
-        gradients = torch.autograd.grad(evaluation.loss, list(variables.values()), allow_unused=True)
-        named = dict(zip(variables, gradients, strict=True)) if record.gradient is None else dict(record.gradient)
+        named = {n: done.gradients.get(v) for n, v in variables.items()}
+        if record.gradient is not None:
+            named = dict(record.gradient)
         moved, moment = virtual_step(record.problem, state.parameters, named, record.moment)
-        return State({**state.parameters, **moved}, evaluation.buffers), moment
+        return State({**state.parameters, **moved}, done.buffers), moment
 
 
 class LocalLoss:
@@ -180,22 +182,24 @@ class LocalLoss:
 
     def __call__(self, variables: Sequence[Tensor]) -> Tensor:
         """The loss at ``variables``: the same batch, the same random numbers, the same reads."""
-        name = self._record.problem.name
-        moved = dict(zip(self._record.problem.variables, variables, strict=True))
-        states = {**self._record.reads, name: replace(self._state, parameters={**self._state.parameters, **moved})}
-        for low, records in self._record.inner.items():
+        states, options = self._at(variables)
+        return self._evaluator.evaluate(self._record.problem.name, states, self._record.batch, **options).loss
+
+    def _at(self, variables: Sequence[Tensor]) -> tuple[dict[str, State], dict[str, Any]]:
+        """The states of an evaluation at ``variables``, and how it is taken."""
+        record, name = self._record, self._record.problem.name
+        moved = dict(zip(record.problem.variables, variables, strict=True))
+        states = {**record.reads, name: replace(self._state, parameters={**self._state.parameters, **moved})}
+        for low, records in record.inner.items():
             states[low] = self._inner_steps(low, records, states)
-        return self._evaluator.evaluate(
-            name,
-            states,
-            self._record.batch,
-            kind="product",
-            through={*self._targets, *self._record.inner},
-            memo=self._memo,
-            moving=self._record.inner,
-            autocast=self._autocast,
-            randomness=self._record.randomness,
-        ).loss
+        return states, {
+            "kind": "product",
+            "through": {*self._targets, *record.inner},
+            "memo": self._memo,
+            "moving": record.inner,
+            "autocast": self._autocast,
+            "randomness": record.randomness,
+        }
 
     def _inner_steps(self, name: str, records: Sequence[Record], states: Mapping[str, State]) -> State:
         """Where the recorded steps of a lower problem lead under ``states``, with the graph of all of them."""
@@ -223,15 +227,20 @@ class LocalLoss:
             state = State({**state.parameters, **variables}, evaluation.buffers)
         return state
 
-    def gradients(self, variables: Vector, own: bool = True) -> tuple[Vector, dict[Tensor, Tensor]]:
-        """The gradient at ``variables`` in them (if ``own``) and in those of :meth:`inputs` it reaches; one pass."""
-        value = self(variables)
-        inputs = self.inputs()
+    def gradients(
+        self, variables: Vector, own: bool = True, inputs: bool = True, keep_graph: bool = False
+    ) -> tuple[Vector, dict[Tensor, Tensor]]:
+        """The gradient at ``variables`` in them (if ``own``) and in :meth:`inputs` (if ``inputs``); one pass."""
+        name = self._record.problem.name
+        states, options = self._at(variables)
+        of = (*((name,) if own else ()), *(self._targets if inputs else ()))
+        done = self._evaluator.differentiate(
+            name, states, self._record.batch, of=of, leaves=inputs, keep_graph=keep_graph, **options
+        )
+        found = done.gradients
         wanted = variables if own else ()
-        if not wanted and not inputs:
-            return (), {}
-        found = torch.autograd.grad(value, [*wanted, *inputs], allow_unused=True)
-        return filled(found[: len(wanted)], wanted), cotangents_of(inputs, found[len(wanted) :])
+        at_inputs = {key: found[key] for key in self.inputs() if key in found} if inputs else {}
+        return filled((found.get(v) for v in wanted), wanted), at_inputs
 
     def base(self) -> tuple[Vector, dict[Tensor, Tensor]]:
         """:meth:`gradients` at the point: the step's own where they are known, else one pass."""
@@ -243,7 +252,7 @@ class LocalLoss:
         """The gradient at the point: the step's own where it is known, else one pass."""
         if self._gradient is not None:
             return filled(self._gradient.values(), self.point)
-        return filled(torch.autograd.grad(self(self.point), self.point, allow_unused=True), self.point)
+        return self.gradients(self.point, inputs=False)[0]
 
     def inputs(self) -> list[Tensor]:
         """The tensors by which the problems read enter the evaluations made so far."""

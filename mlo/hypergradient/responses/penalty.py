@@ -42,7 +42,7 @@ class Penalty(Response):
     def _descend(self, loss: LocalLoss, cotangent: Vector, tilt: torch.Tensor, rate: float | torch.Tensor) -> Vector:
         point = loss.point
         for _ in range(self.steps):
-            gradient = torch.autograd.grad(loss(point), point, materialize_grads=True)
+            gradient = loss.gradients(point, inputs=False)[0]
             with torch.no_grad():
                 point = tuple(p.requires_grad_() for p in add(point, add(gradient, cotangent, tilt), -rate))
         return point

@@ -1,0 +1,72 @@
+"""Whole gradient passes through torch.compile: a compiled module has no second derivative, a compiled gradient has.
+
+A pass is compiled from the loss's first operator to its gradient. Where second derivatives are wanted, the gradient
+comes with a compiled backward, which is the curvature product.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._functorch.config
+from torch import Tensor
+
+Key = tuple[str, *tuple[Hashable, ...]]
+_OPTIONS: dict[str, Any] = {
+    "fullgraph": True,
+    "isolate_recompiles": True,
+    "options": {"fallback_random": True},  # random numbers as without compilation: a pass may be repeated either way
+}
+
+
+class Compiler:
+    """Compiles functions of problems; what cannot be compiled is said once, and left alone from then on."""
+
+    def __init__(self) -> None:
+        # torch.autograd.grad inside a compiled function is behind a switch in this release of torch, and a compiled
+        # backward that is to run more than once must not give its buffers away; both are settings of the process
+        torch._dynamo.config.trace_autograd_ops = True
+        torch._functorch.config.donated_buffer = False
+        self._compiled: dict[Key, Callable[..., Any]] = {}
+        self._ran: set[Key] = set()
+        self.refused: dict[str, str] = {}
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._compiled
+
+    def add(self, key: Key, function: Callable[..., Any]) -> None:
+        """Compile ``function`` when it is first called; the first part of ``key`` is the problem that it is of."""
+        self._compiled[key] = torch.compile(function, **_OPTIONS)
+
+    def call(self, key: Key, *arguments: Any) -> Any:
+        """What the function gives; None if its problem cannot be compiled, which is warned of once."""
+        problem = key[0]
+        if problem in self.refused:
+            return None
+        try:
+            done = self._compiled[key](*arguments)
+            if key not in self._ran:
+                _compile_backward(done[1], arguments[0])
+                self._ran.add(key)
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            self.refuse(problem, str(error).strip().partition("\n")[0])
+            return None
+        return done
+
+    def refuse(self, problem: str, reason: str) -> None:
+        """Leave the problem as it is from now on."""
+        self.refused[problem] = reason
+        warnings.warn(f"problem {problem!r} runs without compilation: {reason}", stacklevel=2)
+
+
+def _compile_backward(gradients: Sequence[Tensor | None], parameters: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Compile the gradients' own backward now, where a failure can still be met; torch waits until it is needed."""
+    kept = [gradient for gradient in gradients if gradient is not None and gradient.requires_grad]
+    inputs = [p for named in parameters.values() for p in named.values() if p.requires_grad]
+    if kept:
+        zeros = [torch.zeros_like(gradient) for gradient in kept]
+        torch.autograd.grad(kept, inputs, zeros, retain_graph=True, allow_unused=True)
