@@ -146,10 +146,9 @@ class Evaluator:
         """
         reads = [read for read in of if read != name]
         through = {*options.pop("through", ()), *reads}
-        if self._compiler is not None and name in self._torch_only and not options.get("moving"):
-            done = self._compiled(self._compiler, name, states, batch, of, through, kind, keep_graph, **options)
-            if done is not None:
-                return done
+        done = self._compiled(name, states, batch, of, kind=kind, through=through, keep_graph=keep_graph, **options)
+        if done is not None:
+            return done
         with twice_differentiable() if keep_graph else nullcontext():
             evaluation = self.evaluate(name, states, batch, kind=kind, through=through, memo=memo, **options)
             inputs = [states[n].parameters[v] for n in of for v in self.problems[n].variables]
@@ -161,42 +160,67 @@ class Evaluator:
                 add_to(gradients, inputs, found)
         return Pass(evaluation.loss.detach(), gradients, evaluation.buffers)
 
+    def product(
+        self,
+        name: str,
+        states: Mapping[str, State],
+        batch: Any,
+        vector: Sequence[Tensor],
+        *,
+        of: Sequence[str],
+        through: Collection[str] = (),
+        **options: Any,
+    ) -> dict[Tensor, Tensor] | None:
+        """The derivative of <gradient in its own variables, vector> for the variables of the problems ``of``.
+
+        It is compiled as a whole, with nothing kept and the gradient itself not computed where it does not count; None
+        where that cannot be.
+        """
+        done = self._compiled(name, states, batch, (name,), through=through, vector=vector, second=of, **options)
+        return None if done is None else done.gradients
+
     def _compiled(
         self,
-        compiler: Compiler,
         name: str,
         states: Mapping[str, State],
         batch: Any,
         of: Sequence[str],
-        through: Collection[str],
+        *,
         kind: str,
-        keep_graph: bool,
+        through: Collection[str],
+        keep_graph: bool = False,
+        vector: Sequence[Tensor] | None = None,
+        second: Sequence[str] = (),
+        moving: Collection[str] = (),
         autocast: bool = True,
         randomness: Randomness | None = None,
+        memo: Memo | None = None,  # what is compiled shares nothing with other evaluations
     ) -> Pass | None:
-        """:meth:`differentiate` by compiled code; None where the problem cannot be compiled."""
-        problem = self.problems[name]
-        key = (name, tuple(of), tuple(sorted(through)), keep_graph, autocast)
+        """:meth:`differentiate`, or :meth:`product` with a ``vector``, by compiled code; None if it cannot be."""
+        problem, compiler = self.problems[name], self._compiler
+        if compiler is None or moving or name not in self._torch_only or name in compiler.refused:
+            return None
+        key = (name, tuple(of), tuple(second), tuple(sorted(through)), keep_graph, autocast)
         if key not in compiler:
             reads = tuple((read, read in through) for read in problem.node.reads)
-            inputs = tuple((n, v) for n in of for v in self.problems[n].variables)
+            first, then = (tuple((n, v) for n in names for v in self.problems[n].variables) for names in (of, second))
             lowered = problem.autocast if autocast else None
-            compiler.add(key, _pass_function(self.problems, name, reads, inputs, keep_graph, self.device, lowered))
+            compiler.add(key, _pass_function(self.problems, name, reads, first, then, keep_graph, self.device, lowered))
         names = (name, *problem.node.reads)
         parameters = {n: states[n].parameters for n in names}
         buffers = {n: states[n].buffers for n in names}
         with (
             nullcontext() if randomness is None else replay(randomness, self.device),
-            twice_differentiable() if keep_graph else nullcontext(),
+            twice_differentiable() if keep_graph or second else nullcontext(),
         ):
-            done = compiler.call(key, parameters, buffers, batch)
+            done = compiler.call(key, parameters, buffers, batch, vector)
         if done is None:
             return None
         loss, found, after, calls = done
         for n, count in calls.items():
             self.passes[n][kind if n == name else "read"] += count
         gradients: dict[Tensor, Tensor] = {}
-        add_to(gradients, [states[n].parameters[v] for n in of for v in self.problems[n].variables], found)
+        add_to(gradients, [states[n].parameters[v] for n in second or of for v in self.problems[n].variables], found)
         return Pass(loss, gradients, after)
 
     def _note_draws(self, name: str, before: tuple[Any, Any]) -> None:
@@ -229,20 +253,25 @@ def _pass_function(
     problems: Mapping[str, Problem],
     name: str,
     reads: Sequence[tuple[str, bool]],
-    inputs: Sequence[tuple[str, str]],
+    first: Sequence[tuple[str, str]],
+    second: Sequence[tuple[str, str]],
     keep_graph: bool,
     device: torch.device,
     lowered: torch.dtype | None,
 ) -> Callable[..., Any]:
-    """One pass of a problem as a function of tensors alone, to be compiled.
+    """One pass of a problem, or one curvature product, as a function of tensors alone, to be compiled.
 
     Args:
         reads: the problems that it reads, and whether each is differentiated for.
-        inputs: (problem, variable) pairs for which the loss is differentiated.
+        first: (problem, variable) pairs for which the loss is differentiated.
+        second: those for which the product of that gradient with a vector is differentiated; empty: no product.
     """
 
     def run(
-        parameters: Mapping[str, Mapping[str, Tensor]], buffers: Mapping[str, Mapping[str, Tensor]], batch: Any
+        parameters: Mapping[str, Mapping[str, Tensor]],
+        buffers: Mapping[str, Mapping[str, Tensor]],
+        batch: Any,
+        vector: Sequence[Tensor] | None,
     ) -> tuple[Tensor, Sequence[Tensor | None], Mapping[str, Tensor], dict[str, int]]:
         calls = {name: 0, **{read: 0 for read, _ in reads}}
         own = _Own(State(parameters[name], buffers[name]), calls, name)
@@ -251,8 +280,13 @@ def _pass_function(
             stands[read] = _Read(State(parameters[read], buffers[read]), calls, read, differentiate, None, device)
         with torch.autocast(device.type, lowered, enabled=lowered is not None):
             loss = _loss(problems, name, stands, batch)
-        wanted = [parameters[n][v] for n, v in inputs]
-        found = torch.autograd.grad(loss, wanted, create_graph=keep_graph, allow_unused=True) if wanted else ()
+        wanted = [parameters[n][v] for n, v in first]
+        graph = keep_graph or vector is not None
+        found = torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True) if wanted else ()
+        if vector is not None:
+            pairs = [(g, u) for g, u in zip(found, vector, strict=True) if g is not None and g.requires_grad]
+            wanted = [parameters[n][v] for n, v in second]
+            found = torch.autograd.grad([g for g, _ in pairs], wanted, [u for _, u in pairs], allow_unused=True)
         return loss.detach(), found, own.buffers, calls
 
     return run

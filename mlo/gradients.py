@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -61,11 +61,21 @@ class Gradient:
         """
         readers = [problem, *(records[0].problem for records in self.inner.values())]
         names = {read for reader in readers for read in reader.node.reads} - {problem.name, *self.inner}
-        reads = {read: states[read] for read in names}
-        made = Record(
-            problem, before, after, self.own if self.kept else None, moment, batch, self.randomness, reads, self.memo
+        return Record(
+            problem,
+            before,
+            after,
+            self.own if self.kept else None,
+            moment,
+            batch,
+            self.randomness,
+            {read: states[read] for read in names},
+            unreached=frozenset(name for name, found in self.own.items() if found is None),
+            memo=self.memo,
+            base=self.base,
+            inner=self.inner,
+            graph=self.graph,
         )
-        return replace(made, base=self.base, inner=self.inner, graph=self.graph)
 
 
 class Gradients:

@@ -94,6 +94,11 @@ class StepCotangents:
     slots: Mapping[str, Mapping[str, Tensor]]
 
 
+def pull_needs_gradient(problem: Problem, at: Moment) -> bool:
+    """Whether the Jacobian of the step depends on the gradient that it was taken with."""
+    return problem.clip_norm is not None or not sgd.applies(problem, at.groups)
+
+
 def pull_through_step(
     problem: Problem,
     parameters: Tensors,
@@ -108,13 +113,14 @@ def pull_through_step(
     included.
 
     Args:
-        parameters, gradients, at: what the step was taken from.
+        parameters, gradients, at: what the step was taken from; of the gradients, only which there are, unless
+            :func:`pull_needs_gradient`.
         cotangent: of the parameters after the step, one tensor per variable of the problem, in their order.
         slots: cotangents of the optimizer's state after the step; None: of the gradient alone is asked, with
             parameters and state before the step held fixed, and theirs are not to be used.
     """
     names = list(problem.variables)
-    if problem.clip_norm is None and sgd.applies(problem, at.groups):
+    if not pull_needs_gradient(problem, at):
         named = dict(zip(names, cotangent, strict=True))
         of_gradient, of_parameters, of_slots = sgd.pull(problem, at.groups, gradients, at.slots, named, slots or {})
         return StepCotangents(tuple(of_gradient.values()), tuple(of_parameters.values()), of_slots)

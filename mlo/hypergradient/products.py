@@ -90,34 +90,42 @@ ProductOption = Annotated[Product, Registered(PRODUCTS)]
 class _ExactCurvature:
     def __init__(self, loss: LocalLoss) -> None:
         self._loss = loss
-        if loss.graph is not None:
-            self._point, self._gradient = loss.graph
-            return
-        self._point = loss.point
-        self._gradient = loss.gradients(loss.point, inputs=False, keep_graph=True)[0]
+        self._graph = loss.graph
+        self._used = False
 
     def gradient(self) -> Vector:
-        return tuple(g.detach() for g in self._gradient)
+        return tuple(g.detach() for g in self._kept()[1])
 
     def own(self, vector: Vector) -> Vector:
-        return filled(self._transposed(vector, self._point), self._point)
+        return self._product(vector, own=True, inputs=False)[0]
 
     def cross(self, vector: Vector) -> Cotangents:
-        inputs = self._loss.inputs()
-        return self._loss.pull(cotangents_of(inputs, self._transposed(vector, inputs)))
+        return self._loss.pull(self._product(vector, own=False, inputs=True)[1])
 
     def both(self, vector: Vector) -> tuple[Vector, Cotangents]:
-        point, inputs = self._point, self._loss.inputs()
-        found = self._transposed(vector, (*point, *inputs))
-        own = filled(found[: len(point)], point)
-        return own, self._loss.pull(cotangents_of(inputs, found[len(point) :]))
+        own, inputs = self._product(vector, own=True, inputs=True)
+        return own, self._loss.pull(inputs)
 
-    def _transposed(self, vector: Vector, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        pairs = [(g, u) for g, u in zip(self._gradient, vector, strict=True) if g.requires_grad]
-        if not pairs or not inputs:
-            return [None] * len(inputs)
-        gradient, given = zip(*pairs, strict=True)
-        return torch.autograd.grad(gradient, inputs, given, retain_graph=True, allow_unused=True)
+    def _kept(self) -> tuple[Vector, Vector]:
+        """The point and the gradient there, with its graph, which is built once."""
+        if self._graph is None:
+            self._graph = self._loss.point, self._loss.gradients(self._loss.point, inputs=False, keep_graph=True)[0]
+        return self._graph
+
+    def _product(self, vector: Vector, own: bool, inputs: bool) -> tuple[Vector, dict[Tensor, Tensor]]:
+        if self._graph is None and not self._used:
+            self._used = True  # where a second product follows, the graph pays
+            done = self._loss.product(vector, own, inputs)
+            if done is not None:
+                return done
+        point, gradient = self._kept()
+        wanted, others = point if own else (), self._loss.inputs() if inputs else []
+        pairs = [(g, u) for g, u in zip(gradient, vector, strict=True) if g.requires_grad]
+        if not pairs or not (wanted or others):
+            return filled([None] * len(wanted), wanted), {}
+        kept, given = zip(*pairs, strict=True)
+        found = torch.autograd.grad(kept, (*wanted, *others), given, retain_graph=True, allow_unused=True)
+        return filled(found[: len(wanted)], wanted), cotangents_of(others, found[len(wanted) :])
 
 
 Derivative = Callable[[LocalLoss, Vector, bool], tuple[Vector, dict[Tensor, Tensor]]]

@@ -16,6 +16,7 @@ from mlo.optimizers import (
     StepCotangents,
     differentiable_step,
     off_zero,
+    pull_needs_gradient,
     pull_through_step,
     virtual_step,
 )
@@ -52,6 +53,7 @@ class Record:
         before, after: the problem's state on either side of the step (before: None where no response asks for it, or
             where it is recomputed from an earlier step).
         gradient: {variable: its gradient, before clipping} that the step was taken with, if kept.
+        unreached: variables that the step's loss did not depend on, and the optimizer left alone.
         moment: the optimizer before the step; its slots are kept where ``before`` is.
         batch, randomness: what the loss was evaluated on, and the random state that it drew from.
         reads: the states of the problems that the loss read.
@@ -71,6 +73,7 @@ class Record:
     batch: Any
     randomness: Randomness
     reads: dict[str, State]
+    unreached: frozenset[str] = frozenset()
     memo: Memo | None = field(default=None, repr=False)
     base: dict[Tensor, Tensor] | None = field(default=None, repr=False)
     inner: Mapping[str, Sequence[Record]] = field(default_factory=dict, repr=False)
@@ -109,23 +112,21 @@ class Step:
         """The loss around the present solution."""
         return LocalLoss(self.record, self.record.after, self.targets, self._evaluator, at_step=False)
 
-    def gradient(self, curvature: Curvature) -> Vector:
-        """The gradient that the step was taken with: as recorded, else as the curvature at it has it."""
-        recorded = self.record.gradient
-        if recorded is None:
-            return curvature.gradient()
-        assert self.record.before is not None
-        point = [self.record.before.parameters[name] for name in recorded]
-        return filled(recorded.values(), point)
+    def pull_through_optimizer(
+        self, cotangent: Vector, curvature: Curvature, slots: Slots | None = None
+    ) -> StepCotangents:
+        """The optimizer's step, transposed (:func:`mlo.optimizers.pull_through_step`).
 
-    def pull_through_optimizer(self, cotangent: Vector, gradient: Vector, slots: Slots | None = None) -> StepCotangents:
-        """The optimizer's step, transposed (:func:`mlo.optimizers.pull_through_step`), at this gradient."""
+        It is taken at the gradient that was recorded, else at the one that the ``curvature`` before the step has.
+        """
         record = self.record
         assert record.before is not None and record.moment is not None
-        named: dict[str, Tensor | None] = dict(zip(record.problem.variables, gradient, strict=True))
-        if record.gradient is not None:  # which variables had none
-            named = {name: None if record.gradient[name] is None else g for name, g in named.items()}
-        return pull_through_step(record.problem, record.before.parameters, named, record.moment, cotangent, slots)
+        gradients: dict[str, Tensor | None] = dict(record.gradient or {})
+        if record.gradient is None:
+            names = record.problem.variables
+            at = curvature.gradient() if pull_needs_gradient(record.problem, record.moment) else cotangent
+            gradients = {n: None if n in record.unreached else g for n, g in zip(names, at, strict=True)}
+        return pull_through_step(record.problem, record.before.parameters, gradients, record.moment, cotangent, slots)
 
     def repeated(self) -> tuple[State, Moment]:
         """The state and the optimizer that the step led to, computed again; one pass."""
@@ -239,6 +240,18 @@ class LocalLoss:
         )
         found = done.gradients
         wanted = variables if own else ()
+        at_inputs = {key: found[key] for key in self.inputs() if key in found} if inputs else {}
+        return filled((found.get(v) for v in wanted), wanted), at_inputs
+
+    def product(self, vector: Vector, own: bool, inputs: bool) -> tuple[Vector, dict[Tensor, Tensor]] | None:
+        """The exact product with ``vector``, compiled as a whole; None where that cannot be."""
+        name = self._record.problem.name
+        states, options = self._at(self.point)
+        of = (*((name,) if own else ()), *(self._targets if inputs else ()))
+        found = self._evaluator.product(name, states, self._record.batch, vector, of=of, **options)
+        if found is None:
+            return None
+        wanted = self.point if own else ()
         at_inputs = {key: found[key] for key in self.inputs() if key in found} if inputs else {}
         return filled((found.get(v) for v in wanted), wanted), at_inputs
 

@@ -39,7 +39,7 @@ class OneStep(Response):
         """One optimizer pullback and one product, at the state before the step."""
         step = steps[-1]
         curvature = self.product.at(step.before())
-        return Pulled(curvature.cross(step.pull_through_optimizer(cotangent, step.gradient(curvature)).gradient))
+        return Pulled(curvature.cross(step.pull_through_optimizer(cotangent, curvature).gradient))
 
     @property
     def needs_base(self) -> bool:
@@ -89,7 +89,7 @@ class Sama(Response):
         """One optimizer pullback and one product, at the solution."""
         step = steps[-1]
         product = Central(radius=self.radius)
-        direction = step.pull_through_optimizer(cotangent, step.gradient(product.at(step.before()))).gradient
+        direction = step.pull_through_optimizer(cotangent, product.at(step.before())).gradient
         return Pulled(product.at(step.after()).cross(direction))
 
     def check(self, problem: Problem) -> None:

@@ -64,11 +64,10 @@ class Backpropagation(Response, ABC):
         oldest = steps[0]
         for step in _backwards(steps):
             curvature = self.product.at(step.before())
-            gradient = step.gradient(curvature)
             if step is oldest and not slots:
-                u = step.pull_through_optimizer(cotangent, gradient).gradient
+                u = step.pull_through_optimizer(cotangent, curvature).gradient
             else:
-                pulled = step.pull_through_optimizer(cotangent, gradient, slots)
+                pulled = step.pull_through_optimizer(cotangent, curvature, slots)
                 u, slots = pulled.gradient, {n: dict(s) for n, s in pulled.slots.items()}
             if step is oldest:
                 cross = curvature.cross(u)
