@@ -261,8 +261,9 @@ class Engine:
             keep = bool(targets) and response.records(left)
             batch = problem.stream.peek()
             keeps = keep and response.needs_before
-            stored = response.stored(states[name], moment(problem), len(recorded)) if keeps else (None, None)
-            onto = targets if keep and left < response.graphs else ()
+            at = moment(problem, copies=self._gradients.needs_moment(name)) if keeps else None
+            stored = (None, None) if at is None else response.stored(states[name], at, len(recorded))
+            onto = targets if keep and self._gradients.kept_for_pullback(name, len(recorded), left) else ()
             seen = self._gradients.seen(name, states, stored[0]) if onto else states
             gradient = self._real_step(name, seen, records, onto, freeze=bool(later or left))
             if keep:

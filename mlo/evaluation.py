@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_iter
 
 from mlo.compilation import Compiler
 from mlo.errors import GraphError
@@ -59,12 +60,14 @@ class Evaluator:
     Attributes:
         passes: {problem: {kind: forward passes of its module}}; kinds are "step" (a real step), "virtual" (a step of
             lookahead), "product" (a curvature product) and "read" (another problem's loss read it).
+        graph_bytes: {problem: memory of its gradient's graph, beyond states and batch}, once such a graph was kept.
     """
 
     def __init__(self, problems: Mapping[str, Problem], device: torch.device, compiler: Compiler | None = None) -> None:
         self.problems = problems
         self.device = device
         self.passes: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.graph_bytes: dict[str, int] = {}
         self._compiler = compiler
         self._torch_only: set[str] = set()
 
@@ -149,7 +152,9 @@ class Evaluator:
         done = self._compiled(name, states, batch, of, kind=kind, through=through, keep_graph=keep_graph, **options)
         if done is not None:
             return done
-        with twice_differentiable() if keep_graph else nullcontext():
+        measured = keep_graph and name not in self.graph_bytes
+        saved = _SavedBytes(states.values(), batch) if measured else nullcontext()
+        with twice_differentiable() if keep_graph else nullcontext(), saved:
             evaluation = self.evaluate(name, states, batch, kind=kind, through=through, memo=memo, **options)
             inputs = [states[n].parameters[v] for n in of for v in self.problems[n].variables]
             if leaves and memo is not None:
@@ -158,6 +163,8 @@ class Evaluator:
             if inputs and evaluation.loss.requires_grad:
                 found = torch.autograd.grad(evaluation.loss, inputs, allow_unused=True, create_graph=keep_graph)
                 add_to(gradients, inputs, found)
+        if isinstance(saved, _SavedBytes):
+            self.graph_bytes[name] = saved.total
         return Pass(evaluation.loss.detach(), gradients, evaluation.buffers)
 
     def product(
@@ -290,6 +297,24 @@ def _pass_function(
         return loss.detach(), found, own.buffers, calls
 
     return run
+
+
+class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the memory that graphs made inside keep alive, beyond ``states`` and ``batch``."""
+
+    def __init__(self, states: Iterable[State], batch: Any) -> None:
+        super().__init__(self._pack, lambda tensor: tensor)
+        tensors = [t for state in states for t in (*state.parameters.values(), *state.buffers.values())]
+        tensors += [t for t in tree_iter(batch) if isinstance(t, Tensor)]
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self.total = 0
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.total += storage.nbytes()
+        return tensor
 
 
 class _Own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from mlo.evaluation import Evaluator
 from mlo.hypergradient.step import Record
 from mlo.hypergradient.sweep import sweep, unreached
 from mlo.memo import Memo
-from mlo.optimizers import Moment
+from mlo.optimizers import Moment, is_linear
 from mlo.plan import Plan
 from mlo.problem import Problem, State
 from mlo.randomness import Randomness
@@ -162,6 +163,22 @@ class Gradients:
         """``states`` with a problem's stored copy in place of its own tensors, where a graph is to outlive its step."""
         here = stored is not None and stored.device == states[name].device
         return {**states, name: stored} if stored is not None and here and self._keeps_graph(name) else states
+
+    def kept_for_pullback(self, name: str, index: int, left: int) -> bool:
+        """Whether what a step computes is kept: the last one's, and earlier graphs while memory lasts for them.
+
+        Args:
+            index, left: steps of the round that were recorded before it, and that come after it.
+        """
+        if left == 0:
+            return True
+        size = self._evaluator.graph_bytes.get(name, math.inf)  # known once a last step's was kept
+        return self._keeps_graph(name) and (index + 1) * size <= self._plan.responses[name].graph_bytes
+
+    def needs_moment(self, name: str) -> bool:
+        """Whether a record of the problem's steps needs the values in its optimizer's state."""
+        inner = any(name in lows for lows in self._plan.inner.values())
+        return inner or self._plan.responses[name].repeats or not is_linear(self._evaluator.problems[name])
 
     def _keeps_graph(self, name: str) -> bool:
         plain = not self._plan.paths[name] and self._evaluator.problems[name].autocast is None

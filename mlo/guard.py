@@ -103,7 +103,7 @@ def _take_step(problem: Problem, gradients: Mapping[str, Tensor | None], buffers
     for parameter in problem.variables.values():
         parameter.grad = None
     with torch.no_grad():
-        for name, buffer in problem.module.named_buffers():
+        for name, buffer in problem.live_state().buffers.items():
             buffer.copy_(buffers[name])
     if problem.scheduler is not None:
         problem.scheduler.step()

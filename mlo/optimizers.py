@@ -25,19 +25,19 @@ class Moment:
 
     Attributes:
         groups: the hyperparameters of each parameter group, as schedulers have set them by then.
-        slots: {parameter name: its state}, momentum and the like; copies.
+        slots: {parameter name: its state}, momentum and the like.
     """
 
     groups: tuple[Mapping[str, Any], ...]
     slots: Mapping[str, Mapping[str, Any]]
 
 
-def moment(problem: Problem) -> Moment:
-    """A copy of the present state of the problem's optimizer."""
+def moment(problem: Problem, copies: bool = True) -> Moment:
+    """The present state of the problem's optimizer; its slots are the live ones unless they are ``copies``."""
     optimizer = problem.optimizer
     groups = tuple({k: _copied(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups)
     slots = {
-        name: {key: _copied(value) for key, value in optimizer.state[parameter].items()}
+        name: {key: _copied(value) if copies else value for key, value in optimizer.state[parameter].items()}
         for name, parameter in problem.variables.items()
         if parameter in optimizer.state
     }
@@ -94,9 +94,9 @@ class StepCotangents:
     slots: Mapping[str, Mapping[str, Tensor]]
 
 
-def pull_needs_gradient(problem: Problem, at: Moment) -> bool:
-    """Whether the Jacobian of the step depends on the gradient that it was taken with."""
-    return problem.clip_norm is not None or not sgd.applies(problem, at.groups)
+def is_linear(problem: Problem) -> bool:
+    """Whether a step's Jacobian depends neither on the gradient nor on the values in the optimizer's state."""
+    return problem.clip_norm is None and sgd.applies(problem, problem.optimizer.param_groups)
 
 
 def pull_through_step(
@@ -113,14 +113,14 @@ def pull_through_step(
     included.
 
     Args:
-        parameters, gradients, at: what the step was taken from; of the gradients, only which there are, unless
-            :func:`pull_needs_gradient`.
+        parameters, gradients, at: what the step was taken from; where it :func:`is_linear`, only which
+            gradients and slots there are counts.
         cotangent: of the parameters after the step, one tensor per variable of the problem, in their order.
         slots: cotangents of the optimizer's state after the step; None: of the gradient alone is asked, with
             parameters and state before the step held fixed, and theirs are not to be used.
     """
     names = list(problem.variables)
-    if not pull_needs_gradient(problem, at):
+    if is_linear(problem):
         named = dict(zip(names, cotangent, strict=True))
         of_gradient, of_parameters, of_slots = sgd.pull(problem, at.groups, gradients, at.slots, named, slots or {})
         return StepCotangents(tuple(of_gradient.values()), tuple(of_parameters.values()), of_slots)

@@ -108,6 +108,7 @@ class Problem(ABC):
         self.stream = open_stream(data, name)
         self.steps_taken = 0
         self._aliases = _aliases(module)
+        self._parameters, self._buffers = (_places(module, kind) for kind in ("_parameters", "_buffers"))
         self._stand: Stand | None = None
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.variables = {n: p for n, p in module.named_parameters() if id(p) in owned and p.requires_grad}
@@ -144,7 +145,7 @@ class Problem(ABC):
     @property
     def params(self) -> Mapping[str, Tensor]:
         """The parameters in force, by name: for penalties and for distances between problems."""
-        return dict(self.module.named_parameters()) if self._stand is None else self._stand.parameters
+        return self.live_state().parameters if self._stand is None else self._stand.parameters
 
     def run_with(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's output with ``tensors`` in place of its parameters and buffers of those names; ties hold.
@@ -169,7 +170,11 @@ class Problem(ABC):
 
     def live_state(self) -> State:
         """The module's own parameters and buffers."""
-        return State(dict(self.module.named_parameters()), dict(self.module.named_buffers()), live=True)
+        parameters, buffers = (
+            {name: getattr(owner, kind)[key] for name, owner, key in places}
+            for kind, places in (("_parameters", self._parameters), ("_buffers", self._buffers))
+        )
+        return State(parameters, buffers, live=True)
 
     def state_dict(self) -> dict[str, Any]:
         """All that this problem needs to go on to the bit: module, optimizer, scheduler, position in the data."""
@@ -239,6 +244,16 @@ def _arguments(problem: Problem, renames: Mapping[str, str | None]) -> dict[str,
             f"it takes {', '.join(repr(p.name) for p in parameters[1:]) or 'nothing but the batch'}"
         )
     return declared
+
+
+def _places(module: nn.Module, kind: str) -> list[tuple[str, nn.Module, str]]:
+    """(name, the submodule that has it, its key there) of each parameter or buffer: asking a large module is slow."""
+    named = module.named_parameters() if kind == "_parameters" else module.named_buffers()
+    found = []
+    for name, _ in named:
+        path, _, key = name.rpartition(".")
+        found.append((name, module.get_submodule(path), key))
+    return found
 
 
 def _aliases(module: nn.Module) -> dict[str, str]:

@@ -51,12 +51,13 @@ class Rollout:
     ) -> None:
         """A problem's steps of one round; recorded if a sweep of one of ``later`` will go through them."""
         problem, response = self._evaluator.problems[name], self._plan.responses[name]
-        targets, at = self._plan.targets(name, later), cast_moment(moment(problem), dtype)
+        targets, at = self._plan.targets(name, later), cast_moment(moment(problem, copies=False), dtype)
         recorded: list[Record] = []
         for left in reversed(range(problem.steps)):
             keep = bool(targets) and response.records(left)
             batch = cast_batch(problem.stream.peek(problem.steps - 1 - left), dtype)
-            before, was, onto = states[name], at, targets if keep and left < response.graphs else ()
+            before, was = states[name], at
+            onto = targets if keep and self._gradients.kept_for_pullback(name, len(recorded), left) else ()
             stored = response.stored(before, was, len(recorded)) if keep and response.needs_before else (None, None)
             seen = self._gradients.seen(name, states, stored[0]) if onto else states
             gradient = self._gradients.of(name, seen, records, batch, "virtual", onto)

@@ -6,7 +6,7 @@ weights; this one gives the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ Groups = tuple[Mapping[str, Any], ...]
 Slots = Mapping[str, Mapping[str, Any]]
 
 
-def applies(problem: Problem, groups: Groups) -> bool:
+def applies(problem: Problem, groups: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the optimizer is torch's own SGD, with numbers for its rates."""
     plain = type(problem.optimizer) is SGD
     return plain and not any(group["fused"] or isinstance(group["lr"], Tensor) for group in groups)

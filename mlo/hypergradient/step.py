@@ -15,8 +15,8 @@ from mlo.optimizers import (
     Moment,
     StepCotangents,
     differentiable_step,
+    is_linear,
     off_zero,
-    pull_needs_gradient,
     pull_through_step,
     virtual_step,
 )
@@ -124,7 +124,7 @@ class Step:
         gradients: dict[str, Tensor | None] = dict(record.gradient or {})
         if record.gradient is None:
             names = record.problem.variables
-            at = curvature.gradient() if pull_needs_gradient(record.problem, record.moment) else cotangent
+            at = cotangent if is_linear(record.problem) else curvature.gradient()
             gradients = {n: None if n in record.unreached else g for n, g in zip(names, at, strict=True)}
         return pull_through_step(record.problem, record.before.parameters, gradients, record.moment, cotangent, slots)
 

@@ -31,21 +31,26 @@ class Response(Config, ABC):
 
     @property
     def keeps_graph(self) -> bool:
-        """Whether those steps should keep their gradients' graphs, for exact products where they were taken from."""
+        """Whether steps should keep their gradients' graphs, for exact products where they were taken from."""
         return False
 
     @property
-    def graphs(self) -> int:
-        """Of how many of the last steps what they computed is kept for the pullback: outputs read, graphs."""
-        return 1
+    def graph_bytes(self) -> float:
+        """Memory for such graphs of other steps than the last, whose is kept in any case."""
+        return 0.0
 
     def records(self, left: int) -> bool:
         """Whether a step is recorded after which ``left`` more are taken in the round."""
         return left == 0
 
     def stored(self, state: State, at: Moment, index: int) -> tuple[State | None, Moment | None]:
-        """What is kept of what the ``index``-th recorded step is taken from, where that is needed; ``at`` is a copy."""
+        """What is kept of what the ``index``-th recorded step is taken from, where that is needed."""
         return copied(state) if state.live else state, at
+
+    @property
+    def repeats(self) -> bool:
+        """Whether recorded steps are taken again, from the values in the optimizer's state before them."""
+        return False
 
     @property
     def needs_base(self) -> bool:

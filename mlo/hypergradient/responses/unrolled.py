@@ -19,18 +19,19 @@ from mlo.vectors import Vector, add
 
 
 class Backpropagation(Response, ABC):
-    """The recorded steps walked backwards, one step's graph alive at a time.
+    """The recorded steps walked backwards, each by a curvature product of its own.
 
     Cotangents flow through the parameters and through the optimizer's state (momentum, Adam's moments). Memory grows
-    by the stored states alone; they can be thinned, with the others recomputed (one more pass a step), and kept on
-    the CPU.
+    by the stored states, and by ``graph_memory`` at most: as many steps as fit there keep the graph of their gradient,
+    the others make it again, one alive at a time. States can be thinned, with the others recomputed (one more pass a
+    step), and kept on the CPU.
     """
 
     needs_before: ClassVar[bool] = True
     every: int = Field(1, ge=1, description="store every n-th state, and recompute the others")
     store_on: Literal["device", "cpu"] = Field("device", description="where the states are stored")
-    keep_graphs: int = Field(
-        1, ge=1, description="last steps whose graphs are kept for exact products: a third faster, with their memory"
+    graph_memory: float = Field(
+        16.0, ge=0, description="MiB of steps' graphs kept for exact products; beyond it they are made again, in a pass"
     )
     product: ProductOption = Field(Exact(), description="how curvature products are taken")
 
@@ -43,14 +44,19 @@ class Backpropagation(Response, ABC):
         return copied(state) if state.live else state, at
 
     @property
+    def repeats(self) -> bool:
+        """Where states are thinned."""
+        return self.every > 1
+
+    @property
     def needs_base(self) -> bool:
         """As the product has it."""
         return self.product.needs_base
 
     @property
-    def graphs(self) -> int:
+    def graph_bytes(self) -> float:
         """As the options have it."""
-        return self.keep_graphs
+        return self.graph_memory * 2**20
 
     @property
     def keeps_graph(self) -> bool:
@@ -85,7 +91,7 @@ class Backpropagation(Response, ABC):
 
 
 class Unrolled(Backpropagation):
-    """All steps since the last upper one, walked backwards, one step's graph alive at a time."""
+    """All steps since the last upper one, walked backwards."""
 
     def records(self, left: int) -> bool:
         """All."""
@@ -110,7 +116,8 @@ def _backwards(steps: Sequence[Step]) -> Iterator[Step]:
         record, kept = segment[0].record, (segment[0].record.before, segment[0].record.moment)
         device = record.after.device
         assert record.before is not None and record.moment is not None
-        record.before, record.moment = copied(record.before, device), moved_moment(record.moment, device)
+        if record.before.device != device:
+            record.before, record.moment = copied(record.before, device), moved_moment(record.moment, device)
         for before, step in itertools.pairwise(segment):
             state, reached = before.repeated()
             assert step.record.moment is not None

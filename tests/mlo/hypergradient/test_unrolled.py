@@ -11,7 +11,7 @@ import mlo
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-OPTIONS = [{}, {"every": 2}, {"every": 3, "store_on": "cpu"}, {"product": "forward"}, {"keep_graphs": 3}]
+OPTIONS = [{}, {"every": 2}, {"every": 3, "store_on": "cpu"}, {"product": "forward"}, {"graph_memory": 0.0}]
 
 
 @pytest.mark.parametrize("rounds", [0, 2], ids=["first steps", "with optimizer state"])
@@ -59,15 +59,26 @@ def test_one_truncated_step_is_one_step():
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
-def test_passes():
+@pytest.mark.parametrize(
+    ("memory", "every", "recomputed", "products"),
+    [(0.0, 1, 0, 4), (0.0, 2, 2, 4), (0.0, 5, 4, 5), ("two", 1, 0, 2), (16.0, 1, 0, 0)],
+)
+def test_passes(memory, every, recomputed, products):
     """A step costs its product, but those whose graph is kept; thinned states one more pass for each of them."""
-    for graphs, every, recomputed, products in ((1, 1, 0, 4), (1, 2, 2, 4), (1, 5, 4, 5), (3, 1, 0, 2), (9, 1, 0, 0)):
-        options = {"kind": "unrolled", "every": every, "keep_graphs": graphs}
-        engine = mlo.Engine(small_lbt("momentum", steps=5), options, device="cpu")
-        engine.step()
-        assert engine.passes["teacher"]["product"] == products
-        assert engine.passes["teacher"].get("recompute", 0) == recomputed
-        assert engine.pullbacks == {"teacher": 1, "student": 1}
+    stack = small_lbt("momentum", steps=5)
+    sizes = mlo.Engine(stack, "unrolled", device="cpu")
+    sizes.step()
+    if memory == "two":
+        memory = 2.5 * sizes._evaluator.graph_bytes["teacher"] / 2**20
+    options = {"kind": "unrolled", "every": every, "graph_memory": memory}
+    engine = mlo.Engine(stack, options, device="cpu")
+    engine.step()  # in which the size of a graph is found out
+    before = {kind: count for kind, count in engine.passes["teacher"].items()}
+    engine.step()
+    taken = {kind: count - before.get(kind, 0) for kind, count in engine.passes["teacher"].items()}
+    assert taken.get("product", 0) == products
+    assert taken.get("recompute", 0) == recomputed
+    assert engine.pullbacks == {"teacher": 2, "student": 2}
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
