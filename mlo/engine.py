@@ -20,7 +20,7 @@ from mlo.optimizers import moment
 from mlo.plan import Plan, place
 from mlo.problem import Problem, State
 from mlo.randomness import global_state, replay, set_global_state
-from mlo.rollout import Rollout, cast_batch, cast_state
+from mlo.rollout import Rollout, cast_batches, cast_state
 from mlo.vectors import filled
 
 Callback = Callable[["Engine"], None]
@@ -135,9 +135,9 @@ class Engine:
             ConfigError: if there is no such problem.
             GraphError: if a declared read carries no gradient.
         """
-        states, records, batch = self._next(name, {}, dtype)
+        states, records, batches = self._next(name, {}, dtype)
         with replay(None, self.device, self._evaluator.draws_outside((name,))):
-            gradient = self._gradients.of(name, states, records, batch, "virtual", ()).own
+            gradient = self._gradients.of(name, states, records, batches, "virtual", ()).own
         variables = [states[name].parameters[v] for v in self.problems[name].variables]
         return dict(zip(gradient, filled(gradient.values(), variables), strict=True))
 
@@ -157,14 +157,19 @@ class Engine:
         Returns:
             A scalar, without a graph.
         """
-        states, _, batch = self._next(name, parameters or {}, dtype)
+        states, _, batches = self._next(name, parameters or {}, dtype)
+        losses = []
         with replay(None, self.device, self._evaluator.draws_outside((name,))):
-            return self._evaluator.evaluate(name, states, batch, kind="virtual").loss.detach()
+            for batch in batches:
+                evaluation = self._evaluator.evaluate(name, states, batch, kind="virtual")
+                losses.append(evaluation.loss.detach())
+                states[name] = State(states[name].parameters, evaluation.buffers, states[name].live)
+        return torch.stack(losses).mean()
 
     def _next(
         self, name: str, parameters: Mapping[str, Tensor], dtype: torch.dtype | None
-    ) -> tuple[dict[str, State], Records, Any]:
-        """The states in which ``name`` would take its next step, the records of the steps there, and its batch."""
+    ) -> tuple[dict[str, State], Records, tuple[Any, ...]]:
+        """The states in which ``name`` would take its next step, the records of the steps there, and its batches."""
         if name not in self.problems:
             raise ConfigError(f"no problem is named {name!r}; there are {', '.join(map(repr, self.problems))}")
         states = self._live_states()
@@ -175,7 +180,7 @@ class Engine:
             states = {n: cast_state(state, dtype) for n, state in states.items()}
         due = {*self._due(), *self._plan.paths[name]}
         states, records = self._rollout.below(name, due, states, dtype)
-        return states, records, cast_batch(self.problems[name].stream.peek(), dtype)
+        return states, records, cast_batches(self.problems[name].batches(), dtype)
 
     def metrics(self) -> dict[str, float]:
         """The last losses as "<problem>/loss", and what estimators and problems report; waits for the device."""
@@ -243,12 +248,12 @@ class Engine:
         With ``freeze``, ``records`` are still needed after it, and keep copies of what it is about to change.
         """
         problem = self.problems[name]
-        gradient = self._gradients.of(name, states, records, problem.stream.peek(), "step", targets)
+        gradient = self._gradients.of(name, states, records, problem.batches(), "step", targets)
         if freeze:
             for record in itertools.chain.from_iterable(records.values()):
                 record.freeze(name)
         self._guard.update(problem, gradient.loss, gradient.own, gradient.buffers)
-        problem.stream.next()
+        problem.advance()
         self.losses[name] = gradient.loss
         return gradient
 
@@ -259,7 +264,6 @@ class Engine:
         recorded: list[Record] = []
         for left in reversed(range(problem.steps)):
             keep = bool(targets) and response.records(left)
-            batch = problem.stream.peek()
             keeps = keep and response.needs_before
             at = moment(problem, copies=self._gradients.needs_moment(name)) if keeps else None
             stored = (None, None) if at is None else response.stored(states[name], at, len(recorded))
@@ -267,6 +271,7 @@ class Engine:
             seen = self._gradients.seen(name, states, stored[0]) if onto else states
             gradient = self._real_step(name, seen, records, onto, freeze=bool(later or left))
             if keep:
-                recorded.append(gradient.record(problem, *stored, states[name], batch, states))
+                fresh = problem.batches() if response.takes_fresh_batches else ()
+                recorded.append(gradient.record(problem, *stored, states[name], states, fresh))
         if targets:
             records[name] = recorded

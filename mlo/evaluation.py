@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,25 @@ class Pass:
     loss: Tensor
     gradients: dict[Tensor, Tensor]
     buffers: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one of the evaluations of a step was taken on; a step has several where gradients are accumulated.
+
+    Attributes:
+        batch: as the problem's data gave it.
+        randomness: the random state that it drew from.
+        buffers: the module's before it, as the micro-batch before left them; None for the first of a step.
+    """
+
+    batch: Any
+    randomness: Randomness
+    buffers: Mapping[str, Tensor] | None = None
+
+    def state(self, of: State) -> State:
+        """The state in which it is evaluated, in a step from the state ``of``."""
+        return of if self.buffers is None else replace(of, buffers=self.buffers)
 
 
 class Evaluator:
@@ -242,6 +261,16 @@ class Evaluator:
         if dtype is None and not torch.is_autocast_enabled(self.device.type):
             return nullcontext()
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+
+def mean(passes: Sequence[Pass]) -> Pass:
+    """The mean of passes that followed each other; the buffers are those that the last one left."""
+    if len(passes) == 1:
+        return passes[0]
+    total: dict[Tensor, Tensor] = {}
+    for each in passes:
+        add_to(total, list(each.gradients), [gradient / len(passes) for gradient in each.gradients.values()])
+    return Pass(torch.stack([each.loss for each in passes]).mean(), total, passes[-1].buffers)
 
 
 def _loss(problems: Mapping[str, Problem], name: str, stands: Mapping[str, _Own | _Read], batch: Any) -> Any:

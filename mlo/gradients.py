@@ -11,14 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from mlo.errors import GraphError
-from mlo.evaluation import Evaluator
+from mlo.evaluation import Evaluator, MicroBatch, Pass, mean
 from mlo.hypergradient.step import Record
 from mlo.hypergradient.sweep import sweep, unreached
 from mlo.memo import Memo
 from mlo.optimizers import Moment, is_linear
 from mlo.plan import Plan
 from mlo.problem import Problem, State
-from mlo.randomness import Randomness
 from mlo.vectors import Vector, filled
 
 Records = dict[str, list[Record]]
@@ -32,7 +31,7 @@ class Gradient:
         loss: detached, on the device.
         own: {variable: its gradient, None where the loss does not reach it}.
         buffers: the module's buffers after the evaluation.
-        randomness: the random state that the evaluation drew from.
+        micro: what it was evaluated on.
         kept: whether a record is to keep it: for the last step, and where it runs through lower problems.
         memo, base, inner, graph: see :class:`mlo.hypergradient.step.Record`.
     """
@@ -40,7 +39,7 @@ class Gradient:
     loss: Tensor
     own: dict[str, Tensor | None]
     buffers: Mapping[str, Tensor]
-    randomness: Randomness
+    micro: tuple[MicroBatch, ...]
     memo: Memo | None
     base: dict[Tensor, Tensor] | None
     inner: Mapping[str, Sequence[Record]]
@@ -53,10 +52,10 @@ class Gradient:
         before: State | None,
         moment: Moment | None,
         after: State,
-        batch: Any,
         states: Mapping[str, State],
+        fresh: Sequence[Any] = (),
     ) -> Record:
-        """A record of the step taken with this gradient.
+        """A record of the step taken with this gradient; ``fresh`` are batches for the curvature at the solution.
 
         Where the gradient itself is not kept, the loss gives it again.
         """
@@ -68,10 +67,10 @@ class Gradient:
             after,
             self.own if self.kept else None,
             moment,
-            batch,
-            self.randomness,
+            self.micro,
             {read: states[read] for read in names},
             unreached=frozenset(name for name, found in self.own.items() if found is None),
+            fresh=tuple(MicroBatch(batch, m.randomness) for batch, m in zip(fresh, self.micro, strict=False)),
             memo=self.memo,
             base=self.base,
             inner=self.inner,
@@ -100,7 +99,7 @@ class Gradients:
         name: str,
         states: Mapping[str, State],
         records: Mapping[str, Sequence[Record]],
-        batch: Any,
+        batches: Sequence[Any],
         kind: str,
         targets: Collection[str],
     ) -> Gradient:
@@ -109,29 +108,37 @@ class Gradients:
         Args:
             states: the state of every problem.
             records: the steps of the lower problems that the sweep goes through.
+            batches: what the loss is the mean over; one graph is alive at a time.
             kind: what the pass is for, as it is counted.
             targets: what a later pullback of this very step will go onto, whose outputs are then remembered.
 
         Raises:
             GraphError: if no gradient reaches the problem's variables, or a declared read.
         """
-        paths, needs_base = self._plan.paths[name], bool(targets) and self._plan.responses[name].needs_base
+        paths, alone = self._plan.paths[name], len(batches) == 1
+        needs_base = bool(targets) and alone and self._plan.responses[name].needs_base
         lower = [read for read in self._plan.graph.lower_reads(name) if read in paths]
-        randomness = self._evaluator.capture(name)
-        keep = bool(targets) and self._keeps_graph(name) and not states[name].live
-        memo = Memo() if targets and not keep else None  # with its graph there, the loss is not evaluated again
-        down_to = targets if memo is not None and (lower or needs_base) else ()
-        done = self._evaluator.differentiate(
-            name,
-            states,
-            batch,
-            of=tuple(dict.fromkeys((name, *lower, *down_to))),
-            kind=kind,
-            through=targets,
-            leaves=bool(down_to),
-            keep_graph=keep,
-            memo=memo,
-        )
+        keep = bool(targets) and alone and self._keeps_graph(name) and not states[name].live
+        memo = Memo() if targets and alone and not keep else None  # with its graph, the loss is not evaluated again
+        down_to = targets if needs_base or (memo is not None and lower) else ()
+        micro: list[MicroBatch] = []
+        passes: list[Pass] = []
+        for batch in batches:
+            randomness = self._evaluator.capture(name)
+            micro.append(MicroBatch(batch, randomness, passes[-1].buffers if passes else None))
+            done = self._evaluator.differentiate(
+                name,
+                {**states, name: micro[-1].state(states[name])},
+                batch,
+                of=tuple(dict.fromkeys((name, *lower, *down_to))),
+                kind=kind,
+                through=targets,
+                leaves=bool(down_to),
+                keep_graph=keep,
+                memo=memo,
+            )
+            passes.append(done)
+        done = mean(passes)
         point, found, graph = self._variables(states, (name,)), done.gradients, None
         if keep:
             graph = tuple(point), filled((found.get(v) for v in point), point)
@@ -157,7 +164,7 @@ class Gradients:
             raise self._no_gradient(name)
         named = dict(zip(self._evaluator.problems[name].variables, own, strict=True))
         inner = {low: records[low] for low in self._plan.inner.get(name, ())}
-        return Gradient(done.loss, named, done.buffers, randomness, memo, base, inner, bool(paths or targets), graph)
+        return Gradient(done.loss, named, done.buffers, tuple(micro), memo, base, inner, bool(paths or targets), graph)
 
     def seen(self, name: str, states: Mapping[str, State], stored: State | None) -> Mapping[str, State]:
         """``states`` with a problem's stored copy in place of its own tensors, where a graph is to outlive its step."""

@@ -58,6 +58,7 @@ class Problem(ABC):
             where the loss needs no batch. Begun again when it ends.
         scheduler: a learning-rate scheduler over ``optimizer``, stepped once after each step of this problem.
         steps: steps taken in each round of the engine.
+        accumulate: batches that each step takes the mean loss over, one after another, in the memory of one.
         warmup: rounds of the engine before the first step of this problem.
         clip_norm: the gradient's norm, over all parameters, is scaled down to this before each step.
         autocast: torch.bfloat16 to evaluate this problem's loss under torch.autocast; None: as the tensors are.
@@ -81,6 +82,7 @@ class Problem(ABC):
         data: Data = None,
         scheduler: LRScheduler | None = None,
         steps: int = 1,
+        accumulate: int = 1,
         warmup: int = 0,
         clip_norm: float | None = None,
         autocast: torch.dtype | None = None,
@@ -89,7 +91,7 @@ class Problem(ABC):
         held: Sequence[str] = (),
     ) -> None:
         faults = [*_fault_of_name(name), *_faults_of_parts(module, optimizer, scheduler)]
-        faults += _faults_of_numbers(steps, warmup, clip_norm, autocast)
+        faults += _faults_of_numbers(steps, accumulate, warmup, clip_norm, autocast)
         if faults:
             raise ConfigError("\n".join(f"problem {name!r}: {fault}" for fault in faults))
         self.name = name
@@ -97,6 +99,7 @@ class Problem(ABC):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.steps = steps
+        self.accumulate = accumulate
         self.warmup = warmup
         self.clip_norm = clip_norm
         self.autocast = autocast
@@ -167,6 +170,15 @@ class Problem(ABC):
     def stand_in(self, stand: Stand | None) -> None:
         """Let ``stand`` take the module's place (None: the module itself again)."""
         self._stand = stand
+
+    def batches(self, ahead: int = 0) -> tuple[Any, ...]:
+        """The batches of the ``ahead``-th next step, as many as it accumulates."""
+        return tuple(self.stream.peek(ahead * self.accumulate + i) for i in range(self.accumulate))
+
+    def advance(self) -> None:
+        """Leave the batches of the next step behind."""
+        for _ in range(self.accumulate):
+            self.stream.next()
 
     def live_state(self) -> State:
         """The module's own parameters and buffers."""
@@ -288,10 +300,13 @@ def _faults_of_parts(module: object, optimizer: object, scheduler: object) -> li
     return faults
 
 
-def _faults_of_numbers(steps: object, warmup: object, clip_norm: object, autocast: object) -> list[str]:
+def _faults_of_numbers(
+    steps: object, accumulate: object, warmup: object, clip_norm: object, autocast: object
+) -> list[str]:
     faults = []
-    if type(steps) is not int or steps < 1:
-        faults.append(f"steps={steps!r}; pass a whole number, 1 or more")
+    for name, value in (("steps", steps), ("accumulate", accumulate)):
+        if type(value) is not int or value < 1:
+            faults.append(f"{name}={value!r}; pass a whole number, 1 or more")
     if type(warmup) is not int or warmup < 0:
         faults.append(f"warmup={warmup!r}; pass a whole number of rounds, 0 or more")
     if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):

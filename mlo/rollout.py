@@ -55,15 +55,17 @@ class Rollout:
         recorded: list[Record] = []
         for left in reversed(range(problem.steps)):
             keep = bool(targets) and response.records(left)
-            batch = cast_batch(problem.stream.peek(problem.steps - 1 - left), dtype)
+            step = problem.steps - 1 - left
+            batches = cast_batches(problem.batches(step), dtype)
             before, was = states[name], at
             onto = targets if keep and self._gradients.kept_for_pullback(name, len(recorded), left) else ()
             stored = response.stored(before, was, len(recorded)) if keep and response.needs_before else (None, None)
             seen = self._gradients.seen(name, states, stored[0]) if onto else states
-            gradient = self._gradients.of(name, seen, records, batch, "virtual", onto)
+            gradient = self._gradients.of(name, seen, records, batches, "virtual", onto)
             moved, at = virtual_step(problem, before.parameters, gradient.own, was)
             if keep:
-                recorded.append(gradient.record(problem, *stored, before, batch, states))
+                fresh = cast_batches(problem.batches(step + 1), dtype) if response.takes_fresh_batches else ()
+                recorded.append(gradient.record(problem, *stored, before, states, fresh))
             states[name] = State({**before.parameters, **moved}, gradient.buffers)
         for record in recorded:
             record.after = states[name]
@@ -88,9 +90,11 @@ def cast_moment(at: Moment, dtype: torch.dtype | None) -> Moment:
     return Moment(at.groups, slots)
 
 
-def cast_batch(batch: Any, dtype: torch.dtype | None) -> Any:
-    """The batch with floating-point tensors of ``dtype``."""
-    return batch if dtype is None else tree_map_only(Tensor, lambda t: _cast(t, dtype), batch)
+def cast_batches(batches: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
+    """The batches with floating-point tensors of ``dtype``."""
+    if dtype is None:
+        return batches
+    return tuple(tree_map_only(Tensor, lambda t: _cast(t, dtype), batch) for batch in batches)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

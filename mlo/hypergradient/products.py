@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Annotated, ClassVar
 
 import torch
@@ -28,7 +28,8 @@ class Product(Config, ABC):
 
     def at(self, loss: LocalLoss) -> Curvature:
         """The curvature of ``loss`` at its point."""
-        return self.open(loss.under_autocast() if self.autocast else loss)
+        loss = loss.under_autocast() if self.autocast else loss
+        return self.open(loss) if loss.alone else _MeanCurvature(loss, self.open)
 
     @abstractmethod
     def open(self, loss: LocalLoss) -> Curvature:
@@ -85,6 +86,37 @@ class OneSided(Product):
 
 
 ProductOption = Annotated[Product, Registered(PRODUCTS)]
+
+
+class _MeanCurvature:
+    """Over several micro-batches: each is opened for each product, so that one's memory is held at a time."""
+
+    def __init__(self, loss: LocalLoss, open_part: Callable[[LocalLoss], Curvature]) -> None:
+        self._loss = loss
+        self._open = open_part
+
+    def gradient(self) -> Vector:
+        return self._loss.gradient()
+
+    def own(self, vector: Vector) -> Vector:
+        return self._mean([self._open(part).own(vector) for part in self._loss.parts()])
+
+    def cross(self, vector: Vector) -> Cotangents:
+        return self._mean_cotangents([self._open(part).cross(vector) for part in self._loss.parts()])
+
+    def both(self, vector: Vector) -> tuple[Vector, Cotangents]:
+        own, cross = zip(*(self._open(part).both(vector) for part in self._loss.parts()), strict=True)
+        return self._mean(own), self._mean_cotangents(cross)
+
+    def _mean(self, vectors: Sequence[Vector]) -> Vector:
+        return scaled(reduce(add, vectors), 1 / len(vectors))
+
+    def _mean_cotangents(self, found: Sequence[Cotangents]) -> Cotangents:
+        answer: Cotangents = {}
+        for target in found[0]:
+            reached = [one for one in (part[target] for part in found) if one is not None]
+            answer[target] = scaled(reduce(add, reached), 1 / len(found)) if reached else None
+        return answer
 
 
 class _ExactCurvature:

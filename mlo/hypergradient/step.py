@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mlo.evaluation import Evaluator, twice_differentiable
+from mlo.evaluation import Evaluator, MicroBatch, mean, twice_differentiable
 from mlo.memo import Memo, add_to
 from mlo.optimizers import (
     Moment,
@@ -21,8 +21,7 @@ from mlo.optimizers import (
     virtual_step,
 )
 from mlo.problem import Problem, State
-from mlo.randomness import Randomness
-from mlo.vectors import Vector, filled
+from mlo.vectors import Vector, add, filled, scaled
 
 
 class Curvature(Protocol):
@@ -55,8 +54,9 @@ class Record:
         gradient: {variable: its gradient, before clipping} that the step was taken with, if kept.
         unreached: variables that the step's loss did not depend on, and the optimizer left alone.
         moment: the optimizer before the step; its slots are kept where ``before`` is.
-        batch, randomness: what the loss was evaluated on, and the random state that it drew from.
+        micro: what the loss was evaluated on; it is the mean over these.
         reads: the states of the problems that the loss read.
+        fresh: the next batches of the problem, where a response takes curvature on these.
         memo: the outputs of the problems read, kept from the step for the pullback; None once they changed.
         base: {output of a problem read: the step's gradient for it}, where a product asks for it.
         graph: the variables that the gradient was evaluated at, and the gradient with its graph, where the response
@@ -70,10 +70,10 @@ class Record:
     after: State
     gradient: Mapping[str, Tensor | None] | None
     moment: Moment | None
-    batch: Any
-    randomness: Randomness
+    micro: tuple[MicroBatch, ...]
     reads: dict[str, State]
     unreached: frozenset[str] = frozenset()
+    fresh: tuple[MicroBatch, ...] = ()
     memo: Memo | None = field(default=None, repr=False)
     base: dict[Tensor, Tensor] | None = field(default=None, repr=False)
     inner: Mapping[str, Sequence[Record]] = field(default_factory=dict, repr=False)
@@ -105,12 +105,15 @@ class Step:
 
     def before(self) -> LocalLoss:
         """The loss around the parameters that the step was taken from."""
-        assert self.record.before is not None, "the response did not say that it needs the state before the step"
-        return LocalLoss(self.record, self.record.before, self.targets, self._evaluator, at_step=True)
+        record = self.record
+        assert record.before is not None, "the response did not say that it needs the state before the step"
+        return LocalLoss(record, record.before, record.micro, self.targets, self._evaluator, at_step=True)
 
     def after(self) -> LocalLoss:
-        """The loss around the present solution."""
-        return LocalLoss(self.record, self.record.after, self.targets, self._evaluator, at_step=False)
+        """The loss around the present solution, on the step's batch or on a fresh one, as the response has it."""
+        record = self.record
+        micro = [replace(m, buffers=None) for m in record.fresh or record.micro]
+        return LocalLoss(record, record.after, micro, self.targets, self._evaluator, at_step=False)
 
     def pull_through_optimizer(
         self, cotangent: Vector, curvature: Curvature, slots: Slots | None = None
@@ -135,10 +138,14 @@ class Step:
         name = record.problem.name
         variables = {v: record.before.parameters[v].detach().requires_grad_() for v in record.problem.variables}
         state = State({**record.before.parameters, **variables}, record.before.buffers)
-        states = {**record.reads, name: state}
-        done = self._evaluator.differentiate(
-            name, states, record.batch, of=(name,), kind="recompute", randomness=record.randomness
-        )
+        passes = []
+        for micro in record.micro:
+            states = {**record.reads, name: micro.state(state)}
+            again = self._evaluator.differentiate(
+                name, states, micro.batch, of=(name,), kind="recompute", randomness=micro.randomness
+            )
+            passes.append(again)
+        done = mean(passes)
         named = {n: done.gradients.get(v) for n, v in variables.items()}
         if record.gradient is not None:
             named = dict(record.gradient)
@@ -149,6 +156,8 @@ class Step:
 class LocalLoss:
     """One problem's loss as a function of its own variables, everything else as it was at one step.
 
+    Over several micro-batches it is the mean of :meth:`parts`, of which one graph is alive at a time.
+
     Attributes:
         point: the variables around which it is taken, one tensor each, requiring gradients.
         graph: the point as the step was evaluated at, and the gradient there with its graph, if they were kept.
@@ -158,15 +167,18 @@ class LocalLoss:
         self,
         record: Record,
         at: State,
+        micro: Sequence[MicroBatch],
         targets: Collection[str],
         evaluator: Evaluator,
         at_step: bool,
     ) -> None:
         self._record = record
         self._state = replace(at, live=False)
+        self._micro = micro
         self._targets = targets
         self._evaluator = evaluator
-        self._gradient = record.gradient if at_step else None
+        self._at_step = at_step
+        self._gradient = record.gradient if at_step and len(micro) == len(record.micro) else None
         self._base = record.base if at_step else None
         self.point: Vector = tuple(at.parameters[n].detach().requires_grad_() for n in record.problem.variables)
         self.graph = record.graph if at_step else None
@@ -181,16 +193,30 @@ class LocalLoss:
         self._autocast = True
         return self
 
+    @property
+    def alone(self) -> bool:
+        """Whether it is of one micro-batch."""
+        return len(self._micro) == 1
+
+    def parts(self) -> Iterator[LocalLoss]:
+        """The loss on each micro-batch."""
+        for micro in self._micro:
+            part = LocalLoss(self._record, self._state, [micro], self._targets, self._evaluator, self._at_step)
+            yield part.under_autocast() if self._autocast else part
+
     def __call__(self, variables: Sequence[Tensor]) -> Tensor:
         """The loss at ``variables``: the same batch, the same random numbers, the same reads."""
+        if not self.alone:
+            return torch.stack([part(variables) for part in self.parts()]).mean()
         states, options = self._at(variables)
-        return self._evaluator.evaluate(self._record.problem.name, states, self._record.batch, **options).loss
+        return self._evaluator.evaluate(self._record.problem.name, states, self._micro[0].batch, **options).loss
 
     def _at(self, variables: Sequence[Tensor]) -> tuple[dict[str, State], dict[str, Any]]:
         """The states of an evaluation at ``variables``, and how it is taken."""
-        record, name = self._record, self._record.problem.name
+        record, name, micro = self._record, self._record.problem.name, self._micro[0]
         moved = dict(zip(record.problem.variables, variables, strict=True))
-        states = {**record.reads, name: replace(self._state, parameters={**self._state.parameters, **moved})}
+        state = replace(micro.state(self._state), parameters={**self._state.parameters, **moved})
+        states = {**record.reads, name: state}
         for low, records in record.inner.items():
             states[low] = self._inner_steps(low, records, states)
         return states, {
@@ -199,7 +225,7 @@ class LocalLoss:
             "memo": self._memo,
             "moving": record.inner,
             "autocast": self._autocast,
-            "randomness": record.randomness,
+            "randomness": micro.randomness,
         }
 
     def _inner_steps(self, name: str, records: Sequence[Record], states: Mapping[str, State]) -> State:
@@ -211,44 +237,60 @@ class LocalLoss:
         for record in records:
             assert record.moment is not None
             reads = {read: states.get(read, there) for read, there in record.reads.items()}
-            with twice_differentiable():
-                evaluation = self._evaluator.evaluate(
-                    name,
-                    {**reads, name: state},
-                    record.batch,
-                    kind="product",
-                    through=reads,
-                    randomness=record.randomness,
-                )
+            losses, buffers = [], state.buffers
+            for micro in record.micro:
+                at_micro = {**reads, name: State(state.parameters, buffers)}
+                with twice_differentiable():
+                    evaluation = self._evaluator.evaluate(
+                        name, at_micro, micro.batch, kind="product", through=reads, randomness=micro.randomness
+                    )
+                losses.append(evaluation.loss)
+                buffers = evaluation.buffers
+            loss = torch.stack(losses).mean()
             variables = {v: state.parameters[v] for v in record.problem.variables}
-            found = torch.autograd.grad(evaluation.loss, list(variables.values()), create_graph=True, allow_unused=True)
+            found = torch.autograd.grad(loss, list(variables.values()), create_graph=True, allow_unused=True)
             gradients = {v: None if g is None else off_zero(g) for v, g in zip(variables, found, strict=True)}
             at = Moment(record.moment.groups, moment.slots)
             variables, moment = differentiable_step(record.problem, variables, gradients, at)
-            state = State({**state.parameters, **variables}, evaluation.buffers)
+            state = State({**state.parameters, **variables}, buffers)
         return state
 
     def gradients(
         self, variables: Vector, own: bool = True, inputs: bool = True, keep_graph: bool = False
     ) -> tuple[Vector, dict[Tensor, Tensor]]:
         """The gradient at ``variables`` in them (if ``own``) and in :meth:`inputs` (if ``inputs``); one pass."""
+        if not self.alone:
+            return self._mean_gradients(variables, own, inputs)
         name = self._record.problem.name
         states, options = self._at(variables)
         of = (*((name,) if own else ()), *(self._targets if inputs else ()))
         done = self._evaluator.differentiate(
-            name, states, self._record.batch, of=of, leaves=inputs, keep_graph=keep_graph, **options
+            name, states, self._micro[0].batch, of=of, leaves=inputs, keep_graph=keep_graph, **options
         )
         found = done.gradients
         wanted = variables if own else ()
         at_inputs = {key: found[key] for key in self.inputs() if key in found} if inputs else {}
         return filled((found.get(v) for v in wanted), wanted), at_inputs
 
+    def _mean_gradients(self, variables: Vector, own: bool, inputs: bool) -> tuple[Vector, dict[Tensor, Tensor]]:
+        total: Vector = ()
+        at_inputs: dict[Tensor, Tensor] = {}
+        share = 1 / len(self._micro)
+        for part in self.parts():
+            of_own, of_inputs = part.gradients(variables, own, inputs)
+            total = add(total, of_own, share) if total else scaled(of_own, share)
+            pulled = part.pull(of_inputs) if inputs else {}
+            for target, found in pulled.items():
+                if found is not None:
+                    add_to(at_inputs, self._parameters_of(target), scaled(found, share))
+        return total, at_inputs
+
     def product(self, vector: Vector, own: bool, inputs: bool) -> tuple[Vector, dict[Tensor, Tensor]] | None:
         """The exact product with ``vector``, compiled as a whole; None where that cannot be."""
         name = self._record.problem.name
         states, options = self._at(self.point)
         of = (*((name,) if own else ()), *(self._targets if inputs else ()))
-        found = self._evaluator.product(name, states, self._record.batch, vector, of=of, **options)
+        found = self._evaluator.product(name, states, self._micro[0].batch, vector, of=of, **options)
         if found is None:
             return None
         wanted = self.point if own else ()
@@ -269,21 +311,21 @@ class LocalLoss:
 
     def inputs(self) -> list[Tensor]:
         """The tensors by which the problems read enter the evaluations made so far."""
-        parameters = [self._record.reads[t].parameters[v] for t in self._targets for v in self._variables_of(t)]
-        return [*self._memo.leaves, *parameters]
+        return [*self._memo.leaves, *(p for target in self._targets for p in self._parameters_of(target))]
 
     def pull(self, cotangents: dict[Tensor, Tensor]) -> dict[str, Vector | None]:
         """Cotangents of :meth:`inputs`, taken on to the variables of each target (None: no gradient reaches it)."""
         pulled = self._memo.pull(cotangents)
         answer: dict[str, Vector | None] = {}
         for target in self._targets:
-            variables = [self._record.reads[target].parameters[v] for v in self._variables_of(target)]
+            variables = self._parameters_of(target)
             found = [pulled.get(variable) for variable in variables]
             answer[target] = None if all(f is None for f in found) else filled(found, variables)
         return answer
 
-    def _variables_of(self, target: str) -> Collection[str]:
-        return self._evaluator.problems[target].variables
+    def _parameters_of(self, target: str) -> list[Tensor]:
+        parameters = self._record.reads[target].parameters
+        return [parameters[name] for name in self._evaluator.problems[target].variables]
 
 
 def copied(state: State, device: torch.device | None = None) -> State:

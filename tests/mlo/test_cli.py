@@ -73,6 +73,7 @@ def test_a_run_fills_its_folder(mlo):
             {
                 "hypergradient": {
                     "kind": "neumann",
+                    "fresh_batch": False,
                     "terms": 5,
                     "rate": None,
                     "warm_start": False,

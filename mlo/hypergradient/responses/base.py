@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
+from pydantic import Field
 from torch import Tensor
 
 from mlo.config import Config, Registered
@@ -53,6 +54,11 @@ class Response(Config, ABC):
         return False
 
     @property
+    def takes_fresh_batches(self) -> bool:
+        """Whether curvature at the solution is taken on the problem's next batches instead of its last step's."""
+        return False
+
+    @property
     def needs_base(self) -> bool:
         """Whether the last step should keep its gradients for what its loss reads."""
         return False
@@ -68,6 +74,19 @@ class Response(Config, ABC):
 
     def check(self, problem: Problem) -> None:
         """Raise a ConfigError if the response cannot go through ``problem``."""
+
+
+class AtSolution(Response, ABC):
+    """A response by the curvature at the present solution."""
+
+    fresh_batch: bool = Field(
+        False, description="take curvature on the problem's next batch, rather than on that of its last step"
+    )
+
+    @property
+    def takes_fresh_batches(self) -> bool:
+        """As the options have it."""
+        return self.fresh_batch
 
 
 class Pulled:

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mlo.hypergradient.products import Exact, ProductOption
-from mlo.hypergradient.responses.base import Pulled, Response
+from mlo.hypergradient.responses.base import AtSolution, Pulled
 from mlo.hypergradient.step import Step
 from mlo.randomness import replay
 from mlo.vectors import Vector, add, dot, norm, scaled
@@ -17,7 +17,7 @@ from mlo.vectors import Vector, add, dot, norm, scaled
 MatVec = Callable[[Vector], Vector]
 
 
-class ConjugateGradient(Response):
+class ConjugateGradient(AtSolution):
     """(H + damping) z = v solved by conjugate gradient, then -H_xt z (iMAML; Rajeswaran et al. 2019).
 
     H, the Hessian at the present solution, must be positive definite with its damping; iterations stop where it
@@ -43,7 +43,7 @@ class ConjugateGradient(Response):
         return Pulled(cotangents, {"residual": residual}, solution if self.warm_start else None)
 
 
-class Neumann(Response):
+class Neumann(AtSolution):
     """The inverse Hessian as rate * sum (I - rate H)^k v over ``terms`` terms, then -H_xt (Lorraine et al. 2020).
 
     It converges where ``rate`` is below 2 / (largest eigenvalue). From the first term that grows on, terms are left
@@ -67,7 +67,7 @@ class Neumann(Response):
         return Pulled(cotangents, {"residual": residual}, solution if self.warm_start else None)
 
 
-class Nystrom(Response):
+class Nystrom(AtSolution):
     """The inverse of a low-rank approximation of the Hessian, plus damping (Hataya and Yamada 2023), then -H_xt.
 
     The Hessian is approximated from its action on ``rank`` random vectors, which the step's own random state gives,
@@ -84,7 +84,7 @@ class Nystrom(Response):
         curvature = self.product.at(step.after())
         device = cotangent[0].device
         rank = min(self.rank, sum(c.numel() for c in cotangent))
-        with replay(step.record.randomness, device):
+        with replay(step.record.micro[0].randomness, device):
             probes = [tuple(torch.randn_like(c) for c in cotangent) for _ in range(rank)]
         solution = nystrom_solve(curvature.own, cotangent, _orthonormal(probes), self.damping)
         residual = add(add(cotangent, curvature.own(solution), -1.0), solution, -self.damping)

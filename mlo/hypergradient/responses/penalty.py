@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 
-from mlo.hypergradient.responses.base import Pulled, Response
+from mlo.hypergradient.responses.base import AtSolution, Pulled
 from mlo.hypergradient.step import LocalLoss, Step
 from mlo.memo import add_to
 from mlo.vectors import Vector, add, norm
 
 
-class Penalty(Response):
+class Penalty(AtSolution):
     """The change of the loss's gradient between minima under two opposite small tilts; first order only.
 
     With t(d) the minimum of L(t, x) + d <v, t>, the response is d/dd of the gradient of L(t(d), x) in x, taken as a

@@ -1,0 +1,174 @@
+"""Gradients accumulated over micro-batches: the same hypergradient as of one large batch, in the memory of one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from brute_force import batches, small_lbt
+from torch import Tensor, nn
+
+import mlo
+from mlo.diagnostics import _PeakMemory
+from mlo.streams import open_stream
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+ESTIMATORS = [
+    "one_step",
+    "unrolled",
+    {"kind": "unrolled", "every": 2},
+    {"kind": "one_step", "product": "forward"},
+    {"kind": "one_step", "product": "central"},
+    {"kind": "one_step", "product": "one_sided"},
+    {"kind": "cg", "damping": 1.0},
+    {"kind": "neumann", "rate": 0.3},
+    {"kind": "nystrom", "damping": 1.0},
+    {"kind": "penalty", "steps": 2},
+    "sama",
+    "darts",
+]
+
+
+def stack(data: dict[str, list], accumulate: int, steps: int = 2) -> list[mlo.Problem]:
+    """The small LBT on ``data``, whose batches are joined by three where they are not accumulated."""
+    made = small_lbt("adam", steps=steps)
+    parts = {name: open_stream(data[name], name) for name in ("teacher", "arch")}
+    parts["student"] = open_stream({name: data[name] for name in ("labeled", "unlabeled")}, "student")
+    for problem in made:
+        problem.stream, problem.accumulate = parts[problem.name], accumulate
+    return made
+
+
+def both(steps: int = 2) -> tuple[list[mlo.Problem], list[mlo.Problem]]:
+    torch.manual_seed(7)
+    names = ("teacher", "labeled", "unlabeled", "arch")
+    small = {name: batches(6, labeled=name != "unlabeled") for name in names}
+    joined = {name: [_joined(small[name][i : i + 3]) for i in (0, 3)] for name in names}
+    return stack(small, 3, steps), stack(joined, 1, steps)
+
+
+def _joined(some: list) -> object:
+    return torch.cat(some) if isinstance(some[0], Tensor) else tuple(map(torch.cat, zip(*some, strict=True)))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_it_is_the_hypergradient_of_the_joined_batch(estimator):
+    engines = [mlo.Engine(problems, estimator, device="cpu") for problems in both()]
+    for _ in range(3):
+        found = [engine.hypergradient("arch")["weights"] for engine in engines]
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)
+        for engine in engines:
+            engine.step()
+    for one, other in zip(*(engine.problems.values() for engine in engines), strict=True):
+        for name, parameter in one.variables.items():
+            torch.testing.assert_close(parameter, other.variables[name], rtol=1e-8, atol=1e-11)
+
+
+def test_it_is_right_by_finite_differences():
+    mlo.check(mlo.Engine(both()[0], "unrolled", device="cpu"))
+
+
+def test_every_micro_batch_is_used_and_costs_a_pass():
+    engine = mlo.Engine(both(steps=1)[0], "one_step", device="cpu")
+    engine.run(2)
+    assert engine.passes["teacher"]["step"] == engine.passes["student"]["step"] == 6
+    assert engine.passes["teacher"]["product"] == engine.passes["student"]["product"] == 6
+    assert engine.problems["teacher"].stream.state_dict()["index"] == 6
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(8, 8), nn.Tanh())))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Fit(mlo.Problem):
+    def loss(self, batch, decay):
+        penalty = decay().exp() * torch.stack([p.square().sum() for p in self.params.values()]).sum()
+        return (self(batch) - batch).square().mean() + penalty
+
+
+class Judge(mlo.Problem):
+    def loss(self, batch, fit):
+        return (fit(batch) - batch).square().mean()
+
+
+class Decay(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(-3.0))
+
+    def forward(self) -> Tensor:
+        return self.log
+
+
+@pytest.mark.parametrize("estimator", ["one_step", "darts", "cg"])
+def test_memory_is_that_of_one_micro_batch(estimator):
+    def peak(accumulate: int, rows: int) -> int:
+        fit, judge = Deep(), Decay()
+        adam = torch.optim.Adam
+        data = [torch.randn(rows, 8) for _ in range(accumulate)]
+        low = Fit("fit", module=fit, optimizer=adam(fit.parameters()), data=data, accumulate=accumulate)
+        top = Judge("decay", module=judge, optimizer=adam(judge.parameters()), data=data, accumulate=accumulate)
+        engine = mlo.Engine([low, top], estimator, device="cpu")
+        with _PeakMemory() as memory:
+            engine.step()
+        return memory.peak
+
+    alone = peak(1, 4000)
+    assert peak(8, 4000) < 1.3 * alone
+    assert peak(1, 32000) > 6 * alone
+
+
+def test_running_statistics_go_from_one_micro_batch_to_the_next():
+    """As after as many steps with a learning rate of zero."""
+
+    class Normed(mlo.Problem):
+        def loss(self, batch, decay):
+            return self(batch).square().mean() + decay() * self.params["weight"].square().sum()
+
+    def buffers(accumulate: int, steps: int) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        norm, decay = nn.BatchNorm1d(3), Decay()
+        low = Normed(
+            "fit",
+            module=norm,
+            optimizer=torch.optim.SGD(norm.parameters(), lr=0.0),
+            data=[torch.randn(4, 3) for _ in range(3)],
+            accumulate=accumulate,
+            steps=steps,
+        )
+        top = Judge("decay", module=decay, optimizer=torch.optim.SGD(decay.parameters()), data=[torch.randn(4, 3)])
+        mlo.Engine([low, top], "cg", device="cpu").step()
+        return dict(norm.named_buffers())
+
+    one, other = buffers(3, 1), buffers(1, 3)
+    assert one["num_batches_tracked"] == 3
+    torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", ["cg", "neumann", "nystrom", "penalty"])
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_a_fresh_batch_is_the_next_one_and_is_not_used_up(kind, lookahead):
+    """The curvature of the loss on the next batch, at the solution of the step on this one."""
+    torch.manual_seed(3)
+    first, second, judged = torch.randn(20, 8), 3 * torch.randn(20, 8), torch.randn(20, 8)
+    taken = {}
+    for fresh, data in ((True, [first, second]), (False, [first, second]), ("swapped", [second, first])):
+        torch.manual_seed(0)
+        fit, decay = Deep(), Decay()
+        sgd = torch.optim.SGD
+        low = Fit("fit", module=fit, optimizer=sgd(fit.parameters(), lr=0.0), data=data)
+        top = Judge("decay", module=decay, optimizer=sgd(decay.parameters(), lr=0.1), data=[judged])
+        options = {"kind": kind, "fresh_batch": fresh is True}
+        options |= {"damping": 1.0} if kind in ("cg", "nystrom") else {"rate": 0.1}
+        engine = mlo.Engine([low, top], options, lookahead=lookahead, device="cpu")
+        taken[fresh] = engine.hypergradient("decay")["log"]
+        engine.step()
+        torch.testing.assert_close((torch.tensor(-3.0) - decay.log.detach()) / 0.1, taken[fresh], rtol=1e-6, atol=1e-12)
+        assert low.stream.state_dict()["index"] == 1
+    torch.testing.assert_close(taken[True], taken["swapped"], rtol=1e-9, atol=0)
+    assert (taken[True] - taken[False]).abs() > 1e-4 * taken[False].abs()
