@@ -21,6 +21,7 @@ from mlo.plan import Plan, place
 from mlo.problem import Problem, State
 from mlo.randomness import global_state, replay, set_global_state
 from mlo.rollout import Rollout, cast_batches, cast_state
+from mlo.scaling import LossScale
 from mlo.vectors import filled
 
 Callback = Callable[["Engine"], None]
@@ -199,6 +200,7 @@ class Engine:
             "rounds": self.rounds,
             "problems": {name: problem.state_dict() for name, problem in self.problems.items()},
             "warm": {upper: {n: list(v) for n, v in warm.items()} for upper, warm in self._gradients.warm.items()},
+            "scales": {name: [scale.value, scale.passes] for name, scale in self._gradients.scales.items()},
             "losses": dict(self.losses),
             "reports": dict(self._gradients.reports),
             "random": global_state(),
@@ -223,6 +225,7 @@ class Engine:
             upper: {name: tuple(part.to(self.device) for part in solution) for name, solution in warm.items()}
             for upper, warm in state["warm"].items()
         }
+        self._gradients.scales = {name: LossScale(*scale) for name, scale in state["scales"].items()}
         self.losses = {name: loss.to(self.device) for name, loss in state["losses"].items()}
         self._gradients.reports = {key: value.to(self.device) for key, value in state["reports"].items()}
         set_global_state(state["random"])

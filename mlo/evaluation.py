@@ -62,11 +62,13 @@ class MicroBatch:
         batch: as the problem's data gave it.
         randomness: the random state that it drew from.
         buffers: the module's before it, as the micro-batch before left them; None for the first of a step.
+        scale: what the loss was multiplied by while its gradient was taken.
     """
 
     batch: Any
     randomness: Randomness
     buffers: Mapping[str, Tensor] | None = None
+    scale: float = 1.0
 
     def state(self, of: State) -> State:
         """The state in which it is evaluated, in a step from the state ``of``."""
@@ -156,6 +158,7 @@ class Evaluator:
         leaves: bool = False,
         keep_graph: bool = False,
         memo: Memo | None = None,
+        scale: float = 1.0,
         **options: Any,
     ) -> Pass:
         """The loss of problem ``name`` and its gradients; one pass.
@@ -164,11 +167,14 @@ class Evaluator:
             of: problems (itself among them or not) for whose variables in ``states`` it is differentiated.
             leaves: differentiate for the outputs that ``memo`` cuts out of the graph, too.
             keep_graph: keep the gradients' own graph, for second derivatives.
+            scale: of the loss while gradients are taken; they are divided by it.
             batch, kind, memo, options: as for :meth:`evaluate`.
         """
         reads = [read for read in of if read != name]
         through = {*options.pop("through", ()), *reads}
-        done = self._compiled(name, states, batch, of, kind=kind, through=through, keep_graph=keep_graph, **options)
+        done = self._compiled(
+            name, states, batch, of, kind=kind, through=through, keep_graph=keep_graph, scale=scale, **options
+        )
         if done is not None:
             return done
         measured = keep_graph and name not in self.graph_bytes
@@ -180,11 +186,12 @@ class Evaluator:
                 inputs += memo.leaves
             gradients: dict[Tensor, Tensor] = {}
             if inputs and evaluation.loss.requires_grad:
-                found = torch.autograd.grad(evaluation.loss, inputs, allow_unused=True, create_graph=keep_graph)
+                loss = evaluation.loss if scale == 1.0 else evaluation.loss * scale
+                found = torch.autograd.grad(loss, inputs, allow_unused=True, create_graph=keep_graph)
                 add_to(gradients, inputs, found)
         if isinstance(saved, _SavedBytes):
             self.graph_bytes[name] = saved.total
-        return Pass(evaluation.loss.detach(), gradients, evaluation.buffers)
+        return Pass(evaluation.loss.detach(), _unscaled(gradients, scale), evaluation.buffers)
 
     def product(
         self,
@@ -216,6 +223,7 @@ class Evaluator:
         through: Collection[str],
         keep_graph: bool = False,
         vector: Sequence[Tensor] | None = None,
+        scale: float = 1.0,
         second: Sequence[str] = (),
         moving: Collection[str] = (),
         autocast: bool = True,
@@ -239,7 +247,8 @@ class Evaluator:
             nullcontext() if randomness is None else replay(randomness, self.device),
             twice_differentiable() if keep_graph or second else nullcontext(),
         ):
-            done = compiler.call(key, parameters, buffers, batch, vector)
+            by = None if scale == 1.0 else torch.tensor(scale, device=self.device)
+            done = compiler.call(key, parameters, buffers, batch, vector, by)
         if done is None:
             return None
         loss, found, after, calls = done
@@ -247,7 +256,7 @@ class Evaluator:
             self.passes[n][kind if n == name else "read"] += count
         gradients: dict[Tensor, Tensor] = {}
         add_to(gradients, [states[n].parameters[v] for n in second or of for v in self.problems[n].variables], found)
-        return Pass(loss, gradients, after)
+        return Pass(loss, _unscaled(gradients, scale), after)
 
     def _note_draws(self, name: str, before: tuple[Any, Any]) -> None:
         if same_outside(before, outside_state()):
@@ -261,6 +270,10 @@ class Evaluator:
         if dtype is None and not torch.is_autocast_enabled(self.device.type):
             return nullcontext()
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+
+def _unscaled(gradients: dict[Tensor, Tensor], scale: float) -> dict[Tensor, Tensor]:
+    return gradients if scale == 1.0 else {key: gradient / scale for key, gradient in gradients.items()}
 
 
 def mean(passes: Sequence[Pass]) -> Pass:
@@ -308,6 +321,7 @@ def _pass_function(
         buffers: Mapping[str, Mapping[str, Tensor]],
         batch: Any,
         vector: Sequence[Tensor] | None,
+        scale: Tensor | None,
     ) -> tuple[Tensor, Sequence[Tensor | None], Mapping[str, Tensor], dict[str, int]]:
         calls = {name: 0, **{read: 0 for read, _ in reads}}
         own = _Own(State(parameters[name], buffers[name]), calls, name)
@@ -318,7 +332,8 @@ def _pass_function(
             loss = _loss(problems, name, stands, batch)
         wanted = [parameters[n][v] for n, v in first]
         graph = keep_graph or vector is not None
-        found = torch.autograd.grad(loss, wanted, create_graph=graph, allow_unused=True) if wanted else ()
+        scaled = loss if scale is None else loss * scale
+        found = torch.autograd.grad(scaled, wanted, create_graph=graph, allow_unused=True) if wanted else ()
         if vector is not None:
             pairs = [(g, u) for g, u in zip(found, vector, strict=True) if g is not None and g.requires_grad]
             wanted = [parameters[n][v] for n, v in second]

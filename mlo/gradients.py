@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mlo.errors import GraphError
@@ -18,6 +20,7 @@ from mlo.memo import Memo
 from mlo.optimizers import Moment, is_linear
 from mlo.plan import Plan
 from mlo.problem import Problem, State
+from mlo.scaling import LossScale
 from mlo.vectors import Vector, filled
 
 Records = dict[str, list[Record]]
@@ -84,6 +87,7 @@ class Gradients:
     Attributes:
         pullbacks: {problem: how often a sweep has pulled a cotangent back through it}.
         reports: {"<problem>/<name>": scalar tensor}, what the last pullbacks reported.
+        scales: {problem: the scale of its loss}, of those under float16.
         warm: {upper problem: {lower: the solution that its last real step left}}.
     """
 
@@ -92,6 +96,7 @@ class Gradients:
         self._evaluator = evaluator
         self.pullbacks: Counter[str] = Counter()
         self.reports: dict[str, Tensor] = {}
+        self.scales: dict[str, LossScale] = {}
         self.warm: dict[str, dict[str, Vector]] = {}
 
     def of(
@@ -119,26 +124,13 @@ class Gradients:
         needs_base = bool(targets) and alone and self._plan.responses[name].needs_base
         lower = [read for read in self._plan.graph.lower_reads(name) if read in paths]
         keep = bool(targets) and alone and self._keeps_graph(name) and not states[name].live
-        memo = Memo() if targets and alone and not keep else None  # with its graph, the loss is not evaluated again
+        # under float16, cotangents between problems would vanish
+        half = self._evaluator.problems[name].autocast is torch.float16
+        memo = Memo() if targets and alone and not keep and not half else None
         down_to = targets if needs_base or (memo is not None and lower) else ()
-        micro: list[MicroBatch] = []
-        passes: list[Pass] = []
-        for batch in batches:
-            randomness = self._evaluator.capture(name)
-            micro.append(MicroBatch(batch, randomness, passes[-1].buffers if passes else None))
-            done = self._evaluator.differentiate(
-                name,
-                {**states, name: micro[-1].state(states[name])},
-                batch,
-                of=tuple(dict.fromkeys((name, *lower, *down_to))),
-                kind=kind,
-                through=targets,
-                leaves=bool(down_to),
-                keep_graph=keep,
-                memo=memo,
-            )
-            passes.append(done)
-        done = mean(passes)
+        of = tuple(dict.fromkeys((name, *lower, *down_to)))
+        options = {"of": of, "through": targets, "leaves": bool(down_to), "keep_graph": keep, "memo": memo}
+        micro, done = self._accumulated(name, states, batches, kind, options)
         point, found, graph = self._variables(states, (name,)), done.gradients, None
         if keep:
             graph = tuple(point), filled((found.get(v) for v in point), point)
@@ -164,7 +156,7 @@ class Gradients:
             raise self._no_gradient(name)
         named = dict(zip(self._evaluator.problems[name].variables, own, strict=True))
         inner = {low: records[low] for low in self._plan.inner.get(name, ())}
-        return Gradient(done.loss, named, done.buffers, tuple(micro), memo, base, inner, bool(paths or targets), graph)
+        return Gradient(done.loss, named, done.buffers, micro, memo, base, inner, bool(paths or targets), graph)
 
     def seen(self, name: str, states: Mapping[str, State], stored: State | None) -> Mapping[str, State]:
         """``states`` with a problem's stored copy in place of its own tensors, where a graph is to outlive its step."""
@@ -186,6 +178,36 @@ class Gradients:
         """Whether a record of the problem's steps needs the values in its optimizer's state."""
         inner = any(name in lows for lows in self._plan.inner.values())
         return inner or self._plan.responses[name].repeats or not is_linear(self._evaluator.problems[name])
+
+    def _accumulated(
+        self, name: str, states: Mapping[str, State], batches: Sequence[Any], kind: str, options: dict[str, Any]
+    ) -> tuple[tuple[MicroBatch, ...], Pass]:
+        """The mean over the batches, one after another, and what each was evaluated on."""
+        micro: list[MicroBatch] = []
+        passes: list[Pass] = []
+        for batch in batches:
+            at = MicroBatch(batch, self._evaluator.capture(name), passes[-1].buffers if passes else None)
+            once = partial(
+                self._evaluator.differentiate,
+                name,
+                {**states, name: at.state(states[name])},
+                batch,
+                kind=kind,
+                **options,
+            )
+            if self._evaluator.problems[name].autocast is torch.float16:
+                scale = replace(self.scales.get(name, LossScale()))
+                done = once(scale=scale.value)
+                while not scale.accepts(done.gradients.values()):
+                    done = once(scale=scale.value, randomness=at.randomness)
+                at = replace(at, scale=scale.value)
+                if kind == "step":  # looking ahead leaves no trace
+                    self.scales[name] = scale
+            else:
+                done = once()
+            micro.append(at)
+            passes.append(done)
+        return tuple(micro), mean(passes)
 
     def _keeps_graph(self, name: str) -> bool:
         plain = not self._plan.paths[name] and self._evaluator.problems[name].autocast is None

@@ -9,7 +9,7 @@ import torch
 
 from mlo.errors import ConfigError, GraphError
 from mlo.graph import Graph
-from mlo.hypergradient import Response, estimator
+from mlo.hypergradient import Product, Response, estimator
 from mlo.problem import Problem
 
 
@@ -51,6 +51,7 @@ class Plan:
         through = {name for paths in self.paths.values() for name in paths}
         for name in through:
             self.responses[name].check(self._problems[name])
+            self._refuse_half_products(name)
         self.lookahead = any(self.responses[n].lookahead for n in through) if lookahead is None else lookahead
         self._refuse_late_levels()
         for middle in nested if not inner_path else ():
@@ -83,6 +84,14 @@ class Plan:
     def targets(self, lower: str, uppers: Collection[str]) -> tuple[str, ...]:
         """What the sweeps of ``uppers`` pull ``lower`` back onto; empty if none goes through it."""
         return tuple(dict.fromkeys(t for upper in uppers for t in self.paths[upper].get(lower, ())))
+
+    def _refuse_half_products(self, name: str) -> None:
+        product = getattr(self.responses[name], "product", None)
+        if isinstance(product, Product) and product.autocast and self._problems[name].autocast is torch.float16:
+            raise ConfigError(
+                f"problem {name!r}: curvature products under float16 would underflow; leave the product's "
+                "autocast off, or give the problem autocast=torch.bfloat16"
+            )
 
     def _refuse_late_levels(self) -> None:
         for upper, paths in self.paths.items():

@@ -61,8 +61,9 @@ class Problem(ABC):
         accumulate: batches that each step takes the mean loss over, one after another, in the memory of one.
         warmup: rounds of the engine before the first step of this problem.
         clip_norm: the gradient's norm, over all parameters, is scaled down to this before each step.
-        autocast: torch.bfloat16 to evaluate this problem's loss under torch.autocast; None: as the tensors are.
-            Curvature products are taken without it, unless they are told.
+        autocast: torch.bfloat16 or torch.float16 to evaluate this problem's loss under torch.autocast; None: as the
+            tensors are. Curvature products are taken without it, unless they are told. Under float16 the loss is scaled
+            while its gradient is taken, by a factor that adapts; a pass that overflows is taken again.
         hypergradient: how upper problems are differentiated through this one: an estimator's name, its options, or
             None for the engine's.
         reads: {parameter of loss: problem} where their names differ; {parameter: None} leaves out a parameter that
@@ -311,8 +312,6 @@ def _faults_of_numbers(
         faults.append(f"warmup={warmup!r}; pass a whole number of rounds, 0 or more")
     if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
         faults.append(f"clip_norm={clip_norm!r}; pass a number above 0, or None")
-    if autocast is torch.float16:
-        faults.append("autocast=torch.float16 would need its gradients scaled; pass torch.bfloat16")
-    elif autocast is not None and autocast is not torch.bfloat16:
-        faults.append(f"autocast={autocast!r}; pass torch.bfloat16, or None")
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        faults.append(f"autocast={autocast!r}; pass torch.bfloat16, torch.float16, or None")
     return faults

@@ -142,7 +142,7 @@ class Step:
         for micro in record.micro:
             states = {**record.reads, name: micro.state(state)}
             again = self._evaluator.differentiate(
-                name, states, micro.batch, of=(name,), kind="recompute", randomness=micro.randomness
+                name, states, micro.batch, of=(name,), kind="recompute", randomness=micro.randomness, scale=micro.scale
             )
             passes.append(again)
         done = mean(passes)

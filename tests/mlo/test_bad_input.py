@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_state():
         ({"steps": 1.5}, "steps=1.5"),
         ({"warmup": -1}, "warmup=-1"),
         ({"clip_norm": 0}, "clip_norm=0"),
-        ({"autocast": torch.float16}, r"would need its gradients scaled; pass torch\.bfloat16"),
+        ({"accumulate": 0}, "accumulate=0; pass a whole number"),
         ({"autocast": "bf16"}, "autocast='bf16'; pass torch.bfloat16"),
         ({"module": lambda: None}, r"module is a function; pass a torch\.nn\.Module"),
         ({"optimizer": "sgd"}, "optimizer is a str"),

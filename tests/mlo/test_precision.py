@@ -7,6 +7,7 @@ import torch
 from brute_force import brute_force, small_lbt
 
 import mlo
+from mlo.scaling import GROWTH_INTERVAL, LossScale
 
 
 def stack(autocast: torch.dtype | None) -> list[mlo.Problem]:
@@ -48,3 +49,67 @@ def test_steps_are_taken_in_bfloat16():
         losses.append(engine.losses["teacher"].item())
         assert problems[0].module.head.weight.dtype == torch.float32
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def halves(factor: float, **problem: object) -> list[mlo.Problem]:
+    """The small LBT with the lower losses multiplied, in float16."""
+    problems = small_lbt("sgd", autocast=torch.float16, **problem)
+    for low in problems[:2]:
+        loss = low.loss
+        low.loss = lambda *args, loss=loss, **reads: factor * loss(*args, **reads)
+        low.optimizer.param_groups[0]["lr"] /= factor
+    return problems
+
+
+@pytest.mark.parametrize("estimator", ["one_step", "unrolled", {"kind": "unrolled", "every": 2}, "darts"], ids=str)
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e4])
+def test_float16_gradients_neither_vanish_nor_overflow(factor, estimator):
+    """They would: a loss of a millionth has gradients below float16's least, one of 10,000 above its greatest."""
+    problems = halves(factor, steps=2)
+    engine = mlo.Engine(problems, estimator, device="cpu")
+    expected, found = brute_force_of(factor, problems), engine.hypergradient("arch")["weights"]
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    engine.run(3)
+    assert all(p.isfinite().all() for problem in problems for p in problem.variables.values())
+    scale = engine._gradients.scales["teacher"].value
+    assert scale == 2.0**16 if factor < 1 else scale < 2.0**16 if factor > 1 else True
+
+
+def brute_force_of(factor: float, problems: list[mlo.Problem]) -> torch.Tensor:
+    """Plain SGD steps do not know of a factor that the learning rate undoes."""
+    for low in problems[:2]:
+        low.optimizer.param_groups[0]["lr"] *= factor
+    found = brute_force(problems)
+    for low in problems[:2]:
+        low.optimizer.param_groups[0]["lr"] /= factor
+    return found
+
+
+def test_the_scale_grows_after_many_passes_and_is_part_of_the_state():
+    scale = LossScale(2.0, GROWTH_INTERVAL - 1)
+    assert scale.accepts([torch.ones(3)])
+    assert scale == LossScale(4.0, 0)
+    assert not scale.accepts([torch.ones(3), torch.tensor([torch.inf])])
+    assert scale == LossScale(2.0, 0)
+    engine = mlo.Engine(halves(1e4), "one_step", device="cpu")
+    before = dict(engine._gradients.scales)
+    engine.hypergradient("arch")
+    assert engine._gradients.scales == before
+    engine.run(2)
+    resumed = mlo.Engine(halves(1e4), "one_step", device="cpu")
+    resumed.load_state_dict(engine.state_dict())
+    assert resumed._gradients.scales == engine._gradients.scales
+    assert resumed._gradients.scales["teacher"].passes == 2
+
+
+def test_a_loss_that_is_not_finite_is_told_and_not_taken_again_for_ever():
+    problems = halves(1.0)
+    problems[0].stream.peek()[0].fill_(torch.inf)
+    with pytest.raises(mlo.NonFiniteLossError, match="teacher"):
+        mlo.Engine(problems, "one_step", device="cpu").step()
+
+
+def test_products_under_float16_are_refused():
+    options = {"kind": "one_step", "product": {"kind": "central", "autocast": True}}
+    with pytest.raises(mlo.ConfigError, match="'student': curvature products under float16 would underflow"):
+        mlo.Engine(halves(1.0), options, device="cpu")
