@@ -1,0 +1,152 @@
+"""Compiled passes and products: the same numbers, the same random draws, and a clear line where it cannot be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from brute_force import small_lbt
+from small_lbt import noisy_lbt
+from torch import nn
+
+import mlo
+from mlo import compilation
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+@pytest.fixture(autouse=True)
+def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace and differentiate as for compilation, but write no kernels, which takes most of the time."""
+    torch._dynamo.reset()
+    if "kernels" not in request.keywords:
+        monkeypatch.setitem(compilation._OPTIONS, "backend", "aot_eager")
+        monkeypatch.delitem(compilation._OPTIONS, "options")
+
+
+def engines(stack, estimator: object, **options: object) -> tuple[mlo.Engine, mlo.Engine]:
+    plain = mlo.Engine(stack(), estimator, device="cpu", **options)
+    return plain, mlo.Engine(stack(), estimator, compile=True, device="cpu", **options)
+
+
+def assert_same(plain: mlo.Engine, compiled: mlo.Engine, rounds: int) -> None:
+    """From the second round on all passes are compiled."""
+    for _ in range(rounds):
+        found = []
+        for engine in (plain, compiled):
+            torch.manual_seed(5)
+            found.append(engine.hypergradient("arch")["weights"])
+            engine.step()
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)
+    for one, other in zip(plain.problems.values(), compiled.problems.values(), strict=True):
+        torch.testing.assert_close(
+            dict(one.module.state_dict()), dict(other.module.state_dict()), rtol=1e-8, atol=1e-11
+        )
+    assert not compiled._evaluator._compiler.refused
+    assert compiled._evaluator._compiler._ran
+
+
+ESTIMATORS = [
+    "one_step",
+    "darts",
+    "unrolled",
+    {"kind": "unrolled", "graph_memory": 0.0},
+    {"kind": "one_step", "product": "one_sided"},
+    {"kind": "cg", "damping": 1.0, "iterations": 3},
+    {"kind": "penalty", "steps": 2},
+]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_compiled_and_not_give_the_same(estimator):
+    assert_same(*engines(lambda: small_lbt("adam", steps=2), estimator), rounds=2)
+
+
+@pytest.mark.parametrize("estimator", ["one_step", {"kind": "unrolled", "graph_memory": 0.0}], ids=str)
+def test_batch_norm_and_dropout_draw_and_move_as_without(estimator):
+    assert_same(*engines(lambda: noisy_lbt(student={"steps": 2}), estimator), rounds=2)
+
+
+def test_a_product_that_is_taken_once_is_one_compiled_pass():
+    engine = mlo.Engine(small_lbt("sgd"), "one_step", lookahead=True, compile=True, device="cpu")
+    engine.step()
+    before = {name: dict(passes) for name, passes in engine.passes.items()}
+    engine.step()
+    taken = {kind: n - before["student"].get(kind, 0) for kind, n in engine.passes["student"].items()}
+    assert taken == {"step": 1, "virtual": 1, "read": 1}, "the step's own graph serves its product"
+
+
+class Held(mlo.Problem):
+    """With a factor that is the user's to change between steps."""
+
+    factor = 1.0
+
+    def loss(self, batch, top):
+        return self.factor * (self(batch) - top(batch)).square().mean()
+
+
+class Wild(mlo.Problem):
+    def loss(self, batch, top):
+        distance = (self(batch) - top(batch)).square().mean()
+        return distance * 2 if distance.item() > 1e9 else distance
+
+
+class Drawn(mlo.Problem):
+    def loss(self, batch, top):
+        return (self(batch) - top(batch)).square().mean() * (1 + np.random.rand())
+
+
+class Top(mlo.Problem):
+    def loss(self, batch, low):
+        return low(batch).square().mean()
+
+
+def two_levels(cls: type[mlo.Problem], steps: int = 1) -> list[mlo.Problem]:
+    torch.manual_seed(0)
+    data = [torch.randn(4, 3)]
+    one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    low = cls("low", module=one, optimizer=torch.optim.SGD(one.parameters(), lr=0.1), data=data, steps=steps)
+    return [low, Top("top", module=two, optimizer=torch.optim.SGD(two.parameters(), lr=0.1), data=data)]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("estimator", ["one_step", {"kind": "unrolled", "graph_memory": 0.0}], ids=str)
+def test_compiled_kernels_give_the_same(estimator):
+    plain, compiled = engines(lambda: two_levels(Held, steps=2), estimator)
+    for _ in range(3):
+        for engine in (plain, compiled):
+            engine.step()
+    torch.testing.assert_close(
+        compiled.problems["top"].module.weight, plain.problems["top"].module.weight, rtol=1e-10, atol=1e-13
+    )
+    assert not compiled._evaluator._compiler.refused
+
+
+def test_what_a_user_changes_meanwhile_counts():
+    plain, compiled = engines(lambda: two_levels(Held), "one_step")
+    for factor in (1.0, 1.0, 3.0, 0.5):
+        for engine in (plain, compiled):
+            engine.problems["low"].factor = factor
+            engine.step()
+        torch.testing.assert_close(compiled.losses, plain.losses)
+    torch.testing.assert_close(
+        compiled.problems["top"].module.weight, plain.problems["top"].module.weight, rtol=1e-10, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"), [(Wild, "data-dependent"), (Drawn, "draws from NumPy's or Python's random generator")]
+)
+def test_what_cannot_be_compiled_is_said_once_and_runs_as_it_is(cls, reason):
+    np.random.seed(0)
+    compiled = mlo.Engine(two_levels(cls), "one_step", compile=True, device="cpu")
+    with pytest.warns(UserWarning, match=f"'low' runs without compilation: .*{reason}") as told:
+        compiled.run(4)
+    ours = [str(one.message) for one in told if "without compilation" in str(one.message)]
+    assert len(ours) == 1
+    assert "\n" not in ours[0]
+    np.random.seed(0)
+    plain = mlo.Engine(two_levels(cls), "one_step", device="cpu")
+    plain.run(4)
+    torch.testing.assert_close(compiled.losses, plain.losses)
+    assert "top" not in compiled._evaluator._compiler.refused
