@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from brute_force import brute_force, small_lbt
+from brute_force import OPTIMIZERS, brute_force, small_lbt
 from small_lbt import noisy_lbt
+from torch import nn
 
 import mlo
+from mlo.diagnostics import _PeakMemory
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -73,7 +75,7 @@ def test_passes(memory, every, recomputed, products):
     options = {"kind": "unrolled", "every": every, "graph_memory": memory}
     engine = mlo.Engine(stack, options, device="cpu")
     engine.step()  # in which the size of a graph is found out
-    before = {kind: count for kind, count in engine.passes["teacher"].items()}
+    before = dict(engine.passes["teacher"])
     engine.step()
     taken = {kind: count - before.get(kind, 0) for kind, count in engine.passes["teacher"].items()}
     assert taken.get("product", 0) == products
@@ -93,3 +95,35 @@ def test_batch_norm_and_dropout_are_replayed_in_every_step(options):
         engine.run(2)
         found.append(engine.hypergradient("arch")["weights"])
     torch.testing.assert_close(*found, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 1), ("momentum", 1), ("adam", 3)])
+def test_memory_grows_by_the_stored_states_alone(optimizer, copies):
+    """100 steps: within 1.2 of one step's memory and 100 states; Adam's moments are part of a state."""
+
+    def peak(steps: int) -> int:
+        torch.manual_seed(0)
+        module, weights = nn.Sequential(nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 40)), nn.Linear(40, 40)
+        make, options = OPTIMIZERS[optimizer]
+        low = Fit("low", module=module, optimizer=make(module.parameters(), **options), data=[rows], steps=steps)
+        top = Judge("top", module=weights, optimizer=torch.optim.SGD(weights.parameters(), lr=0.1), data=[rows])
+        engine = mlo.Engine([low, top], {"kind": "unrolled", "graph_memory": 0.0}, device="cpu")
+        with _PeakMemory() as memory:
+            engine.step()
+        return memory.peak
+
+    rows = torch.randn(2000, 40)
+    state = copies * 8 * 2 * (40 * 40 + 40)
+    one, hundred = peak(1), peak(100)
+    assert hundred < 1.2 * (one + 100 * state)
+    assert one > 20 * state, "activations are what must not be kept"
+
+
+class Fit(mlo.Problem):
+    def loss(self, batch, top):
+        return (self(batch) - top(batch)).square().mean()
+
+
+class Judge(mlo.Problem):
+    def loss(self, batch, low):
+        return low(batch).sin().square().mean()
