@@ -43,7 +43,8 @@ class Cleaning:
         self._task = task
         self._start = [p.detach() for p in task.model.parameters()]
         self._hyper = list(task.weights.parameters())
-        self._of = {"unrolled": self._unrolled, "recomputed": self._recomputed}.get(estimator) or self._implicit
+        ways = {"unrolled": self._unrolled, "kept": self._unrolled, "recomputed": self._recomputed}
+        self._of = (ways | {"product": self._product}).get(estimator) or self._implicit
         self._solve = {"cg": conjugate_gradient, "neumann": neumann}.get(estimator)
 
     def gradient(self) -> list[Tensor]:
@@ -82,6 +83,13 @@ class Cleaning:
             total = combined(total, found[-len(total) :], -lr)
             v = combined(v, found[: len(p)], -lr) if passed else v
         return total
+
+    def _product(self) -> list[Tensor]:
+        """The product of the lower loss's curvature at the start with the upper loss's gradient there."""
+        p = leaves(self._start)
+        v = self._task.direction(p)
+        g = torch.autograd.grad(self._lower(p), p, create_graph=True)
+        return list(torch.autograd.grad(g, [*p, *self._hyper], v))
 
     def _implicit(self) -> list[Tensor]:
         p = leaves(self._start)

@@ -21,24 +21,27 @@ REFERENCES = {
     "darts": "one_step",
     "one_step": "one_step",
     "unrolled": "unrolled",
+    "kept": "unrolled",
     "recomputed": "unrolled",
+    "product": "product",
     "cg": "cg",
     "neumann": "neumann",
 }
 
 ESTIMATORS = {
     "mwn": ("one_step", "darts", "cg", "neumann"),
-    "clean512": ("unrolled", "recomputed", "cg", "neumann"),
-    "clean8192": ("unrolled", "recomputed"),
+    "clean512": ("unrolled", "recomputed", "cg", "neumann", "product"),
+    "clean8192": ("unrolled", "kept", "recomputed"),
     "lbt": ("one_step", "darts"),
     "tiny": ("unrolled", "recomputed"),
 }
 
-LIBRARIES = ("hand", "mlo", "betty", "torchopt", "higher", "boat")
+LIBRARIES = ("hand", "mlo", "compiled", "betty", "torchopt", "higher", "boat")
 
 TITLES = {
     "hand": "by hand",
     "mlo": "**mlo**",
+    "compiled": "**mlo**, compiled",
     "betty": "Betty 0.2.1",
     "torchopt": "TorchOpt 0.7.3",
     "higher": "higher 0.2.1",
@@ -47,8 +50,9 @@ TITLES = {
 
 #: {library: estimators that it has}; what is not here is not asked of it
 OFFERED = {
-    "hand": ("one_step", "darts", "cg", "neumann", "unrolled", "recomputed"),
-    "mlo": ("one_step", "darts", "cg", "neumann", "unrolled", "recomputed"),
+    "hand": ("one_step", "darts", "cg", "neumann", "unrolled", "kept", "recomputed", "product"),
+    "mlo": ("one_step", "darts", "cg", "neumann", "unrolled", "kept", "recomputed", "product"),
+    "compiled": ("one_step", "darts", "cg", "neumann", "unrolled", "recomputed", "product"),
     "betty": ("darts", "cg", "neumann", "unrolled"),
     "torchopt": ("one_step", "cg", "neumann", "unrolled"),
     "higher": ("one_step", "unrolled"),

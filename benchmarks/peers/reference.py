@@ -19,6 +19,8 @@ def reference(workload: str, kind: str, size: str = "full") -> Tensor:
         return _teaching(task)
     if kind in ("one_step", "unrolled"):
         return _unrolled(task)
+    if kind == "product":
+        return _product(task)
     return _implicit(task, kind)
 
 
@@ -48,6 +50,16 @@ def _unrolled(task: Bilevel) -> Tensor:
         found = torch.autograd.grad(_lower(task, parameters, hyper), list(parameters.values()), create_graph=True)
         parameters = {n: p - task.lr * g for (n, p), g in zip(parameters.items(), found, strict=True)}
     return flat(list(torch.autograd.grad(_upper(task, parameters), list(hyper.values()))))
+
+
+def _product(task: Bilevel) -> Tensor:
+    """Forward over reverse, at the start."""
+    hyper = {n: p.detach() for n, p in task.weights.named_parameters()}
+    parameters = {n: p.detach() for n, p in task.model.named_parameters()}
+    along = dict(zip(parameters, task.direction(parameters.values()), strict=True))
+    of_own = jvp(lambda p: grad(lambda q: _lower(task, q, hyper))(p), (parameters,), (along,))[1]
+    of_hyper = jvp(lambda p: grad(lambda h: _lower(task, p, h))(hyper), (parameters,), (along,))[1]
+    return flat([*of_own.values(), *of_hyper.values()])
 
 
 def _implicit(task: Bilevel, kind: str) -> Tensor:

@@ -31,9 +31,14 @@ def compared(case: Case, size: str, stored: Path) -> dict[str, Any]:
         "error": float((found - exact).norm() / exact.norm()),
         "cosine": float(found @ exact / (found.norm() * exact.norm())),
     }
-    hand = build("hand", make(case.workload, size), "unrolled" if case.library == "hand" and case.estimator ==
-                 "recomputed" else case.estimator)  # fmt: skip
+    beside_unroll = case.library in ("hand", "compiled") and case.estimator == "recomputed"
+    hand = build("hand", make(case.workload, size), "unrolled" if beside_unroll else case.estimator)
     hand.gradient()
+    if case.library == "compiled":
+        begun = time.perf_counter()
+        for _ in range(3):
+            runner.round()
+        result["compile_seconds"] = time.perf_counter() - begun
     return result | _timed(runner, hand, 11 if size == "full" else 3)
 
 

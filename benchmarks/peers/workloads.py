@@ -62,6 +62,7 @@ class Bilevel:
     momentum: float
     trains: bool
     upper_lr: float = 1e-3
+    drawn: tuple[Tensor, ...] | None = None
 
     def lower_loss(
         self, model: Callable[..., Tensor], weigh: Callable[..., Tensor], parameters: Iterable[Tensor], batch: Batch
@@ -72,6 +73,13 @@ class Bilevel:
         weights = weigh(losses) if self.weights.reads_losses else weigh()
         ridge = torch.stack([p.square().sum() for p in parameters]).sum()
         return (weights * losses).mean() + 0.5 * RIDGE * ridge
+
+    def direction(self, like: Iterable[Tensor]) -> tuple[Tensor, ...]:
+        """A vector for curvature products, drawn in float32, the same each time."""
+        draw = torch.Generator().manual_seed(1)
+        if self.drawn is None:
+            self.drawn = tuple(torch.randn(p.shape, generator=draw).to(p) for p in like)
+        return self.drawn
 
     def upper_loss(self, model: Callable[..., Tensor], batch: Batch) -> Tensor:
         """The loss on clean samples."""

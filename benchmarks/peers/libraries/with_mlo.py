@@ -11,12 +11,15 @@ import mlo
 from benchmarks.peers.catalogue import ITERATIONS
 from benchmarks.peers.libraries import Runner
 from benchmarks.peers.workloads import RADIUS, Bilevel, Task, Teaching
+from mlo.hypergradient import Exact, Step
 
 OPTIONS: dict[str, Any] = {
     "one_step": "one_step",
     "darts": {"kind": "darts", "radius": RADIUS},
     "unrolled": "unrolled",
-    "recomputed": "unrolled",  # the same; compared with the loop that does the same
+    "kept": {"kind": "unrolled", "graph_memory": 1024},
+    "recomputed": {"kind": "unrolled", "graph_memory": 0},
+    "product": "one_step",
     "cg": {"kind": "cg", "iterations": ITERATIONS, "tolerance": 0.0},
     "neumann": {"kind": "neumann", "terms": ITERATIONS},
 }
@@ -78,10 +81,31 @@ class _Run:
         return list(self._engine.hypergradient(self._top).values())
 
 
-def build(task: Task, estimator: str) -> Runner:
+class _Product:
+    """One exact product at the first step's start, from what a response sees of that step."""
+
+    def __init__(self, engine: mlo.Engine, task: Bilevel) -> None:
+        self._task, self._evaluator = task, engine._evaluator
+        engine.problems["model"].steps = 1
+        self._record = engine._next("weights", {}, None)[1]["model"][0]
+        self._record.graph = self._record.memo = None  # as if it were of an earlier step
+
+    def gradient(self) -> list[Tensor]:
+        loss = Step(self._record, ("weights",), self._evaluator).before()
+        own, cross = Exact().at(loss).both(self._task.direction(loss.point))
+        return [*own, *(cross["weights"] or ())]
+
+    def round(self) -> None:
+        self.gradient()
+
+
+def build(task: Task, estimator: str, compiled: bool = False) -> Runner:
     """See :mod:`benchmarks.peers.libraries`. Lookahead is off: the peers have none."""
     problems, top = _teaching(task) if isinstance(task, Teaching) else _bilevel(task)
-    return _Run(mlo.Engine(problems, OPTIONS[estimator], lookahead=False, device="cpu"), top, task.trains)
+    engine = mlo.Engine(problems, OPTIONS[estimator], lookahead=False, compile=compiled, device="cpu")
+    if estimator == "product" and isinstance(task, Bilevel):
+        return _Product(engine, task)
+    return _Run(engine, top, task.trains)
 
 
 def _bilevel(task: Bilevel) -> tuple[list[mlo.Problem], str]:
