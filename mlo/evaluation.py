@@ -232,7 +232,8 @@ class Evaluator:
     ) -> Pass | None:
         """:meth:`differentiate`, or :meth:`product` with a ``vector``, by compiled code; None if it cannot be."""
         problem, compiler = self.problems[name], self._compiler
-        if compiler is None or moving or name not in self._torch_only or name in compiler.refused:
+        known = name in self._torch_only and (name in self.graph_bytes or not keep_graph)  # by a pass without
+        if compiler is None or moving or not known or name in compiler.refused:
             return None
         key = (name, tuple(of), tuple(second), tuple(sorted(through)), keep_graph, autocast)
         if key not in compiler:
@@ -241,7 +242,12 @@ class Evaluator:
             lowered = problem.autocast if autocast else None
             compiler.add(key, _pass_function(self.problems, name, reads, first, then, keep_graph, self.device, lowered))
         names = (name, *problem.node.reads)
-        parameters = {n: states[n].parameters for n in names}
+        wanted = {*of, *second}
+        parameters: dict[str, Mapping[str, Tensor]] = {
+            # where no graph stays, of one kind, so that a module's own parameters and copies have one code
+            n: states[n].parameters if keep_graph else _leaves(states[n].parameters, n in wanted)
+            for n in names
+        }
         buffers = {n: states[n].buffers for n in names}
         with (
             nullcontext() if randomness is None else replay(randomness, self.device),
@@ -270,6 +276,11 @@ class Evaluator:
         if dtype is None and not torch.is_autocast_enabled(self.device.type):
             return nullcontext()
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+
+def _leaves(parameters: Mapping[str, Tensor], wanted: bool) -> dict[str, Tensor]:
+    """Aliases, which require gradients where the parameters do and these are ``wanted``."""
+    return {n: p.detach().requires_grad_(wanted and p.requires_grad) for n, p in parameters.items()}
 
 
 def _unscaled(gradients: dict[Tensor, Tensor], scale: float) -> dict[Tensor, Tensor]:

@@ -26,6 +26,7 @@ HERE = Path(__file__).resolve().parents[2]
 # they go back to the system, and the peak is that of the memory in use
 EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+FIXED = {**ONE_THREAD, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}  # compiling takes what it takes the first time
 
 
 class Session:
@@ -76,7 +77,7 @@ class Session:
         ended = subprocess.run(
             [str(python), "-W", "ignore", "-m", "benchmarks.peers.worker", *words],
             cwd=HERE,
-            env={**os.environ, **ONE_THREAD, **(EXACT_MEMORY if exact else {}), "PYTHONPATH": str(HERE)},
+            env={**os.environ, **FIXED, **(EXACT_MEMORY if exact else {}), "PYTHONPATH": str(HERE)},
             capture_output=True,
             text=True,
         )

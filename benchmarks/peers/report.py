@@ -145,9 +145,8 @@ def _checks(rows: Rows) -> Iterator[tuple[str, str, str, bool]]:
 
 def _compiled_checks(rows: Rows) -> Iterator[tuple[str, str, str, bool]]:
     for workload, target in COMPILED_TARGETS.items():
-        found = [
-            r["ratio"] for e in ("unrolled", "recomputed") if "ratio" in (r := rows.get(_compiled(workload, e), {}))
-        ]
+        either = [rows.get(Case(workload, "compiled", estimator), {}) for estimator in ("unrolled", "recomputed")]
+        found = [row["ratio"] for row in either if "ratio" in row]
         if found:
             what = f"{workload}, an unroll compiled: time over the hand-written unroll"
             yield what, f"{target:.2f}", f"{min(found):.2f}", min(found) <= target
@@ -160,7 +159,3 @@ def _compiled_checks(rows: Rows) -> Iterator[tuple[str, str, str, bool]]:
             f"{ratio:.2f}",
             (ratio <= PRODUCT_TARGET),
         )
-
-
-def _compiled(workload: str, estimator: str) -> Case:
-    return Case(workload, "compiled", estimator)
