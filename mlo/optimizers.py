@@ -14,9 +14,10 @@ from torch.optim import SGD, Optimizer
 from mlo import sgd
 from mlo.errors import ConfigError
 from mlo.problem import Problem
-from mlo.vectors import Vector
+from mlo.vectors import Vector, filled
 
 Tensors = Mapping[str, Tensor]
+COUNTERS = frozenset(("step", "mu_product", "eta", "mu"))  # scalars in an optimizer's state
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,12 @@ def _step(
         return moved, Moment(at.groups, slots)
     moved = {name: parameters[name].clone() for name in problem.variables}
     shadow = _shadow(problem, moved, gradients, at, differentiable=differentiable)
-    type(problem.optimizer).step(shadow)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if differentiable else default)  # of counters that a first step begins
+    try:
+        type(problem.optimizer).step(shadow)
+    finally:
+        torch.set_default_dtype(default)
     slots = {name: dict(shadow.state[tensor]) for name, tensor in moved.items() if tensor in shadow.state}
     return moved, Moment(at.groups, slots)
 
@@ -135,14 +141,15 @@ def pull_through_step(
     keys = [(n, k) for n, s in state.slots.items() for k, v in s.items() if isinstance(v, Tensor) and v.requires_grad]
     inputs = [leaf for leaf in leaves.values() if leaf is not None]
     others = [] if held else [*start.values(), *(state.slots[n][k] for n, k in keys)]
-    found = iter(torch.autograd.grad(stepped, [*inputs, *others], given, materialize_grads=True))
-    gradient = tuple(torch.zeros_like(start[n]) if leaves[n] is None else next(found) for n in names)
+    found = iter(torch.autograd.grad(stepped, [*inputs, *others], given, allow_unused=True))
+    gradient = filled((None if leaves[n] is None else next(found) for n in names), cotangent)
     if held:
         return StepCotangents(gradient, (), {})
-    before = tuple(next(found) for _ in names)
+    before = filled((next(found) for _ in names), cotangent)
     pulled: dict[str, dict[str, Tensor]] = {}
     for (name, key), value in zip(keys, found, strict=True):
-        pulled.setdefault(name, {})[key] = value
+        if value is not None:
+            pulled.setdefault(name, {})[key] = value
     return StepCotangents(gradient, before, pulled)
 
 
@@ -197,9 +204,10 @@ def _shadow(
             tensor.grad = gradients[name]
         if name in at.slots:
             shadow.state[tensor] = {key: _copied(value) for key, value in at.slots[name].items()}
-            if differentiable and isinstance(at.slots[name].get("step"), Tensor):
+            for key in COUNTERS.intersection(at.slots[name]) if differentiable else ():
                 # a differentiable step computes 1 - beta^step as tensors, where float32 loses five digits
-                shadow.state[tensor]["step"] = at.slots[name]["step"].double().clone()
+                if isinstance(value := shadow.state[tensor][key], Tensor):
+                    shadow.state[tensor][key] = value.double()
     if differentiable and isinstance(shadow, SGD):
         _begin_momentum(shadow)
     return shadow
