@@ -1,11 +1,11 @@
 """The supernet of a cell-based search space, in which every edge is a weighted mixture of all its operations."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from problems.nas.operations import NONE, make_operation
+from problems.nas.fan import Fan
 from problems.nas.skeleton import CellInputs, CellPlan, CifarStem, edge_stride, plan_cells, total
 from problems.nas.space import DARTS, ArchitectureLogits, SearchSpace
 
@@ -27,46 +27,40 @@ class Architecture(nn.Module):
         return ArchitectureLogits(self.normal, self.reduce)
 
 
-class MixedEdge(nn.Module):
-    """One edge: the sum of `operations` applied to a state, each times its weight (DARTS, equation 2).
-
-    "none" contributes zero, so it is left out of the sum; its weight still takes its share of the softmax.
-    """
-
-    def __init__(self, operations: tuple[str, ...], channels: int, stride: int) -> None:
-        super().__init__()
-        self.operations = operations
-        self.candidates = nn.ModuleDict(
-            {name: make_operation(name, channels, stride, affine=False) for name in operations if name != NONE}
-        )
-
-    def forward(self, features: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Mix the operations by `weights`, one scalar an operation."""
-        pairs = zip(self.operations, weights, strict=True)
-        return total(weight * self.candidates[name](features) for name, weight in pairs if name != NONE)
-
-
 class MixedCell(nn.Module):
-    """A cell in which each node is the sum of the mixed edges from all earlier states; the nodes are concatenated."""
+    """A cell in which each node is the sum of the mixed edges from all earlier states; the nodes are concatenated.
+
+    All edges that leave one state are computed together, by a :class:`Fan`; none leave the last node.
+    """
 
     def __init__(self, space: SearchSpace, plan: CellPlan) -> None:
         super().__init__()
         self.reduces = plan.reduces
         self.inputs = CellInputs(plan, affine=False)
-        self.edges = nn.ModuleList(
-            MixedEdge(space.operations, plan.channels, edge_stride(plan, edge.source)) for edge in space.edges
-        )
-        self.rows = [
-            [(row, edge.source) for row, edge in enumerate(space.edges) if edge.node == node]
-            for node in range(space.nodes)
-        ]
+        self.fans = nn.ModuleList()
+        self.targets: list[list[int]] = []
+        for source in range(space.nodes + 1):
+            nodes = {row: edge.node for row, edge in enumerate(space.edges) if edge.source == source}
+            edges = dict.fromkeys(nodes, space.operations)
+            self.fans.append(Fan(edges, space.operations, plan.channels, edge_stride(plan, source)))
+            self.targets.append([*nodes.values()])
 
-    def forward(self, before: Tensor, last: Tensor, weights: Sequence[Sequence[Tensor]]) -> Tensor:
+    def forward(self, before: Tensor, last: Tensor, weights: Tensor) -> Tensor:
         """Map the outputs of the two cells before to this cell's, nodes x channels wide; `weights` one row an edge."""
         states: list[Tensor] = self.inputs(before, last)
-        for incoming in self.rows:
-            states.append(total(self.edges[row](states[source], weights[row]) for row, source in incoming))
+        terms: list[list[Tensor]] = [[] for _ in self.fans[1:]]
+        for source, (fan, targets) in enumerate(zip(self.fans, self.targets, strict=True)):
+            if source >= 2:
+                states.append(total(terms[source - 2]).permute(0, 3, 1, 2))
+            for node, output in zip(targets, fan(states[source], weights), strict=True):
+                terms[node] += output
+        states.append(total(terms[-1]).permute(0, 3, 1, 2))
         return torch.cat(states[2:], dim=1)
+
+    def edge_tensors(self) -> list[tuple[int, str, str, Tensor]]:
+        """List (edge, operation, name, view) of the fans' weights and statistics, edge after edge."""
+        fans = (fan for fan in self.fans if isinstance(fan, Fan))
+        return sorted((entry for fan in fans for entry in fan.edge_tensors()), key=lambda entry: entry[0])
 
 
 class Supernet(nn.Module):
@@ -100,14 +94,23 @@ class Supernet(nn.Module):
         Raises ValueError if the shape of the architecture logits is not that of the space.
         """
         self.space.check(weights)
-        normal, reduce = (_scalars(logits.softmax(dim=-1)) for logits in weights)
-        before, last = self.stem(images)
+        normal, reduce = (logits.softmax(dim=-1) for logits in weights)
+        before, last = self.stem(images.contiguous(memory_format=torch.channels_last))
         for cell in self.cells:
             before, last = last, cell(before, last, reduce if cell.reduces else normal)
         logits: Tensor = self.classifier(last.mean(dim=(2, 3)))
         return logits
 
+    def edge_tensors(self) -> dict[str, Tensor]:
+        """Return all weights and running statistics edge by edge, as views: to write into one is to load it.
 
-def _scalars(matrix: Tensor) -> list[tuple[Tensor, ...]]:
-    """Take a matrix apart once, rather than by an indexing operation in each cell."""
-    return [row.unbind() for row in matrix.unbind()]
+        That of cell 2, edge 3 is "cells.2.edges.3.sep_conv_3x3.1.weight": the row of the edge in `space.edges`, its
+        operation, and the name that the tensor has in that operation's module, `make_operation(..., affine=False)`.
+        Edges that share a pool share its running statistics. All else is named as in `state_dict()`.
+        """
+        tensors = {name: value for name, value in self.state_dict().items() if ".fans." not in name}
+        for index, cell in enumerate(self.cells):
+            assert isinstance(cell, MixedCell)
+            for edge, operation, name, view in cell.edge_tensors():
+                tensors[f"cells.{index}.edges.{edge}.{operation}.{name}"] = view
+        return tensors
