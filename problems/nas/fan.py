@@ -128,9 +128,10 @@ class Fan(nn.Module):
         self, edges: Mapping[int, Collection[str]], columns: Sequence[str], channels: int, stride: int
     ) -> None:
         super().__init__()
-        self.edges, self.channels, self.stride = tuple(edges), channels, stride
+        self.edges, self.channels, self.stride = dict(edges), channels, stride
         names = [name for name in columns if name != NONE and any(name in operations for operations in edges.values())]
-        self.shared = [name for name in names if name in _POOLS or (name == "skip_connect" and stride == 1)]
+        identity = ["skip_connect"] if stride == 1 and "skip_connect" in names else []
+        self.shared = [*(name for name in names if name in _POOLS), *identity]
         self.owners = {
             name: tuple(place for place, operations in enumerate(edges.values()) if name in operations)
             for name in names
@@ -143,7 +144,7 @@ class Fan(nn.Module):
             return row * len(columns) + columns.index(name)
 
         matrix = [[index(row, name) for name in self.shared] for row in self.edges]
-        places = [index(self.edges[place], name) for name, owners in self.owners.items() for place in owners]
+        places = [index(row, name) for name in self.owners for row, operations in edges.items() if name in operations]
         self.register_buffer("matrix", torch.tensor(matrix, dtype=torch.long), persistent=False)
         scales = torch.tensor(places, dtype=torch.long).repeat_interleave(channels)
         self.register_buffer("scales", scales, persistent=False)
@@ -154,12 +155,15 @@ class Fan(nn.Module):
         kernel, dilation = _KERNELS[name]
         return Convolutions(self.channels, count, kernel, self.stride, dilation)
 
-    def forward(self, state: Tensor, weights: Tensor) -> list[list[Tensor]]:
-        """Return for each edge the terms of its sum, each (N, H', W', channels); `weights` are the whole cell's."""
+    def forward(self, state: Tensor, weights: Tensor, skip_dropout: float) -> list[list[Tensor]]:
+        """Return for each edge the terms of its sum, each (N, H', W', channels); `weights` are the whole cell's.
+
+        In training, each edge drops values behind its identity with probability `skip_dropout`.
+        """
         terms: list[list[Tensor]] = [[] for _ in self.edges]
-        if self.shared:
-            for own, mixed in zip(terms, self._mix(state, weights.take(self.matrix)), strict=True):
-                own.append(mixed)
+        for mixed in self._mixtures(state, weights, skip_dropout):
+            for own, term in zip(terms, mixed.unbind(), strict=True):
+                own.append(term)
         if self.branches:
             for owners, output in self._branch_sums(F.relu(state), weights).items():
                 for place, part in zip(owners, pixels_of(output).split(self.channels, dim=-1), strict=True):
@@ -178,12 +182,18 @@ class Fan(nn.Module):
             sums[owners] = sums[owners] + output if owners in sums else output
         return sums
 
-    def _mix(self, state: Tensor, matrix: Tensor) -> Sequence[Tensor]:
-        """Mix what is shared by (edges, operations)."""
-        stacked = pixels_of(torch.cat([self._share(name, state) for name in self.shared]))
-        count = len(self.shared)
-        mixed = matrix @ stacked.reshape(count, -1)
-        return mixed.view(-1, len(stacked) // count, *stacked.shape[1:]).unbind()
+    def _mixtures(self, state: Tensor, weights: Tensor, skip_dropout: float) -> Iterator[Tensor]:
+        """Mix what is shared, (edges, N, H', W', channels); the identity by itself where each edge drops out of it."""
+        names, matrix = self.shared, weights.take(self.matrix)
+        if self.training and skip_dropout > 0 and "skip_connect" in names:
+            *names, _ = names
+            copies = pixels_of(state).expand(len(self.edges), -1, -1, -1, -1)
+            yield F.dropout(copies, skip_dropout) * matrix[:, -1, None, None, None, None]
+            matrix = matrix[:, :-1]
+        if names:
+            stacked = pixels_of(torch.cat([self._share(name, state) for name in names]))
+            mixed = matrix @ stacked.reshape(len(names), -1)
+            yield mixed.view(-1, len(stacked) // len(names), *stacked.shape[1:])
 
     def _share(self, name: str, state: Tensor) -> Tensor:
         return cast(Tensor, self.norms[name](_POOLS[name](state, 3, self.stride, 1))) if name in _POOLS else state
@@ -191,15 +201,15 @@ class Fan(nn.Module):
     def edge_tensors(self) -> Iterator[tuple[int, str, str, Tensor]]:
         """Yield (edge, operation, name, view) of all weights and statistics, named as in `make_operation`."""
         for name, norm in self.norms.items():
-            for edge in self.edges:
+            for edge in (edge for edge, operations in self.edges.items() if name in operations):
                 for kind, buffer in norm.named_buffers():
                     yield edge, name, f"1.{kind}", buffer
         for name, branch in self.branches.items():
-            owners = self.owners[name]
+            owners = [edge for edge, operations in self.edges.items() if name in operations]
             for path, tensor in (*branch.named_parameters(), *branch.named_buffers()):
                 pieces = tensor.detach().unflatten(0, (len(owners), -1))
-                for place, piece in zip(owners, pieces, strict=True):
-                    yield self.edges[place], name, _name_on_edge(path), piece
+                for edge, piece in zip(owners, pieces, strict=True):
+                    yield edge, name, _name_on_edge(path), piece
 
 
 def _name_on_edge(path: str) -> str:

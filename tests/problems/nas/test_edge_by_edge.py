@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from problems.nas import Architecture, ArchitectureLogits, SearchSpace, Supernet
+from problems.nas import P_DARTS, PC_DARTS, Architecture, ArchitectureLogits, SearchSpace, Supernet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # benchmarks/ is not installed
 
@@ -45,7 +46,7 @@ def by_edge(net, values):
 def derivatives(net, direction, size):
     """Loss, its gradient, the Hessian's product with a direction, running statistics; the direction is a network."""
     torch.manual_seed(1)
-    shape = (len(net.space.edges), len(net.space.operations))
+    shape = net.space.shape
     logits, tangents = torch.randn(2, *shape).requires_grad_().unbind(), torch.randn(2, *shape)
     loss = F.cross_entropy(net(torch.randn(4, 2, *size), ArchitectureLogits(*logits)), torch.arange(4))
     inputs = [*logits, *net.parameters()]
@@ -58,17 +59,27 @@ def derivatives(net, direction, size):
     return gradient[:2], first, product[:2], second, statistics
 
 
-@pytest.mark.parametrize(
-    ("size", "options"),
-    [
-        ((8, 8), {}),
-        ((9, 6), {}),
-        ((7, 5), {"cells": 4, "channels": 3}),
-        ((6, 6), {"space": SearchSpace(("skip_connect", "sep_conv_5x5", "max_pool_3x3"), nodes=2)}),
-        ((6, 6), {"space": SearchSpace(("dil_conv_5x5",), nodes=1)}),
-    ],
-    ids=["even", "odd", "all odd", "three operations", "one operation"],
-)
+def narrowed():
+    """A space with other operations on each edge: 3 of 8, drawn at random."""
+    logits = torch.randn(2, 14, 8, generator=torch.Generator().manual_seed(0))
+    return P_DARTS.narrow(ArchitectureLogits(*logits), 5)
+
+
+CASES = {
+    "even": ((8, 8), {}),
+    "odd": ((9, 6), {}),
+    "all odd": ((7, 5), {"cells": 4, "channels": 3}),
+    "three operations": ((6, 6), {"space": SearchSpace(("skip_connect", "sep_conv_5x5", "max_pool_3x3"), nodes=2)}),
+    "one operation": ((6, 6), {"space": SearchSpace(("dil_conv_5x5",), nodes=1)}),
+    "PC-DARTS": ((8, 8), {"space": PC_DARTS, "channels": 8}),
+    "K of 2": ((7, 6), {"space": replace(PC_DARTS, partial=2)}),
+    "no edge weights": ((6, 7), {"space": replace(PC_DARTS, edge_weights=False)}),
+    "edge weights alone": ((6, 6), {"space": replace(PC_DARTS, partial=1)}),
+    "P-DARTS": ((7, 6), {"space": narrowed()}),
+}
+
+
+@pytest.mark.parametrize(("size", "options"), CASES.values(), ids=CASES)
 def test_values_derivatives_and_statistics(size, options):
     """In training: value, gradient, Hessian-vector product in weights and architecture at once, statistics."""
     results = [derivatives(*nets, size) for nets in zip(pair(**options), pair(seed=2, **options), strict=True)]
