@@ -26,6 +26,11 @@ def convolve(features: Tensor, weight: Tensor, dilation: int = 1, groups: int = 
     return output
 
 
+def _may_call_onednn() -> bool:
+    """Whether its operator can be called by name; torch.compile knows none of it, and chooses kernels by itself."""
+    return not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available()
+
+
 def _padding(weight: Tensor, dilation: int) -> int:
     return dilation * (weight.shape[-1] // 2)
 
@@ -44,7 +49,7 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(features, weight)
         ctx.dilation, ctx.groups = dilation, groups
         padding = _padding(weight, dilation)
-        if padding == 0 and groups > 1 and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        if padding == 0 and groups > 1 and weight.dtype == torch.float32 and _may_call_onednn():
             # F.conv2d takes the groups of a 1x1 weight one by one, if batch and thread count are small.
             return torch.mkldnn_convolution(features, weight, None, (0, 0), (1, 1), (1, 1), groups)
         return F.conv2d(features, weight, None, 1, padding, dilation, groups)
