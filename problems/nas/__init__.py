@@ -1,18 +1,20 @@
 """Cell-based neural architecture search: spaces, supernet, genotypes, evaluation network, drawing."""
 
 from problems.nas.drawing import draw_cell
-from problems.nas.genotype import CellKind, Choice, Genotype, derive, random_genotype
+from problems.nas.genotype import Choice, Genotype, derive, random_genotype
 from problems.nas.network import EvaluationNetwork, Predictions
 from problems.nas.operations import NONE, OPERATIONS
 from problems.nas.published import PUBLISHED
-from problems.nas.space import DARTS, ArchitectureLogits, Edge, SearchSpace
+from problems.nas.space import DARTS, P_DARTS, PC_DARTS, ArchitectureLogits, CellKind, Edge, SearchSpace
 from problems.nas.supernet import Architecture, Supernet
 
 __all__ = [
     "DARTS",
     "NONE",
     "OPERATIONS",
+    "PC_DARTS",
     "PUBLISHED",
+    "P_DARTS",
     "Architecture",
     "ArchitectureLogits",
     "CellKind",

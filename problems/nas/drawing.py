@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 
-from problems.nas.genotype import CellGenotype, CellKind, Genotype
+from problems.nas.genotype import CellGenotype, Genotype
+from problems.nas.space import CellKind
 
 # All lengths are in inches, which are also the units of the axes.
 _PITCH, _LANE = 1.7, 0.36  # between nodes, between lanes

@@ -2,14 +2,14 @@
 
 from itertools import combinations
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor
 
 from problems.nas.operations import NONE, OPERATIONS, explain_unknown
-from problems.nas.space import ArchitectureLogits, SearchSpace
+from problems.nas.space import ArchitectureLogits, CellKind, Edge, SearchSpace
 
 
 class Choice(NamedTuple):
@@ -19,7 +19,6 @@ class Choice(NamedTuple):
     source: int
 
 
-CellKind = Literal["normal", "reduce"]
 CellGenotype = tuple[tuple[Choice, Choice], ...]
 
 
@@ -92,46 +91,86 @@ def _cell_faults(kind: str, cell: CellGenotype) -> list[str]:
 
 
 def derive(space: SearchSpace, logits: ArchitectureLogits) -> Genotype:
-    """Derive the genotype of the logits, each (edges, operations) (Liu et al. 2019, DARTS, section 2.4).
+    """Derive the genotype of the logits, each of `space.shape` (Liu et al. 2019, DARTS, section 2.4).
 
-    An edge is as strong as the largest softmax weight among its operations other than none. Each node keeps its two
-    strongest edges, the stronger first, with that operation. Of equal operations the first in the space's order
-    wins, of equal edges the one from the lower source.
+    An edge is as strong as the largest weight among its operations other than none: a softmax weight, times that of
+    the edge where edges have weights. Each node keeps its two strongest edges, the stronger first, with that
+    operation. Of equal operations the first in the space's order wins, of equal edges the one from the lower source.
 
-    Raises ValueError if the shapes are not those of the space, or if a logit is NaN.
+    While the normal cell has more skip-connections than `space.max_skips`, the weakest that it keeps gets weight zero
+    and the cell is derived again (Chen et al. 2019, P-DARTS, section 3.3).
+
+    Raises ValueError if the shapes are not those of the space, if a logit is NaN, or if so few skip-connections
+    cannot be had, for want of other operations.
     """
     space.check(logits)
-    normal, reduce = (_derive_cell(space, kind, matrix) for kind, matrix in zip(logits._fields, logits, strict=True))
-    return Genotype(normal=normal, reduce=reduce)
+    for kind, matrix in zip(logits._fields, logits, strict=True):
+        if matrix.isnan().any():
+            raise ValueError(f"{kind} cell: the architecture logits contain NaN, so no genotype can be derived")
+    normal, reduce = _weights(space, "normal", logits.normal), _weights(space, "reduce", logits.reduce)
+    if space.max_skips is not None:
+        _limit_skips(space, normal, space.max_skips)
+    return Genotype(normal=_derive_cell(space, normal), reduce=_derive_cell(space, reduce))
 
 
-def _derive_cell(space: SearchSpace, kind: str, logits: Tensor) -> CellGenotype:
-    if logits.isnan().any():
-        raise ValueError(f"{kind} cell: the architecture logits contain NaN, so no genotype can be derived")
-    weights = logits.detach().cpu().double().softmax(dim=-1).tolist()
+_SKIP = "skip_connect"
+_Weights = dict[Edge, dict[str, float]]
+
+
+def _weights(space: SearchSpace, kind: CellKind, logits: Tensor) -> _Weights:
+    """{edge: {operation that it may keep: weight}}."""
+    matrix = space.mixture(kind, logits.detach().cpu().double()).operations.tolist()
+    rows = zip(space.edges, space.choices(kind), matrix, strict=True)
+    return {
+        edge: {name: row[column] for column, name in enumerate(space.operations) if name in names and name != NONE}
+        for edge, names, row in rows
+    }
+
+
+def _derive_cell(space: SearchSpace, weights: _Weights) -> CellGenotype:
     candidates: list[list[tuple[float, Choice]]] = [[] for _ in range(space.nodes)]
-    for edge, row in zip(space.edges, weights, strict=True):
-        named = [pair for pair in zip(space.operations, row, strict=True) if pair[0] != NONE]
-        operation, weight = max(named, key=lambda pair: pair[1])
-        candidates[edge.node].append((weight, Choice(operation, edge.source)))
+    for edge, row in weights.items():
+        operation = max(row, key=row.__getitem__)
+        candidates[edge.node].append((row[operation], Choice(operation, edge.source)))
     kept = (sorted(incoming, key=lambda pair: -pair[0])[:2] for incoming in candidates)
     return tuple((first, second) for (_, first), (_, second) in kept)
 
 
+def _limit_skips(space: SearchSpace, weights: _Weights, limit: int) -> None:
+    """Set weights of skip-connections to zero until the derived cell keeps no more than `limit`."""
+    while True:
+        cell = _derive_cell(space, weights)
+        skips = [Edge(source, node) for node, kept in enumerate(cell) for name, source in kept if name == _SKIP]
+        if len(skips) <= limit:
+            return
+        replaceable = [edge for edge in skips if weights[edge][_SKIP] > 0]
+        if not replaceable:
+            raise ValueError(
+                f"the normal cell cannot do with {limit} skip-connections, since some edges have no other operation; "
+                "raise max_skips or keep more operations"
+            )
+        weakest = min(replaceable, key=lambda edge: weights[edge][_SKIP])
+        weights[weakest][_SKIP] = 0.0
+
+
 def random_genotype(space: SearchSpace, generator: torch.Generator) -> Genotype:
-    """Draw a genotype: for each node, uniformly, two different sources and an operation other than none for each.
+    """Draw a genotype: for each node, uniformly, two different sources and for each an operation other than none.
 
     The generator must be a CPU generator; the same seed gives the same genotype.
     """
-    operations = [name for name in space.operations if name != NONE]
 
     def draw(count: int) -> int:
         return int(torch.randint(count, (), generator=generator))
 
-    def draw_node(node: int) -> tuple[Choice, Choice]:
+    def draw_choice(kind: CellKind, edge: Edge) -> Choice:
+        operations = [name for name in space.choices(kind)[space.edges.index(edge)] if name != NONE]
+        return Choice(operations[draw(len(operations))], edge.source)
+
+    def draw_node(kind: CellKind, node: int) -> tuple[Choice, Choice]:
         pairs = list(combinations(range(node + 2), 2))
         first, second = pairs[draw(len(pairs))]
-        return Choice(operations[draw(len(operations))], first), Choice(operations[draw(len(operations))], second)
+        return draw_choice(kind, Edge(first, node)), draw_choice(kind, Edge(second, node))
 
-    normal, reduce = (tuple(draw_node(node) for node in range(space.nodes)) for _ in range(2))
+    kinds: tuple[CellKind, CellKind] = ("normal", "reduce")
+    normal, reduce = (tuple(draw_node(kind, node) for node in range(space.nodes)) for kind in kinds)
     return Genotype(normal=normal, reduce=reduce)

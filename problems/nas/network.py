@@ -1,16 +1,14 @@
 """The evaluation network: the discrete network of a genotype, to be trained from scratch."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from problems.nas.genotype import Choice, Genotype
 from problems.nas.operations import make_operation
-from problems.nas.skeleton import STEMS, CellInputs, CellPlan, Stem, edge_stride, plan_cells
-
-StemName = Literal["cifar", "imagenet"]
+from problems.nas.skeleton import CellInputs, CellPlan, Stem, StemName, edge_stride, make_stem, plan_cells
 
 
 class Predictions(NamedTuple):
@@ -120,9 +118,7 @@ class EvaluationNetwork(nn.Module):
         stem: StemName = "cifar",
     ) -> None:
         super().__init__()
-        if stem not in STEMS:
-            raise ValueError(f"{stem!r} is not a stem; valid: {', '.join(STEMS)}")
-        self.stem: Stem = STEMS[stem](image_channels, channels)
+        self.stem: Stem = make_stem(stem, image_channels, channels)
         plans = plan_cells(self.stem, channels, cells, genotype.nodes)
         self.cells = nn.ModuleList(GenotypeCell(genotype, plan) for plan in plans)
         self.classifier = nn.Linear(genotype.nodes * plans[-1].channels, classes)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from functools import reduce
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,15 @@ class CellInputs(nn.Module):
 
 Stem = CifarStem | ImageNetStem
 
-STEMS: dict[str, type[CifarStem] | type[ImageNetStem]] = {"cifar": CifarStem, "imagenet": ImageNetStem}
+StemName = Literal["cifar", "imagenet"]
+_STEMS: dict[str, type[CifarStem] | type[ImageNetStem]] = {"cifar": CifarStem, "imagenet": ImageNetStem}
+
+
+def make_stem(name: StemName, image_channels: int, channels: int) -> Stem:
+    """Build a stem. Raises ValueError for an unknown name."""
+    if name not in _STEMS:
+        raise ValueError(f"{name!r} is not a stem; valid: {', '.join(_STEMS)}")
+    return _STEMS[name](image_channels, channels)
 
 
 def plan_cells(stem: Stem, channels: int, cells: int, nodes: int) -> list[CellPlan]:

@@ -20,8 +20,9 @@ STUDENT_PAPER = (6.1006165001e-06, 7.7258404888e-06)
 
 
 def fill(module: nn.Module) -> nn.Module:
-    """Weights w[i] = sin(i + 1) sqrt(2 / fan_in), biases 0, batch norm affine at 1 and 0."""
-    for parameter in module.parameters():
+    """Weights w[i] = sin(i + 1) sqrt(2 / fan_in), those of a supernet edge by edge; biases 0, affine at 1 and 0."""
+    tensors = module.edge_tensors() if isinstance(module, Supernet) else dict(module.named_parameters())
+    for parameter in tensors.values():
         with torch.no_grad():
             if parameter.dim() > 1:
                 wave = torch.arange(1, parameter.numel() + 1, dtype=torch.float64).sin()

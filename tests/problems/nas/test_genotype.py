@@ -2,12 +2,24 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from problems.nas import DARTS, PUBLISHED, ArchitectureLogits, Choice, Genotype, SearchSpace, derive, random_genotype
+from problems.nas import (
+    DARTS,
+    P_DARTS,
+    PC_DARTS,
+    PUBLISHED,
+    ArchitectureLogits,
+    Choice,
+    Genotype,
+    SearchSpace,
+    derive,
+    random_genotype,
+)
 
 OPERATION = {name: column for column, name in enumerate(DARTS.operations)}
 ROW = {(edge.source, edge.node): row for row, edge in enumerate(DARTS.edges)}
@@ -58,6 +70,64 @@ def test_none_is_never_chosen_but_weakens_its_edge():
     cell = derive(DARTS, logits_of(normal=normal)).normal
     assert cell[1] == (Choice("dil_conv_3x3", 2), Choice("max_pool_3x3", 1))
     assert cell[2] == (Choice("skip_connect", 3), Choice("max_pool_3x3", 0))
+
+
+def test_edges_are_as_strong_as_the_product_of_both_weights():
+    """PC-DARTS: the edge from 0 has the strongest operation of node 1, but hardly any weight itself."""
+    matrix = torch.zeros(14, 9)
+    matrix[ROW[0, 1], OPERATION["sep_conv_5x5"]] = 3.0
+    matrix[ROW[1, 1], OPERATION["sep_conv_3x3"]] = 2.0
+    matrix[ROW[2, 1], OPERATION["skip_connect"]] = 1.0
+    chosen = derive(PC_DARTS, ArchitectureLogits(matrix, matrix)).normal[1]
+    assert chosen == (Choice("sep_conv_5x5", 0), Choice("sep_conv_3x3", 1))
+    matrix[ROW[0, 1], 8], matrix[ROW[2, 1], 8] = -3.0, 2.0
+    chosen = derive(PC_DARTS, ArchitectureLogits(matrix, matrix)).normal[1]
+    assert chosen == (Choice("skip_connect", 2), Choice("sep_conv_3x3", 1))
+
+
+def test_only_operations_that_an_edge_still_has_are_chosen():
+    kept = tuple(("none", "dil_conv_3x3") if edge.node else ("skip_connect",) for edge in DARTS.edges)
+    space = SearchSpace(DARTS.operations, normal=kept)
+    strong = logits_of(normal={(0, 2, "sep_conv_3x3"): 9.0, (1, 2, "dil_conv_3x3"): 1.0})
+    cell = derive(space, strong).normal
+    assert cell[0] == (Choice("skip_connect", 0), Choice("skip_connect", 1))
+    assert cell[2] == (Choice("dil_conv_3x3", 1), Choice("dil_conv_3x3", 0))
+    drawn = random_genotype(space, torch.Generator().manual_seed(0)).normal
+    assert {choice.operation for choice in drawn[0]} == {"skip_connect"}
+    assert {choice.operation for node in drawn[1:] for choice in node} == {"dil_conv_3x3"}
+
+
+def test_the_weakest_skip_connections_give_way_in_the_normal_cell():
+    """Edges 1 to node 1 and 4 to node 3 lose theirs: the one has another operation, the other loses its place."""
+    entries = {
+        (0, 0, "skip_connect"): 5.0,
+        (0, 1, "skip_connect"): 4.0,
+        (1, 1, "skip_connect"): 3.0,
+        (1, 1, "sep_conv_3x3"): 2.5,
+        (4, 3, "skip_connect"): 2.0,
+        (3, 3, "dil_conv_5x5"): 1.0,
+        (2, 3, "sep_conv_5x5"): 0.5,
+    }
+    logits = logits_of(normal=entries, reduce=entries)
+    unlimited = derive(DARTS, logits)
+    assert unlimited.normal == unlimited.reduce
+    genotype = derive(P_DARTS, logits)
+    assert genotype.reduce == unlimited.reduce
+    assert genotype.normal[0] == unlimited.normal[0]
+    assert unlimited.normal[1] == (Choice("skip_connect", 0), Choice("skip_connect", 1))
+    assert genotype.normal[1] == (Choice("skip_connect", 0), Choice("sep_conv_3x3", 1))
+    assert unlimited.normal[3] == (Choice("skip_connect", 4), Choice("dil_conv_5x5", 3))
+    assert genotype.normal[3] == (Choice("dil_conv_5x5", 3), Choice("sep_conv_5x5", 2))
+    none_at_all = derive(replace(P_DARTS, max_skips=0), logits)
+    assert not any(choice.operation == "skip_connect" for node in none_at_all.normal for choice in node)
+
+
+def test_skip_connections_without_alternative_are_told():
+    bare = (("none", "skip_connect"),) * 2 + (DARTS.operations,) * 12
+    space = replace(P_DARTS, normal=bare)
+    assert derive(space, logits_of()).normal[0] == (Choice("skip_connect", 0), Choice("skip_connect", 1))
+    with pytest.raises(ValueError, match="cannot do with 1 skip-connections"):
+        derive(replace(space, max_skips=1), logits_of())
 
 
 def test_derivation_refuses_nan_and_other_shapes():

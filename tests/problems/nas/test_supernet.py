@@ -1,6 +1,7 @@
 """The supernet against published counts, a brute-force mixture, and golden values of a second-order gradient."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,26 +9,50 @@ import torch.nn.functional as F
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from problems.nas import DARTS, Architecture, ArchitectureLogits, SearchSpace, Supernet
+from problems.nas import DARTS, P_DARTS, PC_DARTS, Architecture, ArchitectureLogits, SearchSpace, Supernet
+from problems.nas.fan import Fan
 
 
 def parameter_count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def keeping(*names):
+    """P-DARTS' space with these operations on every edge."""
+    return replace(P_DARTS, normal=(names,) * 14, reduce=(names,) * 14)
+
+
+STAGE_2 = keeping("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
+STAGE_3 = keeping("skip_connect", "sep_conv_3x3", "sep_conv_5x5")
+IMAGENET = {"space": replace(PC_DARTS, partial=2), "classes": 1000, "stem": "imagenet"}
+
+
 @pytest.mark.parametrize(
     ("options", "count"),
-    [({}, 1_930_618), ({"classes": 100}, 1_953_748), ({"channels": 4, "cells": 4}, 118_742)],
+    [
+        ({}, 1_930_618),
+        ({"classes": 100}, 1_953_748),
+        ({"channels": 4, "cells": 4}, 118_742),
+        ({"space": P_DARTS, "cells": 5}, 1_275_834),
+        ({"space": STAGE_2, "cells": 11}, 2_585_146),
+        ({"space": STAGE_3, "cells": 17}, 2_685_946),
+        ({"space": PC_DARTS}, 299_578),
+        ({"space": PC_DARTS, "classes": 100}, 322_708),
+        (IMAGENET, 956_512),
+    ],
 )
 def test_parameter_counts(options, count):
     with torch.device("meta"):
         assert parameter_count(Supernet(**options)) == count
 
 
-def test_multiply_accumulates():
+@pytest.mark.parametrize(("space", "count"), [(DARTS, 300_255_744), (PC_DARTS, 56_596_992)])
+def test_multiply_accumulates(space, count):
+    """Of convolutions and the classifier, as they are counted; to mix what edges share is a product of matrices."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        Supernet()(torch.empty(1, 3, 32, 32), Architecture()())
-    assert counter.get_total_flops() == 2 * 300_255_744
+        Supernet(space)(torch.empty(1, 3, 32, 32), Architecture(space)())
+    by_operator = counter.get_flop_counts()["Global"]
+    assert by_operator[torch.ops.aten.convolution] + by_operator[torch.ops.aten.addmm] == 2 * count
 
 
 def test_architecture_starts_small_and_is_its_only_state():
@@ -75,9 +100,20 @@ def all_operations(features, weights, stride):
         yield depthwise(features, weights, kernel, stride, dilation=2)
 
 
+def weights_in_order(net):
+    """Stem, cell after cell (its inputs, then edge after edge), classifier."""
+
+    def place(item):
+        part, index, *_ = item[0].split(".")
+        return ("stem", "cells", "classifier").index(part), int(index) if part == "cells" else 0
+
+    ordered = sorted(net.edge_tensors().items(), key=place)
+    return [tensor for name, tensor in ordered if name.endswith((".weight", ".bias"))]
+
+
 def brute_force(net, cells, images, logits):
     """The supernet in training, written out from its definition."""
-    weights = iter(net.parameters())
+    weights = iter(weights_in_order(net))
     stem = normalize(F.conv2d(images, next(weights), padding=1))
     before = last = stem * next(weights).view(1, -1, 1, 1) + next(weights).view(1, -1, 1, 1)
     reduced_before = False
@@ -119,33 +155,87 @@ def test_a_space_of_fewer_nodes_and_without_none():
     assert Supernet(space, channels=4, cells=2)(torch.randn(2, 3, 8, 8), Architecture(space)()).shape == (2, 10)
 
 
-def test_every_architecture_logit_gets_a_gradient():
+@pytest.mark.parametrize("space", [DARTS, PC_DARTS, STAGE_3], ids=["DARTS", "PC-DARTS", "P-DARTS"])
+def test_every_architecture_logit_of_the_space_gets_a_gradient(space):
     torch.manual_seed(0)
-    net, architecture = Supernet(channels=4, cells=3, image_channels=1), Architecture()
+    net, architecture = Supernet(space, channels=4, cells=3, image_channels=1), Architecture(space)
     loss = F.cross_entropy(net(torch.randn(4, 1, 8, 8), architecture()), torch.arange(4))
+    alive = torch.tensor([name in space.choices("normal")[0] for name in space.operations] + [True])
     for gradient in torch.autograd.grad(loss, list(architecture.parameters())):
-        assert gradient.shape == (14, 8)
-        assert gradient.all()
+        assert gradient.shape == space.shape
+        assert torch.equal(gradient != 0, alive[: space.shape[1]].expand(space.shape))
+
+
+def test_imagenet_stem_divides_the_resolution_by_eight():
+    net = Supernet(**IMAGENET | {"channels": 4, "cells": 1})
+    seen = []
+    net.cells[0].register_forward_hook(lambda *call: seen.append(call[2].shape))
+    assert net(torch.randn(2, 3, 64, 64), Architecture(PC_DARTS)()).shape == (2, 1000)
+    assert seen == [(2, 32, 4, 4)]  # the one cell reduces
+
+
+def skipping(stride):
+    """The edges out of one state, with skip-connections only: as a function of the dropout's probability."""
+    torch.manual_seed(0)
+    fan = Fan({0: ("skip_connect",), 1: ("skip_connect",)}, ("skip_connect",), 4, stride)
+    state = torch.rand(8, 4, 16, 16) + 1
+    return fan, state, lambda probability: fan(state, torch.tensor([[1.0], [2.0]]), probability)
+
+
+def test_dropout_behind_skip_connections():
+    """Each edge drops values of its own, scales the others up, and does neither in evaluation."""
+    fan, state, run = skipping(stride=1)
+    pixels = state.permute(0, 2, 3, 1)
+    (first,), (second,) = run(0.25)
+    for weight, output in ((1, first), (2, second)):
+        kept = output != 0
+        torch.testing.assert_close(output[kept], weight * pixels[kept] / 0.75)
+        assert abs(kept.float().mean() - 0.75) < 4 * (0.1875 / kept.numel()) ** 0.5
+    assert not torch.equal(first == 0, second == 0)
+    fan.eval()
+    for weight, (output,) in zip((1, 2), run(0.25), strict=True):
+        torch.testing.assert_close(output, weight * pixels)
+
+
+def test_skip_connections_of_stride_2_drop_nothing():
+    _, _, run = skipping(stride=2)
+    assert torch.equal(run(0.5)[0][0], run(0.0)[0][0])
+
+
+def test_skip_dropout_can_be_set_during_the_run():
+    torch.manual_seed(0)
+    net, images, logits = Supernet(channels=4, cells=1), torch.randn(4, 3, 8, 8), Architecture()()
+    plain = net(images, logits)
+    net.skip_dropout = 0.5
+    assert not torch.allclose(net(images, logits), plain)
+    net.skip_dropout = 0.0
+    assert torch.equal(net(images, logits), plain)
+    net.skip_dropout = 1.0
+    with pytest.raises(ValueError, match=r"skip_dropout must be in \[0, 1\), not 1.0"):
+        net(images, logits)
 
 
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="at least 1 cell"):
         Supernet(cells=0)
+    with pytest.raises(ValueError, match="6 channels cannot be parted in 4"):
+        Supernet(PC_DARTS, channels=6)
+    with pytest.raises(ValueError, match="'cifr' is not a stem; valid: cifar, imagenet"):
+        Supernet(stem="cifr")
     other = Architecture(SearchSpace(DARTS.operations, nodes=3))
     with pytest.raises(ValueError, match="14 edges"):
         Supernet(channels=2, cells=1)(torch.randn(2, 3, 8, 8), other())
 
 
 def golden_weights(net):
-    """Deterministic weights: sin(1), sin(2), ... by tensor, scaled by sqrt(2 / fan in)."""
-    weights = {}
-    for name, parameter in net.named_parameters():
-        if parameter.ndim > 1:
-            value = torch.arange(1.0, parameter.numel() + 1, dtype=torch.float64).sin()
-            weights[name] = value.view_as(parameter) * math.sqrt(2 / parameter[0].numel())
-        else:
-            weights[name] = torch.ones_like(parameter) * name.endswith("weight")
-    return {name: weight.requires_grad_() for name, weight in weights.items()}
+    """Deterministic weights: sin(1), sin(2), ... by tensor of an edge, scaled by sqrt(2 / fan in); return them."""
+    for name, tensor in net.edge_tensors().items():
+        if tensor.ndim > 1:
+            value = torch.arange(1.0, tensor.numel() + 1, dtype=torch.float64).sin()
+            tensor.copy_(value.view_as(tensor) * math.sqrt(2 / tensor[0].numel()))
+        elif name.endswith("bias"):
+            tensor.zero_()
+    return dict(net.named_parameters())
 
 
 def test_second_order_gradient_has_its_golden_value():
