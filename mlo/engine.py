@@ -181,7 +181,7 @@ class Engine:
             states = {n: cast_state(state, dtype) for n, state in states.items()}
         due = {*self._due(), *self._plan.paths[name]}
         states, records = self._rollout.below(name, due, states, dtype)
-        return states, records, cast_batches(self.problems[name].batches(), dtype)
+        return states, records, cast_batches(self.problems[name].batches_ahead(), dtype)
 
     def metrics(self) -> dict[str, float]:
         """The last losses as "<problem>/loss", and what estimators and problems report; waits for the device."""
@@ -251,7 +251,7 @@ class Engine:
         With ``freeze``, ``records`` are still needed after it, and keep copies of what it is about to change.
         """
         problem = self.problems[name]
-        gradient = self._gradients.of(name, states, records, problem.batches(), "step", targets)
+        gradient = self._gradients.of(name, states, records, problem.batches_ahead(), "step", targets)
         if freeze:
             for record in itertools.chain.from_iterable(records.values()):
                 record.freeze(name)
@@ -274,7 +274,7 @@ class Engine:
             seen = self._gradients.seen(name, states, stored[0]) if onto else states
             gradient = self._real_step(name, seen, records, onto, freeze=bool(later or left))
             if keep:
-                fresh = problem.batches() if response.takes_fresh_batches else ()
+                fresh = problem.batches_ahead() if response.takes_fresh_batches else ()
                 recorded.append(gradient.record(problem, *stored, states[name], states, fresh))
         if targets:
             records[name] = recorded

@@ -235,6 +235,8 @@ class Evaluator:
         known = name in self._torch_only and (name in self.graph_bytes or not keep_graph)  # by a pass without
         if compiler is None or moving or not known or name in compiler.refused:
             return None
+        if not all(states[name].parameters[n].dtype == p.dtype for n, p in problem.variables.items()):
+            return None  # a look in another precision, for which nothing is compiled
         key = (name, tuple(of), tuple(second), tuple(sorted(through)), keep_graph, autocast)
         if key not in compiler:
             reads = tuple((read, read in through) for read in problem.node.reads)

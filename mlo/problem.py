@@ -172,7 +172,7 @@ class Problem(ABC):
         """Let ``stand`` take the module's place (None: the module itself again)."""
         self._stand = stand
 
-    def batches(self, ahead: int = 0) -> tuple[Any, ...]:
+    def batches_ahead(self, ahead: int = 0) -> tuple[Any, ...]:
         """The batches of the ``ahead``-th next step, as many as it accumulates."""
         return tuple(self.stream.peek(ahead * self.accumulate + i) for i in range(self.accumulate))
 

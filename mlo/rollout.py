@@ -56,7 +56,7 @@ class Rollout:
         for left in reversed(range(problem.steps)):
             keep = bool(targets) and response.records(left)
             step = problem.steps - 1 - left
-            batches = cast_batches(problem.batches(step), dtype)
+            batches = cast_batches(problem.batches_ahead(step), dtype)
             before, was = states[name], at
             onto = targets if keep and self._gradients.kept_for_pullback(name, len(recorded), left) else ()
             stored = response.stored(before, was, len(recorded)) if keep and response.needs_before else (None, None)
@@ -64,7 +64,7 @@ class Rollout:
             gradient = self._gradients.of(name, seen, records, batches, "virtual", onto)
             moved, at = virtual_step(problem, before.parameters, gradient.own, was)
             if keep:
-                fresh = cast_batches(problem.batches(step + 1), dtype) if response.takes_fresh_batches else ()
+                fresh = cast_batches(problem.batches_ahead(step + 1), dtype) if response.takes_fresh_batches else ()
                 recorded.append(gradient.record(problem, *stored, before, states, fresh))
             states[name] = State({**before.parameters, **moved}, gradient.buffers)
         for record in recorded:
