@@ -201,6 +201,7 @@ class Engine:
             "problems": {name: problem.state_dict() for name, problem in self.problems.items()},
             "warm": {upper: {n: list(v) for n, v in warm.items()} for upper, warm in self._gradients.warm.items()},
             "scales": {name: [scale.value, scale.passes] for name, scale in self._gradients.scales.items()},
+            "evaluator": self._evaluator.state_dict(),
             "losses": dict(self.losses),
             "reports": dict(self._gradients.reports),
             "random": global_state(),
@@ -225,6 +226,7 @@ class Engine:
             upper: {name: tuple(part.to(self.device) for part in solution) for name, solution in warm.items()}
             for upper, warm in state["warm"].items()
         }
+        self._evaluator.load_state_dict(state["evaluator"])
         self._gradients.scales = {name: LossScale(*scale) for name, scale in state["scales"].items()}
         self.losses = {name: loss.to(self.device) for name, loss in state["losses"].items()}
         self._gradients.reports = {key: value.to(self.device) for key, value in state["reports"].items()}

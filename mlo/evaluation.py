@@ -92,6 +92,14 @@ class Evaluator:
         self._compiler = compiler
         self._torch_only: set[str] = set()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was found out of the losses, by which later passes are taken one way or another."""
+        return {"torch_only": sorted(self._torch_only), "graph_bytes": dict(self.graph_bytes)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self._torch_only, self.graph_bytes = set(state["torch_only"]), dict(state["graph_bytes"])
+
     def draws_outside(self, names: Collection[str]) -> bool:
         """Whether the loss of one of these may draw from NumPy's or Python's generators: until it has not, once."""
         return not self._torch_only.issuperset(names)

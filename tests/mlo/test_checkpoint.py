@@ -32,7 +32,7 @@ def everything(stack: list[mlo.Problem]) -> list[torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("estimator", ["darts", "one_step", "cg"])
+@pytest.mark.parametrize("estimator", ["darts", "one_step", "cg", "unrolled"])
 @pytest.mark.parametrize("cut", [1, 4, 7])
 def test_a_resumed_engine_ends_bit_identical(tmp_path, estimator, cut, device):
     unbroken = noisy_lbt(student={"steps": 2}, arch={"warmup": 2})
@@ -40,12 +40,15 @@ def test_a_resumed_engine_ends_bit_identical(tmp_path, estimator, cut, device):
     engine = mlo.Engine(unbroken, estimator, device=device)
     engine.run(cut)
     checkpoint.save(tmp_path / "c.pt", engine.state_dict())
+    before = {name: dict(kinds) for name, kinds in engine.passes.items()}
     engine.run(11 - cut)
+    taken = {n: {k: v - before[n].get(k, 0) for k, v in kinds.items()} for n, kinds in engine.passes.items()}
     resumed = rebuilt(student={"steps": 2}, arch={"warmup": 2})
     engine = mlo.Engine(resumed, estimator, device=device)
     engine.load_state_dict(checkpoint.load(tmp_path / "c.pt"))
     engine.run(11 - cut)
     assert engine.rounds == 11
+    assert {n: {k: v for k, v in kinds.items() if v} for n, kinds in taken.items()} == engine.passes
     for one, other in zip(everything(unbroken), everything(resumed), strict=True):
         assert torch.equal(one, other)
     assert unbroken[0].scheduler.get_last_lr() == resumed[0].scheduler.get_last_lr()

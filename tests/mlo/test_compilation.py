@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,24 @@ def test_a_product_that_is_taken_once_is_one_compiled_pass():
     engine.step()
     taken = {kind: n - before["student"].get(kind, 0) for kind, n in engine.passes["student"].items()}
     assert taken == {"step": 1, "virtual": 1, "read": 1}, "the step's own graph serves its product"
+
+
+def test_a_resumed_run_compiles_where_the_other_did_and_ends_in_the_same_bits():
+    def engine() -> mlo.Engine:
+        stack = noisy_lbt(student={"steps": 2})
+        return mlo.Engine(stack, {"kind": "unrolled", "graph_memory": 0.0}, compile=True, device="cpu")
+
+    unbroken = engine()
+    torch.manual_seed(5)
+    unbroken.run(2)
+    saved = copy.deepcopy(unbroken.state_dict())
+    unbroken.step()
+    resumed = engine()
+    resumed.load_state_dict(saved)
+    resumed.step()
+    for one, other in zip(unbroken.problems.values(), resumed.problems.values(), strict=True):
+        for name, value in one.module.state_dict().items():
+            assert torch.equal(value, other.module.state_dict()[name])
 
 
 class Held(mlo.Problem):
