@@ -6,14 +6,18 @@ comes with a compiled backward, which is the curvature product.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo
 import torch._functorch.config
 from torch import Tensor
+
+from mlo import errors
 
 Key = tuple[str, *tuple[Hashable, ...]]
 _OPTIONS: dict[str, Any] = {
@@ -53,7 +57,7 @@ class Compiler:
                 _compile_backward(done[1], arguments[0])
                 self._ran.add(key)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            self.refuse(problem, str(error).strip().partition("\n")[0])
+            self.refuse(problem, _reason(error))
             return None
         return done
 
@@ -61,6 +65,19 @@ class Compiler:
         """Leave the problem as it is from now on."""
         self.refused[problem] = reason
         warnings.warn(f"problem {problem!r} runs without compilation: {reason}", stacklevel=2)
+
+
+def _reason(error: Exception) -> str:
+    """In a line, with the place in the user's code where torch names one."""
+    if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+        return "what its loss reads, or the form of its batches, changes so often that torch gave up compiling anew"
+    told = str(error).strip()
+    places = [place for place in re.findall(r'File "(.+?)", line (\d+)', told) if not _ours(place[0])]
+    return told.partition("\n")[0] + (f" ({places[-1][0]}, line {places[-1][1]})" if places else "")
+
+
+def _ours(file: str) -> bool:
+    return any(file.startswith(str(Path(module.__file__ or "").parent)) for module in (torch, errors))
 
 
 def _compile_backward(gradients: Sequence[Tensor | None], parameters: Mapping[str, Mapping[str, Tensor]]) -> None:

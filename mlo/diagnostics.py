@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -135,6 +136,8 @@ def diagnose(engine: Engine, name: str | None = None, estimators: Sequence[objec
     top = _top(engine, name)
     with _every(engine, EXACT) as exactly:
         exact = tuple(exactly.hypergradient(top, torch.float64).values())
+    if isinstance(estimators, str):
+        estimators = [estimators]
     asked = list(registry.entries(registry.RESPONSES)) if estimators is None else estimators
     return Diagnosis([_row(engine, top, option, exact) for option in asked])
 
@@ -218,7 +221,9 @@ def _every(engine: Engine, option: object) -> Iterator[Engine]:
     try:
         for problem in problems:
             problem.hypergradient = None
-        yield Engine(problems, option, device=engine.device)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the gradient of .* itself runs through")  # told of the engine
+            yield Engine(problems, option, inner_path=engine.inner_path, device=engine.device)
     finally:
         for problem, hypergradient in zip(problems, own, strict=True):
             problem.hypergradient = hypergradient

@@ -48,6 +48,7 @@ class Engine:
 
     Attributes:
         graph: who reads whom.
+        inner_path: as given.
         rounds: rounds taken so far.
         losses: {problem: its loss at its last step}, detached, on the device.
 
@@ -65,8 +66,13 @@ class Engine:
         compile: bool = False,
         device: str | torch.device = "auto",
     ) -> None:
+        flags = {"lookahead": (lookahead, (True, False, None)), "compile": (compile, (True, False))}
+        for option, (value, kinds) in flags.items():
+            if value not in kinds:
+                raise ConfigError(f"{option}={value!r}; pass {' or '.join(map(str, kinds))}")
         problems = [problems] if isinstance(problems, Problem) else list(problems)
         self._plan = Plan(problems, hypergradient, lookahead, inner_path)
+        self.inner_path = inner_path
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
         self.device = place(problems, device)
         self.rounds = 0
@@ -174,6 +180,9 @@ class Engine:
         if name not in self.problems:
             raise ConfigError(f"no problem is named {name!r}; there are {', '.join(map(repr, self.problems))}")
         states = self._live_states()
+        unknown = [n for n in parameters if n not in states[name].parameters]
+        if unknown:
+            raise ConfigError(f"problem {name!r} has no parameter {', '.join(map(repr, unknown))}")
         if parameters:
             moved = {n: p.detach().requires_grad_() for n, p in parameters.items()}
             states[name] = State({**states[name].parameters, **moved}, states[name].buffers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -81,6 +82,7 @@ class Evaluator:
     Attributes:
         passes: {problem: {kind: forward passes of its module}}; kinds are "step" (a real step), "virtual" (a step of
             lookahead), "product" (a curvature product) and "read" (another problem's loss read it).
+        dependences: (problem, problem that it reads) pairs of which it is known that the loss depends on what it reads.
         graph_bytes: {problem: memory of its gradient's graph, beyond states and batch}, once such a graph was kept.
     """
 
@@ -89,7 +91,9 @@ class Evaluator:
         self.device = device
         self.passes: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.graph_bytes: dict[str, int] = {}
+        self.dependences: set[tuple[str, str]] = set()
         self._compiler = compiler
+        self._searched: set[str] = set()
         self._torch_only: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
@@ -193,6 +197,14 @@ class Evaluator:
             if leaves and memo is not None:
                 inputs += memo.leaves
             gradients: dict[Tensor, Tensor] = {}
+            if name not in self._searched and not states[name].live:
+                self._searched.add(name)
+                self._tell_strays(name, evaluation.loss, states)
+            if not all(tensor.requires_grad for tensor in inputs):
+                raise GraphError(
+                    f"problem {name!r}: a parameter that its optimizer held at the start no longer requires gradients; "
+                    "freeze parameters before the problem is made, or give them a group with a learning rate of 0"
+                )
             if inputs and evaluation.loss.requires_grad:
                 loss = evaluation.loss if scale == 1.0 else evaluation.loss * scale
                 found = torch.autograd.grad(loss, inputs, allow_unused=True, create_graph=keep_graph)
@@ -274,6 +286,19 @@ class Evaluator:
         add_to(gradients, [states[n].parameters[v] for n in second or of for v in self.problems[n].variables], found)
         return Pass(loss, _unscaled(gradients, scale), after)
 
+    def _tell_strays(self, name: str, loss: Tensor, states: Mapping[str, State]) -> None:
+        """Warn of a loss that goes to a module's own parameters, past those that the evaluation put in its place."""
+        used = {id(p) for state in states.values() for p in state.parameters.values()}
+        named = [(n, v, p) for n, problem in self.problems.items() for v, p in problem.variables.items()]
+        own = {id(p): f"{v!r} of the module of {n!r}" for n, v, p in named}
+        strays = sorted(own[i] for i in _leaves_of(loss) if i in own and i not in used)
+        if not strays:
+            return
+        reason = f"its loss uses {', '.join(strays)} directly, which counts as a constant"
+        warnings.warn(f"problem {name!r}: {reason}; call the problem, or use its .params[name]", stacklevel=2)
+        if self._compiler is not None:
+            self._compiler.refuse(name, reason)
+
     def _note_draws(self, name: str, before: tuple[Any, Any]) -> None:
         if same_outside(before, outside_state()):
             self._torch_only.add(name)
@@ -305,6 +330,22 @@ def mean(passes: Sequence[Pass]) -> Pass:
     for each in passes:
         add_to(total, list(each.gradients), [gradient / len(passes) for gradient in each.gradients.values()])
     return Pass(torch.stack([each.loss for each in passes]).mean(), total, passes[-1].buffers)
+
+
+def _leaves_of(loss: Tensor) -> set[int]:
+    """The ids of the tensors that the graph of ``loss`` ends at."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting += [following for following, _ in node.next_functions]
+    return found
 
 
 def _loss(problems: Mapping[str, Problem], name: str, stands: Mapping[str, _Own | _Read], batch: Any) -> Any:

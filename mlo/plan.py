@@ -49,7 +49,7 @@ class Plan:
             self.paths = {name: self.graph.paths(name, blocked, self.inner) for name in self.graph.names}
         self.tops = [name for name in self.graph.tops() if self.graph.is_upper(name)]
         through = {name for paths in self.paths.values() for name in paths}
-        for name in through:
+        for name in (name for name in self.graph.names if name in through):
             self.responses[name].check(self._problems[name])
             self._refuse_half_products(name)
         self.lookahead = any(self.responses[n].lookahead for n in through) if lookahead is None else lookahead
@@ -57,7 +57,7 @@ class Plan:
         for middle in nested if not inner_path else ():
             warnings.warn(
                 f"the gradient of {middle!r} itself runs through {', '.join(map(repr, self.paths[middle]))}: its "
-                "response leaves that inner path out of its curvature, so hypergradients above it are approximate; "
+                "response leaves that inner path out of its curvature, so hypergradients above it may be off; "
                 "Engine(..., inner_path=True) includes it",
                 stacklevel=4,
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 from mlo.vectors import norm
 
 GROWTH_INTERVAL = 2000  # passes without an overflow after which the scale is doubled, as torch's GradScaler has it
+LEAST = 2.0**-16
 
 
 @dataclass
@@ -28,10 +29,10 @@ class LossScale:
     def accepts(self, gradients: Iterable[Tensor]) -> bool:
         """Whether the pass may stand; if not, the scale is now smaller, and the pass is to be taken again.
 
-        It waits for the device. At a scale of 1 every pass stands: what is not finite then is no matter of scale.
+        It waits for the device. At the least scale every pass stands: what is not finite then is no matter of scale.
         """
         found = list(gradients)
-        if self.value > 1.0 and found and not bool(torch.isfinite(norm(found))):
+        if self.value > LEAST and found and not bool(torch.isfinite(norm(found))):
             self.value, self.passes = self.value / 2, 0
             return False
         self.passes += 1

@@ -115,6 +115,17 @@ class Step:
         micro = [replace(m, buffers=None) for m in record.fresh or record.micro]
         return LocalLoss(record, record.after, micro, self.targets, self._evaluator, at_step=False)
 
+    def depends_on(self, target: str) -> bool:
+        """Whether the loss depends on what it reads of ``target``; a pass, where that was not found out before."""
+        pair = (self.record.problem.name, target)
+        if pair not in self._evaluator.dependences:
+            loss = self.after()
+            found = next(loss.parts()).gradients(loss.point, own=False)[1]
+            if loss.pull(found)[target] is None:
+                return False
+            self._evaluator.dependences.add(pair)
+        return True
+
     def pull_through_optimizer(
         self, cotangent: Vector, curvature: Curvature, slots: Slots | None = None
     ) -> StepCotangents:

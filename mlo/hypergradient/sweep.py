@@ -40,6 +40,8 @@ def sweep(
     """
     waiting: dict[str, Vector] = dict(cotangents)
     for name, targets in paths.items():
+        if name not in waiting:  # nothing above it depends on it after all
+            continue
         steps = [Step(record, targets, evaluator, warm.get(name)) for record in records[name]]
         pulled = responses[name].pull(steps, waiting.pop(name))
         pullbacks[name] += 1
@@ -49,7 +51,9 @@ def sweep(
         for target in targets:
             found = pulled.cotangents[target]
             if found is None:
-                raise unreached(name, target)
+                if not steps[-1].depends_on(target):
+                    raise unreached(name, target)
+                continue  # it reads it, but its gradient does not depend on it
             waiting[target] = add(waiting[target], found) if target in waiting else found
     return waiting.get(top)
 

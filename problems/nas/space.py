@@ -112,6 +112,8 @@ class SearchSpace:
 
     def check(self, logits: ArchitectureLogits) -> None:
         """Raise ValueError unless the logits have one row an edge and one column an operation (see `shape`)."""
+        if not isinstance(logits, ArchitectureLogits):
+            raise ValueError(f"{type(logits).__name__} is no ArchitectureLogits; call the Architecture: architecture()")
         for kind, matrix in zip(logits._fields, logits, strict=True):
             if matrix.shape != self.shape:
                 columns = f"{len(self.operations)} operations" + (" and edge weights" if self.edge_weights else "")

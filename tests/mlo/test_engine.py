@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -233,3 +234,33 @@ def test_tied_weights_stay_tied_and_get_both_parts_of_their_gradient():
     w = w - 0.3 * torch.autograd.grad(loss, w, create_graph=True)[0]
     expected = torch.autograd.grad((torch.tanh(x @ w.T) @ w.T).square().mean(), t)[0]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+class Bent(mlo.Problem):
+    def loss(self, batch, low, top):
+        return (self() * top().exp()).sum() + self().square().sum() + low().square().sum()
+
+
+class Pulled(mlo.Problem):
+    def loss(self, batch, mid, top):
+        return (self() - mid().sin() - top()).square().sum()
+
+
+class Last(mlo.Problem):
+    def loss(self, batch, mid, low):
+        return (mid() * low()).sum()
+
+
+@pytest.mark.parametrize("estimator", ["one_step", "unrolled", "cg", "darts"])
+def test_a_read_without_a_mixed_second_derivative_is_no_missing_read(estimator):
+    """The middle loss depends on the low problem, and its gradient does not: the cotangent is zero."""
+    made = []
+    for cls, name in ((Pulled, "low"), (Bent, "mid"), (Last, "top")):
+        module = Point(torch.randn(2, dtype=torch.float64))
+        made.append(cls(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the inner path
+        mlo.Engine(made, estimator, device="cpu").run(2)
+        difference = {"kind": "one_step", "product": {"kind": "central", "radius": 1e-4}}
+        found = [mlo.Engine(made, one, device="cpu").hypergradient("top")["value"] for one in ("one_step", difference)]
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)

@@ -137,6 +137,40 @@ def test_checkpointed_activations_are_recomputed_with_the_substituted_parameters
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
+class Scaled(mlo.Problem):
+    """Goes to the module's own weight, which an evaluation cannot replace."""
+
+    def loss(self, batch, top):
+        return (self(batch) - top(batch)).square().mean() * (1 + self.module.weight.square().sum())
+
+
+class Above(mlo.Problem):
+    def loss(self, batch, low):
+        return low(batch).square().mean()
+
+
+def two_levels() -> list[mlo.Problem]:
+    one, two, data = nn.Linear(3, 2), nn.Linear(3, 2), [torch.randn(4, 3)]
+    low = Scaled("low", module=one, optimizer=torch.optim.SGD(one.parameters(), lr=0.1), data=data)
+    return [low, Above("top", module=two, optimizer=torch.optim.SGD(two.parameters(), lr=0.1), data=data)]
+
+
+@pytest.mark.parametrize("estimator", ["one_step", "cg", "darts"])
+def test_a_loss_that_goes_past_the_substitution_is_told(estimator):
+    made = mlo.Engine(two_levels(), estimator, device="cpu")
+    with pytest.warns(UserWarning, match=r"'low': its loss uses 'weight' of the module of 'low' directly.*\.params"):
+        made.step()
+    made.run(2)  # once
+
+
+def test_a_parameter_that_is_frozen_in_mid_run_is_told():
+    stack = two_levels()
+    made = mlo.Engine(stack, "cg", device="cpu")
+    stack[0].module.bias.requires_grad_(False)
+    with pytest.raises(mlo.GraphError, match="'low': a parameter that its optimizer held at the start no longer"):
+        made.step()
+
+
 def test_reentrant_checkpointing_says_that_it_cannot():
     class Reentrant(Deep):
         def forward(self, x: Tensor) -> Tensor:
