@@ -41,8 +41,8 @@ class Engine:
         lookahead: None: as the estimators have it ("darts" on, the others off).
         inner_path: where a middle problem's own gradient runs through a lower one, let its curvature include that path
             (exact), rather than leave it out (usual, with a warning).
-        compile: run whole gradient passes and curvature products through torch.compile. It pays after some hundreds of
-            rounds: each kind of pass takes seconds to tens of seconds to compile. The first pass of each problem is
+        compile: run whole gradient passes and curvature products through torch.compile. It pays after thousands of
+            rounds: each kind of pass takes seconds to minutes to compile. The first pass of each problem is
             taken without; a problem that cannot be compiled is warned of, with the reason, and runs as it is.
         device: "auto" (a CUDA card where there is one), or a torch device; modules are moved there once.
 
