@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from brute_force import brute_force, small_lbt
+from small_lbt import noisy_lbt
 
 import mlo
 from mlo.scaling import GROWTH_INTERVAL, LossScale
@@ -89,6 +90,7 @@ def test_the_scale_grows_after_many_passes_and_is_part_of_the_state():
     scale = LossScale(2.0, GROWTH_INTERVAL - 1)
     assert scale.accepts([torch.ones(3)])
     assert scale == LossScale(4.0, 0)
+    scale.passes = 7
     assert not scale.accepts([torch.ones(3), torch.tensor([torch.inf])])
     assert scale == LossScale(2.0, 0)
     engine = mlo.Engine(halves(1e4), "one_step", device="cpu")
@@ -100,6 +102,32 @@ def test_the_scale_grows_after_many_passes_and_is_part_of_the_state():
     resumed.load_state_dict(engine.state_dict())
     assert resumed._gradients.scales == engine._gradients.scales
     assert resumed._gradients.scales["teacher"].passes == 2
+
+
+def test_a_step_that_is_recomputed_has_the_scale_that_it_was_taken_with():
+    found = []
+    for every in (1, 3):
+        problems = halves(1e-6, steps=3)
+        engine = mlo.Engine(problems, {"kind": "unrolled", "every": every}, device="cpu")
+        engine.run(2)
+        found.append(engine.hypergradient("arch")["weights"])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
+
+
+def test_a_pass_that_is_taken_again_draws_the_same_numbers():
+    """As if the scale had been right at once."""
+
+    def trained(scale: float) -> dict[str, torch.Tensor]:
+        problems = noisy_lbt()
+        for low in problems[:2]:
+            low.autocast = torch.float16
+        engine = mlo.Engine(problems, "one_step", device="cpu")
+        engine._gradients.scales = {low.name: LossScale(scale) for low in problems[:2]}
+        torch.manual_seed(1)
+        engine.step()
+        return {name: problem.module.state_dict() for name, problem in engine.problems.items()}
+
+    torch.testing.assert_close(trained(2.0**40), trained(2.0**8), rtol=1e-3, atol=1e-4)
 
 
 def test_a_loss_that_is_not_finite_is_told_and_not_taken_again_for_ever():

@@ -167,8 +167,67 @@ def test_a_fresh_batch_is_the_next_one_and_is_not_used_up(kind, lookahead):
         options |= {"damping": 1.0} if kind in ("cg", "nystrom") else {"rate": 0.1}
         engine = mlo.Engine([low, top], options, lookahead=lookahead, device="cpu")
         taken[fresh] = engine.hypergradient("decay")["log"]
+        single = engine.hypergradient("decay", torch.float32)["log"]
+        torch.testing.assert_close(single.double(), taken[fresh], rtol=1 if kind == "nystrom" else 1e-3, atol=1e-6)
         engine.step()
         torch.testing.assert_close((torch.tensor(-3.0) - decay.log.detach()) / 0.1, taken[fresh], rtol=1e-6, atol=1e-12)
         assert low.stream.state_dict()["index"] == 1
     torch.testing.assert_close(taken[True], taken["swapped"], rtol=1e-9, atol=0)
     assert (taken[True] - taken[False]).abs() > 1e-4 * taken[False].abs()
+
+
+class Remembering(nn.Module):
+    """Its output depends on its buffers, which every call moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("gain", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.5).add_(0.5 * x.detach().mean(0))
+        self.gain.mul_(0.7).add_(0.6)
+        return (self.linear(x - self.mean) * self.gain).tanh()
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.randn(2))
+
+    def forward(self) -> Tensor:
+        return (self.value + torch.randn(2)).sigmoid()
+
+
+class Follow(mlo.Problem):
+    def loss(self, batch, top):
+        x, reads = batch
+        found = self(x)
+        return (found.exp() * top()).square().mean() + (found - top()).square().mean() if reads else found.exp().mean()
+
+
+class Weigh(mlo.Problem):
+    def loss(self, batch, low):
+        return low(batch[0]).sin().square().mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 2}, {"graph_memory": 0.0}, {"product": "forward"}], ids=str)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_buffers_and_noise_are_those_of_each_micro_batch(accumulate, options):
+    """By finite differences, over several steps, with batches that do not read the top at all."""
+    torch.manual_seed(0)
+    data = [(torch.randn(4, 3), i != 1) for i in range(5)]
+    low, top = Remembering(), Noisy()
+    adam = torch.optim.Adam(low.parameters(), lr=0.05)
+    problems = [
+        Follow("low", module=low, optimizer=adam, data=data, steps=3, accumulate=accumulate),
+        Weigh("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=0.1), data=data, accumulate=accumulate),
+    ]
+    engine = mlo.Engine(problems, {"kind": "unrolled", **options}, device="cpu")
+    for _ in range(2):
+        mlo.check(engine)
+        expected = engine.hypergradient("top")["value"]
+        before = top.value.detach().clone()
+        engine.step()
+        torch.testing.assert_close((before - top.value.detach()) / 0.1, expected, rtol=1e-9, atol=1e-13)

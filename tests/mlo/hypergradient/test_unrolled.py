@@ -127,3 +127,46 @@ class Fit(mlo.Problem):
 class Judge(mlo.Problem):
     def loss(self, batch, low):
         return low(batch).sin().square().mean()
+
+
+class TwoHeads(nn.Module):
+    """Of which a step uses one: the optimizer leaves the other alone, weight decay and momentum included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor, head: int | None = None) -> torch.Tensor:
+        return self.one(x) + self.two(x) if head is None else (self.one, self.two)[head](x)
+
+
+class OneHead(mlo.Problem):
+    def loss(self, batch, top):
+        x, head = batch
+        return (self(x, head) - top(x)).square().mean()
+
+
+class BothHeads(mlo.Problem):
+    def loss(self, batch, low):
+        return low(batch[0]).sin().square().mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"every": 2}, {"graph_memory": 0.0}], ids=str)
+@pytest.mark.parametrize("optimizer", ["momentum", "nesterov", "adam"])
+def test_parameters_that_a_step_does_not_reach(optimizer, options):
+    torch.manual_seed(0)
+    low, top = TwoHeads(), nn.Linear(3, 2)
+    data = [(torch.randn(4, 3), head) for head in (0, 1, 1, 0, 1, 0, 0)]
+    make, hyper = OPTIMIZERS[optimizer]
+    stack = [
+        OneHead(
+            "low", module=low, optimizer=make(low.parameters(), **hyper | {"weight_decay": 0.3}), data=data, steps=4
+        ),
+        BothHeads("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=0.1), data=data),
+    ]
+    engine = mlo.Engine(stack, {"kind": "unrolled", **options}, device="cpu")
+    for _ in range(2):
+        mlo.check(engine)
+        expected, before = engine.hypergradient("top")["weight"], top.weight.detach().clone()
+        engine.step()
+        torch.testing.assert_close((before - top.weight.detach()) / 0.1, expected, rtol=1e-9, atol=1e-13)
