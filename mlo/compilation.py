@@ -10,11 +10,10 @@ import re
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 import torch
-import torch._dynamo
-import torch._functorch.config
 from torch import Tensor
 
 from mlo import errors
@@ -31,6 +30,9 @@ class Compiler:
     """Compiles functions of problems; what cannot be compiled is said once, and left alone from then on."""
 
     def __init__(self) -> None:
+        import torch._dynamo  # a second's import, for those alone who compile
+        import torch._functorch.config
+
         # torch.autograd.grad inside a compiled function is behind a switch in this release of torch, and a compiled
         # backward that is to run more than once must not give its buffers away; both are settings of the process
         torch._dynamo.config.trace_autograd_ops = True
@@ -44,7 +46,10 @@ class Compiler:
 
     def add(self, key: Key, function: Callable[..., Any]) -> None:
         """Compile ``function`` when it is first called; the first part of ``key`` is the problem that it is of."""
-        self._compiled[key] = torch.compile(function, **_OPTIONS)
+        # torch counts compilations by code object: each gets its own
+        of = cast(FunctionType, function)
+        own = FunctionType(of.__code__.replace(), of.__globals__, of.__name__, None, of.__closure__)
+        self._compiled[key] = torch.compile(own, **_OPTIONS)
 
     def call(self, key: Key, *arguments: Any) -> Any:
         """What the function gives; None if its problem cannot be compiled, which is warned of once."""

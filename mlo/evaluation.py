@@ -189,7 +189,7 @@ class Evaluator:
         )
         if done is not None:
             return done
-        measured = keep_graph and name not in self.graph_bytes
+        measured = keep_graph and name not in self.graph_bytes and not self._recast(name, states)
         saved = _SavedBytes(states.values(), batch) if measured else nullcontext()
         with twice_differentiable() if keep_graph else nullcontext(), saved:
             evaluation = self.evaluate(name, states, batch, kind=kind, through=through, memo=memo, **options)
@@ -255,13 +255,13 @@ class Evaluator:
         known = name in self._torch_only and (name in self.graph_bytes or not keep_graph)  # by a pass without
         if compiler is None or moving or not known or name in compiler.refused:
             return None
-        if not all(states[name].parameters[n].dtype == p.dtype for n, p in problem.variables.items()):
-            return None  # a look in another precision, for which nothing is compiled
-        key = (name, tuple(of), tuple(second), tuple(sorted(through)), keep_graph, autocast)
+        if self._recast(name, states):
+            return None  # a look, for which nothing is compiled
+        lowered = problem.autocast if autocast else None
+        key = (name, tuple(of), tuple(second), tuple(sorted(through)), keep_graph, lowered)
         if key not in compiler:
             reads = tuple((read, read in through) for read in problem.node.reads)
             first, then = (tuple((n, v) for n in names for v in self.problems[n].variables) for names in (of, second))
-            lowered = problem.autocast if autocast else None
             compiler.add(key, _pass_function(self.problems, name, reads, first, then, keep_graph, self.device, lowered))
         names = (name, *problem.node.reads)
         wanted = {*of, *second}
@@ -276,7 +276,10 @@ class Evaluator:
             twice_differentiable() if keep_graph or second else nullcontext(),
         ):
             by = None if scale == 1.0 else torch.tensor(scale, device=self.device)
+            begun = self.capture(name)
             done = compiler.call(key, parameters, buffers, batch, vector, by)
+            if done is None:  # it may have drawn before it failed
+                begun.restore(self.device)
         if done is None:
             return None
         loss, found, after, calls = done
@@ -305,6 +308,11 @@ class Evaluator:
         elif self._compiler is not None and name not in self._compiler.refused:
             self._compiler.refuse(name, "its loss draws from NumPy's or Python's random generator; draw from torch's")
 
+    def _recast(self, name: str, states: Mapping[str, State]) -> bool:
+        """Whether a problem is looked at in another precision than it has."""
+        variables = self.problems[name].variables.items()
+        return any(states[name].parameters[n].dtype != p.dtype for n, p in variables)
+
     def _lowered(self, problem: Problem, wanted: bool) -> AbstractContextManager[Any]:
         """The problem's autocast, or none at all, whatever surrounds it."""
         dtype = problem.autocast if wanted else None
@@ -322,14 +330,19 @@ def _unscaled(gradients: dict[Tensor, Tensor], scale: float) -> dict[Tensor, Ten
     return gradients if scale == 1.0 else {key: gradient / scale for key, gradient in gradients.items()}
 
 
-def mean(passes: Sequence[Pass]) -> Pass:
-    """The mean of passes that followed each other; the buffers are those that the last one left."""
-    if len(passes) == 1:
-        return passes[0]
+def mean(passes: Iterable[Pass], count: int) -> Pass:
+    """The mean of ``count`` passes that follow each other, one at a time; the buffers are those that the last left."""
+    if count == 1:
+        return next(iter(passes))
+    losses: list[Tensor] = []
     total: dict[Tensor, Tensor] = {}
+    buffers: Mapping[str, Tensor] = {}
     for each in passes:
-        add_to(total, list(each.gradients), [gradient / len(passes) for gradient in each.gradients.values()])
-    return Pass(torch.stack([each.loss for each in passes]).mean(), total, passes[-1].buffers)
+        for key, gradient in each.gradients.items():
+            total[key] = total[key].add_(gradient, alpha=1 / count) if key in total else gradient / count
+        losses.append(each.loss)
+        buffers = each.buffers
+    return Pass(torch.stack(losses).mean(), total, buffers)
 
 
 def _leaves_of(loss: Tensor) -> set[int]:
@@ -412,15 +425,14 @@ class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(self._pack, lambda tensor: tensor)
         tensors = [t for state in states for t in (*state.parameters.values(), *state.buffers.values())]
         tensors += [t for t in tree_iter(batch) if isinstance(t, Tensor)]
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self._seen = {t.untyped_storage().data_ptr() for t in tensors if t.layout is torch.strided}
         self.total = 0
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
+        if tensor.layout is torch.strided and (storage := tensor.untyped_storage()).data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.total += storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operator's output would be held by the graph that it holds
 
 
 class _Own:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -185,30 +185,29 @@ class Gradients:
     ) -> tuple[tuple[MicroBatch, ...], Pass]:
         """The mean over the batches, one after another, and what each was evaluated on."""
         micro: list[MicroBatch] = []
-        passes: list[Pass] = []
-        for batch in batches:
-            at = MicroBatch(batch, self._evaluator.capture(name), passes[-1].buffers if passes else None)
-            once = partial(
-                self._evaluator.differentiate,
-                name,
-                {**states, name: at.state(states[name])},
-                batch,
-                kind=kind,
-                **options,
-            )
-            if self._evaluator.problems[name].autocast is torch.float16:
-                scale = replace(self.scales.get(name, LossScale()))
-                done = once(scale=scale.value)
-                while not scale.accepts(done.gradients.values()):
-                    done = once(scale=scale.value, randomness=at.randomness)
-                at = replace(at, scale=scale.value)
-                if kind == "step":  # looking ahead leaves no trace
-                    self.scales[name] = scale
-            else:
-                done = once()
-            micro.append(at)
-            passes.append(done)
-        return tuple(micro), mean(passes)
+
+        def passes() -> Iterator[Pass]:
+            buffers = None
+            for batch in batches:
+                at = MicroBatch(batch, self._evaluator.capture(name), buffers)
+                here = {**states, name: at.state(states[name])}
+                once = partial(self._evaluator.differentiate, name, here, batch, kind=kind, **options)
+                if self._evaluator.problems[name].autocast is torch.float16:
+                    scale = replace(self.scales.get(name, LossScale()))
+                    done = once(scale=scale.value)
+                    while not scale.accepts(done.gradients.values()):
+                        done = once(scale=scale.value, randomness=at.randomness)
+                    at = replace(at, scale=scale.value)
+                    if kind == "step":  # looking ahead leaves no trace
+                        self.scales[name] = scale
+                else:
+                    done = once()
+                micro.append(at)
+                buffers = done.buffers
+                yield done
+
+        done = mean(passes(), len(batches))
+        return tuple(micro), done
 
     def _keeps_graph(self, name: str) -> bool:
         plain = not self._plan.paths[name] and self._evaluator.problems[name].autocast is None

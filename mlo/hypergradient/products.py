@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, reduce
 from typing import Annotated, ClassVar
 
@@ -99,24 +99,27 @@ class _MeanCurvature:
         return self._loss.gradient()
 
     def own(self, vector: Vector) -> Vector:
-        return self._mean([self._open(part).own(vector) for part in self._loss.parts()])
+        return self._mean(self._open(part).own(vector) for part in self._loss.parts())
 
     def cross(self, vector: Vector) -> Cotangents:
-        return self._mean_cotangents([self._open(part).cross(vector) for part in self._loss.parts()])
+        return self._means(((), self._open(part).cross(vector)) for part in self._loss.parts())[1]
 
     def both(self, vector: Vector) -> tuple[Vector, Cotangents]:
-        own, cross = zip(*(self._open(part).both(vector) for part in self._loss.parts()), strict=True)
-        return self._mean(own), self._mean_cotangents(cross)
+        return self._means(self._open(part).both(vector) for part in self._loss.parts())
 
-    def _mean(self, vectors: Sequence[Vector]) -> Vector:
-        return scaled(reduce(add, vectors), 1 / len(vectors))
+    def _mean(self, vectors: Iterable[Vector]) -> Vector:
+        return scaled(reduce(add, vectors), 1 / self._loss.count)
 
-    def _mean_cotangents(self, found: Sequence[Cotangents]) -> Cotangents:
-        answer: Cotangents = {}
-        for target in found[0]:
-            reached = [one for one in (part[target] for part in found) if one is not None]
-            answer[target] = scaled(reduce(add, reached), 1 / len(found)) if reached else None
-        return answer
+    def _means(self, found: Iterable[tuple[Vector, Cotangents]]) -> tuple[Vector, Cotangents]:
+        own: Vector = ()
+        cross: Cotangents = {}
+        for part, others in found:
+            own = add(own, part) if own else part
+            for target, other in others.items():
+                so_far = cross.get(target)
+                cross[target] = other if so_far is None else so_far if other is None else add(so_far, other)
+        share = 1 / self._loss.count
+        return scaled(own, share), {t: None if c is None else scaled(c, share) for t, c in cross.items()}
 
 
 class _ExactCurvature:

@@ -149,14 +149,19 @@ class Step:
         name = record.problem.name
         variables = {v: record.before.parameters[v].detach().requires_grad_() for v in record.problem.variables}
         state = State({**record.before.parameters, **variables}, record.before.buffers)
-        passes = []
-        for micro in record.micro:
-            states = {**record.reads, name: micro.state(state)}
-            again = self._evaluator.differentiate(
-                name, states, micro.batch, of=(name,), kind="recompute", randomness=micro.randomness, scale=micro.scale
+        passes = (
+            self._evaluator.differentiate(
+                name,
+                {**record.reads, name: micro.state(state)},
+                micro.batch,
+                of=(name,),
+                kind="recompute",
+                randomness=micro.randomness,
+                scale=micro.scale,
             )
-            passes.append(again)
-        done = mean(passes)
+            for micro in record.micro
+        )
+        done = mean(passes, len(record.micro))
         named = {n: done.gradients.get(v) for n, v in variables.items()}
         if record.gradient is not None:
             named = dict(record.gradient)
@@ -203,6 +208,11 @@ class LocalLoss:
         """The same, evaluated under the problem's autocast, as its steps are."""
         self._autocast = True
         return self
+
+    @property
+    def count(self) -> int:
+        """Of micro-batches."""
+        return len(self._micro)
 
     @property
     def alone(self) -> bool:
@@ -253,7 +263,13 @@ class LocalLoss:
                 at_micro = {**reads, name: State(state.parameters, buffers)}
                 with twice_differentiable():
                     evaluation = self._evaluator.evaluate(
-                        name, at_micro, micro.batch, kind="product", through=reads, randomness=micro.randomness
+                        name,
+                        at_micro,
+                        micro.batch,
+                        kind="product",
+                        through=reads,
+                        autocast=record.problem.autocast is not torch.float16,  # whose gradients would vanish
+                        randomness=micro.randomness,
                     )
                 losses.append(evaluation.loss)
                 buffers = evaluation.buffers

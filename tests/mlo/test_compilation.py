@@ -69,7 +69,7 @@ def test_batch_norm_and_dropout_draw_and_move_as_without(estimator):
     assert_same(*engines(lambda: noisy_lbt(student={"steps": 2}), estimator), rounds=2)
 
 
-def test_a_product_that_is_taken_once_is_one_compiled_pass():
+def test_the_compiled_graph_of_a_step_serves_its_product():
     engine = mlo.Engine(small_lbt("sgd"), "one_step", lookahead=True, compile=True, device="cpu")
     engine.step()
     before = {name: dict(passes) for name, passes in engine.passes.items()}
