@@ -170,3 +170,40 @@ def test_what_cannot_be_compiled_is_said_once_and_runs_as_it_is(cls, reason):
     plain.run(4)
     torch.testing.assert_close(compiled.losses, plain.losses)
     assert "top" not in compiled._evaluator._compiler.refused
+
+
+class Between(mlo.Problem):
+    def loss(self, batch, one, two):
+        return (self(batch) - one(batch) * two(batch)).square().mean()
+
+
+def test_two_tops_over_one_low_problem_each_have_their_code():
+    def stack() -> list[mlo.Problem]:
+        torch.manual_seed(0)
+        made, data = [], [torch.randn(4, 3)]
+        for cls, name in ((Between, "low"), (Top, "one"), (Top, "two")):
+            module = nn.Linear(3, 2)
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+            made.append(cls(name, module=module, optimizer=optimizer, data=data, steps=2))
+        return made
+
+    plain, compiled = engines(stack, {"kind": "unrolled", "graph_memory": 0.0})
+    for _ in range(3):
+        for name in ("one", "two"):
+            found = [engine.hypergradient(name)["weight"] for engine in (plain, compiled)]
+            torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)
+        plain.step()
+        compiled.step()
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_autocast_is_that_of_the_moment(autocast):
+    plain, compiled = engines(lambda: two_levels(Held, steps=2), "one_step")
+    for dtype in (None, None, autocast, None, autocast):
+        for engine in (plain, compiled):
+            engine.problems["low"].autocast = dtype
+            engine.step()
+        torch.testing.assert_close(compiled.losses, plain.losses, rtol=1e-5, atol=1e-7)
+    for name in ("low", "top"):
+        weights = [engine.problems[name].module.weight for engine in (plain, compiled)]
+        torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)

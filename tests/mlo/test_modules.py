@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,3 +183,43 @@ def test_reentrant_checkpointing_says_that_it_cannot():
     for call in (made.step, lambda: made.hypergradient("scale")):
         with pytest.raises(mlo.ConfigError, match=r"checkpoint\(..., use_reentrant=False\)"):
             call()
+
+
+class Spread(mlo.Problem):
+    """Multiplies by a sparse matrix of the batch, as graph networks do."""
+
+    def loss(self, batch, top):
+        adjacency, x = batch
+        return (torch.sparse.mm(adjacency, self(x)) - top(x)).square().mean()
+
+
+class AboveSpread(mlo.Problem):
+    def loss(self, batch, low):
+        return low(batch[1]).square().mean()
+
+
+@pytest.mark.parametrize("estimator", ["one_step", "unrolled", "cg", "darts"])
+def test_sparse_tensors_in_batches(estimator):
+    one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    data = [(torch.eye(5).to_sparse(), torch.randn(5, 3))]
+    low = Spread("low", module=one, optimizer=torch.optim.SGD(one.parameters(), lr=0.1), data=data, steps=2)
+    top = AboveSpread("top", module=two, optimizer=torch.optim.SGD(two.parameters(), lr=0.1), data=data)
+    mlo.Engine([low, top], estimator, device="cpu").run(2)
+
+
+def test_no_graph_outlives_its_round():
+    """That of the pass whose memory is counted neither: an operator's saved output must not hold itself."""
+    alive = []
+
+    class Watched(mlo.Problem):
+        def loss(self, batch, top):
+            hidden = self(batch).tanh()
+            alive.append(weakref.ref(hidden))
+            return (hidden - top(batch)).square().mean()
+
+    one, two, data = nn.Linear(3, 2), nn.Linear(3, 2), [torch.randn(4, 3)]
+    low = Watched("low", module=one, optimizer=torch.optim.SGD(one.parameters(), lr=0.1), data=data)
+    top = Above("top", module=two, optimizer=torch.optim.SGD(two.parameters(), lr=0.1), data=data)
+    mlo.Engine([low, top], "one_step", device="cpu").run(3)
+    gc.collect()
+    assert [reference() for reference in alive[:-1]] == [None] * (len(alive) - 1)

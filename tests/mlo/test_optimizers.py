@@ -130,3 +130,28 @@ def test_an_optimizer_without_a_differentiable_step_is_refused_before_training()
     with pytest.raises(mlo.ConfigError, match=r"'low': a step of Adafactor cannot be differentiated.*'cg'"):
         mlo.Engine([low, top], "one_step", device="cpu")
     mlo.Engine([low, top], "cg", device="cpu").run(2)
+
+
+def test_a_subclass_of_sgd_with_a_step_of_its_own_is_run():
+    class Halved(torch.optim.SGD):
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad = parameter.grad / 2
+            return super().step(closure)
+
+    module = nn.Linear(3, 2).double()
+    made = Plain("plain", module=module, optimizer=Halved(module.parameters(), lr=1.0))
+    ones = {n: torch.ones_like(p) for n, p in made.variables.items()}
+    moved = virtual_step(made, made.variables, ones, moment(made))[0]
+    torch.testing.assert_close(moved["bias"], module.bias - 0.5)
+    pulled = pull_through_step(made, made.variables, ones, moment(made), tuple(ones.values())).gradient
+    torch.testing.assert_close(pulled[1], -0.5 * ones["bias"])
+
+
+def test_the_default_dtype_is_as_before():
+    made = problem("Adam", 0, lr=0.1)
+    ones = {n: torch.ones_like(p) for n, p in made.variables.items()}
+    pull_through_step(made, made.variables, ones, moment(made), tuple(ones.values()), {})
+    assert torch.get_default_dtype() == torch.float32

@@ -105,6 +105,25 @@ class Decay(nn.Module):
         return self.log
 
 
+@pytest.mark.parametrize("estimator", ["one_step", "cg"])
+def test_gradients_of_micro_batches_are_not_kept(estimator):
+    """Where weights are what is large, sixteen take what two take."""
+
+    def peak(accumulate: int) -> int:
+        fit, decay = nn.Linear(400, 400), Decay()
+        data = [torch.randn(2, 400) for _ in range(accumulate)]
+        sgd = torch.optim.SGD
+        low = Fit("fit", module=fit, optimizer=sgd(fit.parameters(), lr=0.1), data=data, accumulate=accumulate)
+        top = Judge("decay", module=decay, optimizer=sgd(decay.parameters(), lr=0.1), data=data)
+        engine = mlo.Engine([low, top], estimator, device="cpu")
+        engine.step()
+        with _PeakMemory() as memory:
+            engine.step()
+        return memory.peak
+
+    assert peak(16) < 1.2 * peak(2)
+
+
 @pytest.mark.parametrize("estimator", ["one_step", "darts", "cg"])
 def test_memory_is_that_of_one_micro_batch(estimator):
     def peak(accumulate: int, rows: int) -> int:

@@ -148,3 +148,11 @@ def test_a_warm_start_is_part_of_the_state_and_looking_leaves_it_alone():
     assert not torch.equal(resumed.hypergradient("top")["value"], looked)
     resumed.load_state_dict(saved)
     assert torch.equal(resumed.hypergradient("top")["value"], looked)
+
+
+def test_nystrom_draws_its_probes_from_the_steps_own_random_state():
+    engine = mlo.Engine(Quadratics.make(SHAPES[0]).problems(), {"kind": "nystrom", "rank": 1}, device="cpu")
+    state = torch.get_rng_state()
+    found = engine.hypergradient("top")["value"]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(engine.hypergradient("top")["value"], found)
