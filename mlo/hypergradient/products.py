@@ -24,6 +24,7 @@ class Product(Config, ABC):
     """A way of taking curvature products; a subclass has its options, and opens a :class:`Curvature`."""
 
     needs_base: ClassVar[bool] = False  # whether the step should keep its gradients for what it reads
+    keeps_graph: ClassVar[bool] = False  # whether it should keep its gradient's graph
     autocast: bool = Field(False, description="under the problem's autocast, as its steps are, rather than without")
 
     def at(self, loss: LocalLoss) -> Curvature:
@@ -38,6 +39,8 @@ class Product(Config, ABC):
 
 class Exact(Product):
     """Double backward: exact; one forward, its gradient's graph kept for all products (about 3 passes for one)."""
+
+    keeps_graph: ClassVar[bool] = True
 
     def open(self, loss: LocalLoss) -> Curvature:
         """See :class:`Product`."""

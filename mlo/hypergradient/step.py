@@ -226,9 +226,8 @@ class LocalLoss:
             yield part.under_autocast() if self._autocast else part
 
     def __call__(self, variables: Sequence[Tensor]) -> Tensor:
-        """The loss at ``variables``: the same batch, the same random numbers, the same reads."""
-        if not self.alone:
-            return torch.stack([part(variables) for part in self.parts()]).mean()
+        """The loss at ``variables``: the same batch (of one micro-batch), the same random numbers, the same reads."""
+        assert self.alone, "of several micro-batches, take the parts"
         states, options = self._at(variables)
         return self._evaluator.evaluate(self._record.problem.name, states, self._micro[0].batch, **options).loss
 
@@ -288,13 +287,21 @@ class LocalLoss:
         """The gradient at ``variables`` in them (if ``own``) and in :meth:`inputs` (if ``inputs``); one pass."""
         if not self.alone:
             return self._mean_gradients(variables, own, inputs)
+        name, states, options = self._asked(variables, own, inputs)
+        done = self._evaluator.differentiate(
+            name, states, self._micro[0].batch, leaves=inputs, keep_graph=keep_graph, **options
+        )
+        return self._parted(done.gradients, variables, own, inputs)
+
+    def _asked(self, variables: Vector, own: bool, inputs: bool) -> tuple[str, dict[str, State], dict[str, Any]]:
+        """What the evaluator is asked for derivatives in the variables and in those of the targets."""
         name = self._record.problem.name
         states, options = self._at(variables)
-        of = (*((name,) if own else ()), *(self._targets if inputs else ()))
-        done = self._evaluator.differentiate(
-            name, states, self._micro[0].batch, of=of, leaves=inputs, keep_graph=keep_graph, **options
-        )
-        found = done.gradients
+        return name, states, {**options, "of": (*((name,) if own else ()), *(self._targets if inputs else ()))}
+
+    def _parted(
+        self, found: dict[Tensor, Tensor], variables: Vector, own: bool, inputs: bool
+    ) -> tuple[Vector, dict[Tensor, Tensor]]:
         wanted = variables if own else ()
         at_inputs = {key: found[key] for key in self.inputs() if key in found} if inputs else {}
         return filled((found.get(v) for v in wanted), wanted), at_inputs
@@ -314,15 +321,9 @@ class LocalLoss:
 
     def product(self, vector: Vector, own: bool, inputs: bool) -> tuple[Vector, dict[Tensor, Tensor]] | None:
         """The exact product with ``vector``, compiled as a whole; None where that cannot be."""
-        name = self._record.problem.name
-        states, options = self._at(self.point)
-        of = (*((name,) if own else ()), *(self._targets if inputs else ()))
-        found = self._evaluator.product(name, states, self._micro[0].batch, vector, of=of, **options)
-        if found is None:
-            return None
-        wanted = self.point if own else ()
-        at_inputs = {key: found[key] for key in self.inputs() if key in found} if inputs else {}
-        return filled((found.get(v) for v in wanted), wanted), at_inputs
+        name, states, options = self._asked(self.point, own, inputs)
+        found = self._evaluator.product(name, states, self._micro[0].batch, vector, **options)
+        return None if found is None else self._parted(found, self.point, own, inputs)
 
     def base(self) -> tuple[Vector, dict[Tensor, Tensor]]:
         """:meth:`gradients` at the point: the step's own where they are known, else one pass."""

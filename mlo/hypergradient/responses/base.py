@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mlo.config import Config, Registered
+from mlo.hypergradient.products import Exact, ProductOption
 from mlo.hypergradient.step import Step, copied
-from mlo.optimizers import Moment
+from mlo.optimizers import Moment, check_differentiable
 from mlo.problem import Problem, State
 from mlo.registry import RESPONSES
 from mlo.vectors import Vector
@@ -87,6 +88,27 @@ class AtSolution(Response, ABC):
     def takes_fresh_batches(self) -> bool:
         """As the options have it."""
         return self.fresh_batch
+
+
+class AlongSteps(Response, ABC):
+    """A response by the derivative of recorded steps, through the user's own optimizer."""
+
+    needs_before: ClassVar[bool] = True
+    product: ProductOption = Field(Exact(), description="how curvature products are taken")
+
+    @property
+    def needs_base(self) -> bool:
+        """As the product has it."""
+        return self.product.needs_base
+
+    @property
+    def keeps_graph(self) -> bool:
+        """As the product has it."""
+        return self.product.keeps_graph
+
+    def check(self, problem: Problem) -> None:
+        """The optimizer's step must be differentiable."""
+        check_differentiable(problem)
 
 
 class Pulled:

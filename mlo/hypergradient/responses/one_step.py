@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from mlo.hypergradient.products import Central, Exact, ProductOption
-from mlo.hypergradient.responses.base import Pulled, Response
+from mlo.hypergradient.products import Central
+from mlo.hypergradient.responses.base import AlongSteps, Pulled, Response
 from mlo.hypergradient.step import Step
 from mlo.optimizers import check_differentiable
 from mlo.problem import Problem
@@ -25,35 +25,18 @@ class FirstOrder(Response):
         return Pulled({})
 
 
-class OneStep(Response):
+class OneStep(AlongSteps):
     """The last optimizer step, differentiated; what came before it is held fixed (T1-T2).
 
     The cotangent goes back through the user's own optimizer, learning rate, momentum and Adam's scaling included, and
     on through the gradient that it stepped with, by one curvature product.
     """
 
-    needs_before: ClassVar[bool] = True
-    product: ProductOption = Field(Exact(), description="how curvature products are taken")
-
     def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
         """One optimizer pullback and one product, at the state before the step."""
         step = steps[-1]
         curvature = self.product.at(step.before())
         return Pulled(curvature.cross(step.pull_through_optimizer(cotangent, curvature).gradient))
-
-    @property
-    def needs_base(self) -> bool:
-        """As the product has it."""
-        return self.product.needs_base
-
-    @property
-    def keeps_graph(self) -> bool:
-        """For exact products."""
-        return isinstance(self.product, Exact)
-
-    def check(self, problem: Problem) -> None:
-        """The optimizer's step must be differentiable."""
-        check_differentiable(problem)
 
 
 class Darts(Response):

@@ -5,20 +5,19 @@ from __future__ import annotations
 import itertools
 from abc import ABC
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
 
-from mlo.hypergradient.products import Exact, ProductOption
-from mlo.hypergradient.responses.base import Pulled, Response
+from mlo.hypergradient.responses.base import AlongSteps, Pulled
 from mlo.hypergradient.step import Step, copied
-from mlo.optimizers import Moment, check_differentiable, moved_moment
-from mlo.problem import Problem, State
+from mlo.optimizers import Moment, moved_moment
+from mlo.problem import State
 from mlo.vectors import Vector, add
 
 
-class Backpropagation(Response, ABC):
+class Backpropagation(AlongSteps, ABC):
     """The recorded steps walked backwards, each by a curvature product of its own.
 
     Cotangents flow through the parameters and through the optimizer's state (momentum, Adam's moments). Memory grows
@@ -27,13 +26,11 @@ class Backpropagation(Response, ABC):
     step), and kept on the CPU.
     """
 
-    needs_before: ClassVar[bool] = True
     every: int = Field(1, ge=1, description="store every n-th state, and recompute the others")
     store_on: Literal["device", "cpu"] = Field("device", description="where the states are stored")
     graph_memory: float = Field(
         16.0, ge=0, description="MiB of steps' graphs kept for exact products; beyond it they are made again, in a pass"
     )
-    product: ProductOption = Field(Exact(), description="how curvature products are taken")
 
     def stored(self, state: State, at: Moment, index: int) -> tuple[State | None, Moment | None]:
         """Every ``every``-th, where the options have it; of the others the hyperparameters alone."""
@@ -49,19 +46,9 @@ class Backpropagation(Response, ABC):
         return self.every > 1
 
     @property
-    def needs_base(self) -> bool:
-        """As the product has it."""
-        return self.product.needs_base
-
-    @property
     def graph_bytes(self) -> float:
         """As the options have it."""
         return self.graph_memory * 2**20
-
-    @property
-    def keeps_graph(self) -> bool:
-        """For exact products."""
-        return isinstance(self.product, Exact)
 
     def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
         """One product and one optimizer pullback for each step."""
@@ -84,10 +71,6 @@ class Backpropagation(Response, ABC):
                 so_far = total[target]
                 total[target] = so_far if found is None else found if so_far is None else add(so_far, found)
         return Pulled(total)
-
-    def check(self, problem: Problem) -> None:
-        """The optimizer's step must be differentiable."""
-        check_differentiable(problem)
 
 
 class Unrolled(Backpropagation):
