@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks/ is not installed
 
-from benchmarks.peers import report
+from benchmarks.peers import report, where
 from benchmarks.peers.catalogue import ESTIMATORS, REFERENCES, WORKLOADS, Case, cases
 from benchmarks.peers.libraries import build
 from benchmarks.peers.reference import flat, reference
@@ -28,6 +28,11 @@ def first_gradient(library: str, workload: str, estimator: str) -> torch.Tensor:
 def test_mlo_and_the_loop_by_hand_agree(workload: str, estimator: str) -> None:
     ours, theirs = (first_gradient(library, workload, estimator) for library in ("mlo", "hand"))
     assert (ours - theirs).norm() <= 1e-8 * theirs.norm()
+
+
+def test_the_pieces_of_a_step_can_be_timed() -> None:
+    found = {what.strip(): call() for what, call in where.pieces().items()}
+    torch.testing.assert_close(found["the loss"].loss, found["by hand: the loss"])
 
 
 def test_compiled_rows_are_the_same_mathematics(monkeypatch: pytest.MonkeyPatch) -> None:
