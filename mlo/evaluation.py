@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_iter
 
 from mlo.compilation import Compiler
 from mlo.errors import GraphError
+from mlo.graph_contents import SavedBytes, leaves_of
 from mlo.memo import Memo, add_to
 from mlo.problem import Problem, State
 from mlo.randomness import Randomness, outside_state, replay, same_outside
+from mlo.stand_ins import Own, Read, loss_with
 
 
 def twice_differentiable() -> AbstractContextManager[None]:
@@ -139,11 +139,11 @@ class Evaluator:
             GraphError: if the loss is not a scalar tensor.
         """
         problem = self.problems[name]
-        own = _Own(states[name], self.passes[name], kind)
-        stands: dict[str, _Own | _Read] = {name: own}
+        own = Own(states[name], self.passes[name], kind)
+        stands: dict[str, Own | Read] = {name: own}
         for read in problem.node.reads:
             kept = None if read in moving else memo
-            stands[read] = _Read(states[read], self.passes[read], "read", read in through, kept, self.device)
+            stands[read] = Read(states[read], self.passes[read], "read", read in through, kept, self.device)
         if memo is not None:
             memo.begin()
         outside = outside_state() if self.draws_outside((name,)) else None
@@ -151,7 +151,7 @@ class Evaluator:
             nullcontext() if randomness is None else replay(randomness, self.device),
             self._lowered(problem, autocast),
         ):
-            loss = _loss(self.problems, name, stands, batch)
+            loss = loss_with(self.problems, name, stands, batch)
             if outside is not None and randomness is None:
                 self._note_draws(name, outside)
         if not isinstance(loss, Tensor) or loss.dim() != 0:
@@ -190,7 +190,7 @@ class Evaluator:
         if done is not None:
             return done
         measured = keep_graph and name not in self.graph_bytes and not self._recast(name, states)
-        saved = _SavedBytes(states.values(), batch) if measured else nullcontext()
+        saved = SavedBytes(states.values(), batch) if measured else nullcontext()
         with twice_differentiable() if keep_graph else nullcontext(), saved:
             evaluation = self.evaluate(name, states, batch, kind=kind, through=through, memo=memo, **options)
             inputs = [states[n].parameters[v] for n in of for v in self.problems[n].variables]
@@ -209,7 +209,7 @@ class Evaluator:
                 loss = evaluation.loss if scale == 1.0 else evaluation.loss * scale
                 found = torch.autograd.grad(loss, inputs, allow_unused=True, create_graph=keep_graph)
                 add_to(gradients, inputs, found)
-        if isinstance(saved, _SavedBytes):
+        if isinstance(saved, SavedBytes):
             self.graph_bytes[name] = saved.total
         return Pass(evaluation.loss.detach(), _unscaled(gradients, scale), evaluation.buffers)
 
@@ -294,7 +294,7 @@ class Evaluator:
         used = {id(p) for state in states.values() for p in state.parameters.values()}
         named = [(n, v, p) for n, problem in self.problems.items() for v, p in problem.variables.items()]
         own = {id(p): f"{v!r} of the module of {n!r}" for n, v, p in named}
-        strays = sorted(own[i] for i in _leaves_of(loss) if i in own and i not in used)
+        strays = sorted(own[i] for i in leaves_of(loss) if i in own and i not in used)
         if not strays:
             return
         reason = f"its loss uses {', '.join(strays)} directly, which counts as a constant"
@@ -345,34 +345,6 @@ def mean(passes: Iterable[Pass], count: int) -> Pass:
     return Pass(torch.stack(losses).mean(), total, buffers)
 
 
-def _leaves_of(loss: Tensor) -> set[int]:
-    """The ids of the tensors that the graph of ``loss`` ends at."""
-    found: set[int] = set()
-    seen: set[Any] = set()
-    waiting = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        waiting += [following for following, _ in node.next_functions]
-    return found
-
-
-def _loss(problems: Mapping[str, Problem], name: str, stands: Mapping[str, _Own | _Read], batch: Any) -> Any:
-    """The loss of a problem with stand-ins for its module and for those of the problems that it reads."""
-    try:
-        for other, stand in stands.items():
-            problems[other].stand_in(stand)
-        arguments = {argument: problems[read] for argument, read in problems[name].arguments.items()}
-        return problems[name].loss(batch, **arguments)
-    finally:
-        for other in stands:
-            problems[other].stand_in(None)
-
-
 def _pass_function(
     problems: Mapping[str, Problem],
     name: str,
@@ -399,12 +371,12 @@ def _pass_function(
         scale: Tensor | None,
     ) -> tuple[Tensor, Sequence[Tensor | None], Mapping[str, Tensor], dict[str, int]]:
         calls = {name: 0, **{read: 0 for read, _ in reads}}
-        own = _Own(State(parameters[name], buffers[name]), calls, name)
-        stands: dict[str, _Own | _Read] = {name: own}
+        own = Own(State(parameters[name], buffers[name]), calls, name)
+        stands: dict[str, Own | Read] = {name: own}
         for read, differentiate in reads:
-            stands[read] = _Read(State(parameters[read], buffers[read]), calls, read, differentiate, None, device)
+            stands[read] = Read(State(parameters[read], buffers[read]), calls, read, differentiate, None, device)
         with torch.autocast(device.type, lowered, enabled=lowered is not None):
-            loss = _loss(problems, name, stands, batch)
+            loss = loss_with(problems, name, stands, batch)
         wanted = [parameters[n][v] for n, v in first]
         graph = keep_graph or vector is not None
         scaled = loss if scale is None else loss * scale
@@ -416,76 +388,3 @@ def _pass_function(
         return loss.detach(), found, own.buffers, calls
 
     return run
-
-
-class _SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the memory that graphs made inside keep alive, beyond ``states`` and ``batch``."""
-
-    def __init__(self, states: Iterable[State], batch: Any) -> None:
-        super().__init__(self._pack, lambda tensor: tensor)
-        tensors = [t for state in states for t in (*state.parameters.values(), *state.buffers.values())]
-        tensors += [t for t in tree_iter(batch) if isinstance(t, Tensor)]
-        self._seen = {t.untyped_storage().data_ptr() for t in tensors if t.layout is torch.strided}
-        self.total = 0
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        if tensor.layout is torch.strided and (storage := tensor.untyped_storage()).data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.total += storage.nbytes()
-        return tensor.detach()  # an operator's output would be held by the graph that it holds
-
-
-class _Own:
-    """Stands in for the module of the problem whose loss is evaluated."""
-
-    def __init__(self, state: State, passes: MutableMapping[str, int], kind: str) -> None:
-        self.parameters = state.parameters
-        self.buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
-        self._substitutes = dict(self.buffers) if state.live else {**state.parameters, **self.buffers}
-        self._passes = passes
-        self._kind = kind
-
-    def run(self, problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._passes[self._kind] += 1
-        output = problem.run_with(self._substitutes, args, kwargs)
-        self.buffers = {name: self._substitutes[name].detach() for name in self.buffers}
-        return output
-
-
-class _Read:
-    """Stands in for the module of a problem that the loss reads; its buffers are thrown away afterwards."""
-
-    def __init__(
-        self,
-        state: State,
-        passes: MutableMapping[str, int],
-        kind: str,
-        differentiate: bool,
-        memo: Memo | None,
-        device: torch.device,
-    ) -> None:
-        self._buffers = state.buffers
-        self._differentiate = differentiate
-        if differentiate:
-            self.parameters: Mapping[str, Tensor] = state.parameters
-        else:
-            self.parameters = {name: parameter.detach() for name, parameter in state.parameters.items()}
-        self._passes = passes
-        self._kind = kind
-        self._memo = memo
-        self._device = device
-
-    def run(self, problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._memo is None:
-            return self._forward(problem, args, kwargs)
-        parameters = tuple(self.parameters.values()) if self._differentiate else ()
-        forward = partial(self._forward, problem)
-        return self._memo.run(problem.name, forward, args, kwargs, parameters, self._device)
-
-    def _forward(self, problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._passes[self._kind] += 1
-        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
-        parameters = self.parameters
-        if not torch.is_grad_enabled():  # also where the module gives a parameter itself
-            parameters = {name: parameter.detach() for name, parameter in parameters.items()}
-        return problem.run_with({**parameters, **buffers}, args, kwargs)

@@ -1,0 +1,83 @@
+"""What stands in for modules while a loss is evaluated: other parameters and buffers, and a count of the calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlo.memo import Memo
+from mlo.problem import Problem, State
+
+
+def loss_with(problems: Mapping[str, Problem], name: str, stands: Mapping[str, Own | Read], batch: Any) -> Any:
+    """The loss of a problem with stand-ins for its module and for those of the problems that it reads."""
+    try:
+        for other, stand in stands.items():
+            problems[other].stand_in(stand)
+        arguments = {argument: problems[read] for argument, read in problems[name].arguments.items()}
+        return problems[name].loss(batch, **arguments)
+    finally:
+        for other in stands:
+            problems[other].stand_in(None)
+
+
+class Own:
+    """Stands in for the module of the problem whose loss is evaluated."""
+
+    def __init__(self, state: State, passes: MutableMapping[str, int], kind: str) -> None:
+        self.parameters = state.parameters
+        self.buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
+        self._substitutes = dict(self.buffers) if state.live else {**state.parameters, **self.buffers}
+        self._passes = passes
+        self._kind = kind
+
+    def run(self, problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output, counted; the buffers are then those that the call left."""
+        self._passes[self._kind] += 1
+        output = problem.run_with(self._substitutes, args, kwargs)
+        self.buffers = {name: self._substitutes[name].detach() for name in self.buffers}
+        return output
+
+
+class Read:
+    """Stands in for the module of a problem that the loss reads; its buffers are thrown away afterwards."""
+
+    def __init__(
+        self,
+        state: State,
+        passes: MutableMapping[str, int],
+        kind: str,
+        differentiate: bool,
+        memo: Memo | None,
+        device: torch.device,
+    ) -> None:
+        self._buffers = state.buffers
+        self._differentiate = differentiate
+        if differentiate:
+            self.parameters: Mapping[str, Tensor] = state.parameters
+        else:
+            self.parameters = {name: parameter.detach() for name, parameter in state.parameters.items()}
+        self._passes = passes
+        self._kind = kind
+        self._memo = memo
+        self._device = device
+
+    def run(self, problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output, counted; remembered or from memory, where there is a memo."""
+        if self._memo is None:
+            return self._forward(problem, args, kwargs)
+        parameters = tuple(self.parameters.values()) if self._differentiate else ()
+        forward = partial(self._forward, problem)
+        return self._memo.run(problem.name, forward, args, kwargs, parameters, self._device)
+
+    def _forward(self, problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._passes[self._kind] += 1
+        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        parameters = self.parameters
+        if not torch.is_grad_enabled():  # also where the module gives a parameter itself
+            parameters = {name: parameter.detach() for name, parameter in parameters.items()}
+        return problem.run_with({**parameters, **buffers}, args, kwargs)
