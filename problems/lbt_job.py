@@ -1,77 +1,53 @@
-"""`mlo run lbt`: search with Learning by Teaching and with DARTS, train what they found, and show it on one page."""
+"""`mlo run lbt`: search with Learning by Teaching and without, train what was found, and show it on one page."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
-from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from pydantic import Field, model_validator
 
 import mlo
-from mlo.config import Config
+from mlo import ConfigError
 from mlo.hypergradient import Darts, ResponseOption
 from mlo.job import Job
 from mlo.run import Run
-from problems.lbt import ArchValidate, StudentTeach, TeacherTrain
-from problems.nas import DARTS, Architecture, EvaluationNetwork, Genotype, Supernet, derive, random_genotype
-from problems.report import TITLES, write_report
-from problems.training import TrainNetwork, test_error
-from problems.vision import Images, Splits, batches, small_student, split_images
+from problems.data import Data, Splits
+from problems.nas import Architecture, ArchitectureLogits, Genotype, SearchSpace, derive, random_genotype
+from problems.report import save_genotypes, write_report
+from problems.search import Search
+from problems.students import make_student
+from problems.training import FinalTraining
 
-Method = Literal["lbt", "darts", "random"]
-
-
-class Data(Config):
-    """Which images, and how many of them for what."""
-
-    source: str = Field(
-        "digits", description="digits (scikit-learn's), or the path of an .npz file of images and labels"
-    )
-    train_size: int = Field(200, ge=1, description="labeled images that the networks learn from")
-    validation_size: int = Field(200, ge=1, description="labeled images that the architecture is judged by")
-    unlabeled_size: int = Field(800, ge=1, description="images whose labels are hidden; the teacher labels them")
-
-
-class Search(Config):
-    """The supernet, and how it, the student and the architecture are trained (the step counts are `steps`)."""
-
-    channels: int = Field(4, ge=1, description="channels of the supernet's first cell")
-    cells: int = Field(3, ge=1, description="cells of the supernet")
-    batch_size: int = Field(50, ge=2, description="images in a batch, of each kind")
-    learning_rate: float = Field(0.05, gt=0, description="of teacher and student, decaying to 0.001 by a cosine")
-    architecture_learning_rate: float = Field(0.01, gt=0, description="of the architecture's Adam")
-
-
-class Evaluation(Config):
-    """The networks that the found architectures stand for, trained on train and validation images together."""
-
-    steps: int = Field(300, ge=1, description="training steps")
-    channels: int = Field(8, ge=1, description="channels of the first cell")
-    cells: int = Field(3, ge=1, description="cells")
-    batch_size: int = Field(50, ge=2, description="images in a batch")
-    learning_rate: float = Field(0.05, gt=0, description="of SGD, decaying to 0 by a cosine")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="last probability of dropping a path")
-    auxiliary: bool = Field(False, description="train with an auxiliary head (for images of 32x32 and up)")
+Method = Literal["lbt", "plain", "random", "best_of_random"]
+SPACE_TITLES = {"darts": "DARTS", "pc_darts": "PC-DARTS", "p_darts": "P-DARTS"}
+STUDENT_TITLES = {"resnet18": "RN18", "resnet50": "RN50"}
 
 
 class LbtJob(Job):
     """Learning by Teaching: a teacher's architecture from how well it learns and teaches; beside it, plain DARTS."""
 
     threads: int | None = Field(1, ge=1, description="CPU threads; null: torch's own choice. Small images want 1")
-    steps: int = Field(60, ge=1, description="search steps, each one of all three levels")
+    steps: int = Field(60, ge=1, description="search rounds of a stage, each a step of every level")
     log_every: int = Field(2, ge=1, description="rounds between two lines of metrics.jsonl")
     checkpoint_every: int = Field(20, ge=1, description="rounds between two checkpoints")
     methods: tuple[Method, ...] = Field(
-        ("lbt", "darts"), min_length=1, description="what to search with; random draws an architecture as a baseline"
+        ("lbt", "plain"),
+        min_length=1,
+        description="how to find an architecture; plain is the space's own method, without a student; random draws one, "
+        "best_of_random several, of which it takes the best on the validation images",
     )
-    hypergradient: ResponseOption = Field(Darts(), description="how the levels are differentiated through")
+    hypergradient: ResponseOption = Field(Darts(), description="how teacher and student are differentiated through")
+    teacher_hypergradient: ResponseOption | None = Field(
+        None, description="the teacher's own, if it is another; first_order makes DARTS the first-order one"
+    )
     lookahead: bool | None = Field(
-        None, description="architecture steps on virtual steps; null: as the estimator has it"
+        None, description="architecture steps on virtual steps; null: as the teacher's estimator has it"
+    )
+    student: str = Field(
+        "small", description="small, small_wide, resnet18, resnet50, another of torchvision's, or package.module:function"
     )
     pseudo_weight: float = Field(1.0, ge=0, description="lambda, the weight of the pseudo-labels in the student's loss")
     student_weight: float = Field(1.0, ge=0, description="gamma, the weight of the student in the validation loss")
@@ -84,130 +60,163 @@ class LbtJob(Job):
     pseudo_label_path: Literal["full", "paper"] = Field(
         "full", description="paper leaves out how the pseudo-labels depend on the architecture directly"
     )
+    page: bool = Field(True, description="end with report.html and pictures; runs of a sweep are faster without")
+    draws: int = Field(4, ge=1, description="architectures that best_of_random draws")
     data: Data = Field(Data(), description="the images")
     search: Search = Field(Search(), description="the search")
-    evaluation: Evaluation = Field(Evaluation(), description="the final training")
+    evaluation: FinalTraining = Field(FinalTraining(), description="the final training")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pseudo_label_path == "paper" and not self._teacher_response.differentiates:
+            raise ValueError(
+                "pseudo_label_path: the paper's way leads through the teacher's training, which a first-order "
+                "teacher_hypergradient leaves out, so nothing of the student would reach the architecture; take full"
+            )
+        return self
+
+    def title(self, method: Method) -> str:
+        """A method's name as the paper writes it: LBT(RN18, DARTS-2nd)."""
+        space = SPACE_TITLES[self.search.space]
+        if self.search.space == "darts":
+            space += "-2nd" if self._teacher_response.differentiates else "-1st"
+        lbt = f"LBT({STUDENT_TITLES.get(self.student, self.student)}, {space})"
+        return {"lbt": lbt, "plain": space, "random": "random", "best_of_random": f"best of {self.draws} random"}[method]
 
     def engine(self) -> mlo.Engine:
-        """The search by Learning by Teaching."""
+        """The first stage of the search by Learning by Teaching."""
         return self.search_engine("lbt")
 
-    def search_engine(self, method: Method) -> mlo.Engine:
-        """A new search: the three levels of LBT, or teacher and architecture alone, which is DARTS."""
-        lbt = method == "lbt"
-        data, size = self._splits, self.search.batch_size
-        labeled, unlabeled = batches(data.train, size), batches(data.unlabeled, size)
-        levels: list[mlo.Problem] = [TeacherTrain("teacher", data=labeled, **self._trained(self._supernet()))]
+    def search_engine(self, method: Method, found: list[ArchitectureLogits] | None = None) -> mlo.Engine:
+        """A new stage of a search, after those that found these logits: LBT's three levels, or two without a student."""
+        lbt, found, search, splits = method == "lbt", found or [], self.search, self._splits
+        space = search.stage_space(found)
+        own = {"hypergradient": self.teacher_hypergradient}
+        levels: list[mlo.Problem] = [search.teacher(space, len(found), self.steps, splits, **own)]
         if lbt:
-            taught = {"unlabeled": unlabeled}
-            if self.student_learns_from == "both":
-                taught["labeled"] = batches(data.train, size)
-            held = ("arch",) if self.pseudo_label_path == "paper" else ()
-            student = self._trained(small_student(self._image_channels, self._classes))
-            levels.append(StudentTeach("student", data=taught, pseudo_weight=self.pseudo_weight, held=held, **student))
-        architecture = Architecture(DARTS)
-        rate = self.search.architecture_learning_rate
+            module = make_student(self.student, splits.image_channels, splits.classes, splits.image_size)
+            options: dict[str, Any] = {"pseudo_weight": self.pseudo_weight}
+            options["held"] = ("arch",) if self.pseudo_label_path == "paper" else ()
+            levels.append(search.student(module, self.steps, splits, self.student_learns_from == "both", **options))
         left_out = [] if lbt else ["student"]
         left_out += ["teacher"] if lbt and self.judged_by == "student" else []
-        levels.append(
-            _ArchValidate(
-                "arch",
-                module=architecture,
-                optimizer=Adam(architecture.parameters(), lr=rate, betas=(0.5, 0.999), weight_decay=1e-3),
-                data=batches(data.validation, size),
-                student_weight=self.student_weight,
-                reads=dict.fromkeys(left_out),
-            )
-        )
-        return mlo.Engine(levels, self.hypergradient, lookahead=self.lookahead, device=self.device)
+        weight = {"student_weight": self.student_weight}
+        levels.append(search.architecture(space, splits, reads=dict.fromkeys(left_out), **weight))
+        lookahead = self._teacher_response.lookahead if self.lookahead is None else self.lookahead
+        return mlo.Engine(levels, self.hypergradient, lookahead=lookahead, device=self.device)
 
     def training_engine(self, genotype: Genotype) -> mlo.Engine:
-        """The final training of a genotype's network, on the train and the validation images."""
-        options = self.evaluation
-        network = EvaluationNetwork(
-            genotype, options.channels, options.cells, self._classes, self._image_channels, options.auxiliary
-        )
-        optimizer = SGD(network.parameters(), lr=options.learning_rate, momentum=0.9, weight_decay=3e-4)
-        both = Images(*(torch.cat(pair) for pair in zip(self._splits.train, self._splits.validation, strict=True)))
-        problem = TrainNetwork(
-            "network",
-            module=network,
-            optimizer=optimizer,
-            scheduler=CosineAnnealingLR(optimizer, options.steps),
-            data=batches(both, options.batch_size),
-            clip_norm=5.0,
-            total_steps=options.steps,
-            drop_path=options.drop_path,
-        )
-        return mlo.Engine([problem], device=self.device)
+        """The final training of a genotype's network, on the train and the validation images or on all."""
+        part = self._splits.labeled if self.evaluation.images == "labeled" else self._splits.everything
+        return self.evaluation.engine(genotype, self._splits, part, self.evaluation.steps, self.device)
 
-    def run(self, run: Run) -> None:
-        """Search and train with each method in turn, then write genotypes, pictures, curves and the page."""
-        found: dict[str, Genotype] = {}
-        results: dict[str, dict[str, Any]] = {}
+    def draw_engine(self, genotype: Genotype) -> mlo.Engine:
+        """The training of a random draw's network on the train images, before the validation images judge it."""
+        return self.evaluation.engine(genotype, self._splits, self._splits.train, self.evaluation.steps, self.device)
+
+    def rehearsal(self) -> Iterator[tuple[str, Callable[[], mlo.Engine], int]]:
+        """Every stage of a run, with random architectures where those of a search are not known yet."""
+        random = random_genotype(self.search.first_space, torch.Generator().manual_seed(0))
         for method in dict.fromkeys(self.methods):
-            genotype = found[method] = self._find(run, method)
-            results[method] = run.stage(
-                f"train-{method}",
-                partial(self.training_engine, genotype),
-                self.evaluation.steps,
-                self._judge,
-            )
-        for name, result in results.items():
-            print(f"{TITLES[name]}: {result['test_error']:.2f} % test error, {result['parameters']:,} weights")
-        data = self.data
-        about = (
-            f"Architectures were searched for {self.steps} steps on {data.source}: {data.train_size} training, "
-            f"{data.validation_size} validation and {data.unlabeled_size} unlabeled images."
-        )
-        print(f"page: {write_report(run, found, results, about)}")
+            for stage in range(self.search.stages if method in ("lbt", "plain") else 0):
+                logits = [Architecture(self.search.first_space)() for _ in range(stage)]
+                yield self._stage_name(method, stage), partial(self.search_engine, method, logits), self.steps
+            draws = self.draws if method == "best_of_random" else 0
+            trainings = self.evaluation.steps * (1 + draws)
+            yield f"train-{method}", partial(self.training_engine, random), trainings
 
-    def _find(self, run: Run, method: Method) -> Genotype:
+    def run(self, run: Run) -> dict[str, dict[str, Any]]:
+        """Search and train with each method in turn, then write genotypes, pictures, curves and the page."""
+        self.evaluation.check(self._splits)
+        genotypes: dict[str, Genotype] = {}
+        results: dict[str, dict[str, Any]] = {}
+        stages: dict[str, list[str]] = {}
+        for method in dict.fromkeys(self.methods):
+            genotypes[method], stages[method], found = self._find(run, method)
+            training = f"train-{method}"
+            told = run.stage(training, partial(self.training_engine, genotypes[method]), self.evaluation.steps, self._judge)
+            kept = {kind: sum(choice.operation == kind for node in genotypes[method].normal for choice in node) for kind in ("skip_connect", "noise")}
+            cost = {"search_seconds": sum(map(run.seconds, stages[method])), "train_seconds": run.seconds(training)}
+            results[method] = {"title": self.title(method), **told, **found, **cost}
+        save_genotypes(run, genotypes)
+        for result in results.values():
+            print(f"{result['title']}: {result['test_error']:.2f} % test error, {result['parameters']:,} weights")
+        if self.page:
+            print(f"page: {write_report(run, genotypes, results, stages, self._about())}")
+        return results
+
+    def _find(self, run: Run, method: Method) -> tuple[Genotype, list[str], dict[str, Any]]:
+        """What a method finds, the stages that it took, and what else is told of them."""
+        generator = torch.Generator().manual_seed(self.seed)
+        space = self.search.first_space
         if method == "random":
-            return random_genotype(DARTS, torch.Generator().manual_seed(self.seed))
+            return random_genotype(space, generator), [], {}
+        if method == "best_of_random":
+            drawn = [random_genotype(space, generator) for _ in range(self.draws)]
+            names = [f"draw-{number + 1}" for number in range(self.draws)]
+            judged = [
+                run.stage(name, partial(self.draw_engine, genotype), self.evaluation.steps, self._judge_draw)
+                for name, genotype in zip(names, drawn, strict=True)
+            ]
+            return drawn[min(range(self.draws), key=judged.__getitem__)], names, {}
+        found: list[ArchitectureLogits] = []
+        names = [self._stage_name(method, stage) for stage in range(self.search.stages)]
+        for name in names:
+            space = self.search.stage_space(found)
+            told = run.stage(
+                name, partial(self.search_engine, method, list(found)), self.steps, partial(self._found, method)
+            )
+            found.append(ArchitectureLogits(torch.tensor(told["normal"]), torch.tensor(told["reduce"])))
+        return derive(space, found[-1]), names, {k: v for k, v in told.items() if k not in ("normal", "reduce")}
 
-        def result(engine: mlo.Engine) -> Any:
-            return derive(DARTS, engine.problems["arch"].module()).model_dump(mode="json")
+    def _stage_name(self, method: Method, stage: int) -> str:
+        return f"search-{method}" + (f"-{stage + 1}" if self.search.stages > 1 else "")
 
-        found = run.stage(f"search-{method}", lambda: self.search_engine(method), self.steps, result)
-        return Genotype.model_validate_json(json.dumps(found))
+    def _found(self, method: Method, engine: mlo.Engine) -> dict[str, Any]:
+        """The logits at the end of a stage, and how much of the architecture's gradient is the student's."""
+        logits = {k: v.tolist() for k, v in engine.problems["arch"].module()._asdict().items()}
+        both = method == "lbt" and self.judged_by == "both"
+        return {**logits, "student_part": student_part(engine)} if both else logits
 
     def _judge(self, engine: mlo.Engine) -> dict[str, Any]:
-        network = engine.problems["network"].module
-        assert isinstance(network, EvaluationNetwork)
-        weights = sum(p.numel() for p in network.parameters())
-        test = self._splits.test
-        return {"test_error": test_error(network, test), "test_images": len(test.labels), "parameters": weights}
+        return self.evaluation.judge(engine, self._splits)
 
-    def _supernet(self) -> Supernet:
-        return Supernet(DARTS, self.search.channels, self.search.cells, self._classes, self._image_channels)
+    def _judge_draw(self, engine: mlo.Engine) -> float:
+        return float(self.evaluation.judge(engine, self._splits, self._splits.validation)["test_error"])
 
-    def _trained(self, module: nn.Module) -> dict[str, Any]:
-        """What teacher and student have in common: SGD with a cosine from the learning rate down to 0.001."""
-        rate = self.search.learning_rate
-        optimizer = SGD(module.parameters(), lr=rate, momentum=0.9, weight_decay=3e-4)
-        scheduler = CosineAnnealingLR(optimizer, self.steps, eta_min=min(0.001, rate))
-        return {"module": module, "optimizer": optimizer, "scheduler": scheduler, "clip_norm": 5.0}
+    def _about(self) -> str:
+        splits, stages = self._splits, f" in each of {self.search.stages} stages" * (self.search.stages > 1)
+        return (
+            f"Architectures were searched for {self.steps} rounds{stages} on {self.data.source}: {len(splits.train):,} "
+            f"training, {len(splits.validation):,} validation and {len(splits.unlabeled):,} unlabeled images."
+        )
+
+    @property
+    def _teacher_response(self) -> mlo.Response:
+        response = self.hypergradient if self.teacher_hypergradient is None else self.teacher_hypergradient
+        assert isinstance(response, mlo.Response)
+        return response
 
     @cached_property
     def _splits(self) -> Splits:
-        sizes = (self.data.train_size, self.data.validation_size, self.data.unlabeled_size)
-        return split_images(self.data.source, *sizes, seed=self.seed)
-
-    @property
-    def _image_channels(self) -> int:
-        return self._splits.train.images.shape[1]
-
-    @property
-    def _classes(self) -> int:
-        return int(self._splits.train.labels.max()) + 1
+        return self.data.load(self.seed, self.device)
 
 
-class _ArchValidate(ArchValidate):
-    """The architecture's level, which reports the mean weight of each operation."""
+def student_part(engine: mlo.Engine) -> float:
+    """The norm of the student's part of the architecture's gradient over that of the teacher's, at the present state.
 
-    def metrics(self) -> dict[str, Tensor]:
-        """{"normal/skip_connect": mean over the edges of its softmax weight, ...}."""
-        kinds = self.module()._asdict().items()
-        means = {kind: logits.detach().softmax(dim=-1).mean(dim=0) for kind, logits in kinds}
-        return {f"{kind}/{name}": mean[i] for kind, mean in means.items() for i, name in enumerate(DARTS.operations)}
+    The gradient is a sum of the two (math of equation 6), so the student's is what is left when the teacher's, taken
+    with gamma = 0, is subtracted.
+    """
+    arch = engine.problems["arch"]
+    weight = arch.student_weight
+    whole = engine.hypergradient("arch")
+    arch.student_weight = 0.0
+    try:
+        teacher = engine.hypergradient("arch")
+    finally:
+        arch.student_weight = weight
+    return float(
+        torch.cat([(whole[n] - teacher[n]).flatten() for n in whole]).norm()
+        / torch.cat([part.flatten() for part in teacher.values()]).norm()
+    )

@@ -1,0 +1,70 @@
+"""`mlo run evaluate`: train the network of a published or a searched architecture from scratch, and test it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+import mlo
+from mlo import ConfigError
+from mlo.job import Job
+from mlo.run import Run
+from problems.data import Data, Splits
+from problems.nas import PUBLISHED, Genotype
+from problems.training import Training
+
+
+class EvaluateJob(Job):
+    """The evaluation phase: an architecture's network trained from scratch and tested once, after its last step."""
+
+    steps: int = Field(300, ge=1, description="training steps")
+    genotype: str = Field(
+        description=f"what to train: {', '.join(PUBLISHED)}, or a genotype.json, or the run folder that holds one"
+    )
+    data: Data = Field(Data(), description="the images")
+    training: Training = Field(Training(), description="the network and its training")
+
+    def engine(self) -> mlo.Engine:
+        """The training, not begun."""
+        splits = self._splits
+        self.training.check(splits)
+        part = splits.labeled if self.training.images == "labeled" else splits.everything
+        return self.training.engine(find_genotype(self.genotype), splits, part, self.steps, self.device)
+
+    def run(self, run: Run) -> dict[str, dict[str, Any]]:
+        """Train, test, and keep the genotype beside the result."""
+        find_genotype(self.genotype).save(run.path / "genotype.json")
+        result = run.stage("train", self.engine, self.steps, lambda engine: self.training.judge(engine, self._splits))
+        print(
+            f"{self.genotype}: {result['test_error']:.2f} % test error, {result['parameters']:,} weights, "
+            f"{result['multiply_adds']:,} multiply-adds an image"
+        )
+        return {"network": {"genotype": self.genotype, **result, "train_seconds": run.seconds("train")}}
+
+    @cached_property
+    def _splits(self) -> Splits:
+        return self.data.load(self.seed, self.device)
+
+
+def find_genotype(name: str) -> Genotype:
+    """A published genotype by its name, or the one in a JSON file or a run folder.
+
+    Raises:
+        ConfigError: if there is none, or the file holds no valid one.
+    """
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    path = Path(name).expanduser()
+    path = path / "genotype.json" if path.is_dir() else path
+    try:
+        return Genotype.load(path)
+    except OSError as error:
+        raise ConfigError(
+            f"genotype: {name!r} is neither published ({', '.join(PUBLISHED)}) nor a file that can be read "
+            f"({error.strerror}); give a name, a genotype.json, or a run folder"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"genotype: {error}") from error

@@ -1,0 +1,108 @@
+"""The pages of the paper's tables: what came out, the paper's numbers beside, and paired tests."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tabulate import tabulate
+
+from mlo.compare import paired
+from problems.paper.published import Reported, Row
+from problems.paper.settings import Scale
+
+Measures = Mapping[str, Any]
+Seeds = Mapping[int, Measures]
+
+
+class Comparison(NamedTuple):
+    """Two labels whose errors are compared seed by seed."""
+
+    label: str
+    baseline: str
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean and standard deviation, or the value where there is but one."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def column(seeds: Seeds, measure: str) -> list[float]:
+    """A measure of every seed that has it, in the order of the seeds."""
+    return [float(seeds[seed][measure]) for seed in sorted(seeds) if measure in seeds[seed]]
+
+
+def reported_error(reported: Reported | None) -> str:
+    """The paper's error, with the top-5 error after a stroke."""
+    if reported is None:
+        return "-"
+    error = f"{reported.error:.2f}" if reported.top5_error is None else f"{reported.error:.1f} / {reported.top5_error}"
+    return error if reported.deviation is None else f"{error} ± {reported.deviation:.2f}"
+
+
+def result_table(rows: Sequence[Row], found: Mapping[str, Seeds], scale: Scale) -> str:
+    """The table in the paper's layout, what it reports to the right."""
+    unit, seconds = ("CPU-minutes", 60) if scale == "laptop" else ("GPU-days", 86400)
+    digits = 1 if scale == "laptop" else 2
+    body = []
+    for row in rows:
+        seeds, reported = found[row.label], row.reported
+        cost = [value / seconds for value in column(seeds, "search_seconds")]
+        body.append(
+            [
+                row.label,
+                spread(column(seeds, "test_error")),
+                spread([value / 1e6 for value in column(seeds, "parameters")], 3),
+                spread([value / 1e6 for value in column(seeds, "multiply_adds")], 1),
+                spread(cost, digits) if any(cost) else "-",
+                reported_error(reported),
+                "-" if reported is None or reported.parameters is None else reported.parameters,
+                "-" if reported is None or reported.cost is None else reported.cost,
+            ]
+        )
+    head = ["method", "error, %", "weights, M", "multiply-adds, M", f"search, {unit}"]
+    return markdown(body, [*head, "paper: error, %", "paper: weights, M", "paper: GPU-days"])
+
+
+def comparison_table(comparisons: Sequence[Comparison], found: Mapping[str, Seeds]) -> str:
+    """Differences of errors, seed by seed: their mean, its 95 % bootstrap interval, a sign-flip permutation test."""
+    body = []
+    for label, baseline in comparisons:
+        test = paired(*(_errors(found[name]) for name in (label, baseline)))
+        interval = f"{test.low:+.2f} to {test.high:+.2f}"
+        body.append([label, baseline, f"{test.mean:+.2f}", interval, f"{test.p:.3f}", test.n])
+    return markdown(body, ["method", "against", "difference of errors", "95 % interval", "p", "seeds"])
+
+
+def verdict(comparisons: Sequence[Comparison], found: Mapping[str, Seeds]) -> str:
+    """How many of these differences are clear of zero, and which way, in a sentence."""
+    tests = [(c, paired(_errors(found[c.label]), _errors(found[c.baseline]))) for c in comparisons]
+    better = [c.label for c, test in tests if test.high < 0]
+    worse = [c.label for c, test in tests if test.low > 0]
+    said = [
+        f"{len(names)} with a {way} error ({', '.join(names)})" for names, way in ((better, "lower"), (worse, "higher")) if names
+    ]
+    if not said:
+        return f"Of {len(tests)} comparisons with the method without a student, none has an interval clear of zero."
+    return f"Of {len(tests)} comparisons with the method without a student, clear of zero are {' and '.join(said)}."
+
+
+def seeds_table(labels: Sequence[str], found: Mapping[str, Seeds]) -> str:
+    """The error of every seed."""
+    numbers = sorted({seed for label in labels for seed in found[label]})
+    body = [
+        [label, *(f"{found[label][n]['test_error']:.2f}" if n in found[label] else "-" for n in numbers)]
+        for label in labels
+    ]
+    return markdown(body, ["error, %", *(f"seed {n}" for n in numbers)])
+
+
+def markdown(body: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
+    """A Markdown table of text."""
+    return tabulate(body, head, tablefmt="github", disable_numparse=True)
+
+
+def _errors(seeds: Seeds) -> dict[int, float]:
+    return {seed: float(measures["test_error"]) for seed, measures in seeds.items()}
