@@ -17,24 +17,14 @@ from mlo.config import Config
 from mlo.hypergradient import Darts, ResponseOption
 from mlo.job import Job
 from mlo.run import Run
+from problems.data import Data, Splits
 from problems.lbt import ArchValidate, StudentTeach, TeacherTrain
 from problems.nas import DARTS, Architecture, EvaluationNetwork, Genotype, Supernet, derive, random_genotype
 from problems.report import TITLES, write_report
+from problems.students import small_student
 from problems.training import TrainNetwork, test_error
-from problems.vision import Images, Splits, batches, small_student, split_images
 
 Method = Literal["lbt", "darts", "random"]
-
-
-class Data(Config):
-    """Which images, and how many of them for what."""
-
-    source: str = Field(
-        "digits", description="digits (scikit-learn's), or the path of an .npz file of images and labels"
-    )
-    train_size: int = Field(200, ge=1, description="labeled images that the networks learn from")
-    validation_size: int = Field(200, ge=1, description="labeled images that the architecture is judged by")
-    unlabeled_size: int = Field(800, ge=1, description="images whose labels are hidden; the teacher labels them")
 
 
 class Search(Config):
@@ -96,12 +86,12 @@ class LbtJob(Job):
         """A new search: the three levels of LBT, or teacher and architecture alone, which is DARTS."""
         lbt = method == "lbt"
         data, size = self._splits, self.search.batch_size
-        labeled, unlabeled = batches(data.train, size), batches(data.unlabeled, size)
+        labeled, unlabeled = data.train.batches(size), data.unlabeled.batches(size)
         levels: list[mlo.Problem] = [TeacherTrain("teacher", data=labeled, **self._trained(self._supernet()))]
         if lbt:
             taught = {"unlabeled": unlabeled}
             if self.student_learns_from == "both":
-                taught["labeled"] = batches(data.train, size)
+                taught["labeled"] = data.train.batches(size)
             held = ("arch",) if self.pseudo_label_path == "paper" else ()
             student = self._trained(small_student(self._image_channels, self._classes))
             levels.append(StudentTeach("student", data=taught, pseudo_weight=self.pseudo_weight, held=held, **student))
@@ -114,7 +104,7 @@ class LbtJob(Job):
                 "arch",
                 module=architecture,
                 optimizer=Adam(architecture.parameters(), lr=rate, betas=(0.5, 0.999), weight_decay=1e-3),
-                data=batches(data.validation, size),
+                data=data.validation.batches(size),
                 student_weight=self.student_weight,
                 reads=dict.fromkeys(left_out),
             )
@@ -128,13 +118,12 @@ class LbtJob(Job):
             genotype, options.channels, options.cells, self._classes, self._image_channels, options.auxiliary
         )
         optimizer = SGD(network.parameters(), lr=options.learning_rate, momentum=0.9, weight_decay=3e-4)
-        both = Images(*(torch.cat(pair) for pair in zip(self._splits.train, self._splits.validation, strict=True)))
         problem = TrainNetwork(
             "network",
             module=network,
             optimizer=optimizer,
             scheduler=CosineAnnealingLR(optimizer, options.steps),
-            data=batches(both, options.batch_size),
+            data=self._splits.labeled.batches(options.batch_size),
             clip_norm=5.0,
             total_steps=options.steps,
             drop_path=options.drop_path,
@@ -191,16 +180,15 @@ class LbtJob(Job):
 
     @cached_property
     def _splits(self) -> Splits:
-        sizes = (self.data.train_size, self.data.validation_size, self.data.unlabeled_size)
-        return split_images(self.data.source, *sizes, seed=self.seed)
+        return self.data.splits(self.seed)
 
     @property
     def _image_channels(self) -> int:
-        return self._splits.train.images.shape[1]
+        return self._splits.image_channels
 
     @property
     def _classes(self) -> int:
-        return int(self._splits.train.labels.max()) + 1
+        return self._splits.classes
 
 
 class _ArchValidate(ArchValidate):

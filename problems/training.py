@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mlo
+from problems.images import Part
 from problems.nas import EvaluationNetwork
-from problems.vision import Images
 
 
 class TrainNetwork(mlo.Problem):
@@ -40,14 +40,14 @@ class TrainNetwork(mlo.Problem):
 
 
 @torch.no_grad()
-def test_error(network: EvaluationNetwork, data: Images, batch_size: int = 500) -> float:
+def test_error(network: EvaluationNetwork, data: Part, batch_size: int = 500) -> float:
     """The part of ``data`` that the network gets wrong, in percent; the network is left in the mode that it was in."""
     device = next(network.parameters()).device
     training = network.training
     network.eval()
     wrong = 0
-    for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True):
+    for images, labels in data.in_order(batch_size):
         predicted = network(images.to(device)).logits.argmax(dim=1)
         wrong += int((predicted != labels.to(device)).sum())
     network.train(training)
-    return 100 * wrong / len(data.labels)
+    return 100 * wrong / len(data)
