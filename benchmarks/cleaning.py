@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mlo
-from problems.vision import Images, split_images
+from problems.data import Data
+from problems.images import Images
 
 ROUNDS, STEPS, FINAL = 150, 20, 1500
 ESTIMATORS: dict[str, object] = {
@@ -99,18 +100,20 @@ def found(weights: Tensor, wrong: Tensor) -> float:
 def one_seed(make: Callable[[], nn.Module], validation: int, seed: int) -> dict[str, tuple[float, float | None]]:
     """{row: (accuracy, F1)} of one seed."""
     torch.manual_seed(seed)
-    data = split_images("digits", train=600, validation=validation, unlabeled=600 - min(validation, 590), seed=seed)
+    unlabeled = 600 - min(validation, 590)
+    data = Data(source="digits", train_size=600, validation_size=validation, unlabeled_size=unlabeled).splits(seed)
+    train, clean, test = (part.load() for part in (data.train, data.validation, data.test))
     wrong = torch.rand(600) < 0.5
-    shifted = (data.train.labels + torch.randint(1, 10, (600,))) % 10
-    noisy = Images(data.train.images, torch.where(wrong, shifted, data.train.labels))
+    shifted = (train.labels + torch.randint(1, 10, (600,))) % 10
+    noisy = Images(train.images, torch.where(wrong, shifted, train.labels))
     rows: dict[str, tuple[float, float | None]] = {
-        "all weights alike": (accuracy(make(), noisy, torch.ones(600), data.test), None),
-        "right labels alone (oracle)": (accuracy(make(), noisy, (~wrong).float(), data.test), None),
+        "all weights alike": (accuracy(make(), noisy, torch.ones(600), test), None),
+        "right labels alone (oracle)": (accuracy(make(), noisy, (~wrong).float(), test), None),
     }
     for name, estimator in ESTIMATORS.items():
-        weights = learned(make(), noisy, data.validation, estimator)
-        rows[name] = (accuracy(make(), noisy, weights, data.test), found(weights, wrong))
-    alone = accuracy(make(), data.validation, torch.ones(validation), data.test)
+        weights = learned(make(), noisy, clean, estimator)
+        rows[name] = (accuracy(make(), noisy, weights, test), found(weights, wrong))
+    alone = accuracy(make(), clean, torch.ones(validation), test)
     return {**rows, "validation images alone": (alone, None)}
 
 

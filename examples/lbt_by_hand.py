@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import mlo
+from problems.data import Data
 from problems.lbt import ArchValidate, StudentTeach, TeacherTrain
-from problems.vision import batches, small_student, split_images
+from problems.students import small_student
 
 
 class Mixture(nn.Module):
@@ -44,8 +45,8 @@ class Teacher(nn.Module):
 def main(steps: int = 100) -> dict[str, float]:
     """Search for ``steps`` rounds; returns the mixture found."""
     torch.manual_seed(0)
-    data = split_images("digits", train=200, validation=200, unlabeled=800, seed=0)
-    labeled, unlabeled = batches(data.train, 50), batches(data.unlabeled, 50)
+    data = Data(source="digits", train_size=200, validation_size=200, unlabeled_size=800).splits(seed=0)
+    labeled, unlabeled = data.train.batches(50), data.unlabeled.batches(50)
     teacher, student, mixture = Teacher(), small_student(image_channels=1, classes=10), Mixture()
 
     def sgd(module: nn.Module) -> torch.optim.Optimizer:
@@ -58,14 +59,14 @@ def main(steps: int = 100) -> dict[str, float]:
                 "student",
                 module=student,
                 optimizer=sgd(student),
-                data={"labeled": batches(data.train, 50), "unlabeled": unlabeled},
+                data={"labeled": data.train.batches(50), "unlabeled": unlabeled},
                 pseudo_weight=1.0,
             ),
             ArchValidate(
                 "arch",
                 module=mixture,
                 optimizer=torch.optim.Adam(mixture.parameters(), lr=0.02),
-                data=batches(data.validation, 50),
+                data=data.validation.batches(50),
                 student_weight=1.0,
             ),
         ],

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mlo
-from problems.vision import split_images
+from problems.data import Data
 
 
 class Weights(nn.Module):
@@ -48,9 +48,10 @@ class Judge(mlo.Problem):
 def main(steps: int = 150, hypergradient: object = "neumann") -> float:
     """Train for ``steps`` rounds; returns the area under the ROC curve of the weights as detectors of right labels."""
     torch.manual_seed(0)
-    data = split_images("digits", train=600, validation=100, unlabeled=500, seed=0)
+    data = Data(source="digits", train_size=600, validation_size=100, unlabeled_size=500).splits(seed=0)
+    train, validation, test = (part.load() for part in (data.train, data.validation, data.test))
     right = torch.rand(600) < 0.5
-    labels = torch.where(right, data.train.labels, (data.train.labels + torch.randint(1, 10, (600,))) % 10)
+    labels = torch.where(right, train.labels, (train.labels + torch.randint(1, 10, (600,))) % 10)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     weights = Weights(600)
     engine = mlo.Engine(
@@ -59,14 +60,14 @@ def main(steps: int = 150, hypergradient: object = "neumann") -> float:
                 "classifier",
                 module=model,
                 optimizer=torch.optim.SGD(model.parameters(), lr=0.3),
-                data=[(data.train.images, labels)],
+                data=[(train.images, labels)],
                 steps=20,
             ),
             Judge(
                 "weights",
                 module=weights,
                 optimizer=torch.optim.Adam(weights.parameters(), lr=0.1),
-                data=[tuple(data.validation)],
+                data=[tuple(validation)],
             ),
         ],
         hypergradient=hypergradient,
@@ -74,7 +75,7 @@ def main(steps: int = 150, hypergradient: object = "neumann") -> float:
     engine.run(steps)
     found = weights()
     area = float((found[right][:, None] > found[~right][None]).float().mean())
-    accuracy = float((model(data.test.images.to(engine.device)).argmax(1).cpu() == data.test.labels).float().mean())
+    accuracy = float((model(test.images.to(engine.device)).argmax(1).cpu() == test.labels).float().mean())
     print(f"a right label outweighs a wrong one in {100 * area:.1f} % of pairs; test accuracy {100 * accuracy:.1f} %")
     return area
 

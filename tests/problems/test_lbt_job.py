@@ -134,7 +134,7 @@ def test_options_reach_the_search(tmp_path, options):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--data.source", "digit"], "data: 'digit' is not there; give digits"),
+        (["--data.source", "digit"], "data.source: 'digit' is not there; did you mean digits"),
         (["--data.unlabeled-size", 1700], "but digits has 1797 images"),
         (["--data.train-size", 5], "train_size=5 is less than one image for each of the 10 classes"),
         (["--hypergradent", "cg"], "did you mean hypergradient?"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from problems.lbt_job import Data, Evaluation, LbtJob, Search
+from problems.data import Data
+from problems.images import Part
+from problems.lbt_job import Evaluation, LbtJob, Search
 from problems.nas import PUBLISHED, EvaluationNetwork, Supernet
-from problems.vision import Images, split_images
 
 DATA = Data(train_size=40, validation_size=50, unlabeled_size=60)
-SPLITS = split_images("digits", 40, 50, 60, seed=0)
+SPLITS = Data(train_size=40, validation_size=50, unlabeled_size=60).splits(seed=0)
 
 
 def job(**options: object) -> LbtJob:
@@ -18,9 +19,10 @@ def job(**options: object) -> LbtJob:
     return LbtJob(**{**small, **options})
 
 
-def among(images: torch.Tensor, part: Images) -> bool:
+def among(images: torch.Tensor, part: Part) -> bool:
     """Whether all these images are of that part."""
-    return all((part.images == image).flatten(1).all(1).any() for image in images)
+    known = part.load().images
+    return all((known == image).flatten(1).all(1).any() for image in images)
 
 
 def test_each_level_gets_the_images_meant_for_it():
@@ -89,8 +91,7 @@ def test_the_final_training_is_on_train_and_validation_images_and_never_on_the_t
     problem = engine.problems["network"]
     images, labels = problem.stream.next()
     assert len(labels) == 90
-    both = Images(*(torch.cat(pair) for pair in zip(SPLITS.train, SPLITS.validation, strict=True)))
-    assert among(images, both)
+    assert among(images, SPLITS.labeled)
     assert len({image.numpy().tobytes() for image in images}) == 90
     group = problem.optimizer.param_groups[0]
     assert (group["lr"], group["momentum"], group["weight_decay"], problem.clip_norm) == (0.2, 0.9, 3e-4, 5.0)
@@ -102,7 +103,8 @@ def test_the_final_training_is_on_train_and_validation_images_and_never_on_the_t
 def test_a_network_is_judged_on_the_test_images():
     engine = job(evaluation=Evaluation(channels=2, cells=1)).training_engine(PUBLISHED["DARTS_V2"])
     network = engine.problems["network"].module.eval()
-    wrong = network(SPLITS.test.images).logits.argmax(1) != SPLITS.test.labels
+    test = SPLITS.test.load()
+    wrong = network(test.images).logits.argmax(1) != test.labels
     result = job()._judge(engine)
     assert result["test_error"] == pytest.approx(100 * wrong.float().mean().item(), abs=1e-4)
     assert result["parameters"] == sum(p.numel() for p in network.parameters())

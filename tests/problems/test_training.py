@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import mlo
+from problems.images import ArrayPixels, Part
 from problems.nas import PUBLISHED, EvaluationNetwork, Predictions
 from problems.training import TrainNetwork
 from problems.training import test_error as error_of
-from problems.vision import Images
 
 
 class Known(nn.Module):
@@ -30,10 +30,11 @@ def test_the_error_is_the_percentage_of_wrong_answers_in_evaluation_mode():
     images = torch.arange(20.0).remainder(5).view(20, 1, 1, 1).expand(20, 1, 2, 2)
     labels = images[:, 0, 0, 0].long()
     labels[:3] = (labels[:3] + 1) % 5
+    data = Part.of(ArrayPixels(images), labels)
     network = Known().train()
-    assert error_of(network, Images(images, labels), batch_size=7) == pytest.approx(15.0)
+    assert error_of(network, data, batch_size=7) == pytest.approx(15.0)
     assert network.training
-    assert error_of(network.eval(), Images(images, labels)) == pytest.approx(15.0)
+    assert error_of(network.eval(), data) == pytest.approx(15.0)
     assert not network.training
 
 
