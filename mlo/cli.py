@@ -1,11 +1,11 @@
-"""The command `mlo`: run, resume, list, graph."""
+"""The command `mlo`: run, resume, sweep, list, graph."""
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from mlo.errors import ConfigError, MloError
 if TYPE_CHECKING:
     from mlo.job import Job
     from mlo.run import Run
+    from mlo.sweep import Failure
 
 app = typer.Typer(
     help="Multi-level optimization: run a problem, go on with a run, see what there is.",
@@ -32,6 +33,10 @@ ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE.yaml", help="Options; the command line wins.")
 ]
 Help = Annotated[bool, typer.Option("--help", "-h", help="With a NAME, every option of that problem.")]
+
+
+Workers = Annotated[int, typer.Option(min=1, metavar="N", help="Runs at a time, each in a process of its own.")]
+OneCoreEach = Annotated[bool, typer.Option("--one-core-each", help="Keep each process on a core of its own.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -75,6 +80,47 @@ def resume(folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The f
 
 
 @app.command(context_settings=OPEN, add_help_option=False)
+def sweep(
+    context: typer.Context,
+    name: Name = None,
+    config: ConfigFile = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the run folders go; must be given.", show_default=False)
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Each with the seeds 0 to N-1.")] = 1,
+    workers: Workers = 1,
+    one_core_each: OneCoreEach = False,
+    help: Help = False,
+) -> None:
+    """Run a problem with several options and seeds: mlo sweep NAME --output DIR [--grid.OPTION LIST]... [--seeds N].
+
+    Each --grid.OPTION has a list of values, in quotes, and all their combinations are run.
+    Other options, --OPTION VALUE, hold for all runs.
+
+    Given again, the command goes on with what was stopped and leaves alone what is finished.
+    """
+    from mlo.options import part_grid, print_help, read_grid, read_options
+    from mlo.sweep import grid, run_all
+
+    model = _model(context, name, help)
+    if help:
+        print(context.get_help())
+        print_help(str(name), model, Console())
+        return
+    if output is None:
+        raise ConfigError(f"a sweep needs a folder for its runs: mlo sweep {name} --output DIR ...")
+    words, grids = part_grid(context.args)
+    given, values = read_options(model, words), read_grid(model, grids)
+    if "seed" in {**given, **values}:
+        raise ConfigError("--seed: a sweep takes --seeds N, and runs each of its options with the seeds 0 to N-1")
+    planned = grid(str(name), _merged(model, config, given), values, seeds, output)
+    with _stoppable("the same command"):
+        failures = run_all(planned, workers, one_core_each)
+    _tell(failures, len(planned))
+    raise typer.Exit(bool(failures))
+
+
+@app.command(context_settings=OPEN, add_help_option=False)
 def graph(context: typer.Context, name: Name = None, config: ConfigFile = None, help: Help = False) -> None:
     """Print who reads whom, level by level; it takes the options of `mlo run NAME`."""
     job = _job(context, name, config, help)
@@ -107,42 +153,66 @@ def _told(group: str, name: str) -> str:
 
 def _job(context: typer.Context, name: str | None, config: Path | None, help: bool) -> "Job | None":
     """The job of a command line, or None after its help was printed."""
-    from mlo.config import defaults, merge, read_yaml, validate
-    from mlo.job import load_job
+    from mlo.config import validate
     from mlo.options import print_help, read_options
+
+    model = _model(context, name, help)
+    if help:
+        print_help(str(name), model, Console())
+        return None
+    data = _merged(model, config, read_options(model, context.args))
+    try:
+        return validate(model, data, str(name))
+    except ConfigError as error:
+        raise ConfigError(f"{error}\n`mlo run {name} --help` lists the options") from None
+
+
+def _model(context: typer.Context, name: str | None, help: bool) -> "type[Job]":
+    """The job's class; without a name, the command's help is printed instead."""
+    from mlo.job import load_job
 
     if name is None:
         print(context.get_help())
         raise typer.Exit(0 if help else 2)
     if name.startswith("-"):
         raise ConfigError(f"the name comes first: mlo {context.info_name} NAME {name} ...; `mlo list` shows the names")
-    model = load_job(name)
-    if help:
-        print_help(name, model, Console())
-        return None
-    data = merge(defaults(model), read_yaml(config) if config else {})
-    data = merge(data, read_options(model, context.args))
-    try:
-        return validate(model, data, name)
-    except ConfigError as error:
-        raise ConfigError(f"{error}\n`mlo run {name} --help` lists the options") from None
+    return load_job(name)
+
+
+def _merged(model: "type[Job]", config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults, with the file's options over them, and those of the command line over these."""
+    from mlo.config import defaults, merge, read_yaml
+
+    merged: dict[str, Any] = merge(merge(defaults(model), read_yaml(config) if config else {}), given)
+    return merged
+
+
+def _tell(failures: "Sequence[Failure]", total: int) -> None:
+    """Sum up a sweep."""
+    from mlo.sweep import LOG
+
+    print(f"{total - len(failures)} of {total} runs are finished")
+    for failure in failures:
+        print(f"failed: {failure.folder}: {failure.message} (see {failure.folder / LOG})", file=sys.stderr)
+    if failures:
+        print("the same command goes on with those that failed", file=sys.stderr)
 
 
 def _go(run: "Run") -> None:
     print(f"run folder: {run.path}", flush=True)
-    with run.locked(), _stoppable(run.path):
-        run.job.run(run)
+    with _stoppable(f"mlo resume {run.path}"):
+        run.execute()
     print(f"finished: {run.path}")
 
 
 @contextmanager
-def _stoppable(path: Path) -> Iterator[None]:
+def _stoppable(again: str) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end the command with the way to go on."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        print(f"stopped; go on with: mlo resume {path}", file=sys.stderr)
+        print(f"stopped; go on with: {again}", file=sys.stderr)
         raise typer.Exit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)

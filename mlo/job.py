@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -14,6 +15,9 @@ from mlo.errors import ConfigError
 if TYPE_CHECKING:
     from mlo.engine import Engine
     from mlo.run import Run
+
+
+Results = Mapping[str, Mapping[str, float | str]]
 
 
 class Job(Config):
@@ -40,13 +44,24 @@ class Job(Config):
     def engine(self) -> Engine:
         """The engine of the main stage, newly built; `mlo graph NAME` prints its graph."""
 
-    def run(self, run: Run) -> None:
-        """All that the job does in a run folder, stage by stage.
+    def run(self, run: Run) -> Results | None:
+        """All that the job does in a run folder, stage by stage; returns what it found.
 
         Override it to do more than train. It is called again, from the top, when a run is resumed: stages that are
         finished return their stored results, so whatever takes long belongs in a stage.
+
+        Returns:
+            {row: {measure: number or text}}, a row for each thing that is to be compared (a method, a network); it is
+            written to results.json, which `mlo compare` reads. None where there is nothing to compare.
         """
-        run.stage("train", self.engine, self.steps, lambda engine: dict(engine.metrics()))
+        return {"train": run.stage("train", self.engine, self.steps, lambda engine: dict(engine.metrics()))}
+
+    def rehearsal(self) -> Iterator[tuple[str, Callable[[], Engine], int]]:
+        """(name, builder of an engine, rounds) of the stages whose cost can be measured by a few of their rounds.
+
+        Override it together with :meth:`run` where there are others than the main stage.
+        """
+        yield "train", self.engine, self.steps
 
 
 def load_job(name: str) -> type[Job]:

@@ -27,6 +27,55 @@ def read_options(model: type[Config], words: Sequence[str]) -> dict[str, Any]:
         ConfigError: if a word is neither an option nor the value of one, or a value is no YAML.
     """
     data: dict[str, Any] = {}
+    for path, text in _pairs(words):
+        data = merge(data, nested(path, _value(model, path, text)))
+    return data
+
+
+def part_grid(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a command line without its `--grid.OPTION LIST`, and those words as `--OPTION LIST`."""
+    others: list[str] = []
+    grid: list[str] = []
+    into = others
+    for word in words:
+        if word.startswith("--"):
+            into = grid if word.startswith("--grid.") else others
+        into.append(word.replace("--grid.", "--", 1) if into is grid else word)
+    return others, grid
+
+
+def read_grid(model: type[Config], words: Sequence[str]) -> dict[str, list[Any]]:
+    """{dotted name: its values} of `--option '[a, b]'`; each value is read as that of the option would be.
+
+    Raises:
+        ConfigError: as :func:`read_options`, and if an option has no list of values.
+    """
+    grid: dict[str, list[Any]] = {}
+    for path, text in _pairs(words):
+        name = ".".join(path)
+        items = _items(text)
+        if not items:
+            raise ConfigError(f"--grid.{name}: {shown(text)} is no list of values; write --grid.{name} '[a, b]'")
+        if name in grid:
+            raise ConfigError(f"--grid.{name}: is given twice; write all its values into one list")
+        grid[name] = [_value(model, path, item) for item in items]
+    return grid
+
+
+def _items(text: str) -> list[str]:
+    """The texts of the items of a YAML list; none if it is no list."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return []
+    return [
+        item.value if getattr(item, "style", None) in ("'", '"') else text[item.start_mark.index : item.end_mark.index]
+        for item in (node.value if isinstance(node, yaml.SequenceNode) else [])
+    ]
+
+
+def _pairs(words: Sequence[str]) -> Iterator[tuple[list[str], str]]:
+    """(path, text of the value) of each option among the words of a command line."""
     waiting = list(words)
     while waiting:
         word = waiting.pop(0)
@@ -37,12 +86,11 @@ def read_options(model: type[Config], words: Sequence[str]) -> dict[str, Any]:
         name, given, text = word[2:].partition("=")
         if not given:
             text = waiting.pop(0) if waiting and not waiting[0].startswith("--") else "true"
-        path = name.replace("-", "_").split(".")
-        data = merge(data, _nest(path, _value(model, path, text)))
-    return data
+        yield name.replace("-", "_").split("."), text
 
 
-def _nest(path: Sequence[str], value: Any) -> Any:
+def nested(path: Sequence[str], value: Any) -> Any:
+    """The value of an option below the parts of its dotted name."""
     for part in reversed(path):
         value = {part: value}
     return value

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -16,21 +16,23 @@ from filelock import FileLock, Timeout
 from mlo.config import read_yaml, validate
 from mlo.errors import ConfigError
 from mlo.files import write_atomic
-from mlo.job import Job, load_job
+from mlo.job import Job, Results, load_job
 from mlo.registry import versions
-from mlo.stage import METRICS, Stage
+from mlo.stage import METRICS, Stage, seconds_taken
 
 if TYPE_CHECKING:
     from mlo.engine import Engine
 
 RUNS = Path("runs")
+RESULTS = "results.json"
 
 
 class Run:
     """An open run folder.
 
     ``config.yaml`` holds every option, ``run.json`` the job's registered name and the versions of what ran it, and
-    ``stages/<name>/`` a stage's metrics, checkpoints and result. Anything else is the job's own.
+    ``stages/<name>/`` a stage's metrics, checkpoints, seconds and result. ``results.json`` is there once the run is
+    finished, and holds what the job returned. Anything else is the job's own.
 
     Attributes:
         path: the folder.
@@ -66,12 +68,12 @@ class Run:
             )
         text = yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False)
         write_atomic(path / "config.yaml", text)
-        about = {
+        begun = {
             "job": name,
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "versions": versions(),
         }
-        write_atomic(path / "run.json", json.dumps(about, indent=2) + "\n")
+        write_atomic(path / "run.json", json.dumps(begun, indent=2) + "\n")
         return cls(path, job)
 
     @classmethod
@@ -81,12 +83,8 @@ class Run:
         Raises:
             ConfigError: if it is no run folder, or its job or its options are not known any more.
         """
-        try:
-            about = json.loads((path / "run.json").read_text(encoding="utf-8"))
-            name, old = about["job"], about["versions"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: is no run folder, for it has no run.json that can be read") from error
-        job = validate(load_job(name), read_yaml(path / "config.yaml"), str(path / "config.yaml"))
+        _, old = about(path)
+        _, job = begun_with(path)
         new = versions()
         changed = [f"{what} {old.get(what)} then, {new[what]} now" for what in new if old.get(what) != new[what]]
         if changed:
@@ -95,6 +93,17 @@ class Run:
                 file=sys.stderr,
             )
         return cls(path, job)
+
+    def execute(self) -> None:
+        """Run the job, or what is left of it, and store what it found.
+
+        Raises:
+            ConfigError: if another process runs in this folder, or what the job returned cannot be stored.
+            KeyboardInterrupt: if a SIGINT or SIGTERM came; a stage wrote a checkpoint.
+        """
+        with self.locked():
+            found = self.job.run(self)
+            write_atomic(self.path / RESULTS, _text(found or {}))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -119,6 +128,10 @@ class Run:
         """What a stage has logged so far, a dictionary for each line; none for a stage that has not begun."""
         path = self.path / "stages" / stage / METRICS
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    def seconds(self, stage: str) -> float:
+        """Wall-clock seconds that a stage has trained so far, the time between interruptions left out."""
+        return seconds_taken(self.path / "stages" / stage)
 
     def discard(self) -> None:
         """Take away what :meth:`create` wrote, if no stage has begun, so that the folder can be used again."""
@@ -148,6 +161,67 @@ class Run:
             raise ConfigError(f"two stages of this job are named {name!r}; give each a name of its own")
         self._stages.add(name)
         return Stage(self.path / "stages" / name, self.job, steps).run(engine, result)
+
+
+def about(path: Path) -> tuple[str, dict[str, str]]:
+    """The registered name of a run folder's job, and the versions that it was begun with.
+
+    Raises:
+        ConfigError: if it is no run folder.
+    """
+    try:
+        told = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        return told["job"], told["versions"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: is no run folder, for it has no run.json that can be read") from error
+
+
+def begun_with(path: Path) -> tuple[str, Job]:
+    """The registered name of a run folder's job, and the job with the options that it was begun with.
+
+    Raises:
+        ConfigError: if it is no run folder, or its job or its options are not known any more.
+    """
+    name, _ = about(path)
+    return name, validate(load_job(name), read_yaml(path / "config.yaml"), str(path / "config.yaml"))
+
+
+def read_results(path: Path) -> Results | None:
+    """What the job of a run folder found; None if the run is not finished.
+
+    Raises:
+        ConfigError: if the file is not what a run writes.
+    """
+    file = path / RESULTS
+    try:
+        return _checked(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error}); delete it and run `mlo resume {path}`") from error
+
+
+def _text(found: Results) -> str:
+    try:
+        return json.dumps(_checked(found), indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"what the job's run() returned cannot be stored ({error}); "
+            "return {row: {measure: value}}, each value a finite number or text"
+        ) from error
+
+
+def _checked(found: Results) -> Results:
+    """The results, if they are of their form; ValueError says what is not."""
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{found!r} is no mapping")
+    for row, measures in found.items():
+        if not isinstance(measures, Mapping):
+            raise ValueError(f"row {row!r} is {measures!r}")
+        for measure, value in measures.items():
+            if not isinstance(value, int | float | str):
+                raise ValueError(f"{measure!r} of row {row!r} is {value!r}")
+    return found
 
 
 def _made(path: Path) -> Path:

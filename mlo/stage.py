@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from mlo.engine import Engine
 
 METRICS = "metrics.jsonl"
+SECONDS = "seconds.json"
 KEPT = 2
 
 
@@ -61,6 +63,7 @@ class Stage:
 
     def _train(self, engine: "Engine") -> None:
         metrics = Metrics(self.path / METRICS, engine.rounds)
+        began = time.monotonic() - seconds_taken(self.path)
         with StageProgress(self.path.name, self.steps, engine.rounds) as progress, metrics, interruption() as asked:
 
             def after_round(engine: "Engine") -> None:
@@ -71,6 +74,7 @@ class Stage:
                 if step % self.job.checkpoint_every == 0 or last or asked():
                     metrics.sync()
                     self._save(engine)
+                    write_atomic(self.path / SECONDS, f"{time.monotonic() - began:.3f}\n")
                 if asked():
                     raise KeyboardInterrupt
 
@@ -129,6 +133,14 @@ def _before(line: str, start: int) -> bool:
         return bool(json.loads(line)["step"] <= start)
     except ValueError:
         return False
+
+
+def seconds_taken(path: Path) -> float:
+    """Seconds that the training in a stage's folder took up to its last checkpoint, interruptions left out."""
+    try:
+        return float((path / SECONDS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not begun, or begun by a version that kept no time
+        return 0.0
 
 
 def stage_seed(seed: int, name: str) -> int:
