@@ -3,18 +3,21 @@
 from problems.nas.drawing import draw_cell
 from problems.nas.genotype import Choice, Genotype, derive, random_genotype
 from problems.nas.network import EvaluationNetwork, Predictions
-from problems.nas.operations import NONE, OPERATIONS
+from problems.nas.operations import BUILDABLE, NOISE, NONE, OPERATIONS
 from problems.nas.published import PUBLISHED
-from problems.nas.space import DARTS, P_DARTS, PC_DARTS, ArchitectureLogits, CellKind, Edge, SearchSpace
+from problems.nas.space import DARTS, P_DARTS, PC_DARTS, ROBUST_S4, ArchitectureLogits, CellKind, Edge, SearchSpace
 from problems.nas.supernet import Architecture, Supernet
 
 __all__ = [
+    "BUILDABLE",
     "DARTS",
+    "NOISE",
     "NONE",
     "OPERATIONS",
     "PC_DARTS",
     "PUBLISHED",
     "P_DARTS",
+    "ROBUST_S4",
     "Architecture",
     "ArchitectureLogits",
     "CellKind",

@@ -20,7 +20,14 @@ _TURN = 0.28  # the length over which an edge changes height
 _FIRST_GAP, _LAST_GAP = _PITCH + _HALF_WIDTH - _HALF_HEIGHT, 1.2  # from the inputs and to the output
 _MARGIN = 0.12  # around the picture
 _END_COLOR, _NODE_COLOR, _CONCATENATION_COLOR = "#e9e9e4", "#cfe2f3", "#b4b4b4"
-_COLORS = {"sep": "#1f5f99", "dil": "#0b7a6b", "max": "#b3541e", "avg": "#b3541e", "skip": "#6b6b6b"}
+_COLORS = {
+    "sep": "#1f5f99",
+    "dil": "#0b7a6b",
+    "max": "#b3541e",
+    "avg": "#b3541e",
+    "skip": "#6b6b6b",
+    "noise": "#b01e3c",
+}
 
 
 class _Route(NamedTuple):

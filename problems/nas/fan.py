@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from problems.nas.convolution import convolve
-from problems.nas.operations import NONE
+from problems.nas.operations import NOISE, NONE
 
 
 def _average_pool(features: Tensor, size: int, stride: int, padding: int) -> Tensor:
@@ -112,7 +112,7 @@ class Fan(nn.Module):
 
     What has no parameters (pools with their batch norms, the identity) is computed once and mixed by a small matrix,
     one row an edge. What has is one kernel for all edges, whose channels lie side by side, edge after edge, and the
-    last batch norm applies the weights. "none" contributes nothing.
+    last batch norm applies the weights. "noise" is drawn for each edge anew. "none" contributes nothing.
 
     Args:
         edges: {row of an edge in the weights: its operations}.
@@ -123,6 +123,7 @@ class Fan(nn.Module):
 
     matrix: Tensor
     scales: Tensor
+    noises: Tensor
 
     def __init__(
         self, edges: Mapping[int, Collection[str]], columns: Sequence[str], channels: int, stride: int
@@ -132,11 +133,12 @@ class Fan(nn.Module):
         names = [name for name in columns if name != NONE and any(name in operations for operations in edges.values())]
         identity = ["skip_connect"] if stride == 1 and "skip_connect" in names else []
         self.shared = [*(name for name in names if name in _POOLS), *identity]
-        self.owners = {
+        places = {
             name: tuple(place for place, operations in enumerate(edges.values()) if name in operations)
             for name in names
-            if name not in self.shared
         }
+        self.noisy = places.get(NOISE, ())
+        self.owners = {name: own for name, own in places.items() if name not in (*self.shared, NOISE)}
         self.norms = nn.ModuleDict({name: ScaledNorm(channels) for name in self.shared if name in _POOLS})
         self.branches = nn.ModuleDict({name: self._branch(name, len(owners)) for name, owners in self.owners.items()})
 
@@ -144,10 +146,12 @@ class Fan(nn.Module):
             return row * len(columns) + columns.index(name)
 
         matrix = [[index(row, name) for name in self.shared] for row in self.edges]
-        places = [index(row, name) for name in self.owners for row, operations in edges.items() if name in operations]
+        scaled = [index(row, name) for name in self.owners for row, operations in edges.items() if name in operations]
         self.register_buffer("matrix", torch.tensor(matrix, dtype=torch.long), persistent=False)
-        scales = torch.tensor(places, dtype=torch.long).repeat_interleave(channels)
+        scales = torch.tensor(scaled, dtype=torch.long).repeat_interleave(channels)
         self.register_buffer("scales", scales, persistent=False)
+        noises = [index(row, NOISE) for row, operations in edges.items() if NOISE in operations]
+        self.register_buffer("noises", torch.tensor(noises, dtype=torch.long), persistent=False)
 
     def _branch(self, name: str, count: int) -> nn.Module:
         if name == "skip_connect":
@@ -168,6 +172,9 @@ class Fan(nn.Module):
             for owners, output in self._branch_sums(F.relu(state), weights).items():
                 for place, part in zip(owners, pixels_of(output).split(self.channels, dim=-1), strict=True):
                     terms[place].append(part)
+        if self.noisy:
+            for place, noise in zip(self.noisy, self._noise(state, weights).unbind(), strict=True):
+                terms[place].append(noise)
         return terms
 
     def _branch_sums(self, rectified: Tensor, weights: Tensor) -> dict[tuple[int, ...], Tensor]:
@@ -194,6 +201,14 @@ class Fan(nn.Module):
             stacked = pixels_of(torch.cat([self._share(name, state) for name in names]))
             mixed = matrix @ stacked.reshape(len(names), -1)
             yield mixed.view(-1, len(stacked) // len(names), *stacked.shape[1:])
+
+    def _noise(self, state: Tensor, weights: Tensor) -> Tensor:
+        """Draw standard normal noise for each edge that has it, times its weight, (edges, N, H', W', channels)."""
+        samples, channels, *sizes = state.shape
+        height, width = (-(-size // self.stride) for size in sizes)
+        shape = len(self.noisy), samples, height, width, channels
+        noise = torch.randn(shape, dtype=state.dtype, device=state.device)
+        return noise * weights.take(self.noises)[:, None, None, None, None]
 
     def _share(self, name: str, state: Tensor) -> Tensor:
         return cast(Tensor, self.norms[name](_POOLS[name](state, 3, self.stride, 1))) if name in _POOLS else state

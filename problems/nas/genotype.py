@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor
 
-from problems.nas.operations import NONE, OPERATIONS, explain_unknown
+from problems.nas.operations import BUILDABLE, NONE, explain_unknown
 from problems.nas.space import ArchitectureLogits, CellKind, Edge, SearchSpace
 
 
@@ -81,7 +81,7 @@ def _cell_faults(kind: str, cell: CellGenotype) -> list[str]:
     for node, choices in enumerate(cell):
         place = f"{kind} cell, node {node}"
         for operation, source in choices:
-            if operation not in OPERATIONS or operation == NONE:
+            if operation not in BUILDABLE:
                 faults.append(f"{place}: {explain_unknown(operation)}")
             if not 0 <= source < node + 2:
                 faults.append(f"{place}: source {source} does not come before the node; valid: 0 to {node + 1}")

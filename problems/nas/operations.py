@@ -1,4 +1,4 @@
-"""The candidate operations of the DARTS family, each defined once for the supernet and the evaluation network."""
+"""The candidate operations: those of the DARTS family, and one that is known to be bad, to test searches with."""
 
 import difflib
 from collections.abc import Callable
@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 NONE = "none"
 """The operation that contributes zero. It is a choice for the architecture, never a module."""
+
+NOISE = "noise"
+"""The operation that forgets its input: standard normal noise. Of no use to a network, and no part of `OPERATIONS`."""
 
 
 class FactorizedReduce(nn.Module):
@@ -34,6 +37,26 @@ class FactorizedReduce(nn.Module):
         return output
 
 
+class Noise(nn.Module):
+    """Replace the features by standard normal noise, anew at each call, in training and in evaluation.
+
+    Maps (N, C, H, W) to (N, C, ceil(H/stride), ceil(W/stride)). It is drawn from torch's global generator of the
+    features' device, as dropout's masks are; no batch norm follows it. A search that keeps it has failed: operation of
+    space S4 in Zela et al. 2020, Understanding and Robustifying Differentiable Architecture Search, arXiv:1909.09656,
+    section 3.
+    """
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Draw noise in the place of the features."""
+        samples, channels, *sizes = features.shape
+        height, width = (-(-size // self.stride) for size in sizes)
+        return torch.randn(samples, channels, height, width, dtype=features.dtype, device=features.device)
+
+
 def relu_conv_bn(in_channels: int, out_channels: int, affine: bool) -> nn.Sequential:
     """ReLU, 1x1 convolution, batch norm: brings a cell's input to the cell's number of channels."""
     return nn.Sequential(
@@ -50,7 +73,7 @@ def make_operation(name: str, channels: int, stride: int, affine: bool) -> nn.Mo
     (search) they have none, since the operation's weight already scales, and a pool is followed by a batch norm that
     brings it to the scale of the convolutions (Liu et al. 2019, DARTS, section 3.1 and appendix A).
 
-    Raises ValueError for a name that is not in `OPERATIONS`, or is "none", which has no module.
+    Raises ValueError for a name that is not in `BUILDABLE`, such as "none", which has no module.
     """
     if name not in _BUILDERS:
         raise ValueError(explain_unknown(name))
@@ -103,6 +126,10 @@ def _pool(pool: nn.Module, channels: int, affine: bool) -> nn.Module:
     return pool if affine else nn.Sequential(pool, nn.BatchNorm2d(channels, affine=False))
 
 
+def _noise(channels: int, stride: int, affine: bool) -> nn.Module:
+    return Noise(stride)
+
+
 _BUILDERS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "max_pool_3x3": _max_pool,
     "avg_pool_3x3": _average_pool,
@@ -111,7 +138,11 @@ _BUILDERS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "sep_conv_5x5": _separable(5),
     "dil_conv_3x3": _dilated(3),
     "dil_conv_5x5": _dilated(5),
+    NOISE: _noise,
 }
 
-OPERATIONS: tuple[str, ...] = (NONE, *_BUILDERS)
-"""Every operation's name, in the order of the DARTS search space."""
+BUILDABLE: tuple[str, ...] = tuple(_BUILDERS)
+"""Every operation that has a module, by name: those that a genotype may hold, and a space beside "none"."""
+
+OPERATIONS: tuple[str, ...] = (NONE, *(name for name in BUILDABLE if name != NOISE))
+"""The eight operations of the DARTS search space, in its order."""

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from problems.nas.operations import NONE, OPERATIONS, explain_unknown
+from problems.nas.operations import BUILDABLE, NOISE, NONE, OPERATIONS, explain_unknown
 
 CellKind = Literal["normal", "reduce"]
 Choices = tuple[tuple[str, ...], ...]
@@ -67,7 +67,7 @@ class SearchSpace:
     max_skips: int | None = None
 
     def __post_init__(self) -> None:
-        faults = [explain_unknown(name) for name in self.operations if name not in OPERATIONS]
+        faults = [explain_unknown(name) for name in self.operations if name not in (NONE, *BUILDABLE)]
         if len(set(self.operations)) < len(self.operations):
             faults.append(f"an operation is named twice in {self.operations}")
         if set(self.operations) <= {NONE}:
@@ -171,3 +171,6 @@ PC_DARTS = SearchSpace(operations=OPERATIONS, partial=4, edge_weights=True)
 
 P_DARTS = SearchSpace(operations=OPERATIONS, max_skips=2)
 """Chen et al. 2019, Progressive DARTS, arXiv:1904.12760: the first of three stages; `narrow` gives the others."""
+
+ROBUST_S4 = SearchSpace(operations=("sep_conv_3x3", NOISE))
+"""Zela et al. 2020, RobustDARTS, arXiv:1909.09656, section 3, space S4: one good operation, and one known to be bad."""
