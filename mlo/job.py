@@ -13,6 +13,8 @@ from mlo.config import Config
 from mlo.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from mlo.engine import Engine
     from mlo.run import Run
 
@@ -39,6 +41,17 @@ class Job(Config):
     steps: int = Field(1000, ge=1, description="rounds of the main stage")
     log_every: int = Field(10, ge=1, description="rounds between two lines of metrics.jsonl")
     checkpoint_every: int = Field(200, ge=1, description="rounds between two checkpoints")
+
+    @property
+    def placed(self) -> torch.device:
+        """The device that ``device`` stands for on this machine.
+
+        Raises:
+            ConfigError: if there is no such device.
+        """
+        from mlo.plan import place
+
+        return place([], self.device)
 
     @abstractmethod
     def engine(self) -> Engine:

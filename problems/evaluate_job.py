@@ -46,7 +46,7 @@ class EvaluateJob(Job):
 
     @cached_property
     def _splits(self) -> Splits:
-        return self.data.load(self.seed, self.device)
+        return self.data.splits(self.seed, self.placed)
 
 
 def find_genotype(name: str) -> Genotype:

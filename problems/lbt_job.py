@@ -10,12 +10,11 @@ import torch
 from pydantic import Field, model_validator
 
 import mlo
-from mlo import ConfigError
 from mlo.hypergradient import Darts, ResponseOption
 from mlo.job import Job
 from mlo.run import Run
 from problems.data import Data, Splits
-from problems.nas import Architecture, ArchitectureLogits, Genotype, SearchSpace, derive, random_genotype
+from problems.nas import Architecture, ArchitectureLogits, Genotype, derive, random_genotype
 from problems.report import save_genotypes, write_report
 from problems.search import Search
 from problems.students import make_student
@@ -36,8 +35,8 @@ class LbtJob(Job):
     methods: tuple[Method, ...] = Field(
         ("lbt", "plain"),
         min_length=1,
-        description="how to find an architecture; plain is the space's own method, without a student; random draws one, "
-        "best_of_random several, of which it takes the best on the validation images",
+        description="how to find an architecture; plain is the space's own method, without a student; random draws "
+        "one, best_of_random several, and takes the best on the validation images",
     )
     hypergradient: ResponseOption = Field(Darts(), description="how teacher and student are differentiated through")
     teacher_hypergradient: ResponseOption | None = Field(
@@ -47,7 +46,8 @@ class LbtJob(Job):
         None, description="architecture steps on virtual steps; null: as the teacher's estimator has it"
     )
     student: str = Field(
-        "small", description="small, small_wide, resnet18, resnet50, another of torchvision's, or package.module:function"
+        "small",
+        description="small, small_wide, resnet18, resnet50, another of torchvision's, or package.module:function",
     )
     pseudo_weight: float = Field(1.0, ge=0, description="lambda, the weight of the pseudo-labels in the student's loss")
     student_weight: float = Field(1.0, ge=0, description="gamma, the weight of the student in the validation loss")
@@ -81,14 +81,16 @@ class LbtJob(Job):
         if self.search.space == "darts":
             space += "-2nd" if self._teacher_response.differentiates else "-1st"
         lbt = f"LBT({STUDENT_TITLES.get(self.student, self.student)}, {space})"
-        return {"lbt": lbt, "plain": space, "random": "random", "best_of_random": f"best of {self.draws} random"}[method]
+        return {"lbt": lbt, "plain": space, "random": "random", "best_of_random": f"best of {self.draws} random"}[
+            method
+        ]
 
     def engine(self) -> mlo.Engine:
         """The first stage of the search by Learning by Teaching."""
         return self.search_engine("lbt")
 
     def search_engine(self, method: Method, found: list[ArchitectureLogits] | None = None) -> mlo.Engine:
-        """A new stage of a search, after those that found these logits: LBT's three levels, or two without a student."""
+        """A stage of a search, after those that found these logits: LBT's three levels, or two without a student."""
         lbt, found, search, splits = method == "lbt", found or [], self.search, self._splits
         space = search.stage_space(found)
         own = {"hypergradient": self.teacher_hypergradient}
@@ -134,10 +136,11 @@ class LbtJob(Job):
         for method in dict.fromkeys(self.methods):
             genotypes[method], stages[method], found = self._find(run, method)
             training = f"train-{method}"
-            told = run.stage(training, partial(self.training_engine, genotypes[method]), self.evaluation.steps, self._judge)
-            kept = {kind: sum(choice.operation == kind for node in genotypes[method].normal for choice in node) for kind in ("skip_connect", "noise")}
+            told = run.stage(
+                training, partial(self.training_engine, genotypes[method]), self.evaluation.steps, self._judge
+            )
             cost = {"search_seconds": sum(map(run.seconds, stages[method])), "train_seconds": run.seconds(training)}
-            results[method] = {"title": self.title(method), **told, **found, **cost}
+            results[method] = {"title": self.title(method), **told, **found, **_kept(genotypes[method]), **cost}
         save_genotypes(run, genotypes)
         for result in results.values():
             print(f"{result['title']}: {result['test_error']:.2f} % test error, {result['parameters']:,} weights")
@@ -199,7 +202,13 @@ class LbtJob(Job):
 
     @cached_property
     def _splits(self) -> Splits:
-        return self.data.load(self.seed, self.device)
+        return self.data.splits(self.seed, self.placed)
+
+
+def _kept(genotype: Genotype) -> dict[str, int]:
+    """How many of the normal cell's edges are what searches are known to fail by."""
+    names = [choice.operation for node in genotype.normal for choice in node]
+    return {name: names.count(name) for name in ("skip_connect", "noise")}
 
 
 def student_part(engine: mlo.Engine) -> float:

@@ -63,7 +63,7 @@ def write_report(
 
 
 def genotype_file(genotypes: Mapping[str, Genotype], method: str) -> str:
-    """LBT's architecture, or else the first method's, is in genotype.json; that of another in genotype-<method>.json."""
+    """Where an architecture is: LBT's, or else the first method's, in genotype.json, others by their method."""
     main = "lbt" if "lbt" in genotypes else next(iter(genotypes))
     return "genotype.json" if method == main else f"genotype-{method}.json"
 

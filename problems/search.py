@@ -60,7 +60,9 @@ class Search(Config):
     learning_rate: float = Field(0.05, gt=0, description="of teacher and student, decaying by a cosine")
     last_learning_rate: float = Field(0.001, ge=0, description="what it decays to")
     architecture_learning_rate: float = Field(0.01, gt=0, description="of the architecture's Adam")
-    architecture_clip: float | None = Field(None, gt=0, description="the norm its gradient is clipped to (5 in P-DARTS)")
+    architecture_clip: float | None = Field(
+        None, gt=0, description="the norm its gradient is clipped to (5 in P-DARTS)"
+    )
     augmentation: Augmentation = Field(Augmentation(), description="of all images in the search")
 
     @model_validator(mode="after")

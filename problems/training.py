@@ -15,7 +15,8 @@ import mlo
 from mlo import ConfigError
 from mlo.config import Config
 from problems.augmentation import Augmentation
-from problems.data import Part, Splits
+from problems.data import Splits
+from problems.images import Part
 from problems.nas import EvaluationNetwork, Genotype
 from problems.nas.counting import count
 from problems.search import stem_for
@@ -30,7 +31,7 @@ class Training(Config):
     learning_rate: float = Field(0.05, gt=0, description="of SGD with momentum 0.9")
     schedule: Literal["cosine", "exponential", "linear"] = Field(
         "cosine",
-        description="of the learning rate: cosine to 0; exponential, x0.97 an epoch; linear to 0 after 5 epochs' warmup",
+        description="of the learning rate: cosine to 0; exponential, x0.97 an epoch; linear to 0 after 5 epochs",
     )
     weight_decay: float = Field(3e-4, ge=0, description="of SGD")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="0.1 for ImageNet")
@@ -59,9 +60,7 @@ class Training(Config):
     def engine(self, genotype: Genotype, splits: Splits, part: Part, steps: int, device: str) -> mlo.Engine:
         """A training of `steps` steps on a part of the data, not begun."""
         network = self.network(genotype, splits)
-        optimizer = SGD(
-            network.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay
-        )
+        optimizer = SGD(network.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
         problem = TrainNetwork(
             "network",
             module=network,

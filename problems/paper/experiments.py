@@ -24,7 +24,7 @@ from problems.paper.pages import (
     verdict,
 )
 from problems.paper.published import TRADE_OFFS, Row
-from problems.paper.settings import Run, Scale, BALANCED, benefit_options, imagenet_evaluation, together
+from problems.paper.settings import BALANCED, Run, Scale, benefit_options, imagenet_evaluation, together
 
 SHRUNK = (
     "This is the laptop scale: images of 16x16, 1,000 training, 1,000 validation and 4,000 unlabeled ones, supernets "
@@ -94,7 +94,10 @@ class _Table(_PaperExperiment):
         told = [(SHRUNK if scale == "laptop" else FULL) + self.note, result_table(self.rows, by_label, scale)]
         told += [verdict(pairs, by_label), comparison_table(pairs, by_label)]
         if "random" in by_label:
-            told += ["Against a random architecture of the same space:", comparison_table(self.against_random(), by_label)]
+            told += [
+                "Against a random architecture of the same space:",
+                comparison_table(self.against_random(), by_label),
+            ]
         return [*told, "Each seed:", seeds_table(list(by_label), by_label)], {}
 
     def key(self, row: Row) -> str:
@@ -141,7 +144,11 @@ class Table4(_Table):
 
     def comparisons(self) -> list[Comparison]:
         """Each row with a student against the row before it, which is the same without."""
-        return [Comparison(row.label, before.label) for before, row in zip(self.rows, self.rows[1:], strict=False) if row.run.student]
+        return [
+            Comparison(row.label, before.label)
+            for before, row in zip(self.rows, self.rows[1:], strict=False)
+            if row.run.student
+        ]
 
     def sections(self, scale: Scale, found: Mapping[str, Seeds]) -> tuple[list[str], dict[str, Figure]]:
         """As for every table; the cost of a search is taken from its run."""
@@ -199,8 +206,8 @@ class _TradeOff(_PaperExperiment):
         figure = Figure(figsize=(8.4, 3.4), layout="constrained")
         told = [
             (SHRUNK if scale == "laptop" else FULL)
-            + f"LBT(RN18, DARTS-2nd), the other trade-off at 1. The error is that on 5,000 labeled images held out from "
-            f"the search and from the training. The paper's figure has its least error at {self.symbol} = 1 on both.",
+            + f"LBT(RN18, DARTS-2nd), the other trade-off at 1. The error is that on 5,000 labeled images held out of "
+            f"search and training. The paper's figure has its least error at {self.symbol} = 1 on both.",
             f"![error against {self.symbol}]({self.name}.png)",
         ]
         titles = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10"}
@@ -260,7 +267,11 @@ class Benefit(_PaperExperiment):
     def sections(self, scale: Scale, found: Mapping[str, Seeds]) -> tuple[list[str], dict[str, Figure]]:
         """What was searched, what came out, and the tests."""
         by_label = {label: found[self._key(*chosen)] for label, chosen in self.labels.items()}
-        measures = {"noise": "noise edges of 8", "skip_connect": "skip-connections of 8", "student_part": "student's part"}
+        measures = {
+            "noise": "noise edges of 8",
+            "skip_connect": "skip-connections of 8",
+            "student_part": "student's part",
+        }
         body = []
         for label, seeds in by_label.items():
             others = [column(seeds, measure) for measure in measures]
@@ -270,11 +281,11 @@ class Benefit(_PaperExperiment):
         pairs = [Comparison(label, "DARTS-2nd") for label in lbt]
         pairs_random = [Comparison(label, "random") for label in by_label if label != "random"]
         told = [
-            "Real CIFAR-10, shrunk to 16x16. The search sees 100 training and 100 validation labels, and 8,000 unlabeled "
-            "images; four operations compete on each edge: 3x3 max pooling, the identity, 3x3 separable convolution, and "
-            "noise, which replaces its input by normal noise and is of no use (space S4 of Zela et al. 2020 has it). "
-            "150 rounds, exact one-step hypergradients. Then each architecture's network is trained for 400 steps on all "
-            "50,000 training images with their labels, and tested on 5,000 of the test images, so "
+            "Real CIFAR-10, shrunk to 16x16. The search sees 100 training and 100 validation labels, and 8,000 "
+            "unlabeled images; four operations compete on each edge: 3x3 max pooling, the identity, 3x3 separable "
+            "convolution, and noise, which replaces its input by normal noise and is of no use (as in space S4 of Zela et "
+            "al. 2020). 150 rounds, exact one-step hypergradients. Then each architecture's network is trained for 400 "
+            "steps on all 50,000 training images with their labels, and tested on 5,000 of the test images, so "
             "that what tells the networks apart is the architecture. The same seeds, and so the same images, for all.",
             markdown(body, ["found by", "error, %", *measures.values()]),
             "\"Student's part\" is the norm of the student's part of the architecture's gradient over that of the "

@@ -82,7 +82,9 @@ def verdict(comparisons: Sequence[Comparison], found: Mapping[str, Seeds]) -> st
     better = [c.label for c, test in tests if test.high < 0]
     worse = [c.label for c, test in tests if test.low > 0]
     said = [
-        f"{len(names)} with a {way} error ({', '.join(names)})" for names, way in ((better, "lower"), (worse, "higher")) if names
+        f"{len(names)} with a {way} error ({', '.join(names)})"
+        for names, way in ((better, "lower"), (worse, "higher"))
+        if names
     ]
     if not said:
         return f"Of {len(tests)} comparisons with the method without a student, none has an interval clear of zero."

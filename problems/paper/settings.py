@@ -44,7 +44,9 @@ class Run(NamedTuple):
     def options(self, scale: Scale) -> Options:
         """The options of its `lbt` job, without the seed."""
         spaces = LAPTOP_SPACES if scale == "laptop" else PAPER_SPACES
-        students = {"rn18": "small", "rn50": "small_wide"} if scale == "laptop" else {"rn18": "resnet18", "rn50": "resnet50"}
+        students = (
+            {"rn18": "small", "rn50": "small_wide"} if scale == "laptop" else {"rn18": "resnet18", "rn50": "resnet50"}
+        )
         chosen: dict[str, Any] = {"methods": [self.method or ("lbt" if self.student else "plain")]}
         if self.student:
             names = ("judged_by", "student_learns_from", "pseudo_weight", "student_weight")
@@ -215,15 +217,15 @@ IMAGENET_SEARCH: Mapping[Scale, Options] = {
 
 
 BALANCED = 30.0
-"""The gamma of the benefit experiment at which the student's part of the gradient is about as large as the teacher's."""
+"""The gamma of the benefit experiment, at which student's and teacher's parts of the gradient are about alike."""
 
 
 def benefit_options(method: str, student_weight: float = 1.0) -> Options:
     """The setting in which a benefit of teaching should show if there is one, at the laptop scale only.
 
     Few labels for the search (200) and many unlabeled images (8,000); four operations, of which one only makes noise;
-    exact products, since differences are noisy; the networks are trained on many labeled images, so that what tells them
-    apart is the architecture.
+    exact products, since differences are noisy; the networks are trained on many labeled images, so that what tells
+    them apart is the architecture.
     """
     return {
         "methods": [method],

@@ -109,7 +109,7 @@ def test_titles_are_the_papers():
     ids=str,
 )
 def test_what_does_not_fit_is_told(options, told):
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         parse(Search, options)
     assert told in str(caught.value)
 

@@ -46,7 +46,11 @@ def test_the_papers_sizes():
     assert darts.steps == 50 * (25000 // 64)
     assert (darts.search.learning_rate, darts.search.last_learning_rate) == (0.025, 0.001)
     assert darts.search.architecture_learning_rate == 3e-4
-    assert (darts.data.train_size, darts.data.validation_size, darts.data.unlabeled_source) == (25000, 25000, "cifar100")
+    assert (darts.data.train_size, darts.data.validation_size, darts.data.unlabeled_source) == (
+        25000,
+        25000,
+        "cifar100",
+    )
     assert darts.title("lbt") == "LBT(RN18, DARTS-2nd)"
     final = darts.evaluation
     assert (final.channels, final.cells, final.batch_size, final.steps) == (36, 20, 96, 600 * 520)
