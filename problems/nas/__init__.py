@@ -1,5 +1,6 @@
-"""Cell-based neural architecture search: spaces, supernet, genotypes, evaluation network, drawing."""
+"""Cell-based neural architecture search: spaces, supernet, genotypes, evaluation network, drawing, watching."""
 
+from problems.nas.counting import Counts, count
 from problems.nas.drawing import draw_cell
 from problems.nas.genotype import Choice, Genotype, derive, random_genotype
 from problems.nas.network import EvaluationNetwork, Predictions
@@ -7,6 +8,7 @@ from problems.nas.operations import BUILDABLE, NOISE, NONE, OPERATIONS
 from problems.nas.published import PUBLISHED
 from problems.nas.space import DARTS, P_DARTS, PC_DARTS, ROBUST_S4, ArchitectureLogits, CellKind, Edge, SearchSpace
 from problems.nas.supernet import Architecture, Supernet
+from problems.nas.watching import architecture_loss, dominant_eigenvalue, entropy, kept, skips, stop_at
 
 __all__ = [
     "BUILDABLE",
@@ -22,13 +24,21 @@ __all__ = [
     "ArchitectureLogits",
     "CellKind",
     "Choice",
+    "Counts",
     "Edge",
     "EvaluationNetwork",
     "Genotype",
     "Predictions",
     "SearchSpace",
     "Supernet",
+    "architecture_loss",
+    "count",
     "derive",
+    "dominant_eigenvalue",
     "draw_cell",
+    "entropy",
+    "kept",
     "random_genotype",
+    "skips",
+    "stop_at",
 ]

@@ -122,17 +122,21 @@ class SearchSpace:
                     f"edges and {columns}; take them from Architecture(space) of the same space"
                 )
 
+    def operation_logits(self, kind: CellKind, logits: Tensor) -> Tensor:
+        """The logits of the operations alone, (edges, operations), minus infinity for those that an edge has not."""
+        operations = logits[:, :-1] if self.edge_weights else logits
+        dropped = [[name not in names for name in self.operations] for names in self.choices(kind)]
+        if not any(map(any, dropped)):
+            return operations
+        return operations.masked_fill(torch.tensor(dropped, device=logits.device), float("-inf"))
+
     def mixture(self, kind: CellKind, logits: Tensor) -> Mixture:
         """Turn logits into weights: a softmax over the operations of each edge, zero for those that it has not.
 
         Where edges have weights, those are a softmax over the edges into each node, and multiply their operations'
         (Xu et al. 2020, PC-DARTS, equation 4).
         """
-        operations = logits[:, :-1] if self.edge_weights else logits
-        dropped = [[name not in names for name in self.operations] for names in self.choices(kind)]
-        if any(map(any, dropped)):
-            operations = operations.masked_fill(torch.tensor(dropped, device=logits.device), float("-inf"))
-        weights = operations.softmax(dim=-1)
+        weights = self.operation_logits(kind, logits).softmax(dim=-1)
         if not self.edge_weights:
             return Mixture(weights, None)
         incoming = logits[:, -1].split([node + 2 for node in range(self.nodes)])
