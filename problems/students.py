@@ -77,7 +77,7 @@ def _small_stem(network: torchvision.models.ResNet) -> None:
 
 
 def _take_channels(network: nn.Module, channels: int) -> None:
-    """Make the first convolution one of ``channels`` inputs, with weights drawn as its own were."""
+    """Make the first convolution one of ``channels`` inputs, with normal weights that keep the size of its outputs."""
     first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
     if first.in_channels != channels:
         outputs, inputs, *kernel = first.weight.shape

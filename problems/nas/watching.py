@@ -52,7 +52,7 @@ def entropy(space: SearchSpace, logits: ArchitectureLogits) -> dict[str, Tensor]
 def _entropy(space: SearchSpace, kind: CellKind, logits: Tensor) -> Tensor:
     operations = space.operation_logits(kind, logits.detach())
     counts = operations.isfinite().sum(dim=-1)
-    edges = torch.special.entr(operations.softmax(dim=-1)).sum(dim=-1) / counts.clamp(min=2).log()
+    edges: Tensor = torch.special.entr(operations.softmax(dim=-1)).sum(dim=-1) / counts.clamp(min=2).log()
     return edges.mean()
 
 
@@ -162,6 +162,6 @@ def stop_at(history: Sequence[float], window: int = 5, lag: int = 4, ratio: floa
         return math.fsum(history[epoch - half : epoch + half + 1]) / window
 
     for earlier in range(max(first, half), len(history) - half - lag):
-        if mean_around(earlier + lag) >= ratio * mean_around(earlier):
+        if mean_around(earlier + lag) > ratio * mean_around(earlier):
             return earlier
     return None
