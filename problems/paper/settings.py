@@ -216,7 +216,7 @@ IMAGENET_SEARCH: Mapping[Scale, Options] = {
 """PC-DARTS' search on ImageNet itself (Xu et al. 2020, section 4.3)."""
 
 
-BALANCED = 30.0
+BALANCED = 20.0
 """The gamma of the benefit experiment, at which student's and teacher's parts of the gradient are about alike."""
 
 
@@ -233,7 +233,7 @@ def benefit_options(method: str, student_weight: float = 1.0) -> Options:
         "page": False,
         "hypergradient": "one_step",
         "lookahead": True,
-        "steps": 150,
+        "steps": 100,
         "log_every": 10,
         "checkpoint_every": 1000,
         "data": {
@@ -251,5 +251,5 @@ def benefit_options(method: str, student_weight: float = 1.0) -> Options:
             "batch_size": 32,
             "augmentation": {"crop": 2, "flip": True},
         },
-        "evaluation": {"steps": 400, "batch_size": 64, "images": "everything"},
+        "evaluation": {"steps": 300, "batch_size": 64, "images": "everything"},
     }
