@@ -1,4 +1,4 @@
-"""The command `mlo`: run, resume, sweep, list, graph."""
+"""The command `mlo`: run, resume, sweep, compare, reproduce, list, graph."""
 
 import signal
 import sys
@@ -12,6 +12,7 @@ from rich.console import Console
 
 from mlo import registry
 from mlo.errors import ConfigError, MloError
+from mlo.files import write_atomic
 
 if TYPE_CHECKING:
     from mlo.job import Job
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from mlo.sweep import Failure
 
 app = typer.Typer(
-    help="Multi-level optimization: run a problem, go on with a run, see what there is.",
+    help="Multi-level optimization: run a problem, go on with a run, compare runs, see what there is.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -99,8 +100,10 @@ def sweep(
 
     Given again, the command goes on with what was stopped and leaves alone what is finished.
     """
+    from mlo.compare import groups, load, measures
     from mlo.options import part_grid, print_help, read_grid, read_options
     from mlo.sweep import grid, run_all
+    from mlo.tables import table
 
     model = _model(context, name, help)
     if help:
@@ -116,8 +119,85 @@ def sweep(
     planned = grid(str(name), _merged(model, config, given), values, seeds, output)
     with _stoppable("the same command"):
         failures = run_all(planned, workers, one_core_each)
-    _tell(failures, len(planned))
-    raise typer.Exit(bool(failures))
+    failed = _tell(failures, len(planned))
+    finished = [plan.folder for plan in planned if plan.finished()]
+    compared = groups(load(finished)) if finished else []
+    if measures(compared):
+        print("\n" + table(compared), end="")
+    raise typer.Exit(failed)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, or folders that hold such.")],
+    measure: Annotated[
+        str | None, typer.Option(metavar="MEASURE", help="Whose differences are told.", show_default="the first")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="LABEL", help="What differences are from.", show_default="the first row")
+    ] = None,
+    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help="text, markdown, latex or csv.")] = "text",
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table there; a new file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the measure there: a new .png, .svg or .pdf.")
+    ] = None,
+) -> None:
+    """Compare finished runs: mean and deviation over seeds, and paired differences from a baseline."""
+    from mlo.compare import groups, load
+    from mlo.tables import draw, table
+
+    for file in (output, plot):
+        if file and file.exists():
+            raise ConfigError(f"{file}: is there already, and nothing is written over; give another name")
+    compared = groups(load(runs))
+    text = table(compared, measure, baseline, form)
+    try:
+        if plot:
+            draw(compared, plot, measure)
+        if output:
+            write_atomic(output, text)
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be written ({error.strerror}); give another name") from error
+    if not output:
+        print(text, end="")
+
+
+@app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The experiment, as `mlo list` names it.")],
+    scale: Annotated[
+        str | None, typer.Option(metavar="SCALE", help="How large.", show_default="the first it has")
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where runs and pages go.")] = Path("runs/reproduce"),
+    seeds: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Runs of each kind.", show_default="as the scale has it")
+    ] = None,
+    workers: Workers = 1,
+    one_core_each: OneCoreEach = False,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Only say what it will cost.")] = False,
+) -> None:
+    """Do all the runs of an experiment and write its pages; the same command goes on where it was stopped."""
+    from mlo import experiment as experiments
+    from mlo.sweep import run_all
+
+    experiment = experiments.load_experiment(name)
+    scale = experiments.chosen_scale(experiment, scale)
+    planned = experiments.plan(experiment, scale, seeds or experiment.scales[scale], output)
+    runs = [run for plans in planned.values() for run in plans]
+    left = {key: [run for run in plans if not run.finished()] for key, plans in planned.items()}
+    print(f"{output / scale}: {experiments.standing(runs)}", flush=True)
+    with _stoppable("the same command"):
+        if any(left.values()):
+            print("measuring a few rounds of each kind of run ...", flush=True)
+            print(f"what is to do takes {experiments.cost(left, workers, one_core_each)}", flush=True)
+        if estimate:
+            return
+        failures = run_all(runs, workers, one_core_each)
+    if _tell(failures, len(runs)):
+        print("no page is written from a part of the runs", file=sys.stderr)
+        raise typer.Exit(1)
+    for page in experiments.write(experiment, name, scale, planned):
+        print(f"page: {page}")
 
 
 @app.command(context_settings=OPEN, add_help_option=False)
@@ -130,9 +210,10 @@ def graph(context: typer.Context, name: Name = None, config: ConfigFile = None, 
 
 @app.command(name="list")
 def list_all() -> None:
-    """List the problems, and the hypergradient's responses and products."""
+    """List the problems, the experiments, and the hypergradient's responses and products."""
     groups = {
         registry.PROBLEMS: "Problems: mlo run NAME",
+        registry.EXPERIMENTS: "Experiments: mlo reproduce NAME",
         registry.RESPONSES: "Responses: --hypergradient NAME",
         registry.PRODUCTS: "Products: --hypergradient.product NAME",
     }
@@ -187,15 +268,14 @@ def _merged(model: "type[Job]", config: Path | None, given: Mapping[str, Any]) -
     return merged
 
 
-def _tell(failures: "Sequence[Failure]", total: int) -> None:
-    """Sum up a sweep."""
-    from mlo.sweep import LOG
-
+def _tell(failures: "Sequence[Failure]", total: int) -> bool:
+    """Sum up the runs; whether any failed."""
     print(f"{total - len(failures)} of {total} runs are finished")
     for failure in failures:
-        print(f"failed: {failure.folder}: {failure.message} (see {failure.folder / LOG})", file=sys.stderr)
+        print(f"failed: {failure.folder}: {failure.message} (it printed into log.txt there)", file=sys.stderr)
     if failures:
-        print("the same command goes on with those that failed", file=sys.stderr)
+        print("mend what is wrong; the same command does what is left", file=sys.stderr)
+    return bool(failures)
 
 
 def _go(run: "Run") -> None:

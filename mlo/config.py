@@ -121,6 +121,15 @@ def merge(base: Any, over: Any) -> Any:
     return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
 
 
+def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names."""
+    items = [
+        flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
+        for name, value in options.items()
+    ]
+    return {name: value for item in items for name, value in item.items()}
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The options in a YAML file.
 

@@ -1,4 +1,4 @@
-"""Finding problems, responses and products by name: entry points, the same door for ours and for anyone's."""
+"""Finding problems, estimators and experiments by name: entry points, the same door for ours and for anyone's."""
 
 import difflib
 import platform
@@ -11,6 +11,7 @@ from mlo.errors import ConfigError
 PROBLEMS = "mlo.problems"
 RESPONSES = "mlo.responses"
 PRODUCTS = "mlo.products"
+EXPERIMENTS = "mlo.experiments"
 
 
 def entries(group: str) -> dict[str, EntryPoint]:

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mlo.config import defaults, merge, shown, validate
+from mlo.config import defaults, flat, merge, shown, validate
 from mlo.errors import ConfigError, MloError
 from mlo.job import Job, load_job
 from mlo.options import nested
@@ -45,6 +45,10 @@ class Planned:
         """The job with its options; ConfigError if they are not valid."""
         model = load_job(self.job)
         return validate(model, merge(defaults(model), self.options), self.job)
+
+    def begun(self) -> bool:
+        """Whether its run folder is there, finished or not."""
+        return (self.folder / "run.json").exists()
 
     def finished(self) -> bool:
         """Whether the run is there already, whole."""
@@ -167,20 +171,11 @@ def _word(value: Any) -> str:
     return fit if fit == word and fit else f"{fit}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
-def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by their dotted names."""
-    items = [
-        flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
-        for name, value in options.items()
-    ]
-    return {name: value for item in items for name, value in item.items()}
-
-
 def execute(plan: Planned) -> None:
     """Do one planned run, or the rest of it, in this process."""
     if plan.finished():
         return
-    if not (plan.folder / "run.json").exists():
+    if not plan.begun():
         Run.create(plan.job, plan.made(), plan.folder)
     threads = torch.get_num_threads()
     try:
@@ -192,13 +187,8 @@ def execute(plan: Planned) -> None:
 
 @contextmanager
 def _logged(path: Path) -> Iterator[None]:
-    """Send this process's output to the end of a file, native code's too; an error's traceback goes there as well."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    before = [os.dup(number) for number in (1, 2)]
-    with path.open("a", encoding="utf-8") as file:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
+    """Send this process's output to the end of a file; an error's traceback goes there as well."""
+    with redirected(path):
         try:
             yield
         except MloError as error:
@@ -210,11 +200,25 @@ def _logged(path: Path) -> Iterator[None]:
         except BaseException:
             traceback.print_exc()
             raise
+
+
+@contextmanager
+def redirected(path: Path) -> Iterator[None]:
+    """Send what this process writes to standard output and error to the end of a file, native code's too."""
+    streams = {1: sys.stdout, 2: sys.stderr}
+    with path.open("ab") as file:
+        for stream in streams.values():
+            stream.flush()
+        kept = {number: os.dup(number) for number in streams}
+        for number in streams:
+            os.dup2(file.fileno(), number)
+        try:
+            yield
         finally:
-            for number, stream, kept in zip((1, 2), (sys.stdout, sys.stderr), before, strict=True):
+            for number, stream in streams.items():
                 stream.flush()
-                os.dup2(kept, number)
-                os.close(kept)
+                os.dup2(kept[number], number)
+                os.close(kept[number])
 
 
 class _Told:

@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from mlo import cli
+
 Register = Callable[[str, str, Mapping[str, Mapping[str, str]]], Path]
 
 
@@ -110,3 +112,22 @@ def ridge(register: Register) -> ModuleType:
     """A third party's package with a job named `ridge`."""
     register("ridge_package", RIDGE, {"mlo.problems": {"ridge": "ridge_package:RidgeJob"}})
     return importlib.import_module("ridge_package")
+
+
+@pytest.fixture
+def mlo(ridge, tmp_path, monkeypatch, capsys):
+    """Run a command line in an empty folder: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["mlo", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as done:
+            code = done.code
+        text = capsys.readouterr()
+        return code, text.out, text.err
+
+    return command

@@ -11,28 +11,9 @@ import pytest
 import yaml
 from engine_state import same
 
-from mlo import checkpoint, cli, registry
+from mlo import checkpoint, registry
 
 COMMAND = [sys.executable, "-c", "import sys; from mlo.cli import main; sys.argv[0] = 'mlo'; main()"]
-
-
-@pytest.fixture
-def mlo(ridge, tmp_path, monkeypatch, capsys):
-    """Run a command line in an empty folder: (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def command(*words):
-        monkeypatch.setattr(sys, "argv", ["mlo", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as done:
-            code = done.code
-        text = capsys.readouterr()
-        return code, text.out, text.err
-
-    return command
 
 
 def options(folder):

@@ -1,0 +1,174 @@
+"""A comparison written out: as text, Markdown, LaTeX or CSV, and drawn."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from mlo import registry
+from mlo.compare import (
+    MIN_PAIRS,
+    Group,
+    Paired,
+    chosen_baseline,
+    chosen_measure,
+    interval,
+    is_number,
+    measures,
+    paired,
+)
+from mlo.errors import ConfigError
+
+STYLES = {"text": "simple", "markdown": "pipe", "latex": "latex_booktabs"}
+FORMATS = (*STYLES, "csv")
+PICTURES = (".png", ".svg", ".pdf")
+NOTHING = "-"
+
+
+def table(
+    compared: Sequence[Group], measure: str | None = None, baseline: str | None = None, form: str = "text"
+) -> str:
+    """Each group's measures as mean ± standard deviation over seeds, and its difference from the baseline.
+
+    Args:
+        compared: as :func:`mlo.compare.groups` makes them.
+        measure: whose differences are told; the first one by default.
+        baseline: label of the group that differences are from; the first one by default.
+        form: text, markdown, latex, or csv, which has the numbers as they are.
+
+    Raises:
+        ConfigError: if there is no such measure, label or form.
+    """
+    if form not in FORMATS:
+        raise ConfigError(f"--format: {registry.unknown(form, FORMATS, 'among the formats')}")
+    measure, base = chosen_measure(compared, measure), chosen_baseline(compared, baseline)
+    names = measures(compared)
+    differences = [paired(group.values(measure), base.values(measure)) for group in compared]
+    if form == "csv":
+        return _csv(compared, names, measure, differences)
+    head = ["", "seeds", *names]
+    rows = [[group.label, str(len(group.seeds)), *(_cell(group, name) for name in names)] for group in compared]
+    if len(compared) > 1:
+        head += [f"{measure}: difference", "95 % interval", "p", "pairs"]
+        for row, group, found in zip(rows, compared, differences, strict=True):
+            row += ["baseline", NOTHING, NOTHING, NOTHING] if group is base else _difference(found)
+    if form == "markdown":
+        rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+        head = [cell.replace("|", "\\|") for cell in head]
+    text = tabulate(rows, head, tablefmt=STYLES[form], disable_numparse=True)
+    return (text.replace("±", "$\\pm$") if form == "latex" else text) + "\n"
+
+
+def _cell(group: Group, measure: str) -> str:
+    values = [*group.values(measure).values()]
+    if not values:
+        return NOTHING
+    text = _mean_and_deviation(values)
+    return text if len(values) == len(group.seeds) else f"{text} ({len(values)} seeds)"
+
+
+def _mean_and_deviation(values: Sequence[float]) -> str:
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return shown(mean)
+    deviation = statistics.stdev(values)
+    if not 1e-6 <= deviation < math.inf:
+        return f"{shown(mean)} ± {shown(deviation)}"
+    places = max(0, 1 - math.floor(math.log10(deviation)))  # two digits of the deviation, and the mean to match
+    return f"{mean:.{places}f} ± {deviation:.{places}f}"
+
+
+def shown(number: float) -> str:
+    """A number to four digits, a whole one as it is."""
+    return str(int(number)) if number == int(number) and abs(number) < 1e15 else f"{number:.4g}"
+
+
+def _difference(found: Paired) -> list[str]:
+    mean = NOTHING if found.mean is None else f"{found.mean:+.3g}"
+    if found.low is None or found.high is None or found.p is None:
+        return [mean, NOTHING, NOTHING, f"{found.n} (fewer than {MIN_PAIRS})"]
+    return [mean, f"[{found.low:+.3g}, {found.high:+.3g}]", f"{found.p:.2g}", str(found.n)]
+
+
+def _csv(compared: Sequence[Group], names: Sequence[str], measure: str, differences: Sequence[Paired]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    parts = [f"{name} {part}" for name in names for part in ("mean", "sd", "n")]
+    paired_parts = [f"{measure} difference", "low", "high", "p", "pairs"]
+    writer.writerow(["label", *parts, *paired_parts])
+    for group, found in zip(compared, differences, strict=True):
+        numbers = [number for name in names for number in _numbers([*group.values(name).values()])]
+        writer.writerow([group.label, *numbers, found.mean, found.low, found.high, found.p, found.n])
+    return text.getvalue()
+
+
+def _numbers(values: Sequence[float]) -> Iterator[float | None]:
+    yield statistics.fmean(values) if values else None
+    yield statistics.stdev(values) if len(values) > 1 else None
+    yield len(values)
+
+
+def draw(compared: Sequence[Group], path: Path, measure: str | None = None) -> None:
+    """Draw a measure: a point for each seed, the mean and its 95 % interval.
+
+    Where the runs differ in one option, a number, it is the horizontal axis, with a line for each row of the results.
+
+    Raises:
+        ConfigError: if the file's name ends in none of .png, .svg and .pdf, or there is no such measure.
+    """
+    if path.suffix not in PICTURES:
+        raise ConfigError(f"{path}: a picture's name ends in {', '.join(PICTURES)}")
+    measure = chosen_measure(compared, measure)
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    names = {name for group in compared for name in group.options}
+    if len(names) == 1 and all(is_number(value) for group in compared for value in group.options.values()):
+        _curves(axes, compared, measure, names.pop())
+    else:
+        _columns(axes, compared, measure)
+    axes.set_ylabel(measure)
+    figure.savefig(path, dpi=150)
+
+
+def _columns(axes: Axes, compared: Sequence[Group], measure: str) -> None:
+    for place, group in enumerate(compared):
+        values = [*group.values(measure).values()]
+        axes.plot([place] * len(values), values, "o", color="0.7", markersize=4)
+        _mean(axes, [place], [values], color=f"C{place % 10}")
+    axes.set_xticks(range(len(compared)), [group.label.replace(", ", "\n") for group in compared])
+    axes.set_xlim(-0.5, len(compared) - 0.5)
+
+
+def _curves(axes: Axes, compared: Sequence[Group], measure: str, option: str) -> None:
+    for index, row in enumerate(dict.fromkeys(group.row for group in compared)):
+        line = sorted((group for group in compared if group.row == row), key=lambda group: group.options[option])
+        places = [group.options[option] for group in line]
+        values = [[*group.values(measure).values()] for group in line]
+        for place, found in zip(places, values, strict=True):
+            axes.plot([place] * len(found), found, "o", color=f"C{index % 10}", alpha=0.3, markersize=4)
+        _mean(axes, places, values, color=f"C{index % 10}", line="-", label=row)
+    axes.set_xlabel(option)
+    axes.legend()
+
+
+def _mean(
+    axes: Axes,
+    places: Sequence[float],
+    values: Sequence[Sequence[float]],
+    color: str,
+    line: str = "",
+    label: str | None = None,
+) -> None:
+    """The mean at each place; its interval where there are values enough."""
+    held = [(place, found) for place, found in zip(places, values, strict=True) if found]
+    means = np.array([statistics.fmean(found) for _, found in held])
+    ends = np.array([interval(found) if len(found) >= MIN_PAIRS else (np.nan, np.nan) for _, found in held])
+    errors = np.abs(ends.reshape(-1, 2).T - means)
+    axes.errorbar([place for place, _ in held], means, errors, fmt=f"D{line}", color=color, capsize=4, label=label)
