@@ -192,7 +192,8 @@ def reproduce(
             print(f"what is to do takes {experiments.cost(left, workers, one_core_each)}", flush=True)
         if estimate:
             return
-        failures = run_all(runs, workers, one_core_each)
+        ordered = experiments.phases(experiment, scale, planned)
+        failures = [failure for phase in ordered for failure in run_all(phase, workers, one_core_each)]
     if _tell(failures, len(runs)):
         print("no page is written from a part of the runs", file=sys.stderr)
         raise typer.Exit(1)

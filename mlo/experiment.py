@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -22,6 +22,21 @@ from mlo.workers import Failed, in_processes
 PAGES = "pages"
 
 
+class Wanted(NamedTuple):
+    """A run that an experiment needs, but for its seed.
+
+    Attributes:
+        job: the registered name of its job.
+        options: of the job, without the seed.
+        uses: {option: (key of another run, a file in the folder of its run with the same seed)}; that run comes first,
+            and the option's value is the path of the file.
+    """
+
+    job: str
+    options: Mapping[str, Any]
+    uses: Mapping[str, tuple[str, str]] = {}
+
+
 class Experiment(ABC):
     """Derive from it and register the class in `mlo.experiments`; `mlo reproduce NAME` runs it.
 
@@ -34,8 +49,8 @@ class Experiment(ABC):
     scales: ClassVar[Mapping[str, int]]
 
     @abstractmethod
-    def runs(self, scale: str) -> Mapping[str, tuple[str, Mapping[str, Any]]]:
-        """{key: (registered name of a job, its options but the seed)}; a key is a name that a folder can have.
+    def runs(self, scale: str) -> Mapping[str, Wanted]:
+        """{key: what is wanted}; a key is a name that a folder can have.
 
         Equal keys of different experiments mean the same run, which is done once.
         """
@@ -68,15 +83,30 @@ def chosen_scale(experiment: Experiment, name: str | None) -> str:
 
 
 def plan(experiment: Experiment, scale: str, seeds: int, output: Path) -> dict[str, list[Planned]]:
-    """{key: its runs, seed by seed}, in OUTPUT/SCALE/KEY/seed-N."""
-    planned = {}
-    for key, (job, options) in experiment.runs(scale).items():
+    """{key: its runs, seed by seed}, in OUTPUT/SCALE/KEY/seed-N; those that use others come after all that do not."""
+    planned: dict[str, list[Planned]] = {}
+    wanted = experiment.runs(scale)
+    for key, (job, options, uses) in sorted(wanted.items(), key=lambda item: bool(item[1].uses)):
         if not re.fullmatch(r"\w[\w.,=+-]*", key) or key == PAGES:
             raise ConfigError(f"the experiment's key {key!r} cannot name a folder; use letters, digits and .,=+-_")
-        folder = output / scale / key
-        planned[key] = [Planned(folder / f"seed-{seed}", job, {**options, "seed": seed}) for seed in range(seeds)]
+        strange = [other for other, _ in uses.values() if other not in wanted or wanted[other].uses]
+        if strange:
+            raise ConfigError(f"the experiment's {key!r} uses {strange[0]!r}, which is no run of it that uses no other")
+        planned[key] = []
+        for seed in range(seeds):
+            files = {o: str(output / scale / other / f"seed-{seed}" / file) for o, (other, file) in uses.items()}
+            made = Planned(output / scale / key / f"seed-{seed}", job, {**options, **files, "seed": seed})
+            planned[key].append(made)
     check([run for runs in planned.values() for run in runs])
     return planned
+
+
+def phases(experiment: Experiment, scale: str, planned: Mapping[str, Sequence[Planned]]) -> list[list[Planned]]:
+    """The runs that use no other, and then those that do."""
+    wanted = experiment.runs(scale)
+    return [
+        [r for key, runs in planned.items() if bool(wanted[key].uses) == uses for r in runs] for uses in (False, True)
+    ]
 
 
 def standing(runs: Sequence[Planned]) -> str:

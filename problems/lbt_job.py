@@ -14,6 +14,7 @@ from mlo.hypergradient import Darts, ResponseOption
 from mlo.job import Job
 from mlo.run import Run
 from problems.data import Data, Splits
+from problems.lbt import ArchValidate
 from problems.nas import Architecture, ArchitectureLogits, Genotype, derive, random_genotype
 from problems.report import save_genotypes, write_report
 from problems.search import Search
@@ -218,6 +219,7 @@ def student_part(engine: mlo.Engine) -> float:
     with gamma = 0, is subtracted.
     """
     arch = engine.problems["arch"]
+    assert isinstance(arch, ArchValidate)
     weight = arch.student_weight
     whole = engine.hypergradient("arch")
     arch.student_weight = 0.0

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh  # type: ignore[import-untyped]  # has no types
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh  # has no types
 from torch import Tensor
 from torch.func import functional_call
 

@@ -194,7 +194,8 @@ class _TradeOff(_PaperExperiment):
     symbol: ClassVar[str]
 
     def _run(self, data: Any, value: float) -> Run:
-        return Run(data, "darts2", "rn18", held_out=True)._replace(**{self.option: value})
+        options: dict[str, Any] = {self.option: value}
+        return Run(data, "darts2", "rn18", held_out=True, **options)
 
     def runs(self, scale: str) -> Mapping[str, Wanted]:
         """A run for each value on each data set."""
@@ -284,7 +285,7 @@ class Benefit(_PaperExperiment):
             "Real CIFAR-10, shrunk to 16x16. The search sees 100 training and 100 validation labels, and 8,000 "
             "unlabeled images; four operations compete on each edge: 3x3 max pooling, the identity, 3x3 separable "
             "convolution, and noise, which replaces its input by normal noise and is of no use (as in space S4 of Zela "
-            "et al. 2020). 100 rounds, exact one-step hypergradients. Then each network is trained from scratch for 300 "
+            "et al. 2020). 100 rounds, exact one-step hypergradients. Each network is then trained from scratch for 300 "
             "steps on all 50,000 training images with their labels, and tested on 5,000 of the test images, so "
             "that what tells the networks apart is the architecture. The same seeds, and so the same images, for all.",
             markdown(body, ["found by", "error, %", *measures.values()]),

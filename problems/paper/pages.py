@@ -71,16 +71,17 @@ def comparison_table(comparisons: Sequence[Comparison], found: Mapping[str, Seed
     body = []
     for label, baseline in comparisons:
         test = paired(*(_errors(found[name]) for name in (label, baseline)))
-        interval = f"{test.low:+.2f} to {test.high:+.2f}"
-        body.append([label, baseline, f"{test.mean:+.2f}", interval, f"{test.p:.3f}", test.n])
+        told = [test.mean, test.low, test.high]
+        mean, low, high = ("-" if value is None else f"{value:+.2f}" for value in told)
+        body.append([label, baseline, mean, f"{low} to {high}", "-" if test.p is None else f"{test.p:.3f}", test.n])
     return markdown(body, ["method", "against", "difference of errors", "95 % interval", "p", "seeds"])
 
 
 def verdict(comparisons: Sequence[Comparison], found: Mapping[str, Seeds]) -> str:
     """How many of these differences are clear of zero, and which way, in a sentence."""
     tests = [(c, paired(_errors(found[c.label]), _errors(found[c.baseline]))) for c in comparisons]
-    better = [c.label for c, test in tests if test.high < 0]
-    worse = [c.label for c, test in tests if test.low > 0]
+    better = [c.label for c, test in tests if test.high is not None and test.high < 0]
+    worse = [c.label for c, test in tests if test.low is not None and test.low > 0]
     said = [
         f"{len(names)} with a {way} error ({', '.join(names)})"
         for names, way in ((better, "lower"), (worse, "higher"))

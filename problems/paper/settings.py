@@ -174,7 +174,7 @@ PAPER_SPACES: Mapping[str, Options] = {
 }
 
 _IMAGENET_EPOCH = 128_116 // 1024
-_IMAGENET_AUGMENTATION = {"resized_crop": True, "flip": True, "jitter": 0.4}
+_IMAGENET_AUGMENTATION = {"crop": 0, "cutout": 0, "resized_crop": True, "flip": True, "jitter": 0.4}
 
 
 def imagenet_evaluation(scale: Scale, space: str) -> Options:
@@ -191,6 +191,7 @@ def imagenet_evaluation(scale: Scale, space: str) -> Options:
         "schedule": "exponential" if batch == 128 else "linear",
         "weight_decay": 3e-5,
         "label_smoothing": 0.1,
+        "drop_path": 0.0,
         "auxiliary": True,
         "images": "everything",
         "augmentation": _IMAGENET_AUGMENTATION,
