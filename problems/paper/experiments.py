@@ -285,7 +285,7 @@ class Benefit(_PaperExperiment):
             "Real CIFAR-10, shrunk to 16x16. The search sees 100 training and 100 validation labels, and 8,000 "
             "unlabeled images; four operations compete on each edge: 3x3 max pooling, the identity, 3x3 separable "
             "convolution, and noise, which replaces its input by normal noise and is of no use (as in space S4 of Zela "
-            "et al. 2020). 100 rounds, exact one-step hypergradients. Each network is then trained from scratch for 300 "
+            "et al. 2020). 100 rounds, exact one-step hypergradients. Each network is then trained for 300 "
             "steps on all 50,000 training images with their labels, and tested on 5,000 of the test images, so "
             "that what tells the networks apart is the architecture. The same seeds, and so the same images, for all.",
             markdown(body, ["found by", "error, %", *measures.values()]),

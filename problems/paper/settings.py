@@ -174,7 +174,7 @@ PAPER_SPACES: Mapping[str, Options] = {
 }
 
 _IMAGENET_EPOCH = 128_116 // 1024
-_IMAGENET_AUGMENTATION = {"crop": 0, "cutout": 0, "resized_crop": True, "flip": True, "jitter": 0.4}
+_IMAGENET_AUGMENTATION = {"crop": 0, "cutout": 0, "resized_crop": True, "flip": True, "jitter": 1.0}
 
 
 def imagenet_evaluation(scale: Scale, space: str) -> Options:
