@@ -168,7 +168,7 @@ class Data(Config):
         if len(left_for) > 1:
             raise ConfigError(
                 f"data: the images left over cannot be {' and '.join(left_for)} at once; "
-                f"write a number for {' and '.join(left_for[: len(left_for) - 1])}"
+                f"write a number for {' and '.join(left_for[:-1])}"
             )
         given = {option: size for option, size in asked.items() if size is not None}
         needed = sum(given.values())

@@ -19,7 +19,7 @@ from mlo import ConfigError
 from problems.augmentation import Augmentation, Transforms
 
 RESIZED = 256 / 224  # images in files are resized to this part of the side that is then cut from their centre
-Key: TypeAlias = tuple[Tensor, int | None]  # the places of a batch's images in their part, and the seed of its draws
+Key: TypeAlias = tuple[Tensor, int]  # the places of a batch's images in their part, and the seed of its draws
 
 
 class Images(NamedTuple):
@@ -209,7 +209,7 @@ class _Batched(Dataset[Images]):
         places, seed = key
         part, device = self._part, self._part.pixels.device
         labels = part.labels[places].to(device)
-        if self._transforms is None or seed is None:
+        if self._transforms is None:
             return Images(self._normalized(part.pixels.read(part.rows[places])), labels)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -240,7 +240,7 @@ class _Shuffled(Sampler[Key]):
 
 
 class _InOrder(Sampler[Key]):
-    """Places of batches in order."""
+    """Places of batches in order; nothing is drawn, so the seed is no matter."""
 
     def __init__(self, count: int, size: int) -> None:
         self._count = count
@@ -251,4 +251,4 @@ class _InOrder(Sampler[Key]):
 
     def __iter__(self) -> Iterator[Key]:
         for places in torch.arange(self._count).split(self._size):
-            yield places, None
+            yield places, 0

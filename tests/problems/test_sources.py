@@ -75,13 +75,14 @@ def test_channels_rows_and_columns_of_an_npz_file_stay_apart(tmp_path):
 
 def test_images_of_arrays_are_resized_with_antialiasing(tmp_path):
     given = arrays(side=8)
-    given["train_images"][0] = np.indices((8, 8)).sum(0)[..., None] % 2 * 255  # a chequerboard
+    given["train_images"][0, :, [0, 3, 4, 7]] = 255  # stripes that interpolation without antialiasing would miss
+    given["train_images"][0, :, [1, 2, 5, 6]] = 0
     np.savez(tmp_path / "x.npz", **given)
-    part, test = load_source(str(tmp_path / "x.npz"), Place(Path(), image_size=4))
-    assert part.pixels.shape == test.pixels.shape == (4, 4)
+    part, test = load_source(str(tmp_path / "x.npz"), Place(Path(), image_size=2))
+    assert part.pixels.shape == test.pixels.shape == (2, 2)
     images = part.load().images
-    assert (images[0, :, 1:3, 1:3] - 0.5).abs().max() < 0.05
-    torch.testing.assert_close(images[7], torch.full((3, 4, 4), 7 / 255))
+    assert (images[0] - 0.5).abs().max() < 0.1
+    torch.testing.assert_close(images[7], torch.full((3, 2, 2), 7 / 255))
 
 
 @pytest.mark.parametrize(
