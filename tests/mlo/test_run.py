@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from mlo import Engine, checkpoint
 from mlo.config import read_yaml, validate
 from mlo.errors import ConfigError
 from mlo.files import write_atomic
-from mlo.run import Run
+from mlo.run import Run, read_results
 from mlo.stage import stage_seed
 
 STEPS = 12
@@ -315,3 +316,60 @@ def test_a_stage_runs_on_the_threads_that_the_job_says(ridge, tmp_path):
     finally:
         torch.set_num_threads(before)
     assert seen == 2
+
+
+def test_the_seconds_of_a_stage_add_up_over_interruptions(job, tmp_path):
+    assert make(job, tmp_path / "run").seconds("train") == 0
+    nap = 0.02
+
+    def stop(now):
+        time.sleep(nap)
+        if now == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Run.open(tmp_path / "run"), stop)
+    first = Run.open(tmp_path / "run").seconds("train")
+    assert first >= 8 * nap
+    time.sleep(0.5)
+    began = time.monotonic()
+    train(Run.open(tmp_path / "run"), lambda rounds: time.sleep(nap))
+    second = Run.open(tmp_path / "run").seconds("train") - first
+    assert 4 * nap <= second <= time.monotonic() - began  # neither the pause nor the rounds before it once more
+
+
+def test_results_mark_a_run_as_finished(job, tmp_path):
+    run = make(job, tmp_path / "run")
+    assert read_results(run.path) is None
+    run.execute()
+    found = read_results(run.path)
+    assert found == {"train": json.loads((run.path / "stages" / "train" / "result.json").read_text())}
+    Run.open(run.path).execute()
+    assert read_results(run.path) == found
+
+
+def test_a_run_that_was_stopped_has_no_results(job, tmp_path, monkeypatch):
+    run = make(job, tmp_path / "run")
+    monkeypatch.setattr(type(job), "run", lambda job, run: train(run, kill_at(7)))
+    with pytest.raises(KeyboardInterrupt):
+        run.execute()
+    assert read_results(run.path) is None
+
+
+@pytest.mark.parametrize(
+    "found", [3, {"row": 1.0}, {"row": {"m": None}}, {"row": {"m": [1]}}, {"row": {"m": float("nan")}}]
+)
+def test_results_of_another_form_are_refused(job, tmp_path, monkeypatch, found):
+    monkeypatch.setattr(type(job), "run", lambda job, run: found)
+    with pytest.raises(ConfigError, match=r"cannot be stored .* return \{row: \{measure: value\}\}"):
+        make(job, tmp_path / "run").execute()
+    assert read_results(tmp_path / "run") is None
+
+
+def test_a_job_may_find_nothing_and_damaged_results_are_told(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(job), "run", lambda job, run: None)
+    make(job, tmp_path / "run").execute()
+    assert read_results(tmp_path / "run") == {}
+    (tmp_path / "run" / "results.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"cannot be read .* delete it and run `mlo resume"):
+        read_results(tmp_path / "run")
