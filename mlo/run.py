@@ -130,7 +130,10 @@ class Run:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
     def seconds(self, stage: str) -> float:
-        """Wall-clock seconds that a stage has trained so far, the time between interruptions left out."""
+        """Seconds that a stage has trained so far, the time between interruptions left out.
+
+        On a card it is wall-clock time, on the CPU the time of all its threads, which a busy machine does not change.
+        """
         return seconds_taken(self.path / "stages" / stage)
 
     def discard(self) -> None:

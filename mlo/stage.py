@@ -63,7 +63,8 @@ class Stage:
 
     def _train(self, engine: "Engine") -> None:
         metrics = Metrics(self.path / METRICS, engine.rounds)
-        began = time.monotonic() - seconds_taken(self.path)
+        clock = time.process_time if engine.device.type == "cpu" else time.monotonic
+        began = clock() - seconds_taken(self.path)
         with StageProgress(self.path.name, self.steps, engine.rounds) as progress, metrics, interruption() as asked:
 
             def after_round(engine: "Engine") -> None:
@@ -74,7 +75,7 @@ class Stage:
                 if step % self.job.checkpoint_every == 0 or last or asked():
                     metrics.sync()
                     self._save(engine)
-                    write_atomic(self.path / SECONDS, f"{time.monotonic() - began:.3f}\n")
+                    write_atomic(self.path / SECONDS, f"{clock() - began:.3f}\n")
                 if asked():
                     raise KeyboardInterrupt
 
@@ -136,7 +137,7 @@ def _before(line: str, start: int) -> bool:
 
 
 def seconds_taken(path: Path) -> float:
-    """Seconds that the training in a stage's folder took up to its last checkpoint, interruptions left out."""
+    """Seconds that the training in a stage's folder took up to its last checkpoint; see :meth:`mlo.run.Run.seconds`."""
     try:
         return float((path / SECONDS).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not begun, or begun by a version that kept no time

@@ -27,8 +27,8 @@ from problems.paper.published import TRADE_OFFS, Row
 from problems.paper.settings import BALANCED, Run, Scale, benefit_options, imagenet_evaluation, together
 
 SHRUNK = (
-    "This is the laptop scale: images of 16x16, 1,000 training, 1,000 validation and 4,000 unlabeled ones, supernets "
-    "of 4 channels and 3 cells searched for 60 rounds (P-DARTS: 2, 3 and 4 cells, 30 rounds each), networks of 8 "
+    "This is the laptop scale: images of 12x12, 1,000 training, 1,000 validation and 4,000 unlabeled ones, supernets "
+    "of 4 channels and 3 cells searched for 50 rounds (P-DARTS: 2, 3 and 4 cells, 25 rounds each), networks of 8 "
     "channels and 3 cells trained for 300 steps on the 2,000 labeled images and tested on 5,000. The students are "
     "small convolutional networks: of 24,000 weights where the paper has ResNet-18 (RN18), and a wider one where it "
     "has ResNet-50 (RN50). Fashion-MNIST stands in for CIFAR-100, and held-out images of the same set for the "
@@ -122,7 +122,7 @@ class Table4(_Table):
 
     name, title, rows = "table4", "Table 4: ImageNet", published.TABLE4
     note = (
-        "CIFAR-10 at its full 32x32 stands in for ImageNet at the laptop scale, and the networks are trained on 2,000 "
+        "CIFAR-10 at 24x24 stands in for ImageNet at the laptop scale, and the networks are trained on 2,000 "
         "of its images. The cost is that of the search, which Tables 2 and 3 share."
     )
 
@@ -282,7 +282,7 @@ class Benefit(_PaperExperiment):
         pairs = [Comparison(label, "DARTS-2nd") for label in lbt]
         pairs_random = [Comparison(label, "random") for label in by_label if label != "random"]
         told = [
-            "Real CIFAR-10, shrunk to 16x16. The search sees 100 training and 100 validation labels, and 8,000 "
+            "Real CIFAR-10, shrunk to 12x12. The search sees 100 training and 100 validation labels, and 8,000 "
             "unlabeled images; four operations compete on each edge: 3x3 max pooling, the identity, 3x3 separable "
             "convolution, and noise, which replaces its input by normal noise and is of no use (as in space S4 of Zela "
             "et al. 2020). 100 rounds, exact one-step hypergradients. Each network is then trained for 300 "
