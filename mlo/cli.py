@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +17,6 @@ from mlo.files import write_atomic
 if TYPE_CHECKING:
     from mlo.job import Job
     from mlo.run import Run
-    from mlo.sweep import Failure
 
 app = typer.Typer(
     help="Multi-level optimization: run a problem, go on with a run, compare runs, see what there is.",
@@ -93,7 +92,9 @@ def sweep(
     one_core_each: OneCoreEach = False,
     help: Help = False,
 ) -> None:
-    """Run a problem with several options and seeds: mlo sweep NAME --output DIR [--grid.OPTION LIST]... [--seeds N].
+    """Run a problem with several options and seeds.
+
+    mlo sweep NAME --output DIR [--grid.OPTION LIST]... [--OPTION VALUE]... [--seeds N]
 
     Each --grid.OPTION has a list of values, in quotes, and all their combinations are run.
     Other options, --OPTION VALUE, hold for all runs.
@@ -102,7 +103,7 @@ def sweep(
     """
     from mlo.compare import groups, load, measures
     from mlo.options import part_grid, print_help, read_grid, read_options
-    from mlo.sweep import grid, run_all
+    from mlo.sweep import grid, run_all, told_failures
     from mlo.tables import table
 
     model = _model(context, name, help)
@@ -119,7 +120,7 @@ def sweep(
     planned = grid(str(name), _merged(model, config, given), values, seeds, output)
     with _stoppable("the same command"):
         failures = run_all(planned, workers, one_core_each)
-    failed = _tell(failures, len(planned))
+    failed = told_failures(failures, len(planned))
     finished = [plan.folder for plan in planned if plan.finished()]
     compared = groups(load(finished)) if finished else []
     if measures(compared):
@@ -142,7 +143,7 @@ def compare(
         Path | None, typer.Option(metavar="FILE", help="Draw the measure there: a new .png, .svg or .pdf.")
     ] = None,
 ) -> None:
-    """Compare finished runs: mean and deviation over seeds, and paired differences from a baseline."""
+    """Compare finished runs: means over seeds, and differences from a baseline."""
     from mlo.compare import groups, load
     from mlo.tables import draw, table
 
@@ -176,9 +177,12 @@ def reproduce(
     one_core_each: OneCoreEach = False,
     estimate: Annotated[bool, typer.Option("--estimate", help="Only say what it will cost.")] = False,
 ) -> None:
-    """Do all the runs of an experiment and write its pages; the same command goes on where it was stopped."""
+    """Do the runs of an experiment, and write its pages.
+
+    The same command goes on where it was stopped.
+    """
     from mlo import experiment as experiments
-    from mlo.sweep import run_all
+    from mlo.sweep import run_all, told_failures
 
     experiment = experiments.load_experiment(name)
     scale = experiments.chosen_scale(experiment, scale)
@@ -194,7 +198,7 @@ def reproduce(
             return
         ordered = experiments.phases(experiment, scale, planned)
         failures = [failure for phase in ordered for failure in run_all(phase, workers, one_core_each)]
-    if _tell(failures, len(runs)):
+    if told_failures(failures, len(runs)):
         print("no page is written from a part of the runs", file=sys.stderr)
         raise typer.Exit(1)
     for page in experiments.write(experiment, name, scale, planned):
@@ -265,18 +269,7 @@ def _merged(model: "type[Job]", config: Path | None, given: Mapping[str, Any]) -
     """The defaults, with the file's options over them, and those of the command line over these."""
     from mlo.config import defaults, merge, read_yaml
 
-    merged: dict[str, Any] = merge(merge(defaults(model), read_yaml(config) if config else {}), given)
-    return merged
-
-
-def _tell(failures: "Sequence[Failure]", total: int) -> bool:
-    """Sum up the runs; whether any failed."""
-    print(f"{total - len(failures)} of {total} runs are finished")
-    for failure in failures:
-        print(f"failed: {failure.folder}: {failure.message} (it printed into log.txt there)", file=sys.stderr)
-    if failures:
-        print("mend what is wrong; the same command does what is left", file=sys.stderr)
-    return bool(failures)
+    return dict(merge(merge(defaults(model), read_yaml(config) if config else {}), given))
 
 
 def _go(run: "Run") -> None:

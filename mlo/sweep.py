@@ -99,6 +99,16 @@ def run_all(planned: Sequence[Planned], workers: int = 1, one_core_each: bool = 
     return failures
 
 
+def told_failures(failures: Sequence[Failure], total: int) -> bool:
+    """Print how many of the runs are finished, and which failed and why; whether any did."""
+    print(f"{total - len(failures)} of {total} runs are finished")
+    for failure in failures:
+        print(f"failed: {failure.folder}: {failure.message} (its output is in {LOG} there)", file=sys.stderr)
+    if failures:
+        print("mend what is wrong; the same command does what is left", file=sys.stderr)
+    return bool(failures)
+
+
 def check(planned: Sequence[Planned]) -> None:
     """Raise a ConfigError that tells everything for which the planned runs could not begin."""
     faults: dict[str, list[Path]] = {}

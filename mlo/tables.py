@@ -50,15 +50,15 @@ def table(
         raise ConfigError(f"--format: {registry.unknown(form, FORMATS, 'among the formats')}")
     measure, base = chosen_measure(compared, measure), chosen_baseline(compared, baseline)
     names = measures(compared)
-    differences = [paired(group.values(measure), base.values(measure)) for group in compared]
+    differences = [None if group is base else paired(group.values(measure), base.values(measure)) for group in compared]
     if form == "csv":
         return _csv(compared, names, measure, differences)
     head = ["", "seeds", *names]
     rows = [[group.label, str(len(group.seeds)), *(_cell(group, name) for name in names)] for group in compared]
     if len(compared) > 1:
         head += [f"{measure}: difference", "95 % interval", "p", "pairs"]
-        for row, group, found in zip(rows, compared, differences, strict=True):
-            row += ["baseline", NOTHING, NOTHING, NOTHING] if group is base else _difference(found)
+        for row, found in zip(rows, differences, strict=True):
+            row += _difference(found) if found else ["baseline", NOTHING, NOTHING, NOTHING]
     if form == "markdown":
         rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
         head = [cell.replace("|", "\\|") for cell in head]
@@ -97,7 +97,7 @@ def _difference(found: Paired) -> list[str]:
     return [mean, f"[{found.low:+.3g}, {found.high:+.3g}]", f"{found.p:.2g}", str(found.n)]
 
 
-def _csv(compared: Sequence[Group], names: Sequence[str], measure: str, differences: Sequence[Paired]) -> str:
+def _csv(compared: Sequence[Group], names: Sequence[str], measure: str, differences: Sequence[Paired | None]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     parts = [f"{name} {part}" for name in names for part in ("mean", "sd", "n")]
@@ -105,7 +105,8 @@ def _csv(compared: Sequence[Group], names: Sequence[str], measure: str, differen
     writer.writerow(["label", *parts, *paired_parts])
     for group, found in zip(compared, differences, strict=True):
         numbers = [number for name in names for number in _numbers([*group.values(name).values()])]
-        writer.writerow([group.label, *numbers, found.mean, found.low, found.high, found.p, found.n])
+        difference = [found.mean, found.low, found.high, found.p, found.n] if found else [None] * 5
+        writer.writerow([group.label, *numbers, *difference])
     return text.getvalue()
 
 

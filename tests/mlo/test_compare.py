@@ -107,6 +107,7 @@ def test_csv_has_the_numbers_as_they_are(both):
     assert [row["label"] for row in rows] == ["plain, method=plain", "lbt, method=lbt"]
     assert float(rows[0]["error mean"]) == 6.75
     assert float(rows[0]["error sd"]) == pytest.approx((8.75 / 3) ** 0.5)
+    assert (rows[0]["error difference"], rows[0]["p"], rows[0]["pairs"]) == ("", "", "")
     assert rows[1]["error n"] == "5"
     assert float(rows[1]["error difference"]) == -1.625
     assert float(rows[1]["p"]) == 0.125

@@ -133,6 +133,12 @@ def process(folder, sites, *words):
 MARK = b" "  # before the first line of metrics: only a run that goes on keeps it
 
 
+def logged(stage):
+    """Rounds that a stage has told of."""
+    metrics = stage / "metrics.jsonl"
+    return 10 * metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
 def test_a_sweep_that_was_stopped_goes_on_with_the_same_command(ridge, tmp_path):
     words = ["sweep", "ridge", "--output", "out", "--grid.mode", "[on, off]", "--workers", "2"]
     words += ["--device", "cpu", "--checkpoint_every", "50", "--steps", "230"]
@@ -140,7 +146,7 @@ def test_a_sweep_that_was_stopped_goes_on_with_the_same_command(ridge, tmp_path)
     folders = [tmp_path / "out" / f"mode={mode},seed=0" for mode in ("on", "off")]
     stages = [folder / "stages" / "train" for folder in folders]
     stopped = process(tmp_path, sites, *words)
-    while not any(list(stage.glob("*.pt")) for stage in stages):
+    while not any(logged(stage) >= 60 for stage in stages):  # well after a checkpoint, which is written every 50
         assert stopped.poll() is None, stopped.communicate()
         time.sleep(0.01)
     os.killpg(stopped.pid, signal.SIGINT)  # as a terminal does: the workers must not take it for a second one
