@@ -71,7 +71,8 @@ class Search(Config):
         for name in ("cells", "skip_dropout"):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != stages:
-                raise ValueError(f"{name} has {len(value)} entries, but the search has {stages} stages; give {stages}")
+                many = "1 stage" if stages == 1 else f"{stages} stages"
+                raise ValueError(f"{name} has {len(value)} entries, but the search has {many}; give {stages}")
         if any(count < 1 for count in _each(self.cells, stages)):
             raise ValueError("cells must be at least 1")
         if any(not 0 <= p < 1 for p in _each(self.skip_dropout, stages)):

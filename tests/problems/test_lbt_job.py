@@ -69,26 +69,32 @@ def unbroken(tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_everything_that_shows_it(unbroken):
-    for name in ("genotype.json", "genotype-darts.json"):
+    for name in ("genotype.json", "genotype-plain.json"):
         Genotype.load(unbroken / name)
-    for method in ("lbt", "darts"):
+    for method in ("lbt", "plain"):
         result = json.loads((unbroken / "stages" / f"train-{method}" / "result.json").read_text())
         assert 0 <= result["test_error"] <= 100
         assert result["parameters"] > 100
         lines = (unbroken / "stages" / f"search-{method}" / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-        for title in ("normal-cell", "reduction-cell", "losses-of-the-search", "mean-weight-of-each-operation"):
+        for title in (
+            "normal-cell",
+            "reduction-cell",
+            "losses-of-the-search",
+            "mean-weight-of-each-operation",
+            "skip-connections-and-entropy",
+        ):
             assert (unbroken / "figures" / f"{method}-{title}.png").read_bytes().startswith(b"\x89PNG")
     losses = json.loads(lines[-1])
     assert losses["teacher/loss"] > 0
-    assert sum(losses[key] for key in losses if key.startswith("arch/normal/")) == pytest.approx(1)
+    assert sum(v for k, v in losses.items() if k.startswith("arch/normal/") and "entropy" not in k) == pytest.approx(1)
     page = (unbroken / "report.html").read_text()
-    assert page.count("<svg") == 10
+    assert page.count("<svg") == 12
     assert re.findall(r'(?:src|href)="((?!#|genotype)[^"]*)', page) == [], "the page is self-contained"
     assert "pseudo_weight: 1.0" in page
 
 
-@pytest.mark.parametrize("stage", ["search-lbt", "search-darts"])
+@pytest.mark.parametrize("stage", ["search-lbt", "search-plain"])
 def test_a_killed_run_resumes_to_the_same_bits(unbroken, tmp_path, stage):
     run = tmp_path / "killed"
     process = subprocess.Popen(command("run", "lbt", *SMALL, "--output", run), stderr=subprocess.PIPE)
@@ -121,7 +127,20 @@ def test_another_seed_is_another_run(unbroken, tmp_path):
         ["--hypergradient", "neumann", "--judged-by", "student"],
         ["--hypergradient", '{"kind": "cg", "damping": 1.0}', "--student-learns-from", "pseudo_labels"],
         ["--hypergradient", "first_order", "--lookahead", "true"],
-        ["--hypergradient", "one_step", "--pseudo-label-path", "paper", "--methods", "[random, lbt]"],
+        [
+            "--hypergradient",
+            "one_step",
+            "--pseudo-label-path",
+            "paper",
+            "--methods",
+            "[random, best_of_random, lbt]",
+            "--draws",
+            "2",
+        ],
+        ["--search.space", "p_darts", "--search.cells", "[1, 2, 1]", "--search.skip-dropout", "0.3"],
+        ["--search.space", "pc_darts", "--search.channels", "4", "--search.warmup", "1"],
+        ["--teacher-hypergradient", "first_order", "--search.operations", "[noise, skip_connect, sep_conv_3x3]"],
+        ["--student", "small_wide", "--search.augmentation.crop", "1"],
     ],
     ids=lambda words: words[1],
 )
@@ -139,6 +158,9 @@ def test_options_reach_the_search(tmp_path, options):
         (["--data.train-size", 5], "train_size=5 is less than one image for each of the 10 classes"),
         (["--hypergradent", "cg"], "did you mean hypergradient?"),
         (["--steps", "many"], "steps"),
+        (["--student", "resnet19"], "resnet18"),
+        (["--search.cells", "[1, 2]"], "cells has 2 entries, but the search has 1 stage;"),
+        (["--evaluation.auxiliary"], "the head needs images of 32x32, and these are 8 high"),
         (["--methods", "[lbt, dart]"], "dart"),
     ],
     ids=str,

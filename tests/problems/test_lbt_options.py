@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from mlo.run import Run
 from problems.data import Data
 from problems.images import Part
-from problems.lbt_job import Evaluation, LbtJob, Search
-from problems.nas import PUBLISHED, EvaluationNetwork, Supernet
+from problems.lbt_job import LbtJob, student_part
+from problems.nas import DARTS, PUBLISHED, EvaluationNetwork, Genotype, Supernet, random_genotype
+from problems.search import Search
+from problems.training import FinalTraining
 
 DATA = Data(train_size=40, validation_size=50, unlabeled_size=60)
 SPLITS = Data(train_size=40, validation_size=50, unlabeled_size=60).splits(seed=0)
@@ -38,7 +43,7 @@ def test_each_level_gets_the_images_meant_for_it():
 
 
 def test_darts_is_the_same_without_a_student():
-    levels = job().search_engine("darts").problems
+    levels = job().search_engine("plain").problems
     assert list(levels) == ["teacher", "arch"]
     assert levels["arch"].node.reads == ("teacher",)
     assert among(levels["teacher"].stream.next()[0], SPLITS.train)
@@ -86,7 +91,7 @@ def test_options(options, look, value):
 
 
 def test_the_final_training_is_on_train_and_validation_images_and_never_on_the_test():
-    options = Evaluation(steps=9, channels=2, cells=2, batch_size=90, learning_rate=0.2, drop_path=0.1)
+    options = FinalTraining(steps=9, channels=2, cells=2, batch_size=90, learning_rate=0.2, drop_path=0.1)
     engine = job(evaluation=options).training_engine(PUBLISHED["DARTS_V2"])
     problem = engine.problems["network"]
     images, labels = problem.stream.next()
@@ -101,17 +106,50 @@ def test_the_final_training_is_on_train_and_validation_images_and_never_on_the_t
 
 
 def test_a_network_is_judged_on_the_test_images():
-    engine = job(evaluation=Evaluation(channels=2, cells=1)).training_engine(PUBLISHED["DARTS_V2"])
+    engine = job(evaluation=FinalTraining(channels=2, cells=1)).training_engine(PUBLISHED["DARTS_V2"])
     network = engine.problems["network"].module.eval()
     test = SPLITS.test.load()
     wrong = network(test.images).logits.argmax(1) != test.labels
     result = job()._judge(engine)
     assert result["test_error"] == pytest.approx(100 * wrong.float().mean().item(), abs=1e-4)
     assert result["parameters"] == sum(p.numel() for p in network.parameters())
+    assert result["test_images"] == len(test.labels)
+
+
+def test_random_draws_are_judged_on_the_validation_images_and_trained_on_the_others(tmp_path):
+    chooses = job(
+        methods=("best_of_random",), draws=3, evaluation=FinalTraining(steps=3, channels=2, cells=1), page=False
+    )
+    engine = chooses.draw_engine(PUBLISHED["DARTS_V2"])
+    assert among(engine.problems["network"].stream.next()[0], SPLITS.train)
+    network = engine.problems["network"].module.eval()
+    validation = SPLITS.validation.load()
+    wrong = network(validation.images).logits.argmax(1) != validation.labels
+    assert chooses._judge_draw(engine) == pytest.approx(100 * wrong.float().mean().item(), abs=1e-4)
+    run = Run.create("lbt", chooses, tmp_path / "run")
+    run.execute()
+    judged = [json.loads((run.path / f"stages/draw-{n}/result.json").read_text()) for n in (1, 2, 3)]
+    drawn = torch.Generator().manual_seed(0)
+    genotypes = [random_genotype(DARTS, drawn) for _ in range(3)]
+    assert Genotype.load(run.path / "genotype.json") == genotypes[judged.index(min(judged))]
+
+
+def test_the_students_part_is_what_gamma_adds():
+    engine = job(hypergradient="one_step").search_engine("lbt")
+    engine.run(2)
+    parts = []
+    for weight in (0.0, 1.0, 3.0):
+        engine.problems["arch"].student_weight = weight
+        parts.append(torch.cat([g.flatten() for g in engine.hypergradient("arch").values()]))
+        if weight:
+            expected = (parts[-1] - parts[0]).norm() / parts[0].norm()
+            assert student_part(engine) == pytest.approx(expected.item(), rel=1e-4)
+            assert engine.problems["arch"].student_weight == weight
+    assert (parts[2] - parts[0]).norm() == pytest.approx(3 * (parts[1] - parts[0]).norm().item(), rel=1e-3)
 
 
 def test_the_reported_weights_are_means_of_the_softmax():
-    arch = job().search_engine("darts").problems["arch"]
+    arch = job().search_engine("plain").problems["arch"]
     with torch.no_grad():
         arch.module.normal[:, 3] = 2.0
     found = arch.metrics()

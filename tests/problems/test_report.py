@@ -11,7 +11,7 @@ from problems import report
 from problems.lbt_job import LbtJob
 from problems.nas import DARTS, PUBLISHED
 
-RESULT = {"test_error": 12.345, "test_images": 99, "parameters": 6789}
+RESULT = {"title": "LBT(RN18, DARTS-2nd)", "test_error": 12.345, "test_images": 99, "parameters": 6789}
 
 
 @pytest.fixture
@@ -22,6 +22,7 @@ def run(tmp_path):
         folder = made.path / "stages" / stage
         folder.mkdir(parents=True)
         weights = {f"arch/{kind}/{name}": 0.125 for kind in ("normal", "reduce") for name in DARTS.operations}
+        weights |= {"arch/skips": 2.0, "arch/normal/entropy": 0.9, "arch/reduce/entropy": 0.8}
         lines = [json.dumps({"step": step, **losses, **weights}) for step in (1, 2)]
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return made
@@ -38,16 +39,22 @@ def test_cells_are_drawn_under_their_own_names(run, monkeypatch):
 
     monkeypatch.setattr(report, "draw_cell", watched)
     monkeypatch.setattr(report, "_save", lambda figure, path: saved.update({path.name: figure}) or save(figure, path))
-    report.write_report(run, {"lbt": PUBLISHED["DARTS_V2"]}, {"lbt": RESULT}, "About it.")
+    report.write_report(run, {"lbt": PUBLISHED["DARTS_V2"]}, {"lbt": RESULT}, {"lbt": ["search-lbt"]}, "About it.")
     assert drawn[id(saved["lbt-normal-cell.png"])] == (PUBLISHED["DARTS_V2"], "normal")
     assert drawn[id(saved["lbt-reduction-cell.png"])] == (PUBLISHED["DARTS_V2"], "reduce")
 
 
 def test_the_page_says_what_came_out(run):
+    found = {"lbt": PUBLISHED["DARTS_V2"], "random": PUBLISHED["PDARTS"]}
+    report.save_genotypes(run, found)
     page = report.write_report(
         run,
-        {"lbt": PUBLISHED["DARTS_V2"], "random": PUBLISHED["PDARTS"]},
-        {"lbt": RESULT, "random": {"test_error": 50.0, "test_images": 99, "parameters": 1}},
+        found,
+        {
+            "lbt": RESULT,
+            "random": {"title": "Random architecture", "test_error": 50.0, "test_images": 99, "parameters": 1},
+        },
+        {"lbt": ["search-lbt"], "random": []},
         "Some words about it.",
     ).read_text()
     assert "Some words about it." in page
@@ -55,6 +62,7 @@ def test_the_page_says_what_came_out(run):
     assert "12.35" in page or "12.34" in page
     assert "6,789" in page
     assert "Random architecture" in page
+    assert "LBT(RN18, DARTS-2nd)" in page
     assert json.loads((run.path / "genotype.json").read_text())["normal"][0][0][0] == "sep_conv_3x3"
     assert json.loads((run.path / "genotype-random.json").read_text())["normal"][0][0][0] == "skip_connect"
 
@@ -70,3 +78,9 @@ def test_curves_show_the_logged_numbers():
     panels = report.weight_curves(weights).axes
     assert [p.get_title() for p in panels[:2]] == ["normal cell", "reduction cell"]
     assert [list(line.get_ydata()) for line in panels[1].get_lines()] == [[i / 10] for i in range(8)]
+
+
+def test_the_stages_of_a_search_are_one_curve():
+    stages = [[{"step": 1, "a": 1}, {"step": 2, "a": 2}], [{"step": 1, "a": 3}, {"step": 3, "a": 4}]]
+    assert [(line["step"], line["a"]) for line in report._joined(stages)] == [(1, 1), (2, 2), (3, 3), (5, 4)]
+    assert report._joined([]) == []

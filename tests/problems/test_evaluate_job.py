@@ -1,0 +1,55 @@
+"""The evaluation phase as a user runs it: a published architecture, a searched one, and what is no architecture."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mlo import ConfigError
+from problems.evaluate_job import find_genotype
+from problems.nas import PUBLISHED, EvaluationNetwork, Genotype
+
+SMALL = [
+    "--steps=4",
+    "--training.channels=2",
+    "--training.cells=1",
+    "--data.train-size=40",
+    "--data.validation-size=40",
+]
+
+
+def mlo(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mlo", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+
+
+def test_a_published_architecture_and_then_the_one_of_that_run(tmp_path):
+    done = mlo("run", "evaluate", "--genotype", "PDARTS", *SMALL, "--output", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    first = json.loads((tmp_path / "a" / "results.json").read_text())["network"]
+    network = EvaluationNetwork(PUBLISHED["PDARTS"], 2, 1, image_channels=1)
+    assert first["parameters"] == sum(p.numel() for p in network.parameters())
+    assert first["multiply_adds"] > 1000
+    assert Genotype.load(tmp_path / "a" / "genotype.json") == PUBLISHED["PDARTS"]
+    done = mlo("run", "evaluate", "--genotype", tmp_path / "a", *SMALL, "--output", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    second = json.loads((tmp_path / "b" / "results.json").read_text())["network"]
+    assert second["test_error"] == first["test_error"]
+    done = mlo("compare", tmp_path, "--format", "csv")
+    assert "genotype=PDARTS" in done.stdout, done.stderr
+
+
+def test_what_is_no_architecture_is_told_before_anything_is_trained(tmp_path):
+    for name in ("PDART", str(tmp_path)):
+        with pytest.raises(ConfigError, match=r"neither published .DARTS_V1, DARTS_V2, PDARTS"):
+            find_genotype(name)
+    (tmp_path / "broken.json").write_text('{"normal": [], "reduce": []}')
+    with pytest.raises(ConfigError, match=r"broken\.json is not a genotype"):
+        find_genotype(str(tmp_path / "broken.json"))
+    done = mlo("run", "evaluate", "--genotype", "PDART", *SMALL, "--output", tmp_path / "r")
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "r").exists()
