@@ -1,0 +1,86 @@
+"""The pages: the right numbers in the right rows, and honest words about them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mlo.compare import paired
+from problems.paper.experiments import Benefit, Figure3, Table2, Table3, Table4, Table5
+from problems.paper.pages import Comparison, comparison_table, result_table, spread, verdict
+from problems.paper.published import TABLE3, TABLE4
+
+
+def measures(error: float, **more: object) -> dict[str, object]:
+    return {
+        "title": "x",
+        "test_error": error,
+        "parameters": 2_000_000,
+        "multiply_adds": 5e6,
+        "search_seconds": 90,
+        **more,
+    }
+
+
+def seeds(*errors: float) -> dict[int, dict[str, object]]:
+    return {seed: measures(error) for seed, error in enumerate(errors)}
+
+
+def cells(table: str, label: str) -> list[str]:
+    (line,) = (line for line in table.splitlines() if line.startswith(f"| {label} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_row_has_its_own_numbers_and_the_papers_beside():
+    found = {row.label: seeds(50.0 + n, 52.0 + n) for n, row in enumerate(TABLE3)}
+    laptop = cells(result_table(TABLE3, found, "laptop"), "LBT(RN50, P-DARTS)")
+    n = [row.label for row in TABLE3].index("LBT(RN50, P-DARTS)")
+    error = spread([50.0 + n, 52.0 + n])
+    assert laptop[1:] == [error, "2.000 ± 0.000", "5.0 ± 0.0", "1.5 ± 0.0", "2.57 ± 0.15", "3.4", "0.5"]
+    paper = result_table(TABLE3, found, "paper")
+    assert cells(paper, "random")[-3:] == ["-", "-", "-"]
+    assert "GPU-days" in paper.splitlines()[0]
+
+
+def test_imagenet_has_top_5_errors():
+    found = {row.label: seeds(70.0) for row in TABLE4}
+    assert cells(result_table(TABLE4, found, "laptop"), "LBT(RN50, P-DARTS, CIFAR100)")[-3] == "24.2 / 7.1"
+
+
+def test_each_method_is_compared_with_the_same_without_a_student():
+    pairs = Table3().comparisons()
+    assert len(pairs) == 8
+    assert Comparison("LBT(RN18, PC-DARTS)", "PC-DARTS") in pairs
+    assert Table4().comparisons()[-1] == Comparison("LBT(RN50, PC-DARTS, ImageNet)", "PC-DARTS(ImageNet)")
+    assert Table5().comparisons()[0] == Comparison("Student + teacher (CIFAR-100)", "Student only (CIFAR-100)")
+
+
+def test_differences_are_by_seed_and_the_verdict_is_what_they_say():
+    found = {"a": seeds(1, 2, 3, 4, 5), "b": seeds(3.1, 4, 5, 6, 7), "c": seeds(1.1, 1.9, 3.1, 3.9, 5.0)}
+    test = paired({n: float(n + 1) for n in range(5)}, {0: 3.1, **{n: n + 3.0 for n in range(1, 5)}})
+    row = cells(comparison_table([Comparison("a", "b")], found), "a")
+    assert row[2:] == ["-2.02", f"{test.low:+.2f} to {test.high:+.2f}", f"{test.p:.3f}", "5"]
+    assert "1 with a lower error (a)" in verdict([Comparison("a", "b"), Comparison("c", "a")], found)
+    assert "1 with a higher error (b)" in verdict([Comparison("b", "a")], found)
+    assert "none has an interval clear of zero" in verdict([Comparison("c", "a")], found)
+
+
+@pytest.mark.parametrize("kind", [Table2, Table3, Table4, Figure3, Benefit])
+def test_a_page_is_written_from_the_results_of_its_runs(tmp_path, kind):
+    experiment = kind()
+    keys = list(experiment.runs("laptop"))
+    results = {
+        key: {
+            seed: {"any": measures(40.0 + n + seed / 7, noise=1, skip_connect=2, student_part=0.5)} for seed in range(4)
+        }
+        for n, key in enumerate(keys)
+    }
+    json.dumps(results)
+    page, *pictures = experiment.write("laptop", results, tmp_path)
+    text = page.read_text()
+    assert text.startswith(f"# {experiment.title}")
+    assert f"mlo reproduce {experiment.name} --scale laptop" in text
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert text.count("](") == len(pictures)
+    assert "seed 3" in text
