@@ -10,7 +10,6 @@ from tabulate import tabulate
 
 from mlo.compare import paired
 from problems.paper.published import Reported, Row
-from problems.paper.settings import Scale
 
 Measures = Mapping[str, Any]
 Seeds = Mapping[int, Measures]
@@ -42,7 +41,7 @@ def reported_error(reported: Reported | None) -> str:
     return error if reported.deviation is None else f"{error} ± {reported.deviation:.2f}"
 
 
-def result_table(rows: Sequence[Row], found: Mapping[str, Seeds], scale: Scale) -> str:
+def result_table(rows: Sequence[Row], found: Mapping[str, Seeds], scale: str) -> str:
     """The table in the paper's layout, what it reports to the right."""
     unit, seconds = ("CPU-minutes", 60) if scale == "laptop" else ("GPU-days", 86400)
     digits = 1 if scale == "laptop" else 2
@@ -87,9 +86,8 @@ def verdict(comparisons: Sequence[Comparison], found: Mapping[str, Seeds]) -> st
         for names, way in ((better, "lower"), (worse, "higher"))
         if names
     ]
-    if not said:
-        return f"Of {len(tests)} comparisons with the method without a student, none has an interval clear of zero."
-    return f"Of {len(tests)} comparisons with the method without a student, clear of zero are {' and '.join(said)}."
+    clear = " and ".join(said) if said else "none"
+    return f"Of these {len(tests)} differences, clear of zero: {clear}. By chance alone 1 in 20 would be."
 
 
 def seeds_table(labels: Sequence[str], found: Mapping[str, Seeds]) -> str:

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 from mlo.config import merge
 
-Scale = Literal["laptop", "paper"]
 DataSet = Literal["cifar10", "cifar100", "imagenet"]
 Options = Mapping[str, Any]
 
@@ -41,7 +40,7 @@ class Run(NamedTuple):
         words += ["held-out"] if self.held_out else []
         return "-".join(words)
 
-    def options(self, scale: Scale) -> Options:
+    def options(self, scale: str) -> Options:
         """The options of its `lbt` job, without the seed."""
         spaces = LAPTOP_SPACES if scale == "laptop" else PAPER_SPACES
         students = (
@@ -81,7 +80,7 @@ def _paper_data(source: str, **changes: Any) -> Options:
     return {"data": {"source": source, "train_size": 25000, "validation_size": 25000, **changes}}
 
 
-DATA: Mapping[Scale, Mapping[DataSet, Options]] = {
+DATA: Mapping[str, Mapping[DataSet, Options]] = {
     "laptop": {
         "cifar10": _laptop_data("cifar10"),
         "cifar100": _laptop_data("fashion_mnist"),
@@ -104,7 +103,7 @@ DATA: Mapping[Scale, Mapping[DataSet, Options]] = {
 }
 """Fashion-MNIST stands in for CIFAR-100 at the laptop scale, and CIFAR-10 at 24x24 for ImageNet."""
 
-HELD_OUT: Mapping[Scale, Options] = {
+HELD_OUT: Mapping[str, Options] = {
     "laptop": {"data": {"held_out_size": 5000, "test_size": None}},
     "paper": {"data": {"held_out_size": 5000, "train_size": 22500, "validation_size": 22500}},
 }
@@ -177,7 +176,7 @@ _IMAGENET_EPOCH = 128_116 // 1024
 _IMAGENET_AUGMENTATION = {"crop": 0, "cutout": 0, "resized_crop": True, "flip": True, "jitter": 1.0}
 
 
-def imagenet_evaluation(scale: Scale, space: str) -> Options:
+def imagenet_evaluation(scale: str, space: str) -> Options:
     """How an architecture of a space is evaluated on ImageNet, or on what stands in for it."""
     if scale == "laptop":
         return {"steps": 300, "channels": 8, "cells": 3, "batch_size": 32}
@@ -198,7 +197,7 @@ def imagenet_evaluation(scale: Scale, space: str) -> Options:
     }
 
 
-IMAGENET_SEARCH: Mapping[Scale, Options] = {
+IMAGENET_SEARCH: Mapping[str, Options] = {
     "laptop": {"search": {"partial": 2}, "evaluation": imagenet_evaluation("laptop", "pcdarts")},
     "paper": {
         "steps": 50 * _IMAGENET_EPOCH,

@@ -11,8 +11,8 @@ from mlo.config import defaults, merge, validate
 from problems.evaluate_job import EvaluateJob
 from problems.lbt_job import LbtJob
 from problems.nas import PUBLISHED
-from problems.paper.experiments import transfer_options
 from problems.paper.settings import Run
+from problems.paper.tables import transfer_options
 
 
 @pytest.fixture(scope="module")

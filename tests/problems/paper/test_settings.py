@@ -7,8 +7,9 @@ import pytest
 from mlo.config import defaults, merge, validate
 from problems.evaluate_job import EvaluateJob
 from problems.lbt_job import LbtJob
-from problems.paper.experiments import Benefit, Figure3, Figure4, Table2, Table3, Table4, Table5, Table6
+from problems.paper.figures import Benefit, Figure3, Figure4
 from problems.paper.settings import Run
+from problems.paper.tables import Table2, Table3, Table4, Table5, Table6
 
 EXPERIMENTS = [Table2, Table3, Table4, Table5, Table6, Figure3, Figure4, Benefit]
 JOBS = {"lbt": LbtJob, "evaluate": EvaluateJob}

@@ -1,0 +1,135 @@
+"""`mlo reproduce table2 ... table6`: the paper's tables, each with the runs that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from matplotlib.figure import Figure
+
+from mlo.experiment import Wanted
+from problems.paper import published
+from problems.paper.experiment import FULL, SHRUNK, PaperExperiment
+from problems.paper.pages import Comparison, Seeds, comparison_table, result_table, seeds_table, verdict
+from problems.paper.published import Row
+from problems.paper.settings import Run, imagenet_evaluation, together
+
+
+class _Table(PaperExperiment):
+    rows: ClassVar[Sequence[Row]]
+    note: ClassVar[str] = ""
+
+    def runs(self, scale: str) -> Mapping[str, Wanted]:
+        """The run of each row."""
+        return {row.run.key: Wanted("lbt", row.run.options(scale)) for row in self.rows}
+
+    def comparisons(self) -> list[Comparison]:
+        """Each row with a student against the one without, in the same space."""
+        plain = {row.run: row.label for row in self.rows if row.run.student is None}
+        pairs = ((row, plain.get(row.run._replace(student=None))) for row in self.rows if row.run.student)
+        return [Comparison(row.label, baseline) for row, baseline in pairs if baseline]
+
+    def against_random(self) -> list[Comparison]:
+        """Each row against the random architecture."""
+        return [Comparison(r.label, "random") for r in self.rows if r.label != "random"]
+
+    def sections(self, scale: str, found: Mapping[str, Seeds]) -> tuple[list[str], dict[str, Figure]]:
+        """The table, the tests, the seeds."""
+        by_label = {row.label: found[self.key(row)] for row in self.rows}
+        pairs = self.comparisons()
+        told = [(SHRUNK if scale == "laptop" else FULL) + self.note, result_table(self.rows, by_label, scale)]
+        told += [comparison_table(pairs, by_label), verdict(pairs, by_label)]
+        if "random" in by_label:
+            told += [
+                "Against a random architecture of the same space:",
+                comparison_table(self.against_random(), by_label),
+            ]
+        return [*told, "Each seed:", seeds_table(list(by_label), by_label)], {}
+
+    def key(self, row: Row) -> str:
+        """The run that a row shows."""
+        return row.run.key
+
+
+class Table2(_Table):
+    """Table 2: every method with and without a student, on CIFAR-100."""
+
+    name, title, rows = "table2", "Table 2: CIFAR-100", published.TABLE2
+
+
+class Table3(_Table):
+    """Table 3: every method with and without a student, on CIFAR-10."""
+
+    name, title, rows = "table3", "Table 3: CIFAR-10", published.TABLE3
+
+
+class Table4(_Table):
+    """Table 4: architectures searched on CIFAR or ImageNet, evaluated on ImageNet."""
+
+    name, title, rows = "table4", "Table 4: ImageNet", published.TABLE4
+    note = (
+        "CIFAR-10 at 24x24 stands in for ImageNet at the laptop scale, and the networks are trained on 2,000 "
+        "of its images. The cost is that of the search, which Tables 2 and 3 share."
+    )
+
+    def runs(self, scale: str) -> Mapping[str, Wanted]:
+        """The searches on CIFAR, then the evaluations of what they found; the searches on ImageNet itself."""
+        wanted = {}
+        for row in self.rows:
+            if row.searched is None:
+                wanted[row.run.key] = Wanted("lbt", row.run.options(scale))
+                continue
+            wanted[row.searched.key] = Wanted("lbt", row.searched.options(scale))
+            uses = {"genotype": (row.searched.key, "genotype.json")}
+            wanted[self.key(row)] = Wanted("evaluate", transfer_options(row.run, scale), uses)
+        return wanted
+
+    def key(self, row: Row) -> str:
+        """An evaluation is named by its search too, for two searches of one space are evaluated alike."""
+        return row.run.key if row.searched is None else f"{row.searched.key}-on-{row.run.data}"
+
+    def comparisons(self) -> list[Comparison]:
+        """Each row with a student against the row before it, which is the same without."""
+        return [
+            Comparison(row.label, before.label)
+            for before, row in zip(self.rows, self.rows[1:], strict=False)
+            if row.run.student
+        ]
+
+    def sections(self, scale: str, found: Mapping[str, Seeds]) -> tuple[list[str], dict[str, Figure]]:
+        """As for every table; the cost of a search is taken from its run."""
+        with_cost = dict(found)
+        for row in self.rows:
+            if row.searched is not None:
+                key, searched = self.key(row), found[row.searched.key]
+                with_cost[key] = {
+                    seed: {**measures, "search_seconds": searched[seed]["search_seconds"]}
+                    for seed, measures in found[key].items()
+                }
+        return super().sections(scale, with_cost)
+
+
+def transfer_options(run: Run, scale: str) -> Mapping[str, Any]:
+    """The options of an `evaluate` job on the data of a run."""
+    options = run.options(scale)
+    training = dict(imagenet_evaluation(scale, run.space))
+    return together({"data": options["data"], "steps": training.pop("steps"), "training": training})
+
+
+class _Ablation(_Table):
+    def comparisons(self) -> list[Comparison]:
+        """The full method, the second of each two rows, against the ablated one before it."""
+        return [Comparison(full.label, less.label) for less, full in zip(self.rows[::2], self.rows[1::2], strict=True)]
+
+
+class Table5(_Ablation):
+    """Table 5: judged by the student alone, or by the teacher too (first ablation)."""
+
+    name, title, rows = "table5", "Table 5: whose validation loss judges", published.TABLE5
+    note = "In the paper, the last row repeats the number of RN50 in Table 3 (2.61), where RN18 has 2.65."
+
+
+class Table6(_Ablation):
+    """Table 6: the student learns from pseudo-labels alone, or from labels too (second ablation)."""
+
+    name, title, rows = "table6", "Table 6: what the student learns from", published.TABLE6
