@@ -48,7 +48,8 @@ def open_stream(data: Data, owner: str) -> Batches:
         owner: the name of the problem, for messages.
 
     Raises:
-        ConfigError: if ``data`` is nothing of these, or an iterator, which could be walked only once.
+        ConfigError: if ``data`` is nothing of these, an iterator, which could be walked only once, or a bare tuple of
+            tensors, which is meant for one batch.
     """
     if isinstance(data, Mapping):
         return _MergedStream({name: open_stream(part, f"{owner}: {name}") for name, part in data.items()})
@@ -58,6 +59,11 @@ def open_stream(data: Data, owner: str) -> Batches:
         raise ConfigError(
             f"problem {owner!r}: data is an iterator ({type(data).__name__}), which can be walked only once; "
             "pass a DataLoader, a list, or the generator function itself (without calling it)"
+        )
+    if isinstance(data, tuple) and len(data) > 1 and all(isinstance(part, torch.Tensor) for part in data):
+        raise ConfigError(
+            f"problem {owner!r}: data is a tuple of {len(data)} tensors, which would be taken for {len(data)} batches; "
+            "write [(x, y)] for one batch of them, or give a DataLoader over TensorDataset(x, y)"
         )
     if not callable(data) and not isinstance(data, Iterable):
         raise ConfigError(

@@ -150,6 +150,7 @@ def test_nothing_to_walk():
         (iter([1]), "an iterator"),
         (7, "a int"),
         ({"x": zip([1], [2], strict=True)}, "'p: x': data is an iterator"),
+        ((torch.ones(4, 2), torch.ones(4)), "is a tuple of 2 tensors, .* write \\[\\(x, y\\)\\]"),
     ]:
         with pytest.raises(ConfigError, match=told):
             open_stream(data, "p")
