@@ -216,11 +216,7 @@ IMAGENET_SEARCH: Mapping[str, Options] = {
 """PC-DARTS' search on ImageNet itself (Xu et al. 2020, section 4.3)."""
 
 
-BALANCED = 20.0
-"""The gamma of the benefit experiment, at which student's and teacher's parts of the gradient are about alike."""
-
-
-def benefit_options(method: str, student_weight: float = 1.0) -> Options:
+def benefit_options(method: str, student_weight: float = 1.0, judged_by: str = "both") -> Options:
     """The setting in which a benefit of teaching should show if there is one, at the laptop scale only.
 
     Few labels for the search (200) and many unlabeled images (8,000); four operations, of which one only makes noise;
@@ -230,6 +226,7 @@ def benefit_options(method: str, student_weight: float = 1.0) -> Options:
     return {
         "methods": [method],
         "student_weight": student_weight,
+        "judged_by": judged_by,
         "page": False,
         "hypergradient": "one_step",
         "lookahead": True,
