@@ -14,6 +14,7 @@ from mlo.hypergradient import Darts, ResponseOption
 from mlo.job import Job
 from mlo.run import Run
 from problems.data import Data, Splits
+from problems.early_stop import found_by, grown_sharp
 from problems.lbt import ArchValidate
 from problems.nas import Architecture, ArchitectureLogits, Genotype, derive, random_genotype
 from problems.report import save_genotypes, write_report
@@ -69,6 +70,12 @@ class LbtJob(Job):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        every = self.search.eigenvalue_every
+        if every is not None and every % self.log_every:
+            raise ValueError(
+                f"search.eigenvalue_every: eigenvalues are logged with the rest, but {every} is no multiple of "
+                f"log_every, {self.log_every}; make it one"
+            )
         if self.pseudo_label_path == "paper" and not self._teacher_response.differentiates:
             raise ValueError(
                 "pseudo_label_path: the paper's way leads through the teacher's training, which a first-order "
@@ -167,9 +174,8 @@ class LbtJob(Job):
         names = [self._stage_name(method, stage) for stage in range(self.search.stages)]
         for name in names:
             space = self.search.stage_space(found)
-            told = run.stage(
-                name, partial(self.search_engine, method, list(found)), self.steps, partial(self._found, method)
-            )
+            build, result = partial(self.search_engine, method, list(found)), partial(self._found, method)
+            told = run.stage(name, build, self.steps, result, stop=grown_sharp)
             found.append(ArchitectureLogits(torch.tensor(told["normal"]), torch.tensor(told["reduce"])))
         return derive(space, found[-1]), names, {k: v for k, v in told.items() if k not in ("normal", "reduce")}
 
@@ -177,10 +183,10 @@ class LbtJob(Job):
         return f"search-{method}" + (f"-{stage + 1}" if self.search.stages > 1 else "")
 
     def _found(self, method: Method, engine: mlo.Engine) -> dict[str, Any]:
-        """The logits at the end of a stage, and how much of the architecture's gradient is the student's."""
-        logits = {k: v.tolist() for k, v in engine.problems["arch"].module()._asdict().items()}
+        """The logits that a stage found, and how much of the architecture's gradient is the student's."""
+        found = found_by(engine)
         both = method == "lbt" and self.judged_by == "both"
-        return {**logits, "student_part": student_part(engine)} if both else logits
+        return {**found, "student_part": student_part(engine)} if both else found
 
     def _judge(self, engine: mlo.Engine) -> dict[str, Any]:
         return self.evaluation.judge(engine, self._splits)

@@ -16,6 +16,7 @@ import mlo
 from mlo.config import Config
 from problems.augmentation import Augmentation
 from problems.data import Splits
+from problems.early_stop import Sharpness
 from problems.lbt import ArchValidate, StudentTeach, TeacherTrain
 from problems.nas import (
     DARTS,
@@ -64,6 +65,12 @@ class Search(Config):
         None, gt=0, description="the norm its gradient is clipped to (5 in P-DARTS)"
     )
     augmentation: Augmentation = Field(Augmentation(), description="of all images in the search")
+    eigenvalue_every: int | None = Field(
+        None,
+        ge=1,
+        description="rounds between two dominant eigenvalues of the validation loss's Hessian in the architecture; the "
+        "search stops on it and goes back, as RobustDARTS; null: not watched",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -138,6 +145,8 @@ class Search(Config):
     def architecture(self, space: SearchSpace, splits: Splits, **options: Any) -> ArchValidate:
         """The architecture's level, which reports what becomes of the operations."""
         module = Architecture(space)
+        if self.eigenvalue_every is not None:
+            module.add_module("sharpness", Sharpness(self.eigenvalue_every))
         rate = self.architecture_learning_rate
         return _WatchedArchitecture(
             "arch",
@@ -206,11 +215,17 @@ class _WatchedArchitecture(ArchValidate):
         self.space = space
 
     def metrics(self) -> Mapping[str, Tensor]:
-        """Mean weight of each operation over the edges, entropy of the weights, skip-connections that would be kept."""
+        """Mean weight of each operation over the edges, entropy of the weights, skip-connections that would be kept.
+
+        And the dominant eigenvalue, where it was taken in this round.
+        """
         logits = self.module()
         found: dict[str, Tensor] = {}
         for kind, matrix in logits._asdict().items():
             means = self.space.mixture(kind, matrix.detach()).operations.mean(dim=0)
             found |= {f"{kind}/{name}": mean for name, mean in zip(self.space.operations, means, strict=True)}
         found |= {f"{kind}/entropy": value for kind, value in entropy(self.space, logits).items()}
+        watched = getattr(self.module, "sharpness", None)
+        eigenvalue = watched.latest() if isinstance(watched, Sharpness) else None
+        found |= {} if eigenvalue is None else {"eigenvalue": eigenvalue}
         return found | {"skips": logits.normal.new_tensor(float(skips(self.space, logits)))}
