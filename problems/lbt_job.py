@@ -62,6 +62,9 @@ class LbtJob(Job):
     pseudo_label_path: Literal["full", "paper"] = Field(
         "full", description="paper leaves out how the pseudo-labels depend on the architecture directly"
     )
+    compile: bool = Field(
+        False, description="run the search's passes and products through torch.compile; pays after thousands of rounds"
+    )
     page: bool = Field(True, description="end with report.html and pictures; runs of a sweep are faster without")
     draws: int = Field(4, ge=1, description="architectures that best_of_random draws")
     data: Data = Field(Data(), description="the images")
@@ -113,7 +116,7 @@ class LbtJob(Job):
         weight = {"student_weight": self.student_weight}
         levels.append(search.architecture(space, splits, reads=dict.fromkeys(left_out), **weight))
         lookahead = self._teacher_response.lookahead if self.lookahead is None else self.lookahead
-        return mlo.Engine(levels, self.hypergradient, lookahead=lookahead, device=self.device)
+        return mlo.Engine(levels, self.hypergradient, lookahead=lookahead, compile=self.compile, device=self.device)
 
     def training_engine(self, genotype: Genotype) -> mlo.Engine:
         """The final training of a genotype's network, on the train and the validation images or on all."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
@@ -31,6 +32,8 @@ from problems.nas import (
 from problems.nas.watching import entropy, skips
 
 SPACES = {"darts": DARTS, "pc_darts": PC_DARTS, "p_darts": P_DARTS}
+Precision = Literal["float32", "bfloat16", "float16"]
+AUTOCASTS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DROPS = {"darts": (), "pc_darts": (), "p_darts": (3, 2)}
 
 
@@ -65,6 +68,9 @@ class Search(Config):
         None, gt=0, description="the norm its gradient is clipped to (5 in P-DARTS)"
     )
     augmentation: Augmentation = Field(Augmentation(), description="of all images in the search")
+    precision: Precision = Field(
+        "float32", description="of all losses, under autocast; curvature products stay in float32 unless they are told"
+    )
     eigenvalue_every: int | None = Field(
         None,
         ge=1,
@@ -156,6 +162,7 @@ class Search(Config):
             data=splits.validation.batches(self.batch_size, self.augmentation),
             warmup=self.warmup,
             clip_norm=self.architecture_clip,
+            autocast=AUTOCASTS[self.precision],
             **options,
         )
 
@@ -164,7 +171,13 @@ class Search(Config):
         rate = self.learning_rate
         optimizer = SGD(module.parameters(), lr=rate, momentum=0.9, weight_decay=3e-4)
         scheduler = CosineAnnealingLR(optimizer, steps, eta_min=min(self.last_learning_rate, rate))
-        return {"module": module, "optimizer": optimizer, "scheduler": scheduler, "clip_norm": 5.0}
+        return {
+            "module": module,
+            "optimizer": optimizer,
+            "scheduler": scheduler,
+            "clip_norm": 5.0,
+            "autocast": AUTOCASTS[self.precision],
+        }
 
 
 def _each(value: Any, stages: int) -> tuple[Any, ...]:
