@@ -59,8 +59,15 @@ class LbtJob(Job):
     judged_by: Literal["both", "student"] = Field(
         "both", description="whose validation loss judges; the student's alone is the paper's first ablation"
     )
-    pseudo_label_path: Literal["full", "paper"] = Field(
-        "full", description="paper leaves out how the pseudo-labels depend on the architecture directly"
+    variant: Literal["paper", "authors"] = Field(
+        "paper",
+        description="authors: as their later code has it, teacher and student judge in turn and the student learns in "
+        "turn, by other virtual than real steps",
+    )
+    pseudo_label_path: Literal["full", "paper"] | None = Field(
+        None,
+        description="paper leaves out how the pseudo-labels depend on the architecture directly; null: full, and paper "
+        "in the authors' variant",
     )
     compile: bool = Field(
         False, description="run the search's passes and products through torch.compile; pays after thousands of rounds"
@@ -79,7 +86,13 @@ class LbtJob(Job):
                 f"search.eigenvalue_every: eigenvalues are logged with the rest, but {every} is no multiple of "
                 f"log_every, {self.log_every}; make it one"
             )
-        if self.pseudo_label_path == "paper" and not self._teacher_response.differentiates:
+        authors = self.variant == "authors"
+        if authors and (self.lookahead is False or not self._teacher_response.differentiates):
+            raise ValueError(
+                "variant: the authors' architecture steps are taken on virtual steps, and differentiated through the "
+                "teacher's; leave lookahead out, and take another teacher_hypergradient than a first-order one"
+            )
+        if self._label_path == "paper" and not self._teacher_response.differentiates:
             raise ValueError(
                 "pseudo_label_path: the paper's way leads through the teacher's training, which a first-order "
                 "teacher_hypergradient leaves out, so nothing of the student would reach the architecture; take full"
@@ -104,18 +117,19 @@ class LbtJob(Job):
         """A stage of a search, after those that found these logits: LBT's three levels, or two without a student."""
         lbt, found, search, splits = method == "lbt", found or [], self.search, self._splits
         space = search.stage_space(found)
-        own = {"hypergradient": self.teacher_hypergradient}
+        authors = self.variant == "authors"
+        own = {"hypergradient": self.teacher_hypergradient, "clip_ahead": not authors}
         levels: list[mlo.Problem] = [search.teacher(space, len(found), self.steps, splits, **own)]
         if lbt:
             module = make_student(self.student, splits.image_channels, splits.classes, splits.image_size)
-            options: dict[str, Any] = {"pseudo_weight": self.pseudo_weight}
-            options["held"] = ("arch",) if self.pseudo_label_path == "paper" else ()
+            options: dict[str, Any] = {"pseudo_weight": self.pseudo_weight, "in_turn": authors}
+            options["held"] = ("arch",) if self._label_path == "paper" else ()
             levels.append(search.student(module, self.steps, splits, self.student_learns_from == "both", **options))
         left_out = [] if lbt else ["student"]
         left_out += ["teacher"] if lbt and self.judged_by == "student" else []
-        weight = {"student_weight": self.student_weight}
-        levels.append(search.architecture(space, splits, reads=dict.fromkeys(left_out), **weight))
-        lookahead = self._teacher_response.lookahead if self.lookahead is None else self.lookahead
+        judged = {"student_weight": self.student_weight, "in_turn": authors and lbt}
+        levels.append(search.architecture(space, splits, reads=dict.fromkeys(left_out), **judged))
+        lookahead = self._teacher_response.lookahead or authors if self.lookahead is None else self.lookahead
         return mlo.Engine(levels, self.hypergradient, lookahead=lookahead, compile=self.compile, device=self.device)
 
     def training_engine(self, genotype: Genotype) -> mlo.Engine:
@@ -205,6 +219,10 @@ class LbtJob(Job):
         )
 
     @property
+    def _label_path(self) -> Literal["full", "paper"]:
+        return self.pseudo_label_path or ("paper" if self.variant == "authors" else "full")
+
+    @property
     def _teacher_response(self) -> mlo.Response:
         response = self.hypergradient if self.teacher_hypergradient is None else self.teacher_hypergradient
         assert isinstance(response, mlo.Response)
@@ -229,13 +247,14 @@ def student_part(engine: mlo.Engine) -> float:
     """
     arch = engine.problems["arch"]
     assert isinstance(arch, ArchValidate)
-    weight = arch.student_weight
-    whole = engine.hypergradient("arch")
-    arch.student_weight = 0.0
+    weight, in_turn = arch.student_weight, arch.in_turn
+    arch.in_turn = False
     try:
+        whole = engine.hypergradient("arch")
+        arch.student_weight = 0.0
         teacher = engine.hypergradient("arch")
     finally:
-        arch.student_weight = weight
+        arch.student_weight, arch.in_turn = weight, in_turn
     return float(
         torch.cat([(whole[n] - teacher[n]).flatten() for n in whole]).norm()
         / torch.cat([part.flatten() for part in teacher.values()]).norm()

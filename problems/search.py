@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -11,14 +12,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 import mlo
 from mlo.config import Config
 from problems.augmentation import Augmentation
 from problems.data import Splits
 from problems.early_stop import Sharpness
-from problems.lbt import ArchValidate, StudentTeach, TeacherTrain
+from problems.lbt import ArchValidate, StudentInTurn, StudentTeach, TeacherTrain
 from problems.nas import (
     DARTS,
     P_DARTS,
@@ -141,12 +142,18 @@ class Search(Config):
             **self.trained(self.supernet(space, stage, splits), steps),
         )
 
-    def student(self, module: nn.Module, steps: int, splits: Splits, with_labels: bool, **options: Any) -> StudentTeach:
-        """The student's level; it learns from pseudo-labels, and from labels too if so asked."""
-        data = {"unlabeled": splits.unlabeled.batches(self.batch_size, self.augmentation)}
+    def student(
+        self, module: nn.Module, steps: int, splits: Splits, with_labels: bool, in_turn: bool = False, **options: Any
+    ) -> StudentTeach | StudentInTurn:
+        """The student's level; it learns from pseudo-labels, and from labels too if so asked, at once or in turn."""
+        data: dict[str, Iterable[Any]] = {"unlabeled": splits.unlabeled.batches(self.batch_size, self.augmentation)}
         if with_labels:
             data["labeled"] = splits.train.batches(self.batch_size, self.augmentation)
-        return StudentTeach("student", data=data, **options, **self.trained(module, steps))
+        if not in_turn:
+            return StudentTeach("student", data=data, **options, **self.trained(module, steps))
+        each = 1 + with_labels
+        twice = {name: Repeated(batches, each) for name, batches in data.items()}
+        return StudentInTurn("student", data=twice, labeled=with_labels, **options, **self.trained(module, steps, each))
 
     def architecture(self, space: SearchSpace, splits: Splits, **options: Any) -> ArchValidate:
         """The architecture's level, which reports what becomes of the operations."""
@@ -166,11 +173,14 @@ class Search(Config):
             **options,
         )
 
-    def trained(self, module: nn.Module, steps: int) -> dict[str, Any]:
-        """What teacher and student have in common: SGD with a cosine over the stage."""
+    def trained(self, module: nn.Module, steps: int, each: int = 1) -> dict[str, Any]:
+        """What teacher and student have in common: SGD with a cosine over the stage, of `each` steps a round."""
         rate = self.learning_rate
         optimizer = SGD(module.parameters(), lr=rate, momentum=0.9, weight_decay=3e-4)
-        scheduler = CosineAnnealingLR(optimizer, steps, eta_min=min(self.last_learning_rate, rate))
+        last = min(self.last_learning_rate, rate)
+        scheduler: LRScheduler = CosineAnnealingLR(optimizer, steps, eta_min=last)
+        if each > 1:
+            scheduler = LambdaLR(optimizer, lambda step: cosine(step // each / steps, last / rate))
         return {
             "module": module,
             "optimizer": optimizer,
@@ -182,6 +192,24 @@ class Search(Config):
 
 def _each(value: Any, stages: int) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,) * stages
+
+
+def cosine(done: float, last: float) -> float:
+    """The factor of a rate that decays from 1 to `last` by half a cosine, after a part `done` of the way."""
+    return last + (1 - last) * (1 + math.cos(math.pi * done)) / 2
+
+
+class Repeated:
+    """Data each of whose batches comes `times` times in a row."""
+
+    def __init__(self, batches: Iterable[Any], times: int) -> None:
+        self._batches = batches
+        self._times = times
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batch by batch, once through the data."""
+        for batch in self._batches:
+            yield from itertools.repeat(batch, self._times)
 
 
 def stem_for(image_size: int) -> StemName:
