@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from mlo.optimizers import moment
 from mlo.plan import Plan, place
 from mlo.problem import Problem, State
 from mlo.randomness import global_state, replay, set_global_state
-from mlo.rollout import Rollout, cast_batches, cast_state
+from mlo.rollout import Rollout, cast_batches, cast_state, looking_ahead
 from mlo.scaling import LossScale
 from mlo.vectors import filled
 
@@ -119,8 +120,9 @@ class Engine:
         tops = [name for name in self._plan.tops if name in due] if self._plan.lookahead else []
         for top in tops:
             for _ in range(self.problems[top].steps):
-                states, records = self._rollout.below(top, due, self._live_states())
-                self._real_step(top, states, records)
+                with self._ahead(top):
+                    states, records = self._rollout.below(top, due, self._live_states())
+                    self._real_step(top, states, records)
         rest = [name for name in due if name not in tops]
         states, records = self._live_states(), Records()
         for position, name in enumerate(rest):
@@ -142,8 +144,8 @@ class Engine:
             ConfigError: if there is no such problem.
             GraphError: if a declared read carries no gradient.
         """
-        states, records, batches = self._next(name, {}, dtype)
-        with replay(None, self.device, self._evaluator.draws_outside((name,))):
+        with self._ahead(name), replay(None, self.device, self._evaluator.draws_outside((name,))):
+            states, records, batches = self._next(name, {}, dtype)
             gradient = self._gradients.of(name, states, records, batches, "virtual", ()).own
         variables = [states[name].parameters[v] for v in self.problems[name].variables]
         return dict(zip(gradient, filled(gradient.values(), variables), strict=True))
@@ -164,9 +166,9 @@ class Engine:
         Returns:
             A scalar, without a graph.
         """
-        states, _, batches = self._next(name, parameters or {}, dtype)
         losses = []
-        with replay(None, self.device, self._evaluator.draws_outside((name,))):
+        with self._ahead(name), replay(None, self.device, self._evaluator.draws_outside((name,))):
+            states, _, batches = self._next(name, parameters or {}, dtype)
             for batch in batches:
                 evaluation = self._evaluator.evaluate(name, states, batch, kind="virtual")
                 losses.append(evaluation.loss.detach())
@@ -242,6 +244,11 @@ class Engine:
         set_global_state(state["random"])
         if self.device.type == "cuda" and state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
+
+    def _ahead(self, name: str) -> AbstractContextManager[None]:
+        """Inside, the problems below ``name`` step as it sees them: virtually, where it is one that looks ahead."""
+        below = [problem for n, problem in self.problems.items() if n != name]
+        return looking_ahead(below, self._plan.lookahead and name in self._plan.tops)
 
     def _due(self) -> list[str]:
         return [name for name, problem in self.problems.items() if self.rounds >= problem.warmup]

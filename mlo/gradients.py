@@ -150,6 +150,8 @@ class Gradients:
                 variables = self._variables(states, (read,))
                 reached = [found.get(v) for v in variables]
                 if all(r is None for r in reached):
+                    if read in self._evaluator.problems[name].node.sometimes:
+                        continue
                     raise unreached(name, read)
                 cotangents[read] = filled(reached, variables)
             own = _sum(own, self._swept(name, cotangents, records, real=kind == "step"))

@@ -11,11 +11,15 @@ from mlo.errors import GraphError
 
 @dataclass(frozen=True)
 class Node:
-    """One problem as the graph sees it: its name, the problems it reads, and those of them it holds constant."""
+    """One problem as the graph sees it.
+
+    Its name, the problems that it reads, and those of them that it holds constant, or does not read at every step.
+    """
 
     name: str
     reads: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
+    sometimes: tuple[str, ...] = ()
 
 
 class Graph:
@@ -159,9 +163,10 @@ def _read_faults(node: Node, names: Sequence[str]) -> Iterable[str]:
                 f"reads={{{read!r}: <name>}} when you construct {node.name!r}, or {{{read!r}: None}} where it has a "
                 "default and is no problem"
             )
-    for held in node.held:
-        if held not in node.reads:
-            yield f"problem {node.name!r}: held={held!r} is not among what its loss reads ({', '.join(node.reads)})"
+    named = [*(("held", read) for read in node.held), *(("sometimes", read) for read in node.sometimes)]
+    for option, read in named:
+        if read not in node.reads:
+            yield f"problem {node.name!r}: {option}={read!r} is not among what its loss reads ({', '.join(node.reads)})"
 
 
 def _unread(node: Node, is_last: bool) -> str:

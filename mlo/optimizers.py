@@ -102,7 +102,7 @@ class StepCotangents:
 
 def is_linear(problem: Problem) -> bool:
     """Whether a step's Jacobian depends neither on the gradient nor on the values in the optimizer's state."""
-    return problem.clip_norm is None and sgd.applies(problem, problem.optimizer.param_groups)
+    return problem.clip_norm_now is None and sgd.applies(problem, problem.optimizer.param_groups)
 
 
 def pull_through_step(
@@ -154,12 +154,12 @@ def pull_through_step(
 
 
 def clip(problem: Problem, gradients: Mapping[str, Tensor | None]) -> Mapping[str, Tensor | None]:
-    """The gradients, scaled down together so that their norm is at most the problem's ``clip_norm``."""
+    """The gradients, scaled down together so that their norm is at most the problem's ``clip_norm_now``."""
     present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-    if problem.clip_norm is None or not present:
+    if problem.clip_norm_now is None or not present:
         return gradients
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in present.values()]))
-    scale = (problem.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    scale = (problem.clip_norm_now / (norm + 1e-6)).clamp(max=1.0)
     return {**gradients, **{name: gradient * scale for name, gradient in present.items()}}
 
 

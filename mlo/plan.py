@@ -68,9 +68,10 @@ class Plan:
 
     def _check_inner(self) -> None:
         for middle, lows in self.inner.items():
-            if self._problems[middle].steps > 1:
+            steps = max(self._problems[middle].steps, self._problems[middle].steps_ahead or 1)
+            if steps > 1:
                 raise ConfigError(
-                    f"inner_path: problem {middle!r} takes {self._problems[middle].steps} steps a round through the "
+                    f"inner_path: problem {middle!r} takes {steps} steps a round through the "
                     "same lower steps, whose path cannot then be part of each; let it take 1"
                 )
             for low in lows:

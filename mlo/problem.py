@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mlo.errors import CheckpointError, ConfigError
 from mlo.graph import Node
+from mlo.misfits import fault_of_name, faults_of_numbers, faults_of_parts
 from mlo.recomputation import recomputing_with
 from mlo.streams import Data, open_stream
 
@@ -58,9 +59,11 @@ class Problem(ABC):
             where the loss needs no batch. Begun again when it ends.
         scheduler: a learning-rate scheduler over ``optimizer``, stepped once after each step of this problem.
         steps: steps taken in each round of the engine.
+        steps_ahead: steps taken virtually, where an upper problem looks ahead; None: as many as ``steps``.
         accumulate: batches that each step takes the mean loss over, one after another, in the memory of one.
         warmup: rounds of the engine before the first step of this problem.
         clip_norm: the gradient's norm, over all parameters, is scaled down to this before each step.
+        clip_ahead: whether it is in virtual steps, too.
         autocast: torch.bfloat16 or torch.float16 to evaluate this problem's loss under torch.autocast; None: as the
             tensors are. Curvature products are taken without it, unless they are told. Under float16 the loss is scaled
             while its gradient is taken, by a factor that adapts; a pass that overflows is taken again.
@@ -69,6 +72,12 @@ class Problem(ABC):
         reads: {parameter of loss: problem} where their names differ; {parameter: None} leaves out a parameter that
             has a default.
         held: problems (by name) that the loss reads as constants: no hypergradient flows through that read.
+        sometimes: problems (by name) that the loss reads at some of its steps only. A declared read without a gradient
+            is an error; of these, it is passed over.
+
+    Attributes:
+        looking_ahead: whether what is evaluated is a virtual step or its derivative; a loss may ask, and be another
+            one then than in the real step.
 
     Raises:
         ConfigError: if an argument does not fit, with the remedy.
@@ -83,16 +92,19 @@ class Problem(ABC):
         data: Data = None,
         scheduler: LRScheduler | None = None,
         steps: int = 1,
+        steps_ahead: int | None = None,
         accumulate: int = 1,
         warmup: int = 0,
         clip_norm: float | None = None,
+        clip_ahead: bool = True,
         autocast: torch.dtype | None = None,
         hypergradient: object = None,
         reads: Mapping[str, str | None] | None = None,
         held: Sequence[str] = (),
+        sometimes: Sequence[str] = (),
     ) -> None:
-        faults = [*_fault_of_name(name), *_faults_of_parts(module, optimizer, scheduler)]
-        faults += _faults_of_numbers(steps, accumulate, warmup, clip_norm, autocast)
+        faults = [*fault_of_name(name), *faults_of_parts(module, optimizer, scheduler)]
+        faults += faults_of_numbers(steps, steps_ahead, accumulate, warmup, clip_norm, autocast)
         if faults:
             raise ConfigError("\n".join(f"problem {name!r}: {fault}" for fault in faults))
         self.name = name
@@ -100,15 +112,16 @@ class Problem(ABC):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.steps = steps
+        self.steps_ahead = steps_ahead
         self.accumulate = accumulate
         self.warmup = warmup
         self.clip_norm = clip_norm
+        self.clip_ahead = clip_ahead
+        self.looking_ahead = False
         self.autocast = autocast
         self.hypergradient = hypergradient
         self.arguments = _arguments(self, reads or {})
-        self.node = Node(
-            name, tuple(dict.fromkeys(self.arguments.values())), (held,) if isinstance(held, str) else tuple(held)
-        )
+        self.node = Node(name, tuple(dict.fromkeys(self.arguments.values())), _names(held), _names(sometimes))
         self.stream = open_stream(data, name)
         self.steps_taken = 0
         self._aliases = _aliases(module)
@@ -145,6 +158,16 @@ class Problem(ABC):
     def metrics(self) -> Mapping[str, Tensor]:
         """What else is worth logging of the present state, {name: scalar tensor}; override it, nothing by default."""
         return {}
+
+    @property
+    def steps_now(self) -> int:
+        """Steps of a round, of virtual ones while :attr:`looking_ahead`."""
+        return self.steps_ahead if self.looking_ahead and self.steps_ahead is not None else self.steps
+
+    @property
+    def clip_norm_now(self) -> float | None:
+        """What the gradient's norm is scaled down to, in a virtual step while :attr:`looking_ahead`."""
+        return self.clip_norm if self.clip_ahead or not self.looking_ahead else None
 
     @property
     def params(self) -> Mapping[str, Tensor]:
@@ -259,6 +282,10 @@ def _arguments(problem: Problem, renames: Mapping[str, str | None]) -> dict[str,
     return declared
 
 
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
 def _places(module: nn.Module, kind: str) -> list[tuple[str, nn.Module, str]]:
     """(name, the submodule that has it, its key there) of each parameter or buffer: asking a large module is slow."""
     named = module.named_parameters() if kind == "_parameters" else module.named_buffers()
@@ -274,44 +301,3 @@ def _aliases(module: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {name: first[id(tensor)] for name, tensor in named if first.setdefault(id(tensor), name) != name}
-
-
-def _fault_of_name(name: object) -> list[str]:
-    if isinstance(name, str) and name.isidentifier():
-        return []
-    return ["its name must be a Python identifier (letters, digits and _), since losses name it as a parameter"]
-
-
-def _faults_of_parts(module: object, optimizer: object, scheduler: object) -> list[str]:
-    faults = []
-    if not isinstance(module, nn.Module):
-        faults.append(f"module is a {type(module).__name__}; pass a torch.nn.Module")
-    if not isinstance(optimizer, Optimizer):
-        faults.append(f"optimizer is a {type(optimizer).__name__}; pass a torch.optim optimizer")
-    elif isinstance(optimizer, LBFGS):
-        faults.append("LBFGS evaluates the loss several times in a step, which a level cannot; pass another optimizer")
-    if scheduler is not None and not isinstance(scheduler, LRScheduler):
-        faults.append(f"scheduler is a {type(scheduler).__name__}; pass a torch.optim.lr_scheduler scheduler")
-    elif isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        faults.append(
-            "ReduceLROnPlateau waits for a validation metric, which a step does not have; pass another scheduler"
-        )
-    elif scheduler is not None and scheduler.optimizer is not optimizer:
-        faults.append("its scheduler drives another optimizer; construct the scheduler over the optimizer passed here")
-    return faults
-
-
-def _faults_of_numbers(
-    steps: object, accumulate: object, warmup: object, clip_norm: object, autocast: object
-) -> list[str]:
-    faults = []
-    for name, value in (("steps", steps), ("accumulate", accumulate)):
-        if type(value) is not int or value < 1:
-            faults.append(f"{name}={value!r}; pass a whole number, 1 or more")
-    if type(warmup) is not int or warmup < 0:
-        faults.append(f"warmup={warmup!r}; pass a whole number of rounds, 0 or more")
-    if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
-        faults.append(f"clip_norm={clip_norm!r}; pass a number above 0, or None")
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        faults.append(f"autocast={autocast!r}; pass torch.bfloat16, torch.float16, or None")
-    return faults

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,8 +15,21 @@ from mlo.gradients import Gradients, Records
 from mlo.hypergradient.step import Record
 from mlo.optimizers import Moment, moment, virtual_step
 from mlo.plan import Plan
-from mlo.problem import State
+from mlo.problem import Problem, State
 from mlo.randomness import replay
+
+
+@contextmanager
+def looking_ahead(problems: Iterable[Problem], really: bool = True) -> Iterator[None]:
+    """Inside, the problems step, and are differentiated through, as where an upper one looks ahead (if ``really``)."""
+    seen = list(problems)
+    for problem in seen:
+        problem.looking_ahead = really
+    try:
+        yield
+    finally:
+        for problem in seen:
+            problem.looking_ahead = False
 
 
 class Rollout:
@@ -53,9 +67,9 @@ class Rollout:
         problem, response = self._evaluator.problems[name], self._plan.responses[name]
         targets, at = self._plan.targets(name, later), cast_moment(moment(problem, copies=False), dtype)
         recorded: list[Record] = []
-        for left in reversed(range(problem.steps)):
+        for left in reversed(range(problem.steps_now)):
             keep = bool(targets) and response.records(left)
-            step = problem.steps - 1 - left
+            step = problem.steps_now - 1 - left
             batches = cast_batches(problem.batches_ahead(step), dtype)
             before, was = states[name], at
             onto = targets if keep and self._gradients.kept_for_pullback(name, len(recorded), left) else ()

@@ -144,7 +144,14 @@ class Run:
             if not any(self.path.iterdir()):
                 self.path.rmdir()
 
-    def stage(self, name: str, engine: Callable[[], "Engine"], steps: int, result: Callable[["Engine"], Any]) -> Any:
+    def stage(
+        self,
+        name: str,
+        engine: Callable[[], "Engine"],
+        steps: int,
+        result: Callable[["Engine"], Any],
+        stop: Callable[["Engine"], bool] | None = None,
+    ) -> Any:
         """Train an engine for ``steps`` rounds and return ``result(engine)``; done once in the life of the run.
 
         A finished stage returns its stored result and builds nothing; one that was stopped goes on from its last
@@ -155,6 +162,10 @@ class Run:
             engine: builds the engine.
             steps: rounds in all, those before a resumption included.
             result: what is kept of the trained engine; made of what JSON has, and returned as JSON gives it back.
+            stop: ends the stage early where it returns True. Asked after each round, before the metrics and the
+                checkpoint of that round are written, and once more of an engine that goes on from a checkpoint: what it
+                remembers belongs in the engine's state (a module's buffers or extra state), and it must answer the
+                same question the same way twice.
 
         Raises:
             ConfigError: if two stages have one name, or the result is not made of what JSON has.
@@ -163,7 +174,7 @@ class Run:
         if name in self._stages:
             raise ConfigError(f"two stages of this job are named {name!r}; give each a name of its own")
         self._stages.add(name)
-        return Stage(self.path / "stages" / name, self.job, steps).run(engine, result)
+        return Stage(self.path / "stages" / name, self.job, steps).run(engine, result, stop)
 
 
 def about(path: Path) -> tuple[str, dict[str, str]]:

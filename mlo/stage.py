@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +30,22 @@ SECONDS = "seconds.json"
 KEPT = 2
 
 
+class _Ended(Exception):  # noqa: N818 - it is no error
+    """Raised between two rounds when a stage is to end before its last."""
+
+
 class Stage:
     """One stage's folder, and the job whose seed, metrics and checkpoint intervals hold."""
 
     def __init__(self, path: Path, job: Job, steps: int) -> None:
         self.path, self.job, self.steps = path, job, steps
 
-    def run(self, build: Callable[[], "Engine"], result: Callable[["Engine"], Any]) -> Any:
+    def run(
+        self,
+        build: Callable[[], "Engine"],
+        result: Callable[["Engine"], Any],
+        stop: Callable[["Engine"], bool] | None = None,
+    ) -> Any:
         """The stored result if there is one; else train what is left to train, and store it."""
         store = self.path / "result.json"
         if not store.exists():
@@ -46,7 +55,7 @@ class Stage:
             engine = build()
             self.path.mkdir(parents=True, exist_ok=True)
             self._restore(engine)
-            self._train(engine)
+            self._train(engine, stop or (lambda engine: False))
             write_atomic(store, self._text(result(engine)))
         return json.loads(store.read_text(encoding="utf-8"))
 
@@ -61,14 +70,15 @@ class Stage:
             engine.load_state_dict(state)
             return
 
-    def _train(self, engine: "Engine") -> None:
+    def _train(self, engine: "Engine", stop: Callable[["Engine"], bool]) -> None:
         metrics = Metrics(self.path / METRICS, engine.rounds)
         clock = time.process_time if engine.device.type == "cpu" else time.monotonic
         began = clock() - seconds_taken(self.path)
         with StageProgress(self.path.name, self.steps, engine.rounds) as progress, metrics, interruption() as asked:
 
             def after_round(engine: "Engine") -> None:
-                step, last = engine.rounds, engine.rounds == self.steps
+                ended = stop(engine)
+                step, last = engine.rounds, ended or engine.rounds == self.steps
                 progress.update(step, lambda: {name: float(loss) for name, loss in engine.losses.items()})
                 if step % self.job.log_every == 0 or last:
                     metrics.write(step, engine.metrics())
@@ -78,9 +88,12 @@ class Stage:
                     write_atomic(self.path / SECONDS, f"{clock() - began:.3f}\n")
                 if asked():
                     raise KeyboardInterrupt
+                if ended:
+                    raise _Ended
 
-            if engine.rounds < self.steps:
-                engine.run(steps=self.steps - engine.rounds, callbacks=[after_round])
+            if engine.rounds < self.steps and not (engine.rounds and stop(engine)):
+                with suppress(_Ended):
+                    engine.run(steps=self.steps - engine.rounds, callbacks=[after_round])
             if asked():
                 raise KeyboardInterrupt
 

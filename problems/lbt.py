@@ -61,6 +61,46 @@ class StudentTeach(mlo.Problem):
         return F.cross_entropy(on_labeled, labels) + self.pseudo_weight * F.cross_entropy(on_unlabeled, pseudo_labels)
 
 
+class StudentInTurn(mlo.Problem):
+    """Level 2 as the authors' later code has it: a step on the pseudo-labeled images, then one on the labeled ones.
+
+    What the architecture looks ahead at is one step on both together, without clipping, in which the pseudo-labels are
+    the teacher's most probable classes, while their derivative is that of its probabilities.
+
+    A batch is as for :class:`StudentTeach`; both steps of a round should see the same one.
+
+    Args:
+        pseudo_weight: lambda, the weight of the pseudo-labeled images.
+        labeled: whether there are labeled images; without, a round has one step.
+        **problem: see :class:`mlo.Problem`; counts of steps are given by this one.
+    """
+
+    def __init__(self, name: str, *, pseudo_weight: float = 1.0, labeled: bool = True, **problem: Any) -> None:
+        super().__init__(name, steps=1 + labeled, steps_ahead=1, clip_ahead=False, **problem)
+        self.pseudo_weight = pseudo_weight
+
+    def loss(self, batch: Any, teacher: mlo.Problem, arch: mlo.Problem) -> Tensor:
+        """The loss of the student's next step, or of the one that is looked at ahead."""
+        if not self.looking_ahead and self.steps_taken % self.steps == 1:
+            return self._labeled(batch)
+        unlabeled = batch["unlabeled"]
+        if not isinstance(unlabeled, Tensor):
+            unlabeled = unlabeled[0]
+        pseudo_labels = teacher(unlabeled, arch()).softmax(dim=1)
+        if self.looking_ahead:
+            pseudo_labels = pseudo_labels + (_hard(pseudo_labels) - pseudo_labels).detach()
+        taught = self.pseudo_weight * F.cross_entropy(self(unlabeled), pseudo_labels)
+        return taught + self._labeled(batch) if self.looking_ahead and "labeled" in batch else taught
+
+    def _labeled(self, batch: Any) -> Tensor:
+        images, labels = batch["labeled"]
+        return F.cross_entropy(self(images), labels)
+
+
+def _hard(probabilities: Tensor) -> Tensor:
+    return F.one_hot(probabilities.argmax(dim=1), probabilities.shape[1]).to(probabilities)
+
+
 class ArchValidate(mlo.Problem):
     """Level 3, the teacher re-learns: min_A L(W, A; D_t^val) + gamma L(S; D_s^val), equation (6).
 
@@ -71,17 +111,26 @@ class ArchValidate(mlo.Problem):
 
     Args:
         student_weight: gamma, the weight of the student's validation loss.
+        in_turn: take the two terms for two steps, the teacher's and then the student's, each at virtual steps of its
+            own and on a batch of its own, rather than their sum for one (the authors' later code).
         **problem: see :class:`mlo.Problem`.
     """
 
-    def __init__(self, name: str, *, student_weight: float = 1.0, **problem: Any) -> None:
+    def __init__(self, name: str, *, student_weight: float = 1.0, in_turn: bool = False, **problem: Any) -> None:
+        if in_turn:
+            reads = {"teacher": "teacher", "student": "student"} | dict(problem.get("reads") or {})
+            judges = tuple(read for read in reads.values() if read is not None)
+            problem |= {"steps": len(judges), "sometimes": judges}
         super().__init__(name, **problem)
         self.student_weight = student_weight
+        self.in_turn = in_turn
 
     def loss(self, batch: Any, teacher: mlo.Problem | None = None, student: mlo.Problem | None = None) -> Tensor:
         """The architecture's validation loss."""
         split = batch if isinstance(batch, Mapping) else {"teacher": batch, "student": batch}
         terms = []
+        if self.in_turn and teacher is not None and student is not None:
+            teacher, student = (teacher, None) if self.steps_taken % 2 == 0 else (None, student)
         if teacher is not None:
             images, labels = split["teacher"]
             terms.append(F.cross_entropy(teacher(images, self()), labels))

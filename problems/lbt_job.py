@@ -14,6 +14,7 @@ from mlo.hypergradient import Darts, ResponseOption
 from mlo.job import Job
 from mlo.run import Run
 from problems.data import Data, Splits
+from problems.early_stop import found_by, grown_sharp
 from problems.lbt import ArchValidate
 from problems.nas import Architecture, ArchitectureLogits, Genotype, derive, random_genotype
 from problems.report import save_genotypes, write_report
@@ -58,8 +59,18 @@ class LbtJob(Job):
     judged_by: Literal["both", "student"] = Field(
         "both", description="whose validation loss judges; the student's alone is the paper's first ablation"
     )
-    pseudo_label_path: Literal["full", "paper"] = Field(
-        "full", description="paper leaves out how the pseudo-labels depend on the architecture directly"
+    variant: Literal["paper", "authors"] = Field(
+        "paper",
+        description="authors: as their later code has it, teacher and student judge in turn and the student learns in "
+        "turn, by other virtual than real steps",
+    )
+    pseudo_label_path: Literal["full", "paper"] | None = Field(
+        None,
+        description="paper leaves out how the pseudo-labels depend on the architecture directly; null: full, and paper "
+        "in the authors' variant",
+    )
+    compile: bool = Field(
+        False, description="run the search's passes and products through torch.compile; pays after thousands of rounds"
     )
     page: bool = Field(True, description="end with report.html and pictures; runs of a sweep are faster without")
     draws: int = Field(4, ge=1, description="architectures that best_of_random draws")
@@ -69,7 +80,19 @@ class LbtJob(Job):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.pseudo_label_path == "paper" and not self._teacher_response.differentiates:
+        every = self.search.eigenvalue_every
+        if every is not None and every % self.log_every:
+            raise ValueError(
+                f"search.eigenvalue_every: eigenvalues are logged with the rest, but {every} is no multiple of "
+                f"log_every, {self.log_every}; make it one"
+            )
+        authors = self.variant == "authors"
+        if authors and (self.lookahead is False or not self._teacher_response.differentiates):
+            raise ValueError(
+                "variant: the authors' architecture steps are taken on virtual steps, and differentiated through the "
+                "teacher's; leave lookahead out, and take another teacher_hypergradient than a first-order one"
+            )
+        if self._label_path == "paper" and not self._teacher_response.differentiates:
             raise ValueError(
                 "pseudo_label_path: the paper's way leads through the teacher's training, which a first-order "
                 "teacher_hypergradient leaves out, so nothing of the student would reach the architecture; take full"
@@ -94,19 +117,20 @@ class LbtJob(Job):
         """A stage of a search, after those that found these logits: LBT's three levels, or two without a student."""
         lbt, found, search, splits = method == "lbt", found or [], self.search, self._splits
         space = search.stage_space(found)
-        own = {"hypergradient": self.teacher_hypergradient}
+        authors = self.variant == "authors"
+        own = {"hypergradient": self.teacher_hypergradient, "clip_ahead": not authors}
         levels: list[mlo.Problem] = [search.teacher(space, len(found), self.steps, splits, **own)]
         if lbt:
             module = make_student(self.student, splits.image_channels, splits.classes, splits.image_size)
-            options: dict[str, Any] = {"pseudo_weight": self.pseudo_weight}
-            options["held"] = ("arch",) if self.pseudo_label_path == "paper" else ()
+            options: dict[str, Any] = {"pseudo_weight": self.pseudo_weight, "in_turn": authors}
+            options["held"] = ("arch",) if self._label_path == "paper" else ()
             levels.append(search.student(module, self.steps, splits, self.student_learns_from == "both", **options))
         left_out = [] if lbt else ["student"]
         left_out += ["teacher"] if lbt and self.judged_by == "student" else []
-        weight = {"student_weight": self.student_weight}
-        levels.append(search.architecture(space, splits, reads=dict.fromkeys(left_out), **weight))
-        lookahead = self._teacher_response.lookahead if self.lookahead is None else self.lookahead
-        return mlo.Engine(levels, self.hypergradient, lookahead=lookahead, device=self.device)
+        judged = {"student_weight": self.student_weight, "in_turn": authors and lbt}
+        levels.append(search.architecture(space, splits, reads=dict.fromkeys(left_out), **judged))
+        lookahead = self._teacher_response.lookahead or authors if self.lookahead is None else self.lookahead
+        return mlo.Engine(levels, self.hypergradient, lookahead=lookahead, compile=self.compile, device=self.device)
 
     def training_engine(self, genotype: Genotype) -> mlo.Engine:
         """The final training of a genotype's network, on the train and the validation images or on all."""
@@ -167,9 +191,8 @@ class LbtJob(Job):
         names = [self._stage_name(method, stage) for stage in range(self.search.stages)]
         for name in names:
             space = self.search.stage_space(found)
-            told = run.stage(
-                name, partial(self.search_engine, method, list(found)), self.steps, partial(self._found, method)
-            )
+            build, result = partial(self.search_engine, method, list(found)), partial(self._found, method)
+            told = run.stage(name, build, self.steps, result, stop=grown_sharp)
             found.append(ArchitectureLogits(torch.tensor(told["normal"]), torch.tensor(told["reduce"])))
         return derive(space, found[-1]), names, {k: v for k, v in told.items() if k not in ("normal", "reduce")}
 
@@ -177,10 +200,10 @@ class LbtJob(Job):
         return f"search-{method}" + (f"-{stage + 1}" if self.search.stages > 1 else "")
 
     def _found(self, method: Method, engine: mlo.Engine) -> dict[str, Any]:
-        """The logits at the end of a stage, and how much of the architecture's gradient is the student's."""
-        logits = {k: v.tolist() for k, v in engine.problems["arch"].module()._asdict().items()}
+        """The logits that a stage found, and how much of the architecture's gradient is the student's."""
+        found = found_by(engine)
         both = method == "lbt" and self.judged_by == "both"
-        return {**logits, "student_part": student_part(engine)} if both else logits
+        return {**found, "student_part": student_part(engine)} if both else found
 
     def _judge(self, engine: mlo.Engine) -> dict[str, Any]:
         return self.evaluation.judge(engine, self._splits)
@@ -194,6 +217,10 @@ class LbtJob(Job):
             f"Architectures were searched for {self.steps} rounds{stages} on {self.data.source}: {len(splits.train):,} "
             f"training, {len(splits.validation):,} validation and {len(splits.unlabeled):,} unlabeled images."
         )
+
+    @property
+    def _label_path(self) -> Literal["full", "paper"]:
+        return self.pseudo_label_path or ("paper" if self.variant == "authors" else "full")
 
     @property
     def _teacher_response(self) -> mlo.Response:
@@ -220,13 +247,14 @@ def student_part(engine: mlo.Engine) -> float:
     """
     arch = engine.problems["arch"]
     assert isinstance(arch, ArchValidate)
-    weight = arch.student_weight
-    whole = engine.hypergradient("arch")
-    arch.student_weight = 0.0
+    weight, in_turn = arch.student_weight, arch.in_turn
+    arch.in_turn = False
     try:
+        whole = engine.hypergradient("arch")
+        arch.student_weight = 0.0
         teacher = engine.hypergradient("arch")
     finally:
-        arch.student_weight = weight
+        arch.student_weight, arch.in_turn = weight, in_turn
     return float(
         torch.cat([(whole[n] - teacher[n]).flatten() for n in whole]).norm()
         / torch.cat([part.flatten() for part in teacher.values()]).norm()

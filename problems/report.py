@@ -46,6 +46,8 @@ def write_report(
             drawn["losses of the search"] = loss_curves(searched)
             drawn["mean weight of each operation"] = weight_curves(searched)
             drawn["skip-connections and entropy"] = health_curves(searched)
+        if any("arch/eigenvalue" in line for line in searched):
+            drawn["dominant eigenvalue"] = eigenvalue_curve(searched)
         drawn["loss of the final training"] = loss_curves(run.metrics(f"train-{method}"))
         for title, figure in drawn.items():
             _save(figure, figures / f"{method}-{title.replace(' ', '-')}.png")
@@ -109,6 +111,15 @@ def health_curves(lines: Sequence[Line]) -> Figure:
         _plot(right, lines, f"arch/{kind}/entropy", title)
     right.set(xlabel="step", ylabel="entropy of the operation weights")
     right.legend(frameon=False)
+    return figure
+
+
+def eigenvalue_curve(lines: Sequence[Line]) -> Figure:
+    """The dominant eigenvalue of the validation loss's Hessian in the architecture, where it was taken."""
+    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    _plot(axes, lines, "arch/eigenvalue", "dominant eigenvalue")
+    axes.set(xlabel="step", ylabel="dominant eigenvalue", ylim=(0, None))
     return figure
 
 

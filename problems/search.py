@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 
 import mlo
 from mlo.config import Config
 from problems.augmentation import Augmentation
 from problems.data import Splits
-from problems.lbt import ArchValidate, StudentTeach, TeacherTrain
+from problems.early_stop import Sharpness
+from problems.lbt import ArchValidate, StudentInTurn, StudentTeach, TeacherTrain
 from problems.nas import (
     DARTS,
     P_DARTS,
@@ -30,6 +33,8 @@ from problems.nas import (
 from problems.nas.watching import entropy, skips
 
 SPACES = {"darts": DARTS, "pc_darts": PC_DARTS, "p_darts": P_DARTS}
+Precision = Literal["float32", "bfloat16", "float16"]
+AUTOCASTS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DROPS = {"darts": (), "pc_darts": (), "p_darts": (3, 2)}
 
 
@@ -64,6 +69,15 @@ class Search(Config):
         None, gt=0, description="the norm its gradient is clipped to (5 in P-DARTS)"
     )
     augmentation: Augmentation = Field(Augmentation(), description="of all images in the search")
+    precision: Precision = Field(
+        "float32", description="of all losses, under autocast; curvature products stay in float32 unless they are told"
+    )
+    eigenvalue_every: int | None = Field(
+        None,
+        ge=1,
+        description="rounds between two dominant eigenvalues of the validation loss's Hessian in the architecture; the "
+        "search stops on it and goes back, as RobustDARTS; null: not watched",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -129,16 +143,24 @@ class Search(Config):
             **self.trained(self.supernet(space, stage, splits), steps),
         )
 
-    def student(self, module: nn.Module, steps: int, splits: Splits, with_labels: bool, **options: Any) -> StudentTeach:
-        """The student's level; it learns from pseudo-labels, and from labels too if so asked."""
-        data = {"unlabeled": splits.unlabeled.batches(self.batch_size, self.augmentation)}
+    def student(
+        self, module: nn.Module, steps: int, splits: Splits, with_labels: bool, in_turn: bool = False, **options: Any
+    ) -> StudentTeach | StudentInTurn:
+        """The student's level; it learns from pseudo-labels, and from labels too if so asked, at once or in turn."""
+        data: dict[str, Iterable[Any]] = {"unlabeled": splits.unlabeled.batches(self.batch_size, self.augmentation)}
         if with_labels:
             data["labeled"] = splits.train.batches(self.batch_size, self.augmentation)
-        return StudentTeach("student", data=data, **options, **self.trained(module, steps))
+        if not in_turn:
+            return StudentTeach("student", data=data, **options, **self.trained(module, steps))
+        each = 1 + with_labels
+        twice = {name: Repeated(batches, each) for name, batches in data.items()}
+        return StudentInTurn("student", data=twice, labeled=with_labels, **options, **self.trained(module, steps, each))
 
     def architecture(self, space: SearchSpace, splits: Splits, **options: Any) -> ArchValidate:
         """The architecture's level, which reports what becomes of the operations."""
         module = Architecture(space)
+        if self.eigenvalue_every is not None:
+            module.add_module("sharpness", Sharpness(self.eigenvalue_every))
         rate = self.architecture_learning_rate
         return _WatchedArchitecture(
             "arch",
@@ -148,19 +170,47 @@ class Search(Config):
             data=splits.validation.batches(self.batch_size, self.augmentation),
             warmup=self.warmup,
             clip_norm=self.architecture_clip,
+            autocast=AUTOCASTS[self.precision],
             **options,
         )
 
-    def trained(self, module: nn.Module, steps: int) -> dict[str, Any]:
-        """What teacher and student have in common: SGD with a cosine over the stage."""
+    def trained(self, module: nn.Module, steps: int, each: int = 1) -> dict[str, Any]:
+        """What teacher and student have in common: SGD with a cosine over the stage, of `each` steps a round."""
         rate = self.learning_rate
         optimizer = SGD(module.parameters(), lr=rate, momentum=0.9, weight_decay=3e-4)
-        scheduler = CosineAnnealingLR(optimizer, steps, eta_min=min(self.last_learning_rate, rate))
-        return {"module": module, "optimizer": optimizer, "scheduler": scheduler, "clip_norm": 5.0}
+        last = min(self.last_learning_rate, rate)
+        scheduler: LRScheduler = CosineAnnealingLR(optimizer, steps, eta_min=last)
+        if each > 1:
+            scheduler = LambdaLR(optimizer, lambda step: cosine(step // each / steps, last / rate))
+        return {
+            "module": module,
+            "optimizer": optimizer,
+            "scheduler": scheduler,
+            "clip_norm": 5.0,
+            "autocast": AUTOCASTS[self.precision],
+        }
 
 
 def _each(value: Any, stages: int) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,) * stages
+
+
+def cosine(done: float, last: float) -> float:
+    """The factor of a rate that decays from 1 to `last` by half a cosine, after a part `done` of the way."""
+    return last + (1 - last) * (1 + math.cos(math.pi * done)) / 2
+
+
+class Repeated:
+    """Data each of whose batches comes `times` times in a row."""
+
+    def __init__(self, batches: Iterable[Any], times: int) -> None:
+        self._batches = batches
+        self._times = times
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batch by batch, once through the data."""
+        for batch in self._batches:
+            yield from itertools.repeat(batch, self._times)
 
 
 def stem_for(image_size: int) -> StemName:
@@ -207,11 +257,17 @@ class _WatchedArchitecture(ArchValidate):
         self.space = space
 
     def metrics(self) -> Mapping[str, Tensor]:
-        """Mean weight of each operation over the edges, entropy of the weights, skip-connections that would be kept."""
+        """Mean weight of each operation over the edges, entropy of the weights, skip-connections that would be kept.
+
+        And the dominant eigenvalue, where it was taken in this round.
+        """
         logits = self.module()
         found: dict[str, Tensor] = {}
         for kind, matrix in logits._asdict().items():
             means = self.space.mixture(kind, matrix.detach()).operations.mean(dim=0)
             found |= {f"{kind}/{name}": mean for name, mean in zip(self.space.operations, means, strict=True)}
         found |= {f"{kind}/entropy": value for kind, value in entropy(self.space, logits).items()}
+        watched = getattr(self.module, "sharpness", None)
+        eigenvalue = watched.latest() if isinstance(watched, Sharpness) else None
+        found |= {} if eigenvalue is None else {"eigenvalue": eigenvalue}
         return found | {"skips": logits.normal.new_tensor(float(skips(self.space, logits)))}

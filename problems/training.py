@@ -19,7 +19,7 @@ from problems.data import Splits
 from problems.images import Part
 from problems.nas import EvaluationNetwork, Genotype
 from problems.nas.counting import count
-from problems.search import stem_for
+from problems.search import AUTOCASTS, Precision, stem_for
 
 
 class Training(Config):
@@ -38,6 +38,7 @@ class Training(Config):
     drop_path: float = Field(0.0, ge=0, lt=1, description="last probability of dropping a path, growing from 0")
     auxiliary: bool = Field(False, description="train with an auxiliary head (for images of 32x32 and up)")
     augmentation: Augmentation = Field(Augmentation(), description="of the training images")
+    precision: Precision = Field("float32", description="of the loss, under autocast; the test is in float32")
     images: Literal["labeled", "everything"] = Field(
         "labeled", description="train on the search's train and validation images, or on all that have labels"
     )
@@ -68,6 +69,7 @@ class Training(Config):
             scheduler=self._scheduler(optimizer, steps, max(1, len(part) // self.batch_size)),
             data=part.batches(self.batch_size, self.augmentation),
             clip_norm=5.0,
+            autocast=AUTOCASTS[self.precision],
             total_steps=steps,
             drop_path=self.drop_path,
             label_smoothing=self.label_smoothing,

@@ -35,7 +35,7 @@ def weights(engine):
     return [p.tolist() for problem in engine.problems.values() for p in problem.module.parameters()]
 
 
-def train(run, before_step=lambda rounds: None, result=weights):
+def train(run, before_step=lambda rounds: None, result=weights, stop=None):
     """The stage "train" of a run, with something that happens before each step."""
 
     def build():
@@ -49,7 +49,7 @@ def train(run, before_step=lambda rounds: None, result=weights):
         engine.step = stepped
         return engine
 
-    return run.stage("train", build, STEPS, result)
+    return run.stage("train", build, STEPS, result, stop)
 
 
 def stop_at(rounds):
@@ -154,6 +154,47 @@ def test_a_second_signal_stops_at_once(job, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(make(job, tmp_path / "run"), twice)
     assert saved(tmp_path / "run") == ["step-000000005.pt"]
+
+
+def test_a_stage_ends_early_where_it_is_asked_to(job, tmp_path, unbroken):
+    asked = []
+
+    def stop(engine):
+        asked.append(engine.rounds)
+        return engine.rounds == 7
+
+    run = make(job, tmp_path / "run")
+    assert train(run, result=lambda engine: engine.rounds, stop=stop) == 7
+    assert asked == [1, 2, 3, 4, 5, 6, 7]
+    assert saved(run.path) == ["step-000000005.pt", "step-000000007.pt"]
+    lines = unbroken[1].splitlines()
+    assert metrics(run.path).splitlines()[:3] == lines[:3]
+    assert [line["step"] for line in run.metrics("train")] == [2, 4, 6, 7]
+
+
+def test_a_stage_that_ended_early_and_died_before_its_result_trains_no_more(job, tmp_path):
+    def dies(engine):
+        raise PowerCutError
+
+    def stop(engine):
+        return engine.rounds == 7
+
+    with pytest.raises(PowerCutError):
+        train(make(job, tmp_path / "run"), result=dies, stop=stop)
+    taken = []
+    assert train(Run.open(tmp_path / "run"), taken.append, lambda engine: engine.rounds, stop) == 7
+    assert taken == []
+
+
+def test_what_stop_changes_in_a_round_is_in_its_metrics_and_its_checkpoint(job, tmp_path):
+    def stop(engine):
+        engine.losses["fit"] = torch.tensor(float(engine.rounds))
+        return False
+
+    run = make(job, tmp_path / "run")
+    train(run, stop=stop)
+    assert [line["fit/loss"] for line in run.metrics("train")] == [2, 4, 6, 8, 10, 12]
+    assert checkpoint.load(run.path / "stages" / "train" / "step-000000010.pt")["losses"]["fit"] == 10
 
 
 def test_a_finished_stage_builds_nothing(job, tmp_path, unbroken):

@@ -1,0 +1,53 @@
+"""What does not fit in the arguments of a problem, and what to pass instead."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+def fault_of_name(name: object) -> list[str]:
+    """Of a problem's name."""
+    if isinstance(name, str) and name.isidentifier():
+        return []
+    return ["its name must be a Python identifier (letters, digits and _), since losses name it as a parameter"]
+
+
+def faults_of_parts(module: object, optimizer: object, scheduler: object) -> list[str]:
+    """Of its module, optimizer and scheduler."""
+    faults = []
+    if not isinstance(module, nn.Module):
+        faults.append(f"module is a {type(module).__name__}; pass a torch.nn.Module")
+    if not isinstance(optimizer, Optimizer):
+        faults.append(f"optimizer is a {type(optimizer).__name__}; pass a torch.optim optimizer")
+    elif isinstance(optimizer, LBFGS):
+        faults.append("LBFGS evaluates the loss several times in a step, which a level cannot; pass another optimizer")
+    if scheduler is not None and not isinstance(scheduler, LRScheduler):
+        faults.append(f"scheduler is a {type(scheduler).__name__}; pass a torch.optim.lr_scheduler scheduler")
+    elif isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        faults.append(
+            "ReduceLROnPlateau waits for a validation metric, which a step does not have; pass another scheduler"
+        )
+    elif scheduler is not None and scheduler.optimizer is not optimizer:
+        faults.append("its scheduler drives another optimizer; construct the scheduler over the optimizer passed here")
+    return faults
+
+
+def faults_of_numbers(
+    steps: object, steps_ahead: object, accumulate: object, warmup: object, clip_norm: object, autocast: object
+) -> list[str]:
+    """Of its counts, its clipping and its precision."""
+    faults = []
+    counts = {"steps": steps, "accumulate": accumulate} | ({} if steps_ahead is None else {"steps_ahead": steps_ahead})
+    for name, value in counts.items():
+        if type(value) is not int or value < 1:
+            faults.append(f"{name}={value!r}; pass a whole number, 1 or more")
+    if type(warmup) is not int or warmup < 0:
+        faults.append(f"warmup={warmup!r}; pass a whole number of rounds, 0 or more")
+    if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
+        faults.append(f"clip_norm={clip_norm!r}; pass a number above 0, or None")
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        faults.append(f"autocast={autocast!r}; pass torch.bfloat16, torch.float16, or None")
+    return faults

@@ -1,0 +1,322 @@
+"""The authors' variant beside a loop that takes its steps by hand, and what the option makes of the main job."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from engine_state import same
+from small_lbt import noisy_lbt
+from torch import Tensor, nn
+
+import mlo
+from mlo.config import parse
+from problems.lbt import ArchValidate, StudentInTurn, TeacherTrain
+from problems.lbt_job import LbtJob, student_part
+from problems.search import Repeated, cosine
+
+ROUNDS, CLIP, MOMENTUM, DECAY, ADAM = 2, 0.05, 0.9, 3e-2, 0.05
+RATES = [0.3, 0.2]  # of teacher and student, one a round
+LAMBDA, GAMMA = 0.7, 0.4
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Teacher(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(5, 6), nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, images: Tensor, weights: Tensor) -> Tensor:
+        mix = weights.softmax(dim=0)
+        return self.head(mix[0] * self.one(images).tanh() + mix[1] * self.two(images).sigmoid())
+
+
+class Weights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(2))
+
+    def forward(self) -> Tensor:
+        return self.weights
+
+
+class Made:
+    """The networks, their optimizers, and the batches: two of each kind, four for validation."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.teacher, self.arch = Teacher(), Weights()
+        self.student = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+        self.lower = [self._sgd(self.teacher), self._sgd(self.student)]
+        self.upper = torch.optim.Adam(self.arch.parameters(), lr=ADAM, betas=(0.5, 0.999), weight_decay=1e-3)
+        self.train, self.labeled = ([self._images() for _ in range(ROUNDS)] for _ in range(2))
+        self.unlabeled = [3 * torch.randn(7, 5) for _ in range(ROUNDS)]
+        self.validation = [self._images() for _ in range(2 * ROUNDS)]
+
+    def _sgd(self, module: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(module.parameters(), lr=RATES[0], momentum=MOMENTUM, weight_decay=DECAY)
+
+    def _images(self) -> tuple[Tensor, Tensor]:
+        return torch.randn(6, 5), torch.randint(3, (6,))
+
+    def values(self) -> list[Tensor]:
+        return [p.detach().clone() for m in (self.arch, self.teacher, self.student) for p in m.parameters()]
+
+
+def by_mlo(made: Made, held: tuple[str, ...] = ("arch",), hypergradient: str = "one_step", rounds: int = ROUNDS):
+    def scheduled(optimizer: torch.optim.Optimizer, each: int):
+        factor = lambda step: RATES[min(step // each, ROUNDS - 1)] / RATES[0]  # noqa: E731
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    teacher = TeacherTrain(
+        "teacher",
+        module=made.teacher,
+        optimizer=made.lower[0],
+        scheduler=scheduled(made.lower[0], 1),
+        data=made.train,
+        clip_norm=CLIP,
+        clip_ahead=False,
+    )
+    data = {"labeled": Repeated(made.labeled, 2), "unlabeled": Repeated(made.unlabeled, 2)}
+    student = StudentInTurn(
+        "student",
+        module=made.student,
+        optimizer=made.lower[1],
+        scheduler=scheduled(made.lower[1], 2),
+        data=data,
+        pseudo_weight=LAMBDA,
+        clip_norm=CLIP,
+        held=held,
+    )
+    arch = ArchValidate(
+        "arch",
+        module=made.arch,
+        optimizer=made.upper,
+        data=made.validation,
+        student_weight=GAMMA,
+        in_turn=True,
+    )
+    engine = mlo.Engine([teacher, student, arch], hypergradient, lookahead=True, device="cpu")
+    engine.run(rounds)
+    return engine
+
+
+def virtually(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], gradients, rate: float):
+    """SGD's step with momentum and weight decay, unclipped, as DARTS' own code writes it."""
+    moved = {}
+    for (name, weight), gradient in zip(parameters.items(), gradients, strict=True):
+        buffer = optimizer.state[weight].get("momentum_buffer")
+        momentum = 0 if buffer is None else MOMENTUM * buffer
+        moved[name] = (weight - rate * (momentum + gradient + DECAY * weight)).detach().requires_grad_()
+    return moved
+
+
+def loss_of(module: nn.Module, parameters: dict[str, Tensor], images: Tensor, target: Tensor, *more: Tensor) -> Tensor:
+    return F.cross_entropy(torch.func.functional_call(module, parameters, (images, *more)), target)
+
+
+class ByHand:
+    """The authors' round, one architecture, teacher and student step after another, with exact products."""
+
+    def __init__(self, made: Made) -> None:
+        self.made = made
+        self.W, self.S = dict(made.teacher.named_parameters()), dict(made.student.named_parameters())
+        self.A = made.arch.weights
+
+    def teacher_ahead(self, r: int) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """W' at the present A, and the gradient that led there, with its graph."""
+        images, labels = self.made.train[r]
+        loss = loss_of(self.made.teacher, self.W, images, labels, self.A)
+        gradient = torch.autograd.grad(loss, list(self.W.values()), create_graph=True)
+        return virtually(self.made.lower[0], self.W, gradient, RATES[r]), gradient
+
+    def adam(self, gradient: Tensor) -> None:
+        self.A.grad = gradient
+        self.made.upper.step()
+        self.A.grad = None
+
+    def judged_by_teacher(self, r: int) -> None:
+        """Equations (7) and (8)."""
+        ahead, gradient = self.teacher_ahead(r)
+        images, labels = self.made.validation[2 * r]
+        loss = loss_of(self.made.teacher, ahead, images, labels, self.A)
+        direct, *v = torch.autograd.grad(loss, [self.A, *ahead.values()])
+        self.adam(direct - RATES[r] * torch.autograd.grad(gradient, self.A, v)[0])
+
+    def judged_by_student(self, r: int) -> None:
+        """Equations (9) to (12): hard labels where S' is reached, soft ones in the product."""
+        made, u = self.made, self.made.unlabeled[r]
+        ahead, gradient = self.teacher_ahead(r)
+        soft = torch.func.functional_call(made.teacher, ahead, (u, self.A.detach())).softmax(1)
+        hard = soft.argmax(1)
+        assert len(hard.unique()) > 1
+        loss = loss_of(made.student, self.S, *made.labeled[r]) + LAMBDA * loss_of(made.student, self.S, u, hard)
+        taught = virtually(made.lower[1], self.S, torch.autograd.grad(loss, list(self.S.values())), RATES[r])
+        v = torch.autograd.grad(
+            GAMMA * loss_of(made.student, taught, *made.validation[2 * r + 1]), list(taught.values())
+        )
+        on_soft = LAMBDA * loss_of(made.student, self.S, u, soft)
+        of_student = torch.autograd.grad(on_soft, list(self.S.values()), create_graph=True)
+        q = torch.autograd.grad(of_student, list(ahead.values()), v)
+        q = [-RATES[r] * part for part in q]
+        self.adam(-RATES[r] * torch.autograd.grad(gradient, self.A, q)[0])
+
+    def really(self, optimizer: torch.optim.Optimizer, module: nn.Module, loss: Tensor, rate: float) -> None:
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        loss.backward()
+        assert nn.utils.clip_grad_norm_(module.parameters(), CLIP) > CLIP, "clipping counts"
+        optimizer.step()
+        self.A.grad = None
+
+    def round(self, r: int) -> None:
+        made, u = self.made, self.made.unlabeled[r]
+        self.judged_by_teacher(r)
+        self.judged_by_student(r)
+        images, labels = made.train[r]
+        self.really(made.lower[0], made.teacher, loss_of(made.teacher, self.W, images, labels, self.A), RATES[r])
+        soft = made.teacher(u, self.A).softmax(1).detach()
+        taught = LAMBDA * F.cross_entropy(made.student(u), soft)
+        self.really(made.lower[1], made.student, taught, RATES[r])
+        images, labels = made.labeled[r]
+        self.really(made.lower[1], made.student, F.cross_entropy(made.student(images), labels), RATES[r])
+
+
+def test_two_rounds_are_those_of_the_loop_by_hand():
+    one, other = Made(), Made()
+    begun = one.values()
+    by_mlo(one)
+    loop = ByHand(other)
+    for r in range(ROUNDS):
+        loop.round(r)
+    for found, expected, start in zip(one.values(), other.values(), begun, strict=True):
+        assert not torch.allclose(found, start)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+def test_the_direct_dependence_of_the_pseudo_labels_is_there_if_asked_for():
+    one, other = Made(), Made()
+    by_mlo(one)
+    by_mlo(other, held=())
+    assert not torch.allclose(one.values()[0], other.values()[0])
+
+
+def test_the_papers_difference_is_near_the_exact_products():
+    one, other = Made(), Made()
+    by_mlo(one)
+    by_mlo(other, hypergradient="darts")
+    torch.testing.assert_close(one.values()[0], other.values()[0], rtol=1e-3, atol=0)
+
+
+def test_what_a_round_costs():
+    engine = by_mlo(Made(), hypergradient="darts", rounds=1)
+    # read for the pseudo-labels of two looks and a real step, and validated once
+    assert engine.passes["teacher"] == {"virtual": 2, "product": 4, "read": 4, "step": 1}
+    # two forwards in each loss that is looked at: of two looks, and of the two points of a difference
+    assert engine.passes["student"] == {"virtual": 4, "product": 4, "read": 1, "step": 2}
+    assert engine.pullbacks == {"teacher": 2, "student": 1}
+
+
+def test_it_resumes_between_rounds():
+    one, other = Made(), Made()
+    engine = by_mlo(one, rounds=1)
+    again = by_mlo(other, rounds=0)
+    again.load_state_dict(copy.deepcopy(engine.state_dict()))
+    engine.step()
+    again.step()
+    assert same(engine.state_dict(), again.state_dict())
+
+
+def job(**options: object) -> LbtJob:
+    search = {"channels": 1, "cells": 1, "batch_size": 10}
+    data = {"train_size": 40, "validation_size": 50, "unlabeled_size": 60}
+    return parse(LbtJob, {"data": data, "device": "cpu", "search": search, "variant": "authors", "steps": 6, **options})
+
+
+@pytest.fixture
+def float32(float64):
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("float32")
+class TestJob:
+    def test_one_option_makes_it_theirs(self):
+        engine = job().search_engine("lbt")
+        teacher, student, arch = engine.problems.values()
+        assert isinstance(student, StudentInTurn)
+        assert (teacher.steps, student.steps, student.steps_ahead, arch.steps) == (1, 2, 1, 2)
+        assert (teacher.clip_norm, student.clip_norm) == (5.0, 5.0)
+        assert [level.clip_ahead for level in (teacher, student)] == [False, False]
+        assert student.node.held == ("arch",)
+        assert engine._plan.lookahead
+        assert not job(pseudo_label_path="full").search_engine("lbt").problems["student"].node.held
+        assert job(hypergradient="one_step").search_engine("lbt")._plan.lookahead
+
+    def test_both_learning_rates_are_the_teachers_schedule(self):
+        engine = job().search_engine("lbt")
+        for done in range(6):
+            rates = [engine.problems[name].optimizer.param_groups[0]["lr"] for name in ("teacher", "student")]
+            expected = 0.001 + 0.049 * (1 + math.cos(math.pi * done / 6)) / 2
+            assert rates == pytest.approx([expected, expected])
+            assert 0.05 * cosine(done / 6, 0.001 / 0.05) == pytest.approx(expected)
+            engine.step()
+        (factor,) = engine.problems["student"].scheduler.lr_lambdas
+        assert factor(6) == factor(7) != factor(8), "the same in both steps of a round"
+
+    def test_both_student_steps_are_on_the_batch_that_was_looked_at(self):
+        student = job().search_engine("lbt").problems["student"]
+        batches = [student.stream.next() for _ in range(4)]
+        for kind, get in (("labeled", lambda b: b[0]), ("unlabeled", lambda b: b[0])):
+            images = [get(batch[kind]) for batch in batches]
+            assert torch.equal(images[0], images[1])
+            assert torch.equal(images[2], images[3])
+            assert not torch.equal(images[1], images[2])
+
+    def test_the_students_part_is_told_without_a_trace(self):
+        engine = job().search_engine("lbt")
+        engine.run(2)
+        before = copy.deepcopy(engine.state_dict())
+        assert 0 < student_part(engine) < math.inf
+        assert engine.problems["arch"].in_turn
+        assert same(engine.state_dict(), before)
+
+    @pytest.mark.parametrize("options", [{"judged_by": "student"}, {"student_learns_from": "pseudo_labels"}], ids=str)
+    def test_the_ablations_train(self, options):
+        engine = job(**options).search_engine("lbt")
+        arch = engine.problems["arch"]
+        before = arch.module.normal.detach().clone()
+        engine.run(2)
+        assert arch.steps_taken == (2 if "judged_by" in options else 4)
+        assert engine.problems["student"].steps_taken == (4 if "judged_by" in options else 2)
+        assert not torch.equal(arch.module.normal, before)
+
+    def test_plain_is_darts_as_its_own_code_has_it(self):
+        engine = job().search_engine("plain")
+        assert not engine.problems["teacher"].clip_ahead
+        assert engine.problems["arch"].steps == 1
+        engine.run(1)
+
+    @pytest.mark.parametrize("options", [{"lookahead": False}, {"teacher_hypergradient": "first_order"}], ids=str)
+    def test_what_does_not_go_with_it_is_told(self, options):
+        with pytest.raises(ValueError, match="variant: the authors' architecture steps"):
+            job(**options)
+
+
+@pytest.mark.usefixtures("float32")
+def test_the_student_ahead_learns_from_hard_labels_whose_derivative_is_soft():
+    teacher, _, arch = noisy_lbt()
+    teacher.module.eval()
+    module = nn.Linear(5, 3)
+    student = StudentInTurn("student", module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1))
+    batch = {"unlabeled": torch.randn(6, 5)}
+    logits = teacher.module(batch["unlabeled"], arch.module())
+    student.looking_ahead = True
+    ahead = student.loss(batch, teacher, arch)
+    torch.testing.assert_close(ahead, F.cross_entropy(module(batch["unlabeled"]), logits.argmax(1)))
+    soft = F.cross_entropy(module(batch["unlabeled"]), logits.softmax(1))
+    found, expected = (torch.autograd.grad(loss, teacher.module.head.weight)[0] for loss in (ahead, soft))
+    torch.testing.assert_close(found, expected)
