@@ -73,7 +73,7 @@ def own_device(device: str | torch.device) -> torch.device:
     device = torch.device(device)
     if world() == 1 or device.type != "cuda":
         return device
-    number, cards = int(os.environ.get("LOCAL_RANK", rank())), torch.cuda.device_count()
+    number, cards = int(os.environ.get("LOCAL_RANK") or rank()), torch.cuda.device_count()
     if number >= cards:
         raise ConfigError(
             f"device: {number + 1} processes or more on this machine, but {cards} cards; "
