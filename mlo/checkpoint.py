@@ -53,12 +53,12 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def with_other_processes(state: dict[str, Any]) -> dict[str, Any]:
-    """An engine's state in the first process, with what the others that train with it have of their own."""
+    """An engine's state in the first process, with what the others that train with it have of their own; in all."""
     if distributed.world() == 1:
         return state
     own = {key: state[key] for key in OWN} | {"data": {n: part["data"] for n, part in state["problems"].items()}}
-    _, *others = distributed.gathered(own)
-    return {**state, "others": others}
+    first, *others = distributed.gathered(own)
+    return {**_with(state, first), "others": others}
 
 
 def of_this_process(state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -76,6 +76,10 @@ def of_this_process(state: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     if distributed.is_main():
         return state
-    mine = others[distributed.rank() - 1]
-    problems = {name: {**part, "data": mine["data"][name]} for name, part in state["problems"].items()}
-    return {**state, **mine, "problems": problems}
+    return _with(state, others[distributed.rank() - 1])
+
+
+def _with(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The state with what one process has of its own."""
+    problems = {name: {**part, "data": own["data"][name]} for name, part in state["problems"].items()}
+    return {**state, **{key: own[key] for key in OWN}, "problems": problems}

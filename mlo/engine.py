@@ -205,7 +205,7 @@ class Engine:
         """All that it takes to go on to the bit: every problem's state, the round, the random state.
 
         Waits for the device, and raises a NonFiniteLossError rather than let a bad state be saved. Of several
-        processes all call it, and each gets the state of all.
+        processes all call it, and all get the same.
         """
         self._guard.wait()
         state = {

@@ -75,6 +75,7 @@ def test_a_resumed_training_goes_on_to_the_bit_in_each_process(seen):
     for process in seen:
         unbroken, resumed = process["resumed"]
         assert same(unbroken, resumed)
+        assert same(unbroken["state"], seen[0]["resumed"][0]["state"])
     draws = [process["resumed"][0]["next draw"] for process in seen]
     assert draws[0] != draws[1]
 
