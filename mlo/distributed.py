@@ -213,7 +213,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ProcessError(
             f"another process of this training has ended, so this one cannot go on ({reason}); "
             "the message of that one says why"

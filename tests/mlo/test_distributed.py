@@ -19,7 +19,7 @@ from mlo import checkpoint, distributed
 
 pytestmark = pytest.mark.processes
 ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 STEPS = 150
 RUN = ["run", "evaluate", "--genotype", "DARTS_V2", "--device", "cpu", "--threads", "1", "--steps", STEPS]
 RUN += ["--training.cells", 1, "--training.channels", 2, "--training.batch_size", 20, "--training.drop_path", 0.2]
@@ -148,8 +148,11 @@ def test_a_stopped_evaluation_goes_on_to_the_bits_of_an_unbroken_one(tmp_path):
     assert err.count("stopped; go on with: torchrun --nproc-per-node 2 -m mlo resume stopped") == 1
     assert not (stage / "result.json").exists()
     assert max(int(path.stem[5:]) for path in stage.glob("*.pt")) % 20  # written because of the signal
-    ended(torchrun(tmp_path, "-m", "mlo", "resume", "stopped"))
-    out, err = ended(torchrun(tmp_path, "-m", "mlo", *RUN, "--output", "unbroken"))
+    resumed, unbroken = (
+        torchrun(tmp_path, "-m", "mlo", *words) for words in (["resume", "stopped"], [*RUN, "--output", "unbroken"])
+    )
+    ended(resumed)
+    out, err = ended(unbroken)
     assert out.count("finished: unbroken") == 1
     assert err.count(f"{STEPS}/{STEPS}") == 1
     runs = [tmp_path / name / "stages" / "train" for name in ("stopped", "unbroken")]
