@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from mlo import distributed
 from mlo.errors import CheckpointError
 from mlo.files import write_atomic
+
+OWN = ("random", "cuda_random", "scales")  # of an engine's state, what each of several processes has for itself
 
 
 def save(path: str | Path, state: Mapping[str, Any]) -> None:
@@ -47,3 +50,36 @@ def load(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: this is no checkpoint of mlo, but a {type(state).__name__}")
     return state
+
+
+def with_other_processes(state: dict[str, Any]) -> dict[str, Any]:
+    """An engine's state in the first process, with what the others that train with it have of their own; in all."""
+    if distributed.world() == 1:
+        return state
+    own = {key: state[key] for key in OWN} | {"data": {n: part["data"] for n, part in state["problems"].items()}}
+    first, *others = distributed.gathered(own)
+    return {**_with(state, first), "others": others}
+
+
+def of_this_process(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state of this process in what :func:`with_other_processes` returned.
+
+    Raises:
+        CheckpointError: if it is of more or fewer processes than there are.
+    """
+    others = state.get("others", ())
+    then, now = 1 + len(others), distributed.world()
+    if then != now:
+        raise CheckpointError(
+            f"the checkpoint is of a training in {then} process(es), and {now} cannot go on with its random draws; "
+            f"start {then} ({f'torchrun --nproc-per-node {then}' if then > 1 else 'without torchrun'})"
+        )
+    if distributed.is_main():
+        return state
+    return _with(state, others[distributed.rank() - 1])
+
+
+def _with(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The state with what one process has of its own."""
+    problems = {name: {**part, "data": own["data"][name]} for name, part in state["problems"].items()}
+    return {**state, **{key: own[key] for key in OWN}, "problems": problems}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from mlo import registry
+from mlo import distributed, registry
 from mlo.errors import ConfigError, MloError
 from mlo.files import write_atomic
 
@@ -40,8 +40,13 @@ OneCoreEach = Annotated[bool, typer.Option("--one-core-each", help="Keep each pr
 
 
 @app.callback(invoke_without_command=True)
-def top(version: Annotated[bool, typer.Option("--version", help="Versions of mlo, torch and Python.")] = False) -> None:
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Versions of mlo, torch and Python.")] = False,
+) -> None:
     """Say the versions."""
+    if distributed.world() > 1 and context.invoked_subcommand not in ("run", "resume"):
+        raise ConfigError("torchrun is for `run` and `resume`; give this command to mlo alone")
     if version:
         print(", ".join(f"{what} {number}" for what, number in registry.versions().items()))
         raise typer.Exit
@@ -59,7 +64,7 @@ def run(
     help: Help = False,
 ) -> None:
     """Run a problem: mlo run NAME [--option VALUE]...  (mlo run NAME --help lists the options)."""
-    job = _job(context, name, config, help)
+    job = distributed.on_main(lambda: _job(context, name, config, help))
     if job:
         from mlo.run import Run
 
@@ -67,7 +72,8 @@ def run(
         try:
             _go(made)
         except MloError:
-            made.discard()
+            if distributed.is_main():
+                made.discard()
             raise
 
 
@@ -273,10 +279,12 @@ def _merged(model: "type[Job]", config: Path | None, given: Mapping[str, Any]) -
 
 
 def _go(run: "Run") -> None:
-    print(f"run folder: {run.path}", flush=True)
-    with _stoppable(f"mlo resume {run.path}"):
+    if distributed.is_main():
+        print(f"run folder: {run.path}", flush=True)
+    with _stoppable(f"{distributed.launcher()} resume {run.path}"):
         run.execute()
-    print(f"finished: {run.path}")
+    if distributed.is_main():
+        print(f"finished: {run.path}")
 
 
 @contextmanager
@@ -286,7 +294,8 @@ def _stoppable(again: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"stopped; go on with: {again}", file=sys.stderr)
+        if distributed.is_main():
+            print(f"stopped; go on with: {again}", file=sys.stderr)
         raise typer.Exit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -294,8 +303,11 @@ def _stoppable(again: str) -> Iterator[None]:
 
 def main() -> None:
     """Run the command; an error of ours is told in words, with exit code 2 if an option is at fault and 1 if not."""
-    try:
-        app()
-    except MloError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+    with distributed.processes():
+        try:
+            app()
+        except MloError as error:
+            if distributed.tells(error):
+                where = "" if distributed.is_main() else f" in process {distributed.rank()}"
+                print(f"error{where}: {error}", file=sys.stderr, flush=True)
+            sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlo import distributed
+from mlo.checkpoint import of_this_process, with_other_processes
 from mlo.compilation import Compiler
 from mlo.errors import CheckpointError, ConfigError
 from mlo.evaluation import Evaluator
@@ -173,7 +175,7 @@ class Engine:
                 evaluation = self._evaluator.evaluate(name, states, batch, kind="virtual")
                 losses.append(evaluation.loss.detach())
                 states[name] = State(states[name].parameters, evaluation.buffers, states[name].live)
-        return torch.stack(losses).mean()
+        return distributed.average([torch.stack(losses).mean()])[0]
 
     def _next(
         self, name: str, parameters: Mapping[str, Tensor], dtype: torch.dtype | None
@@ -204,10 +206,11 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """All that it takes to go on to the bit: every problem's state, the round, the random state.
 
-        Waits for the device, and raises a NonFiniteLossError rather than let a bad state be saved.
+        Waits for the device, and raises a NonFiniteLossError rather than let a bad state be saved. Of several
+        processes all call it, and all get the same.
         """
         self._guard.wait()
-        return {
+        state = {
             "rounds": self.rounds,
             "problems": {name: problem.state_dict() for name, problem in self.problems.items()},
             "warm": {upper: {n: list(v) for n, v in warm.items()} for upper, warm in self._gradients.warm.items()},
@@ -218,6 +221,7 @@ class Engine:
             "random": global_state(),
             "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
+        return with_other_processes(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned.
@@ -230,6 +234,7 @@ class Engine:
         saved, mine = list(state["problems"]), list(self.problems)
         if saved != mine:
             raise CheckpointError(f"the checkpoint is of the problems {saved}, and the engine has {mine}")
+        state = of_this_process(state)
         for name, problem in self.problems.items():
             problem.load_state_dict(state["problems"][name])
         self.rounds = state["rounds"]

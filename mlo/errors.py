@@ -21,5 +21,9 @@ class HypergradientError(MloError):
     """A hypergradient is not the derivative that it should be."""
 
 
+class ProcessError(MloError):
+    """Another of the processes that train together has ended."""
+
+
 class NonFiniteLossError(MloError):
     """A loss came out as NaN or infinity; the step was not taken."""

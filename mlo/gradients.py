@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlo import distributed
 from mlo.errors import GraphError
 from mlo.evaluation import Evaluator, MicroBatch, Pass, mean
 from mlo.hypergradient.step import Record
@@ -48,6 +49,28 @@ class Gradient:
     inner: Mapping[str, Sequence[Record]]
     kept: bool
     graph: tuple[Vector, Vector] | None
+
+    def over_processes(self, like: Sequence[Tensor]) -> Gradient:
+        """That of the mean of all processes' losses, each on its own batch; the buffers are the first process's.
+
+        Averaged before anything is done with it, a loss that is not finite in one process is so in all.
+
+        Args:
+            like: tensors of the gradients' shapes.
+        """
+        if distributed.world() == 1:
+            return self
+        sent = filled(self.own.values(), like)
+        reached = self.loss.new_ones(len(sent))
+        for place, gradient in enumerate(self.own.values()):
+            if gradient is None:
+                reached[place] = 0
+        loss, reached, *found = distributed.average([self.loss, reached, *sent])
+        mine = [gradient is not None for gradient in self.own.values()]
+        reaches = mine if all(mine) else (reached > 0).tolist()  # None only where no process's loss reaches it
+        own = {name: each if there else None for name, each, there in zip(self.own, found, reaches, strict=True)}
+        buffers = dict(zip(self.buffers, distributed.copies(list(self.buffers.values())), strict=True))
+        return replace(self, loss=loss, own=own, buffers=buffers)
 
     def record(
         self,
@@ -159,7 +182,9 @@ class Gradients:
             raise self._no_gradient(name)
         named = dict(zip(self._evaluator.problems[name].variables, own, strict=True))
         inner = {low: records[low] for low in self._plan.inner.get(name, ())}
-        return Gradient(done.loss, named, done.buffers, micro, memo, base, inner, bool(paths or targets), graph)
+        kept = bool(paths or targets)
+        gradient = Gradient(done.loss, named, done.buffers, micro, memo, base, inner, kept, graph)
+        return gradient.over_processes(point)
 
     def seen(self, name: str, states: Mapping[str, State], stored: State | None) -> Mapping[str, State]:
         """``states`` with a problem's stored copy in place of its own tensors, where a graph is to outlive its step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -27,7 +27,13 @@ class Job(Config):
 
     The class's docstring is what `mlo list` and `mlo run NAME --help` say of it, and each field's description is what
     the help says of that option. Every field that has a default can be left out by the user.
+
+    Attributes:
+        data_parallel: whether `torchrun -m mlo run NAME` may run it. Its engine then gives each process its share of
+            every batch (`mlo.distributed.share`), and :meth:`run` writes and prints in the first one alone (`on_main`).
     """
+
+    data_parallel: ClassVar[bool] = False
 
     seed: int = Field(0, ge=0, description="where all randomness starts: the same seed gives the same run")
     device: str = Field(

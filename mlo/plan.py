@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
+from mlo import distributed
 from mlo.errors import ConfigError, GraphError
 from mlo.graph import Graph
 from mlo.hypergradient import Product, Response, estimator
@@ -34,6 +35,7 @@ class Plan:
             )
         self.graph = Graph([problem.node for problem in problems])
         self._problems = {problem.name: problem for problem in problems}
+        _refuse_levels_in_processes(problems)
         _refuse_shared(problems)
         _refuse_shared_generators(problems)
         default = estimator(hypergradient)
@@ -108,12 +110,14 @@ class Plan:
 def place(problems: Sequence[Problem], device: str | torch.device) -> torch.device:
     """Move modules, optimizer states and streams to ``device``; "auto" is a CUDA card where there is one.
 
+    Of several processes each has a card of its own, and all begin with the first one's parameters and buffers.
+
     Raises:
         ConfigError: if there is no such device.
     """
     found = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        target = torch.empty(0, device=found).device
+        target = torch.empty(0, device=distributed.own_device(found)).device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={device!r} cannot be used ({error}); pass 'auto', 'cpu' or 'cuda'") from error
     for problem in problems:
@@ -123,7 +127,18 @@ def place(problems: Sequence[Problem], device: str | torch.device) -> torch.devi
                 if isinstance(value, torch.Tensor) and not (key == "step" and value.device.type == "cpu"):
                     slots[key] = value.to(target)
         problem.stream.device = target
+        distributed.follow_main([*problem.module.parameters(), *problem.module.buffers()])
     return target
+
+
+def _refuse_levels_in_processes(problems: Sequence[Problem]) -> None:
+    for problem in problems if distributed.world() > 1 else ():
+        for read in problem.node.reads:
+            raise ConfigError(
+                f"problem {problem.name!r} reads {read!r}, but several processes can train only problems that read no "
+                "other: gradients are averaged over processes, and the cotangents of hypergradients are not yet. Run "
+                "it in one process, without torchrun"
+            )
 
 
 def _refuse_shared_generators(problems: Sequence[Problem]) -> None:

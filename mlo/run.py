@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml
 from filelock import FileLock, Timeout
 
+from mlo import distributed
 from mlo.config import read_yaml, validate
 from mlo.errors import ConfigError
 from mlo.files import write_atomic
@@ -49,8 +50,15 @@ class Run:
         """A new run folder for a job registered as ``name``: ``output``, or runs/<name>-<date>-<time>.
 
         Raises:
-            ConfigError: if ``output`` holds something already, or cannot be made.
+            ConfigError: if ``output`` holds something already, or cannot be made, or the job is for one process and
+                there are several.
         """
+        _refuse_processes(name, job)
+        return cls(distributed.on_main(lambda: cls._begun(name, job, output)), job)
+
+    @staticmethod
+    def _begun(name: str, job: Job, output: Path | None) -> Path:
+        """The folder, with what says of which run it is."""
         path = output or RUNS / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         try:
             if output is None:
@@ -74,7 +82,7 @@ class Run:
             "versions": versions(),
         }
         write_atomic(path / "run.json", json.dumps(begun, indent=2) + "\n")
-        return cls(path, job)
+        return path
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -84,10 +92,11 @@ class Run:
             ConfigError: if it is no run folder, or its job or its options are not known any more.
         """
         _, old = about(path)
-        _, job = begun_with(path)
+        name, job = begun_with(path)
+        _refuse_processes(name, job)
         new = versions()
         changed = [f"{what} {old.get(what)} then, {new[what]} now" for what in new if old.get(what) != new[what]]
-        if changed:
+        if changed and distributed.is_main():
             print(
                 f"note: {path} was begun with other versions, so numbers may differ: {', '.join(changed)}",
                 file=sys.stderr,
@@ -103,22 +112,26 @@ class Run:
         """
         with self.locked():
             found = self.job.run(self)
-            write_atomic(self.path / RESULTS, _text(found or {}))
+            distributed.on_main(lambda: write_atomic(self.path / RESULTS, _text(found or {})))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from running in this folder meanwhile.
+        """Keep other processes than those of this run from running in its folder meanwhile.
 
         Raises:
             ConfigError: if one does already.
         """
         lock = FileLock(self.path / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ConfigError(
-                f"{self.path}: another process is running in this folder; wait for it, or stop it"
-            ) from None
+
+        def acquire() -> None:
+            try:
+                lock.acquire()
+            except Timeout:
+                raise ConfigError(
+                    f"{self.path}: another process is running in this folder; wait for it, or stop it"
+                ) from None
+
+        distributed.on_main(acquire)
         try:
             yield
         finally:
@@ -132,7 +145,8 @@ class Run:
     def seconds(self, stage: str) -> float:
         """Seconds that a stage has trained so far, the time between interruptions left out.
 
-        On a card it is wall-clock time, on the CPU the time of all its threads, which a busy machine does not change.
+        On a card it is wall-clock time, on the CPU the time of all its threads, which a busy machine does not change;
+        of several processes it is the first one's.
         """
         return seconds_taken(self.path / "stages" / stage)
 
@@ -161,7 +175,8 @@ class Run:
             name: the stage's name, of a form that a folder can have; no two stages of a run have the same.
             engine: builds the engine.
             steps: rounds in all, those before a resumption included.
-            result: what is kept of the trained engine; made of what JSON has, and returned as JSON gives it back.
+            result: what is kept of the trained engine; made of what JSON has, and returned as JSON gives it back. Of
+                several processes the first alone calls it, and all return what it gave.
             stop: ends the stage early where it returns True. Asked after each round, before the metrics and the
                 checkpoint of that round are written, and once more of an engine that goes on from a checkpoint: what it
                 remembers belongs in the engine's state (a module's buffers or extra state), and it must answer the
@@ -213,6 +228,14 @@ def read_results(path: Path) -> Results | None:
         return None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); delete it and run `mlo resume {path}`") from error
+
+
+def _refuse_processes(name: str, job: Job) -> None:
+    if distributed.world() > 1 and not job.data_parallel:
+        raise ConfigError(
+            f"{name} runs in one process alone, for it does not share out its batches among {distributed.world()}; "
+            f"start it without torchrun: mlo run {name} ..."
+        )
 
 
 def _text(found: Results) -> str:

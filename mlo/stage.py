@@ -9,13 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mlo import checkpoint
+from mlo import checkpoint, distributed
 from mlo.errors import CheckpointError, ConfigError
 from mlo.files import write_atomic
 from mlo.job import Job
@@ -48,62 +48,52 @@ class Stage:
     ) -> Any:
         """The stored result if there is one; else train what is left to train, and store it."""
         store = self.path / "result.json"
-        if not store.exists():
+        if not distributed.on_main(store.exists):
             if self.job.threads is not None:
                 torch.set_num_threads(self.job.threads)
             seed_everything(stage_seed(self.job.seed, self.path.name))
             engine = build()
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._restore(engine)
+            if not distributed.is_main():  # the same weights and order of the data, but dropout of its own
+                seed_everything(stage_seed(self.job.seed, f"{self.path.name}/{distributed.rank()}"))
+            state = distributed.on_main(self._newest)
+            if state is not None:
+                engine.load_state_dict(state)
             self._train(engine, stop or (lambda engine: False))
-            write_atomic(store, self._text(result(engine)))
-        return json.loads(store.read_text(encoding="utf-8"))
+            distributed.on_main(lambda: write_atomic(store, self._text(result(engine))))
+        return distributed.on_main(lambda: json.loads(store.read_text(encoding="utf-8")))
 
-    def _restore(self, engine: "Engine") -> None:
-        """Put the engine where the newest readable checkpoint was written."""
-        for path in reversed(self._checkpoints()):
+    def _newest(self) -> dict[str, Any] | None:
+        """What the newest readable checkpoint holds."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for path in reversed(checkpoints(self.path)):
             try:
-                state = checkpoint.load(path)
+                return checkpoint.load(path)
             except CheckpointError as error:
                 print(f"note: {error}; going on without it", file=sys.stderr)
-                continue
-            engine.load_state_dict(state)
-            return
+        return None
 
     def _train(self, engine: "Engine", stop: Callable[["Engine"], bool]) -> None:
-        metrics = Metrics(self.path / METRICS, engine.rounds)
-        clock = time.process_time if engine.device.type == "cpu" else time.monotonic
-        began = clock() - seconds_taken(self.path)
-        with StageProgress(self.path.name, self.steps, engine.rounds) as progress, metrics, interruption() as asked:
+        recorder = Recorder(self.path, self.job, self.steps, engine) if distributed.is_main() else nullcontext()
+        with recorder as record, interruption() as came:
 
             def after_round(engine: "Engine") -> None:
-                ended = stop(engine)
-                step, last = engine.rounds, ended or engine.rounds == self.steps
-                progress.update(step, lambda: {name: float(loss) for name, loss in engine.losses.items()})
-                if step % self.job.log_every == 0 or last:
-                    metrics.write(step, engine.metrics())
-                if step % self.job.checkpoint_every == 0 or last or asked():
-                    metrics.sync()
-                    self._save(engine)
-                    write_atomic(self.path / SECONDS, f"{clock() - began:.3f}\n")
-                if asked():
+                ended, asked = distributed.any_of(stop(engine)), distributed.any_of(came())
+                last = ended or engine.rounds == self.steps
+                if record:
+                    record.note(engine, last)
+                if engine.rounds % self.job.checkpoint_every == 0 or last or asked:
+                    state = engine.state_dict()
+                    distributed.on_main(lambda: record.save(state) if record else None)
+                if asked:
                     raise KeyboardInterrupt
                 if ended:
                     raise _Ended
 
-            if engine.rounds < self.steps and not (engine.rounds and stop(engine)):
+            if engine.rounds < self.steps and not (engine.rounds and distributed.any_of(stop(engine))):
                 with suppress(_Ended):
                     engine.run(steps=self.steps - engine.rounds, callbacks=[after_round])
-            if asked():
+            if distributed.any_of(came()):
                 raise KeyboardInterrupt
-
-    def _save(self, engine: "Engine") -> None:
-        checkpoint.save(self.path / f"step-{engine.rounds:09}.pt", engine.state_dict())
-        for old in self._checkpoints()[:-KEPT]:
-            old.unlink()
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted(self.path.glob("step-*.pt"))
 
     def _text(self, result: Any) -> str:
         try:
@@ -113,6 +103,40 @@ class Stage:
                 f"stage {self.path.name!r}: its result cannot be stored as JSON ({error}); "
                 "return numbers that are finite, text, lists and dictionaries"
             ) from error
+
+
+class Recorder:
+    """What a stage's training leaves in its folder and shows; of several processes the first one's."""
+
+    def __init__(self, path: Path, job: Job, steps: int, engine: "Engine") -> None:
+        self._path, self._job, self._steps = path, job, steps
+        self._metrics = Metrics(path / METRICS, engine.rounds)
+        self._progress = StageProgress(path.name, steps, engine.rounds)
+        self._clock = time.process_time if engine.device.type == "cpu" else time.monotonic
+        self._began = self._clock() - seconds_taken(path)
+
+    def __enter__(self) -> "Recorder":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._metrics.close()
+        self._progress.__exit__(*error)
+
+    def note(self, engine: "Engine", last: bool) -> None:
+        """Show a round, and log it where it is its turn or the last."""
+        step = engine.rounds
+        self._progress.update(step, lambda: {name: float(loss) for name, loss in engine.losses.items()})
+        if step % self._job.log_every == 0 or last:
+            self._metrics.write(step, engine.metrics())
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint of an engine's state, and the seconds up to it."""
+        self._metrics.sync()
+        checkpoint.save(self._path / f"step-{state['rounds']:09}.pt", state)
+        for old in checkpoints(self._path)[:-KEPT]:
+            old.unlink()
+        write_atomic(self._path / SECONDS, f"{self._clock() - self._began:.3f}\n")
 
 
 class Metrics:
@@ -125,10 +149,8 @@ class Metrics:
             )
         self._file = path.open("a", encoding="utf-8")
 
-    def __enter__(self) -> "Metrics":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Write no more."""
         self._file.close()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -140,6 +162,11 @@ class Metrics:
     def sync(self) -> None:
         """Have all lines on the disk."""
         os.fsync(self._file.fileno())
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """Those in a stage's folder, the oldest first."""
+    return sorted(path.glob("step-*.pt"))
 
 
 def _before(line: str, start: int) -> bool:
@@ -171,7 +198,8 @@ def interruption() -> Iterator[Callable[[], bool]]:
         if came:
             raise KeyboardInterrupt
         came.append(number)
-        print("stopping after this round (once more to stop at once)", file=sys.stderr)
+        if distributed.is_main():
+            print("stopping after this round (once more to stop at once)", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

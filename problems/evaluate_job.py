@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 import mlo
-from mlo import ConfigError
+from mlo import ConfigError, distributed
 from mlo.job import Job
 from mlo.run import Run
 from problems.data import Data, Splits
@@ -20,6 +21,8 @@ from problems.training import Training
 
 class EvaluateJob(Job):
     """The evaluation phase: an architecture's network trained from scratch and tested once, after its last step."""
+
+    data_parallel: ClassVar[bool] = True
 
     steps: int = Field(300, ge=1, description="training steps")
     genotype: str = Field(
@@ -44,17 +47,19 @@ class EvaluateJob(Job):
 
     def run(self, run: Run) -> dict[str, dict[str, Any]]:
         """Train, test, and keep the genotype beside the result."""
-        find_genotype(self.genotype).save(run.path / "genotype.json")
+        distributed.on_main(lambda: find_genotype(self.genotype).save(run.path / "genotype.json"))
         result = run.stage("train", self.engine, self.steps, lambda engine: self.training.judge(engine, self._splits))
-        print(
-            f"{self.genotype}: {result['test_error']:.2f} % test error, {result['parameters']:,} weights, "
-            f"{result['multiply_adds']:,} multiply-adds an image"
-        )
+        if distributed.is_main():
+            print(
+                f"{self.genotype}: {result['test_error']:.2f} % test error, {result['parameters']:,} weights, "
+                f"{result['multiply_adds']:,} multiply-adds an image"
+            )
         return {"network": {"genotype": self.genotype, **result, "train_seconds": run.seconds("train")}}
 
     @cached_property
     def _splits(self) -> Splits:
-        return self.data.splits(self.seed, self.placed)
+        with distributed.main_first() if self.data.download else nullcontext():
+            return self.data.splits(self.seed, self.placed)
 
 
 def find_genotype(name: str) -> Genotype:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from mlo import ConfigError
+from mlo import ConfigError, distributed
 from problems.augmentation import Augmentation, Transforms
 
 RESIZED = 256 / 224  # images in files are resized to this part of the side that is then cut from their centre
@@ -181,11 +181,15 @@ class Part:
         one number from torch's global CPU generator, and its order and every augmentation follow from that alone: a
         stream that resumes gives the same bits, whatever the number of workers.
 
+        Of several processes that train together, each reads its share of every batch alone, and augments it by draws
+        of its own.
+
         Raises:
-            ConfigError: if the augmentation does not fit the images.
+            ConfigError: if the augmentation does not fit the images, or a batch cannot be shared out evenly.
         """
         transforms = (augmentation or Augmentation()).transforms(self.pixels.image_channels, self.pixels.shape)
-        sampler = _Shuffled(len(self), min(size, len(self)))
+        whole = min(size, len(self))
+        sampler = _Shuffled(len(self), whole, distributed.share(whole, "batch_size: a batch"))
         return DataLoader(_Batched(self, transforms), sampler=sampler, batch_size=None, num_workers=self.workers)
 
     def in_order(self, size: int) -> DataLoader[Images]:
@@ -223,11 +227,12 @@ class _Batched(Dataset[Images]):
 
 
 class _Shuffled(Sampler[Key]):
-    """Places of whole batches in random order, and a seed for each, all from one draw of the global generator."""
+    """Shares of whole batches in random order, and a seed for each, all from one draw of the global generator."""
 
-    def __init__(self, count: int, size: int) -> None:
+    def __init__(self, count: int, size: int, share: slice) -> None:
         self._count = count
         self._size = size
+        self._share = share
 
     def __len__(self) -> int:
         return self._count // self._size
@@ -236,7 +241,8 @@ class _Shuffled(Sampler[Key]):
         generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
         order = torch.randperm(self._count, generator=generator)
         for places in order[: len(self) * self._size].split(self._size):
-            yield places, int(torch.randint(2**62, (), generator=generator))
+            seed = int(torch.randint(2**62, (), generator=generator))
+            yield places[self._share], seed + self._share.start
 
 
 class _InOrder(Sampler[Key]):

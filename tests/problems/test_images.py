@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mlo import ConfigError
+from mlo import ConfigError, distributed
 from mlo.streams import open_stream
 from problems.augmentation import Augmentation
 from problems.images import ArrayPixels, FilePixels, Part
@@ -125,6 +125,42 @@ def test_the_border_of_a_crop_is_black_and_the_hole_of_a_cutout_is_the_mean():
     cropped = next(iter(part.batches(64, Augmentation(crop=4)))).images
     assert cropped.unique().tolist() == [-2.0, 1.0]
     assert next(iter(part.batches(64, Augmentation(cutout=4)))).images.unique().tolist() == [0.0, 1.0]
+
+
+def a_pass(part: Part, monkeypatch, rank: int, world: int, augmentation=None):
+    """The batches of 8 of one process of several."""
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    torch.manual_seed(5)
+    return list(part.batches(8, augmentation))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_part_a_batch_among_them_and_read_no_more_than_their_share(monkeypatch, world):
+    part, read = numbered(20), []
+    real = ArrayPixels.read
+    whole = a_pass(part, monkeypatch, 0, 1)
+    monkeypatch.setattr(ArrayPixels, "read", lambda self, rows, *a: read.append(len(rows)) or real(self, rows, *a))
+    shares = [a_pass(part, monkeypatch, rank, world) for rank in range(world)]
+    assert set(read) == {8 // world}
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert torch.equal(torch.stack([images for images, _ in parts], 1).flatten(0, 1), batch.images)
+        assert torch.equal(torch.stack([labels for _, labels in parts], 1).flatten(), batch.labels)
+
+
+def test_processes_augment_by_draws_of_their_own(monkeypatch):
+    """Of equal images, no two processes may see the same crops."""
+    same = Part.of(ArrayPixels(noise(1).pixels.array.expand(20, -1, -1, -1)), torch.zeros(20))
+    first, second = (a_pass(same, monkeypatch, rank, 2, Augmentation(crop=4, cutout=6)) for rank in range(2))
+    assert all(not torch.equal(a.images, b.images) for a, b in zip(first, second, strict=True))
+
+
+def test_a_batch_that_cannot_be_parted_evenly_is_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    with pytest.raises(
+        ConfigError, match=r"batch_size: a batch of 8 .* 3 processes; make it a multiple of 3, such as 6"
+    ):
+        numbered(20).batches(8)
 
 
 def test_tested_images_are_never_augmented():
