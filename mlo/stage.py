@@ -109,7 +109,7 @@ class Recorder:
     """What a stage's training leaves in its folder and shows; of several processes the first one's."""
 
     def __init__(self, path: Path, job: Job, steps: int, engine: "Engine") -> None:
-        self._path, self._job, self._steps = path, job, steps
+        self._path, self._job = path, job
         self._metrics = Metrics(path / METRICS, engine.rounds)
         self._progress = StageProgress(path.name, steps, engine.rounds)
         self._clock = time.process_time if engine.device.type == "cpu" else time.monotonic
