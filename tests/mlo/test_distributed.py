@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,7 @@ def test_a_stopped_evaluation_goes_on_to_the_bits_of_an_unbroken_one(tmp_path):
     stopped = torchrun(tmp_path, "-m", "mlo", *RUN, "--output", "stopped")
     while not ((stage / "metrics.jsonl").exists() and (stage / "metrics.jsonl").stat().st_size):
         assert stopped.poll() is None, stopped.communicate()
+        time.sleep(0.02)  # a busy wait would take a core from the processes
     stopped.send_signal(signal.SIGTERM)
     _, err = stopped.communicate(timeout=100)
     assert err.count("stopped; go on with: torchrun --nproc-per-node 2 -m mlo resume stopped") == 1, err
