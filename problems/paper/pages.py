@@ -43,8 +43,7 @@ def reported_error(reported: Reported | None) -> str:
 
 def result_table(rows: Sequence[Row], found: Mapping[str, Seeds], scale: str) -> str:
     """The table in the paper's layout, what it reports to the right."""
-    unit, seconds = ("CPU-minutes", 60) if scale == "laptop" else ("GPU-days", 86400)
-    digits = 1 if scale == "laptop" else 2
+    unit, seconds, digits = ("CPU-seconds", 1, 0) if scale == "laptop" else ("GPU-days", 86400, 2)
     body = []
     for row in rows:
         seeds, reported = found[row.label], row.reported
@@ -87,7 +86,11 @@ def verdict(comparisons: Sequence[Comparison], found: Mapping[str, Seeds]) -> st
         if names
     ]
     clear = " and ".join(said) if said else "none"
-    return f"Of these {len(tests)} differences, clear of zero: {clear}. By chance alone 1 in 20 would be."
+    pairs = min(test.n for _, test in tests)
+    return (
+        f"Of these {len(tests)} differences, clear of zero: {clear}. By chance alone 1 in 20 would be; and with {pairs} seeds "
+        f"the exact p cannot be below {2 / 2**pairs:.2g}."
+    )
 
 
 def seeds_table(labels: Sequence[str], found: Mapping[str, Seeds]) -> str:

@@ -38,7 +38,7 @@ def test_a_row_has_its_own_numbers_and_the_papers_beside():
     laptop = cells(result_table(TABLE3, found, "laptop"), "LBT(RN50, P-DARTS)")
     n = [row.label for row in TABLE3].index("LBT(RN50, P-DARTS)")
     error = spread([50.0 + n, 52.0 + n])
-    assert laptop[1:] == [error, "2.000 ± 0.000", "5.0 ± 0.0", "1.5 ± 0.0", "2.57 ± 0.15", "3.4", "0.5"]
+    assert laptop[1:] == [error, "2.000 ± 0.000", "5.0 ± 0.0", "90 ± 0", "2.57 ± 0.15", "3.4", "0.5"]
     paper = result_table(TABLE3, found, "paper")
     assert cells(paper, "random")[-3:] == ["-", "-", "-"]
     assert "GPU-days" in paper.splitlines()[0]
@@ -65,6 +65,7 @@ def test_differences_are_by_seed_and_the_verdict_is_what_they_say():
     assert "1 with a lower error (a)" in verdict([Comparison("a", "b"), Comparison("c", "a")], found)
     assert "1 with a higher error (b)" in verdict([Comparison("b", "a")], found)
     assert "clear of zero: none." in verdict([Comparison("c", "a")], found)
+    assert "with 5 seeds the exact p cannot be below 0.062" in verdict([Comparison("c", "a")], found)
 
 
 @pytest.mark.parametrize("kind", [Table2, Table3, Table4, Figure3, Benefit])
