@@ -88,8 +88,8 @@ def verdict(comparisons: Sequence[Comparison], found: Mapping[str, Seeds]) -> st
     clear = " and ".join(said) if said else "none"
     pairs = min(test.n for _, test in tests)
     return (
-        f"Of these {len(tests)} differences, clear of zero: {clear}. By chance alone 1 in 20 would be; and with {pairs} seeds "
-        f"the exact p cannot be below {2 / 2**pairs:.2g}."
+        f"Of these {len(tests)} differences, clear of zero: {clear}. By chance alone 1 in 20 would be; and with {pairs} "
+        f"seeds the exact p cannot be below {2 / 2**pairs:.2g}."
     )
 
 
