@@ -18,13 +18,24 @@ from engine_state import same
 import mlo
 from mlo import checkpoint, distributed
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(1200)]  # where other work has the cores
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 STEPS = 150
 RUN = ["run", "evaluate", "--genotype", "DARTS_V2", "--device", "cpu", "--threads", "1", "--steps", STEPS]
 RUN += ["--training.cells", 1, "--training.channels", 2, "--training.batch_size", 20, "--training.drop_path", 0.2]
 RUN += ["--training.augmentation.flip", "true", "--checkpoint_every", 1000, "--log_every", 1]
+
+started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def none_left():
+    """End what a failed test has left running."""
+    yield
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
 
 
 def torchrun(folder, *words):
@@ -33,7 +44,7 @@ def torchrun(folder, *words):
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "OMP_NUM_THREADS": "1",
     }
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*TORCHRUN, *map(str, words)],
         cwd=folder,
         env=environment,
@@ -41,10 +52,12 @@ def torchrun(folder, *words):
         stderr=subprocess.PIPE,
         text=True,
     )
+    started.append(process)
+    return process
 
 
 def ended(process):
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     return out, err
 
@@ -146,7 +159,7 @@ def test_a_stopped_evaluation_goes_on_to_the_bits_of_an_unbroken_one(tmp_path):
         assert stopped.poll() is None, stopped.communicate()
         time.sleep(0.02)  # a busy wait would take a core from the processes
     stopped.send_signal(signal.SIGTERM)
-    _, err = stopped.communicate(timeout=100)
+    _, err = stopped.communicate(timeout=400)
     assert err.count("stopped; go on with: torchrun --nproc-per-node 2 -m mlo resume stopped") == 1, err
     (saved,) = stage.glob("*.pt")  # because of the signal, for none else was due
     assert saved.stem < f"step-{STEPS:09}"
