@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,14 +47,21 @@ class EvaluateJob(Job):
 
     def run(self, run: Run) -> dict[str, dict[str, Any]]:
         """Train, test, and keep the genotype beside the result."""
-        distributed.on_main(lambda: find_genotype(self.genotype).save(run.path / "genotype.json"))
-        result = run.stage("train", self.engine, self.steps, lambda engine: self.training.judge(engine, self._splits))
+        genotype = distributed.on_main(lambda: self._begun_with(run.path / "genotype.json"))
+        engine = partial(self._training, genotype)
+        result = run.stage("train", engine, self.steps, lambda engine: self.training.judge(engine, self._splits))
         if distributed.is_main():
             print(
                 f"{self.genotype}: {result['test_error']:.2f} % test error, {result['parameters']:,} weights, "
                 f"{result['multiply_adds']:,} multiply-adds an image"
             )
         return {"network": {"genotype": self.genotype, **result, "train_seconds": run.seconds("train")}}
+
+    def _begun_with(self, kept: Path) -> Genotype:
+        """The architecture that the run began with, whatever has become of the file that was named."""
+        if not kept.exists():
+            write_atomic(kept, find_genotype(self.genotype).model_dump_json(indent=2) + "\n")
+        return find_genotype(str(kept))
 
     @cached_property
     def _splits(self) -> Splits:

@@ -86,6 +86,11 @@ class LbtJob(Job):
                 f"search.eigenvalue_every: eigenvalues are logged with the rest, but {every} is no multiple of "
                 f"log_every, {self.log_every}; make it one"
             )
+        if self.search.warmup >= self.steps:
+            raise ValueError(
+                f"search.warmup: the architecture would never step, since a stage has {self.steps} rounds and the "
+                f"warm-up takes {self.search.warmup}; lower it, or raise steps"
+            )
         authors = self.variant == "authors"
         if authors and (self.lookahead is False or not self._teacher_response.differentiates):
             raise ValueError(
@@ -117,6 +122,11 @@ class LbtJob(Job):
         """A stage of a search, after those that found these logits: LBT's three levels, or two without a student."""
         lbt, found, search, splits = method == "lbt", found or [], self.search, self._splits
         space = search.stage_space(found)
+        if self.search.warmup >= self.steps:
+            raise ValueError(
+                f"search.warmup: the architecture would never step, since a stage has {self.steps} rounds and the "
+                f"warm-up takes {self.search.warmup}; lower it, or raise steps"
+            )
         authors = self.variant == "authors"
         own = {"hypergradient": self.teacher_hypergradient, "clip_ahead": not authors}
         levels: list[mlo.Problem] = [search.teacher(space, len(found), self.steps, splits, **own)]
@@ -202,8 +212,8 @@ class LbtJob(Job):
     def _found(self, method: Method, engine: mlo.Engine) -> dict[str, Any]:
         """The logits that a stage found, and how much of the architecture's gradient is the student's."""
         found = found_by(engine)
-        both = method == "lbt" and self.judged_by == "both"
-        return {**found, "student_part": student_part(engine)} if both else found
+        part = student_part(engine) if method == "lbt" and self.judged_by == "both" else None
+        return found if part is None else {**found, "student_part": part}
 
     def _judge(self, engine: mlo.Engine) -> dict[str, Any]:
         return self.evaluation.judge(engine, self._splits)
@@ -234,28 +244,36 @@ class LbtJob(Job):
 
 
 def _kept(genotype: Genotype) -> dict[str, int]:
-    """How many of the normal cell's edges are what searches are known to fail by."""
-    names = [choice.operation for node in genotype.normal for choice in node]
-    return {name: names.count(name) for name in ("skip_connect", "noise")}
+    """What searches are known to fail by: skip-connections among the normal cell's edges, noise among both cells'."""
+    normal, reduce = (
+        [choice.operation for node in cell for choice in node] for cell in (genotype.normal, genotype.reduce)
+    )
+    return {"skip_connect": normal.count("skip_connect"), "noise": (normal + reduce).count("noise")}
 
 
-def student_part(engine: mlo.Engine) -> float:
+def student_part(engine: mlo.Engine) -> float | None:
     """The norm of the student's part of the architecture's gradient over that of the teacher's, at the present state.
 
-    The gradient is a sum of the two (math of equation 6), so the student's is what is left when the teacher's, taken
-    with gamma = 0, is subtracted.
+    The gradient is a sum of the two (equation 6), so the student's is what is left when the teacher's, taken with gamma
+    = 0, is subtracted. The student's is as large as its and the teacher's steps are, so they are taken here with the
+    learning rates that the search began with: at its end those have decayed. None where the teacher's is zero.
     """
     arch = engine.problems["arch"]
     assert isinstance(arch, ArchValidate)
     weight, in_turn = arch.student_weight, arch.in_turn
+    groups = [group for name in ("teacher", "student") for group in engine.problems[name].optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
     arch.in_turn = False
     try:
+        for group in groups:
+            group["lr"] = group.get("initial_lr", group["lr"])
         whole = engine.hypergradient("arch")
         arch.student_weight = 0.0
         teacher = engine.hypergradient("arch")
     finally:
         arch.student_weight, arch.in_turn = weight, in_turn
-    return float(
-        torch.cat([(whole[n] - teacher[n]).flatten() for n in whole]).norm()
-        / torch.cat([part.flatten() for part in teacher.values()]).norm()
-    )
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+    of_student = torch.cat([(whole[n] - teacher[n]).flatten() for n in whole]).norm()
+    of_teacher = torch.cat([part.flatten() for part in teacher.values()]).norm()
+    return float(of_student / of_teacher) if of_teacher else None

@@ -87,8 +87,12 @@ class Search(Config):
             if isinstance(value, tuple) and len(value) != stages:
                 many = "1 stage" if stages == 1 else f"{stages} stages"
                 raise ValueError(f"{name} has {len(value)} entries, but the search has {many}; give {stages}")
-        if any(count < 1 for count in _each(self.cells, stages)):
-            raise ValueError("cells must be at least 1")
+        if any(count < 3 for count in _each(self.cells, stages)):
+            raise ValueError(
+                "cells must be at least 3; a supernet of fewer has reduction cells alone, and no normal one"
+            )
+        if len(self.first_space.operations) < 2:
+            raise ValueError("operations must be at least 2, or there is nothing to choose between")
         if any(not 0 <= p < 1 for p in _each(self.skip_dropout, stages)):
             raise ValueError("skip_dropout must be at least 0 and below 1")
         if sum(self._drops) >= len(self.first_space.operations):

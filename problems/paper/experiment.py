@@ -15,7 +15,7 @@ from problems.paper.pages import Seeds
 
 SHRUNK = (
     "This is the laptop scale: images of 12x12, 1,000 training, 1,000 validation and 4,000 unlabeled ones, supernets "
-    "of 4 channels and 3 cells searched for 50 rounds (P-DARTS: 2, 3 and 4 cells, 25 rounds each), networks of 8 "
+    "of 4 channels and 3 cells searched for 50 rounds (P-DARTS: 3, 4 and 5 cells, 25 rounds each), networks of 8 "
     "channels and 3 cells trained for 300 steps on the 2,000 labeled images and tested on 5,000. The students are "
     "small convolutional networks: of 24,000 weights where the paper has ResNet-18 (RN18), and a wider one where it "
     "has ResNet-50 (RN50). Fashion-MNIST stands in for CIFAR-100, and held-out images of the same set for the "

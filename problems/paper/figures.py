@@ -92,8 +92,8 @@ class Benefit(PaperExperiment):
         """What was searched, what came out, and the tests."""
         by_label = {label: found[key] for label, (key, _) in self.labels.items()}
         measures = {
-            "noise": "noise edges of 8",
-            "skip_connect": "skip-connections of 8",
+            "noise": "noise edges of 16",
+            "skip_connect": "skip-connections of 8 normal edges",
             "student_part": "student's part",
         }
         body = []
@@ -113,8 +113,8 @@ class Benefit(PaperExperiment):
             "that what tells the networks apart is the architecture. The same seeds, and so the same images, for all.",
             markdown(body, ["found by", "error, %", *measures.values()]),
             "\"Student's part\" is the norm of the student's part of the architecture's gradient over that of the "
-            "teacher's at the end of the search. The last row leaves the teacher's part out, which is γ without bound: "
-            "what the student says by itself.",
+            "teacher's, at the end of the search with the learning rates that it began with. The last row leaves the "
+            "teacher's part out, which is γ without bound: what the student says by itself.",
             comparison_table(pairs, by_label),
             verdict(pairs, by_label),
             "Against a random architecture of the same space:",

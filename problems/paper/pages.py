@@ -11,6 +11,7 @@ from tabulate import tabulate
 from mlo.compare import paired
 from problems.paper.published import Reported, Row
 
+LEVEL = 0.05
 Measures = Mapping[str, Any]
 Seeds = Mapping[int, Measures]
 
@@ -76,21 +77,17 @@ def comparison_table(comparisons: Sequence[Comparison], found: Mapping[str, Seed
 
 
 def verdict(comparisons: Sequence[Comparison], found: Mapping[str, Seeds]) -> str:
-    """How many of these differences are clear of zero, and which way, in a sentence."""
+    """Which of these differences the exact test tells from none at 0.05, and which way, in words."""
     tests = [(c, paired(_errors(found[c.label]), _errors(found[c.baseline]))) for c in comparisons]
-    better = [c.label for c, test in tests if test.high is not None and test.high < 0]
-    worse = [c.label for c, test in tests if test.low is not None and test.low > 0]
-    said = [
-        f"{len(names)} with a {way} error ({', '.join(names)})"
-        for names, way in ((better, "lower"), (worse, "higher"))
-        if names
-    ]
-    clear = " and ".join(said) if said else "none"
+    clear = [(c, test) for c, test in tests if test.p is not None and test.mean is not None and test.p <= LEVEL]
+    told = [f"{c.label} has a {'lower' if (test.mean or 0) < 0 else 'higher'} error" for c, test in clear]
     pairs = min(test.n for _, test in tests)
-    return (
-        f"Of these {len(tests)} differences, clear of zero: {clear}. By chance alone 1 in 20 would be; and with {pairs} "
-        f"seeds the exact p cannot be below {2 / 2**pairs:.2g}."
-    )
+    said = f"Of these {len(tests)} differences, those with p of at most {LEVEL}: {'; '.join(told) or 'none'}."
+    if 2 / 2**pairs > LEVEL:
+        said += (
+            f" With {pairs} seeds p cannot be below {2 / 2**pairs:.2g}, so no single difference can be told from none."
+        )
+    return said + " Bootstrap intervals of so few differences are somewhat too narrow."
 
 
 def seeds_table(labels: Sequence[str], found: Mapping[str, Seeds]) -> str:

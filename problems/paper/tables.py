@@ -29,9 +29,12 @@ class _Table(PaperExperiment):
         pairs = ((row, plain.get(row.run._replace(student=None))) for row in self.rows if row.run.student)
         return [Comparison(row.label, baseline) for row, baseline in pairs if baseline]
 
-    def against_random(self) -> list[Comparison]:
-        """Each row against the random architecture."""
-        return [Comparison(r.label, "random") for r in self.rows if r.label != "random"]
+    def against_random(self, scale: str) -> list[Comparison]:
+        """Each row whose networks are trained as the random one's against the random architecture."""
+        (random,) = (row for row in self.rows if row.label == "random")
+        training = random.run.options(scale)["evaluation"]
+        alike = [row for row in self.rows if row.run.options(scale)["evaluation"] == training]
+        return [Comparison(row.label, random.label) for row in alike if row is not random]
 
     def sections(self, scale: str, found: Mapping[str, Seeds]) -> tuple[list[str], dict[str, Figure]]:
         """The table, the tests, the seeds."""
@@ -42,7 +45,7 @@ class _Table(PaperExperiment):
         if "random" in by_label:
             told += [
                 "Against a random architecture of the same space:",
-                comparison_table(self.against_random(), by_label),
+                comparison_table(self.against_random(scale), by_label),
             ]
         return [*told, "Each seed:", seeds_table(list(by_label), by_label)], {}
 
@@ -113,7 +116,8 @@ def transfer_options(run: Run, scale: str) -> Mapping[str, Any]:
     """The options of an `evaluate` job on the data of a run."""
     options = run.options(scale)
     training = dict(imagenet_evaluation(scale, run.space))
-    return together({"data": options["data"], "steps": training.pop("steps"), "training": training})
+    own = {"threads": options.get("threads", 1), "data": options["data"], "steps": training.pop("steps")}
+    return together({**own, "training": training})
 
 
 class _Ablation(_Table):
@@ -133,3 +137,4 @@ class Table6(_Ablation):
     """Table 6: the student learns from pseudo-labels alone, or from labels too (second ablation)."""
 
     name, title, rows = "table6", "Table 6: what the student learns from", published.TABLE6
+    note = Table5.note

@@ -22,7 +22,7 @@ class PowerCutError(Exception):
 
 
 def job(**options: object) -> LbtJob:
-    search = {"channels": 1, "cells": 1, "batch_size": 10, **options.pop("search", {})}
+    search = {"channels": 1, "cells": 3, "batch_size": 10, **options.pop("search", {})}
     data = {"train_size": 40, "validation_size": 50, "unlabeled_size": 60}
     return parse(LbtJob, {"data": data, "device": "cpu", "log_every": 1, "search": search, **options})
 

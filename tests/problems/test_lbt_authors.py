@@ -232,7 +232,7 @@ def test_it_resumes_between_rounds():
 
 
 def job(**options: object) -> LbtJob:
-    search = {"channels": 1, "cells": 1, "batch_size": 10}
+    search = {"channels": 1, "cells": 3, "batch_size": 10}
     data = {"train_size": 40, "validation_size": 50, "unlabeled_size": 60}
     return parse(LbtJob, {"data": data, "device": "cpu", "search": search, "variant": "authors", "steps": 6, **options})
 

@@ -20,7 +20,7 @@ SPLITS = Data(train_size=40, validation_size=50, unlabeled_size=60).splits(seed=
 
 
 def job(**options: object) -> LbtJob:
-    small = {"data": DATA, "search": Search(channels=1, cells=1, batch_size=10), "device": "cpu"}
+    small = {"data": DATA, "search": Search(channels=1, cells=3, batch_size=10), "device": "cpu"}
     return LbtJob(**{**small, **options})
 
 
@@ -51,7 +51,7 @@ def test_darts_is_the_same_without_a_student():
 
 
 def test_both_networks_are_trained_as_the_options_say():
-    found = job(steps=7, search=Search(channels=1, cells=1, batch_size=10, learning_rate=0.3)).search_engine("lbt")
+    found = job(steps=7, search=Search(channels=1, cells=3, batch_size=10, learning_rate=0.3)).search_engine("lbt")
     for name in ("teacher", "student"):
         problem = found.problems[name]
         group = problem.optimizer.param_groups[0]

@@ -31,7 +31,7 @@ def test_skip_dropout_decays_as_in_p_darts():
 
 
 def test_the_teacher_sets_the_dropout_of_its_own_supernet():
-    search = {"space": "p_darts", "channels": 1, "cells": 1, "skip_dropout": 0.5, "warmup": 5, "batch_size": 10}
+    search = {"space": "p_darts", "channels": 1, "cells": 3, "skip_dropout": 0.5, "warmup": 5, "batch_size": 10}
     engine = job(search=search, steps=10).search_engine("plain")
     seen = []
     for _ in range(10):
@@ -43,14 +43,14 @@ def test_the_teacher_sets_the_dropout_of_its_own_supernet():
 
 
 def test_stages_have_their_own_cells_and_fewer_operations():
-    search = Search(space="p_darts", channels=2, cells=(1, 2, 3))
+    search = Search(space="p_darts", channels=2, cells=(3, 4, 5))
     logits = [Architecture(search.first_space)() for _ in range(2)]
     sizes = [{len(names) for names in search.stage_space(logits[:n]).choices("normal")} for n in range(3)]
     assert sizes == [{8}, {5}, {3}]
-    built = job(search={"space": "p_darts", "channels": 2, "cells": [1, 2, 3]})
+    built = job(search={"space": "p_darts", "channels": 2, "cells": [3, 4, 5]})
     for stage in range(3):
         teacher = built.search_engine("plain", logits[:stage]).problems["teacher"]
-        assert len(teacher.module.cells) == stage + 1
+        assert len(teacher.module.cells) == stage + 3
         assert {len(names) for names in teacher.module.space.choices("reduce")} == {(8, 5, 3)[stage]}
 
 
@@ -63,7 +63,7 @@ def test_what_is_dropped_follows_the_logits():
 
 
 def test_the_architecture_waits_for_its_warmup():
-    search = {"channels": 1, "cells": 1, "warmup": 2, "batch_size": 10, "architecture_clip": 0.5}
+    search = {"channels": 1, "cells": 3, "warmup": 2, "batch_size": 10, "architecture_clip": 0.5}
     engine = job(search=search).search_engine("lbt")
     arch = engine.problems["arch"]
     assert arch.clip_norm == 0.5
@@ -75,7 +75,7 @@ def test_the_architecture_waits_for_its_warmup():
 
 
 def test_first_order_leaves_out_the_teacher_alone():
-    first = job(search={"channels": 1, "cells": 1, "batch_size": 10}, teacher_hypergradient="first_order")
+    first = job(search={"channels": 1, "cells": 3, "batch_size": 10}, teacher_hypergradient="first_order")
     assert first.title("plain") == "DARTS-1st"
     assert first.title("lbt") == "LBT(small, DARTS-1st)"
     engine = first.search_engine("lbt")
@@ -100,10 +100,11 @@ def test_titles_are_the_papers():
     ("options", "told"),
     [
         ({"space": "p_darts", "cells": [1, 2]}, "cells has 2 entries, but the search has 3 stages"),
-        ({"space": "darts", "cells": [0]}, "cells must be at least 1"),
+        ({"space": "darts", "cells": [2]}, "cells must be at least 3; a supernet of fewer has reduction cells alone"),
         ({"space": "pc_darts", "channels": 6}, "6 channels cannot be parted in 4"),
         ({"operations": ["skip_connect", "conv"]}, "'conv' is not an operation"),
         ({"space": "p_darts", "operations": ["noise", "skip_connect"]}, "drops [3, 2] leave none of the 2"),
+        ({"operations": ["noise"]}, "operations must be at least 2"),
         ({"skip_dropout": 1.0}, "skip_dropout must be at least 0 and below 1"),
     ],
     ids=str,
@@ -120,7 +121,7 @@ def test_the_papers_path_needs_the_teachers_training():
 
 
 def test_the_levels_report_the_health_of_the_search():
-    engine = job(search={"channels": 1, "cells": 1, "batch_size": 10}).search_engine("plain")
+    engine = job(search={"channels": 1, "cells": 3, "batch_size": 10}).search_engine("plain")
     engine.run(1)
     metrics = engine.metrics()
     assert metrics["arch/normal/entropy"] == pytest.approx(1, abs=1e-2)

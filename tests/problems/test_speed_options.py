@@ -16,7 +16,7 @@ GENOTYPE = PUBLISHED["DARTS_V2"]
 
 
 def job(precision: str = "float32", **options: object) -> LbtJob:
-    search = {"channels": 1, "cells": 1, "batch_size": 10, "precision": precision}
+    search = {"channels": 1, "cells": 3, "batch_size": 10, "precision": precision}
     evaluation = {"channels": 2, "cells": 1, "batch_size": 10, "precision": precision}
     return parse(LbtJob, {"data": DATA, "device": "cpu", "search": search, "evaluation": evaluation, **options})
 
