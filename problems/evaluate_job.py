@@ -12,6 +12,7 @@ from pydantic import Field
 
 import mlo
 from mlo import ConfigError, distributed
+from mlo.files import write_atomic
 from mlo.job import Job
 from mlo.run import Run
 from problems.data import Data, Splits
