@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 import mlo
@@ -27,6 +26,7 @@ from benchmarks.lbt_by_products import ByProducts
 from benchmarks.supernet import PAGE, cpu_seconds
 from problems.lbt import ArchValidate, StudentTeach, TeacherTrain
 from problems.nas import Architecture, Supernet
+from problems.students import make_student
 
 STEP, MOMENTUM, DECAY = 0.025, 0.9, 3e-4
 
@@ -48,12 +48,9 @@ class Task(NamedTuple):
         return [*sgd, torch.optim.Adam(self.architecture.parameters(), 3e-4, (0.5, 0.999), weight_decay=1e-3)]
 
 
-def resnet18(classes: int = 10) -> nn.Module:
-    """torchvision's, for images of 32x32."""
-    network = torchvision.models.resnet18(num_classes=classes)
-    network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    network.maxpool = nn.Identity()
-    return network
+def resnet18() -> nn.Module:
+    """The paper's first student, for images of 32x32."""
+    return make_student("resnet18", 3, 10, 32)
 
 
 def make_task(

@@ -136,15 +136,23 @@ def test_random_draws_are_judged_on_the_validation_images_and_trained_on_the_oth
 
 def test_the_students_part_is_what_gamma_adds():
     engine = job(hypergradient="one_step").search_engine("lbt")
-    engine.run(2)
+    engine.run(30)
+    groups = [engine.problems[name].optimizer.param_groups[0] for name in ("teacher", "student")]
+    decayed = groups[0]["lr"]
+    assert decayed < 0.03
     parts = []
     for weight in (0.0, 1.0, 3.0):
         engine.problems["arch"].student_weight = weight
+        for group in groups:
+            group["lr"] = 0.05  # what the search began with
         parts.append(torch.cat([g.flatten() for g in engine.hypergradient("arch").values()]))
+        for group in groups:
+            group["lr"] = decayed
         if weight:
             expected = (parts[-1] - parts[0]).norm() / parts[0].norm()
             assert student_part(engine) == pytest.approx(expected.item(), rel=1e-4)
             assert engine.problems["arch"].student_weight == weight
+            assert [group["lr"] for group in groups] == [decayed, decayed]
     assert (parts[2] - parts[0]).norm() == pytest.approx(3 * (parts[1] - parts[0]).norm().item(), rel=1e-3)
 
 
