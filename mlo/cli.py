@@ -71,7 +71,9 @@ def run(
         made = Run.create(str(name), job, output)
         try:
             _go(made)
-        except MloError:
+        except typer.Exit:
+            raise
+        except Exception:
             if distributed.is_main():
                 made.discard()
             raise
