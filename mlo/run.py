@@ -76,11 +76,8 @@ class Run:
                 f"{path}: holds something already, and nothing is written over; "
                 f"go on with that run (mlo resume {path}) or give another --output"
             )
-        begun = {
-            "job": name,
-            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "versions": versions(),
-        }
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        begun = {"job": name, "started": now, "versions": versions()}
         with _locked(path):
             write_atomic(path / "run.json", json.dumps(begun, indent=2) + "\n")  # tells whose the next file is
             write_atomic(path / "config.yaml", _options_text(job))
@@ -99,10 +96,8 @@ class Run:
         new = versions()
         changed = [f"{what} {old.get(what)} then, {new[what]} now" for what in new if old.get(what) != new[what]]
         if changed and distributed.is_main():
-            print(
-                f"note: {path} was begun with other versions, so numbers may differ: {', '.join(changed)}",
-                file=sys.stderr,
-            )
+            note = f"note: {path} was begun with other versions, so numbers may differ: {', '.join(changed)}"
+            print(note, file=sys.stderr)
         return cls(path, job)
 
     def execute(self) -> None:
@@ -237,6 +232,9 @@ def read_results(path: Path) -> Results | None:
         return _checked(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
+    except NotADirectoryError as error:
+        there = next(some for some in (path, *path.parents) if some.exists())
+        raise ConfigError(f"{there}: is a file, and no folder for runs; give another --output") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); delete it and run `mlo resume {path}`") from error
 
