@@ -103,7 +103,8 @@ def told_failures(failures: Sequence[Failure], total: int) -> bool:
     """Print how many of the runs are finished, and which failed and why; whether any did."""
     print(f"{total - len(failures)} of {total} runs are finished")
     for failure in failures:
-        print(f"failed: {failure.folder}: {failure.message} (its output is in {LOG} there)", file=sys.stderr)
+        where = f" (its output is in {LOG} there)" if (failure.folder / LOG).exists() else ""
+        print(f"failed: {failure.folder}: {failure.message}{where}", file=sys.stderr)
     if failures:
         print("mend what is wrong; the same command does what is left", file=sys.stderr)
     return bool(failures)

@@ -105,3 +105,18 @@ def test_a_run_that_is_stopped_before_its_first_stage_can_go_on(ridge, mlo, monk
     code, _, err = mlo("run", "ridge", "--output", "out")
     assert (code, Path("out/run.json").exists()) == (130, True)
     assert "mlo resume out" in err
+
+
+@pytest.mark.parametrize("words", [("sweep", "ridge", "--output", "afile"), ("sweep", "ridge", "--output", "afile/in")])
+def test_a_file_in_the_place_of_the_folder_of_runs_is_told(mlo, words):
+    Path("afile").write_text("mine")
+    code, _, err = mlo(*words)
+    assert code == 2
+    assert "error: afile: is a file, and no folder for runs; give another --output" in err
+    assert Path("afile").read_text() == "mine"
+
+
+def test_a_file_that_cannot_be_written_is_told_by_its_own_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised:
+        write_atomic(tmp_path / "no" / "such.txt", "text")
+    assert raised.value.filename == str(tmp_path / "no" / "such.txt")
