@@ -71,7 +71,9 @@ def run(
         made = Run.create(str(name), job, output)
         try:
             _go(made)
-        except MloError:
+        except typer.Exit:
+            raise
+        except Exception:
             if distributed.is_main():
                 made.discard()
             raise
@@ -188,7 +190,7 @@ def reproduce(
     The same command goes on where it was stopped.
     """
     from mlo import experiment as experiments
-    from mlo.sweep import run_all, told_failures
+    from mlo.sweep import told_failures
 
     experiment = experiments.load_experiment(name)
     scale = experiments.chosen_scale(experiment, scale)
@@ -202,8 +204,7 @@ def reproduce(
             print(f"what is to do takes {experiments.cost(left, workers, one_core_each)}", flush=True)
         if estimate:
             return
-        ordered = experiments.phases(experiment, scale, planned)
-        failures = [failure for phase in ordered for failure in run_all(phase, workers, one_core_each)]
+        failures = experiments.do(experiment, scale, planned, workers, one_core_each)
     if told_failures(failures, len(runs)):
         print("no page is written from a part of the runs", file=sys.stderr)
         raise typer.Exit(1)

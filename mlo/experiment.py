@@ -16,7 +16,7 @@ from mlo.errors import ConfigError, MloError
 from mlo.job import Job, Results
 from mlo.rehearsal import estimate_seconds
 from mlo.run import read_results
-from mlo.sweep import Planned, check, redirected
+from mlo.sweep import Failure, Planned, check, redirected, run_all
 from mlo.workers import Failed, in_processes
 
 PAGES = "pages"
@@ -101,12 +101,28 @@ def plan(experiment: Experiment, scale: str, seeds: int, output: Path) -> dict[s
     return planned
 
 
-def phases(experiment: Experiment, scale: str, planned: Mapping[str, Sequence[Planned]]) -> list[list[Planned]]:
-    """The runs that use no other, and then those that do."""
+def do(
+    experiment: Experiment, scale: str, planned: Mapping[str, Sequence[Planned]], workers: int, one_core_each: bool
+) -> list[Failure]:
+    """Have the runs finished that use no other, and then those that do and whose files are there; returns the failures.
+
+    A run whose files are not there, for the run that makes them failed, is not begun, and is a failure too.
+
+    Raises:
+        ConfigError, KeyboardInterrupt: as :func:`mlo.sweep.run_all`.
+    """
     wanted = experiment.runs(scale)
-    return [
-        [r for key, runs in planned.items() if bool(wanted[key].uses) == uses for r in runs] for uses in (False, True)
-    ]
+    failures = run_all([r for key in planned if not wanted[key].uses for r in planned[key]], workers, one_core_each)
+    ready: list[Planned] = []
+    for run, uses in ((run, wanted[key].uses) for key in planned if wanted[key].uses for run in planned[key]):
+        absent = [run.options[option] for option in uses if not Path(run.options[option]).exists()]
+        if absent and not run.finished():
+            failures.append(
+                Failure(run.folder, f"not begun, for {absent[0]} is not there: the run that makes it failed")
+            )
+        else:
+            ready.append(run)
+    return failures + run_all(ready, workers, one_core_each)
 
 
 def standing(runs: Sequence[Planned]) -> str:

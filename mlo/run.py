@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 RUNS = Path("runs")
 RESULTS = "results.json"
+OF_CREATION = re.compile(r"config\.yaml|run\.json|\.lock|log\.txt|\.(config\.yaml|run\.json)\.\d+\.tmp")
 
 
 class Run:
@@ -64,7 +66,7 @@ class Run:
             if output is None:
                 path = _made(path)
             path.mkdir(parents=True, exist_ok=True)
-            full = any(path.iterdir())
+            full = not is_free(path, job)
         except OSError as error:
             raise ConfigError(
                 f"{path}: no folder can be made there ({error.strerror}); give another --output"
@@ -74,14 +76,11 @@ class Run:
                 f"{path}: holds something already, and nothing is written over; "
                 f"go on with that run (mlo resume {path}) or give another --output"
             )
-        text = yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False)
-        write_atomic(path / "config.yaml", text)
-        begun = {
-            "job": name,
-            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "versions": versions(),
-        }
-        write_atomic(path / "run.json", json.dumps(begun, indent=2) + "\n")
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        begun = {"job": name, "started": now, "versions": versions()}
+        with _locked(path):
+            write_atomic(path / "run.json", json.dumps(begun, indent=2) + "\n")  # tells whose the next file is
+            write_atomic(path / "config.yaml", _options_text(job))
         return path
 
     @classmethod
@@ -97,10 +96,8 @@ class Run:
         new = versions()
         changed = [f"{what} {old.get(what)} then, {new[what]} now" for what in new if old.get(what) != new[what]]
         if changed and distributed.is_main():
-            print(
-                f"note: {path} was begun with other versions, so numbers may differ: {', '.join(changed)}",
-                file=sys.stderr,
-            )
+            note = f"note: {path} was begun with other versions, so numbers may differ: {', '.join(changed)}"
+            print(note, file=sys.stderr)
         return cls(path, job)
 
     def execute(self) -> None:
@@ -121,21 +118,9 @@ class Run:
         Raises:
             ConfigError: if one does already.
         """
-        lock = FileLock(self.path / ".lock", timeout=0)
-
-        def acquire() -> None:
-            try:
-                lock.acquire()
-            except Timeout:
-                raise ConfigError(
-                    f"{self.path}: another process is running in this folder; wait for it, or stop it"
-                ) from None
-
-        distributed.on_main(acquire)
-        try:
+        with contextlib.ExitStack() as held:
+            distributed.on_main(lambda: held.enter_context(_locked(self.path)))
             yield
-        finally:
-            lock.release()
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """What a stage has logged so far, a dictionary for each line; none for a stage that has not begun."""
@@ -151,12 +136,13 @@ class Run:
         return seconds_taken(self.path / "stages" / stage)
 
     def discard(self) -> None:
-        """Take away what :meth:`create` wrote, if no stage has begun, so that the folder can be used again."""
-        if not (self.path / "stages").exists():
-            for name in ("config.yaml", "run.json", ".lock"):
-                (self.path / name).unlink(missing_ok=True)
-            if not any(self.path.iterdir()):
-                self.path.rmdir()
+        """Take away what :meth:`create` wrote, if nothing else is there and no other process runs in the folder."""
+        with contextlib.suppress(ConfigError), _locked(self.path):
+            if not has_begun(self.path):
+                for name in ("config.yaml", "run.json", ".lock"):
+                    (self.path / name).unlink(missing_ok=True)
+                if not any(self.path.iterdir()):
+                    self.path.rmdir()
 
     def stage(
         self,
@@ -190,6 +176,26 @@ class Run:
             raise ConfigError(f"two stages of this job are named {name!r}; give each a name of its own")
         self._stages.add(name)
         return Stage(self.path / "stages" / name, self.job, steps).run(engine, result, stop)
+
+
+def has_begun(path: Path) -> bool:
+    """Whether a folder is a run's in which something was done: it holds more than what its creation leaves."""
+    return (path / "run.json").exists() and not _of_creation(path)
+
+
+def is_free(path: Path, job: Job) -> bool:
+    """Whether creating the job's run in a folder loses nothing: there is nothing, or what a creation left unedited."""
+    config = path / "config.yaml"
+    try:
+        if (path / "run.json").exists():
+            job = begun_with(path)[1] if config.exists() else (about(path) and job)
+        return _of_creation(path) and (not config.exists() or config.read_bytes() == _options_text(job).encode())
+    except ConfigError:
+        return False
+
+
+def _of_creation(path: Path) -> bool:
+    return all(OF_CREATION.fullmatch(file.name) for file in path.iterdir())
 
 
 def about(path: Path) -> tuple[str, dict[str, str]]:
@@ -226,6 +232,9 @@ def read_results(path: Path) -> Results | None:
         return _checked(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
+    except NotADirectoryError as error:
+        there = next(some for some in (path, *path.parents) if some.exists())
+        raise ConfigError(f"{there}: is a file, and no folder for runs; give another --output") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); delete it and run `mlo resume {path}`") from error
 
@@ -236,6 +245,23 @@ def _refuse_processes(name: str, job: Job) -> None:
             f"{name} runs in one process alone, for it does not share out its batches among {distributed.world()}; "
             f"start it without torchrun: mlo run {name} ..."
         )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = FileLock(path / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"{path}: another process is running in this folder; wait for it, or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _options_text(job: Job) -> str:
+    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False)
 
 
 def _text(found: Results) -> str:

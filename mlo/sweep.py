@@ -21,7 +21,7 @@ from mlo.config import defaults, flat, merge, shown, validate
 from mlo.errors import ConfigError, MloError
 from mlo.job import Job, load_job
 from mlo.options import nested
-from mlo.run import Run, begun_with, read_results
+from mlo.run import Run, begun_with, has_begun, is_free, read_results
 from mlo.workers import Failed, in_processes, own_cores
 
 LOG = "log.txt"
@@ -47,8 +47,8 @@ class Planned:
         return validate(model, merge(defaults(model), self.options), self.job)
 
     def begun(self) -> bool:
-        """Whether its run folder is there, finished or not."""
-        return (self.folder / "run.json").exists()
+        """Whether something was done in its run folder, be it finished or not."""
+        return has_begun(self.folder)
 
     def finished(self) -> bool:
         """Whether the run is there already, whole."""
@@ -103,7 +103,8 @@ def told_failures(failures: Sequence[Failure], total: int) -> bool:
     """Print how many of the runs are finished, and which failed and why; whether any did."""
     print(f"{total - len(failures)} of {total} runs are finished")
     for failure in failures:
-        print(f"failed: {failure.folder}: {failure.message} (its output is in {LOG} there)", file=sys.stderr)
+        where = f" (its output is in {LOG} there)" if (failure.folder / LOG).exists() else ""
+        print(f"failed: {failure.folder}: {failure.message}{where}", file=sys.stderr)
     if failures:
         print("mend what is wrong; the same command does what is left", file=sys.stderr)
     return bool(failures)
@@ -136,7 +137,7 @@ def _at(folders: Sequence[Path]) -> str:
 def _held_already(plan: Planned, job: Job) -> str | None:
     """What a folder holds, if that is something else than this run."""
     folder = plan.folder
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and is_free(folder, job)):
         return None
     name, there = begun_with(folder)
     if name != plan.job:

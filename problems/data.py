@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from mlo import ConfigError
 from mlo.config import Config
 from problems.images import FilePixels, Part
-from problems.sources import Place, data_root, load_source
+from problems.sources import Place, data_root, load_source, read_from
 
 STATISTICS_FROM = 2048  # images, where they must be decoded
 
@@ -87,9 +87,10 @@ class Data(Config):
 
     @model_validator(mode="after")
     def _other_source(self) -> Data:
-        if self.unlabeled_source == self.source:
+        root, other = data_root(self.root), self.unlabeled_source
+        if other is not None and read_from(other, root) == read_from(self.source, root):
             raise ValueError(
-                f"unlabeled_source: {self.source} is the source itself, whose images would be labeled and unlabeled at "
+                f"unlabeled_source: {other} is the source itself, whose images would be labeled and unlabeled at "
                 "once; leave it out, and unlabeled images are drawn apart from the labeled ones"
             )
         return self

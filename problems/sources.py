@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import os
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from problems.images import ArrayPixels, FilePixels, Part
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 FOLDER_IMAGE_SIZE = 224
+CIFAR: dict[str, Any] = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 
 
 class Source(NamedTuple):
@@ -80,6 +83,19 @@ def load_source(name: str, place: Place) -> Source:
     )
 
 
+def read_from(name: str, root: Path) -> str:
+    """What the labeled images of a source are read from, told alike however it is written: a path without links."""
+    if name in ("digits", "fashion_mnist"):
+        return name
+    path = Path(name).expanduser()
+    if name in CIFAR:
+        folder = root / CIFAR[name].base_folder
+        path = folder if folder.is_dir() else root / f"{name}.npz"
+    elif name == "imagenet":
+        path = root / name
+    return str((path / "train" if path.is_dir() else path).resolve())
+
+
 def _digits(place: Place) -> Source:
     """Scikit-learn's 1,797 images of 1x8x8, all of them labeled and none a test image."""
     digits = load_digits()
@@ -88,11 +104,17 @@ def _digits(place: Place) -> Source:
 
 
 def _npz(path: Path, place: Place) -> Source:
-    with np.load(path, allow_pickle=False) as file:
-        missing = [name for name in ARRAYS if name not in file]
-        if missing:
-            raise ConfigError(f"{place.option}: {path} has no {', '.join(missing)}; it has {', '.join(file.files)}")
-        arrays = {name: file[name] for name in ARRAYS}
+    try:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+            missing = [name for name in ARRAYS if name not in file]
+            if missing:
+                raise ConfigError(f"{place.option}: {path} has no {', '.join(missing)}; it has {', '.join(file.files)}")
+            arrays = {name: np.asarray(file[name]) for name in ARRAYS}
+    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ConfigError(
+            f"{place.option}: {path} cannot be read ({error}); write it by numpy.savez, with {', '.join(ARRAYS)}: "
+            "images uint8 of (N, H, W, C), labels integers of (N,)"
+        ) from error
     return _from_arrays(arrays, str(path), place)
 
 
@@ -123,13 +145,13 @@ def _faults(arrays: dict[str, np.ndarray], part: str) -> list[str]:
     """What is wrong with the arrays of one part, each with its remedy."""
     images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
     found = []
-    if images.dtype != np.uint8 or images.ndim != 4:
+    if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape[1:]:
         found.append(f"{part}_images are {images.dtype} of shape {images.shape}: make them uint8 of (N, H, W, C)")
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
         found.append(f"{part}_labels are {labels.dtype} of shape {labels.shape}: make them integers of (N,)")
-    elif len(labels) != len(images) or not len(labels):
+    elif images.ndim and (len(labels) != len(images) or not len(labels)):
         found.append(f"{part}_labels are {len(labels)}, and {part}_images {len(images)}: give one label an image")
-    elif labels.min() < 0:
+    elif labels.size and labels.min() < 0:
         found.append(f"{part}_labels have {labels.min()}: number the classes from 0")
     return found
 
@@ -184,8 +206,9 @@ def _imagenet(place: Place) -> Source:
     return Source(*(_in_files(images, place) for images in found))
 
 
-def _cifar(kind: Any, name: str, place: Place) -> Source:
+def _cifar(name: str, place: Place) -> Source:
     """CIFAR from torchvision's files, else from ``name``.npz, else downloaded."""
+    kind = CIFAR[name]
     folder, file = place.root / kind.base_folder, place.root / f"{name}.npz"
     if not folder.is_dir() and file.is_file():
         return _npz(file, place)
@@ -261,8 +284,8 @@ def _read_idx(folder: Path, name: str, place: Place) -> np.ndarray:
 
 NAMED: dict[str, Callable[[Place], Source]] = {
     "digits": _digits,
-    "cifar10": lambda place: _cifar(datasets.CIFAR10, "cifar10", place),
-    "cifar100": lambda place: _cifar(datasets.CIFAR100, "cifar100", place),
+    "cifar10": lambda place: _cifar("cifar10", place),
+    "cifar100": lambda place: _cifar("cifar100", place),
     "fashion_mnist": _fashion_mnist,
     "imagenet": _imagenet,
 }

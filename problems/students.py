@@ -96,7 +96,13 @@ def _own(name: str, image_channels: int, classes: int) -> nn.Module:
             f"student {name!r} cannot be imported ({error}); write package.module:callable, and see that the package "
             "is installed or on PYTHONPATH"
         ) from error
-    module = make(image_channels, classes)
+    try:
+        module = make(image_channels, classes)
+    except Exception as error:
+        raise ConfigError(
+            f"student {name!r} is called with (image_channels, classes) = ({image_channels}, {classes}), and raised "
+            f"{type(error).__name__}: {error}; name a callable that takes these two and returns a torch.nn.Module"
+        ) from error
     if not isinstance(module, nn.Module):
         raise ConfigError(
             f"student {name!r} should return a torch.nn.Module of images (N, {image_channels}, H, W) to logits "

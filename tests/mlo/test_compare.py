@@ -224,7 +224,7 @@ def test_the_command_writes_new_files_only(mlo, finished):
         (["--baseline", "t"], "--baseline: 't' is no label of these runs; there are: r; s"),
         (["--format", "html"], "'html' is not known among the formats; there are: text, markdown, latex, csv"),
         (["--plot", "p.gif"], "p.gif: a picture's name ends in .png, .svg, .pdf"),
-        (["--output", "no/such/table.md"], "cannot be written (No such file or directory)"),
+        (["--output", "no/such/table.md"], "error: no/such/table.md: cannot be written (No such file or directory)"),
     ],
 )
 def test_what_cannot_be_compared_is_told(mlo, finished, words, message):

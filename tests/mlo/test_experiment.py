@@ -7,9 +7,9 @@ import pytest
 
 from mlo import experiment, rehearsal
 from mlo.errors import ConfigError, MloError
-from mlo.experiment import Cost, chosen_scale, cost, duration, load_experiment, plan
+from mlo.experiment import Cost, Wanted, chosen_scale, cost, duration, load_experiment, plan
 from mlo.rehearsal import estimate_seconds
-from mlo.sweep import Planned
+from mlo.sweep import Failure, Planned, told_failures
 from mlo.workers import Failed
 
 DROPOUT = '''
@@ -171,3 +171,27 @@ def test_a_rehearsal_that_fails_is_told(ridge, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "in_processes", lambda function, items, *_: [(items[0], Failed("no card"))])
     with pytest.raises(MloError, match="slow: its rehearsal failed: no card"):
         cost({"slow": [Planned(tmp_path / "slow" / "seed-0", "ridge")]}, 1, one_core_each=False)
+
+
+def test_a_run_whose_files_are_not_there_is_not_begun_but_told(dropout, tmp_path, monkeypatch):
+    made = load_experiment("dropout")
+    wanted = {"first": Wanted("ridge", {}), "second": Wanted("ridge", {}, {"where": ("first", "file")})}
+    made.runs = lambda scale: wanted
+    planned = plan(made, "small", 2, tmp_path)
+    first, second = planned["first"], planned["second"]
+    done = []
+
+    def run_all(runs, workers, one_core_each):
+        done.append(list(runs))
+        if len(done) == 1:  # the run of seed 0 makes its file, and that of seed 1 fails
+            first[0].folder.mkdir(parents=True)
+            (first[0].folder / "file").write_text("")
+            return [Failure(first[1].folder, "no")]
+        return []
+
+    monkeypatch.setattr(experiment, "run_all", run_all)
+    failures = experiment.do(made, "small", planned, 1, one_core_each=False)
+    assert done == [first, [second[0]]]
+    assert [failure.folder for failure in failures] == [first[1].folder, second[1].folder]
+    assert failures[1].message.startswith(f"not begun, for {first[1].folder / 'file'} is not there")
+    assert told_failures(failures, 4)

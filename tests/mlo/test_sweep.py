@@ -232,6 +232,7 @@ def test_all_faults_are_told_before_anything_runs(ridge, mlo):
 
 def test_the_run_of_another_job_and_a_folder_planned_twice_are_refused(ridge, moody, tmp_path):
     Run.create("ridge", ridge.RidgeJob(), tmp_path / "run")
+    (tmp_path / "run" / "stages").mkdir()
     with pytest.raises(ConfigError, match="holds a run of ridge, not of moody"):
         check([Planned(tmp_path / "run", "moody")])
     with pytest.raises(ConfigError, match="new: is planned twice"):

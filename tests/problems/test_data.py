@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -151,6 +155,22 @@ def test_unlabeled_images_of_other_channels(source):
 def test_the_source_is_no_other_source():
     with pytest.raises(ValidationError, match="unlabeled_source: digits is the source itself"):
         Data(unlabeled_source="digits")
+
+
+def test_the_source_in_another_spelling_is_no_other_source(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(source, "cifar10.npz")
+    Path("link.npz").symlink_to("cifar10.npz")
+    Path("images/train").mkdir(parents=True)
+    Path("linked").symlink_to("images")
+    spellings = ["cifar10", "cifar10.npz", "./cifar10.npz", str(tmp_path / "cifar10.npz"), "link.npz"]
+    pairs = [*itertools.permutations(spellings, 2), ("images", "images/"), ("images", "linked")]
+    for one, other in pairs:
+        with pytest.raises(ValidationError, match="is the source itself"):
+            Data(source=one, unlabeled_source=other, root=".")
+    Path("digits").mkdir()
+    for one, other in (("digits", "./digits"), ("cifar10", "cifar100"), ("cifar10", source), ("images", ".")):
+        Data(source=one, unlabeled_source=other, root=".")
 
 
 def test_a_folder_of_files_is_split_and_normalized(tmp_path):

@@ -90,6 +90,8 @@ def test_images_of_arrays_are_resized_with_antialiasing(tmp_path):
     [
         ({"train_images": np.zeros((40, 4, 4, 3))}, r"train_images are float64 of shape.*make them uint8 of \(N, H"),
         ({"train_images": np.zeros((40, 4, 4), np.uint8)}, r"shape \(40, 4, 4\)"),
+        ({"train_images": np.uint8(3)}, r"train_images are uint8 of shape \(\): make them"),
+        ({"train_images": np.zeros((40, 0, 4, 3), np.uint8)}, r"shape \(40, 0, 4, 3\): make them"),
         ({"train_labels": np.arange(40.0)}, "train_labels are float64"),
         ({"test_labels": np.arange(7)}, "test_labels are 7, and test_images 8: give one label an image"),
         ({"train_labels": np.arange(40) % 4 + 1}, "no image has label 0: number the classes from 0 without gaps"),
@@ -103,6 +105,26 @@ def test_arrays_that_cannot_be_used(tmp_path, change, told):
     with pytest.raises(ConfigError, match=r"data.source: .*x.npz cannot be used") as raised:
         load_source(str(tmp_path / "x.npz"), Place(Path()))
     assert raised.match(told)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_text("no arrays, but a letter"),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-300]),
+        lambda path: np.savez(path, **{**arrays(), "train_labels": np.array([{}] * 40)}),
+        lambda path: np.save(path.open("wb"), np.zeros(3)),
+    ],
+)
+def test_an_npz_file_that_is_none(tmp_path, spoil):
+    path = tmp_path / "x.npz"
+    np.savez(path, **arrays())
+    spoil(path)
+    with pytest.raises(
+        ConfigError, match=r"data.source: .*x.npz cannot be read \(.*numpy.savez, with train_images, .*uint8"
+    ):
+        load_source(str(path), Place(Path()))
 
 
 def test_an_npz_file_that_lacks_an_array(tmp_path):
