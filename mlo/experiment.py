@@ -49,8 +49,8 @@ class Experiment(ABC):
     scales: ClassVar[Mapping[str, int]]
 
     @abstractmethod
-    def runs(self, scale: str) -> Mapping[str, Wanted]:
-        """{key: what is wanted}; a key is a name that a folder can have.
+    def runs(self, scale: str) -> Mapping[str, Wanted | tuple[str, Mapping[str, Any]]]:
+        """{key: what is wanted, or just (job, options)}; a key is a name that a folder can have.
 
         Equal keys of different experiments mean the same run, which is done once.
         """
@@ -82,10 +82,14 @@ def chosen_scale(experiment: Experiment, name: str | None) -> str:
     return name or next(iter(experiment.scales))
 
 
+def _wanted(experiment: Experiment, scale: str) -> dict[str, Wanted]:
+    return {key: Wanted(*entry) for key, entry in experiment.runs(scale).items()}
+
+
 def plan(experiment: Experiment, scale: str, seeds: int, output: Path) -> dict[str, list[Planned]]:
     """{key: its runs, seed by seed}, in OUTPUT/SCALE/KEY/seed-N; those that use others come after all that do not."""
     planned: dict[str, list[Planned]] = {}
-    wanted = experiment.runs(scale)
+    wanted = _wanted(experiment, scale)
     for key, (job, options, uses) in sorted(wanted.items(), key=lambda item: bool(item[1].uses)):
         if not re.fullmatch(r"\w[\w.,=+-]*", key) or key == PAGES:
             raise ConfigError(f"the experiment's key {key!r} cannot name a folder; use letters, digits and .,=+-_")
@@ -111,7 +115,7 @@ def do(
     Raises:
         ConfigError, KeyboardInterrupt: as :func:`mlo.sweep.run_all`.
     """
-    wanted = experiment.runs(scale)
+    wanted = _wanted(experiment, scale)
     failures = run_all([r for key in planned if not wanted[key].uses for r in planned[key]], workers, one_core_each)
     ready: list[Planned] = []
     for run, uses in ((run, wanted[key].uses) for key in planned if wanted[key].uses for run in planned[key]):

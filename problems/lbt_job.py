@@ -16,7 +16,7 @@ from mlo.run import Run
 from problems.data import Data, Splits
 from problems.early_stop import found_by, grown_sharp
 from problems.lbt import ArchValidate
-from problems.nas import Architecture, ArchitectureLogits, Genotype, derive, random_genotype
+from problems.nas import NOISE, Architecture, ArchitectureLogits, Genotype, derive, random_genotype
 from problems.report import save_genotypes, write_report
 from problems.search import Search
 from problems.students import make_student
@@ -84,7 +84,7 @@ class LbtJob(Job):
         if every is not None and every % self.log_every:
             raise ValueError(
                 f"search.eigenvalue_every: eigenvalues are logged with the rest, but {every} is no multiple of "
-                f"log_every, {self.log_every}; make it one"
+                f"log_every, {self.log_every}; give a multiple of it, or another log_every"
             )
         if self.search.warmup >= self.steps:
             raise ValueError(
@@ -175,7 +175,13 @@ class LbtJob(Job):
                 training, partial(self.training_engine, genotypes[method]), self.evaluation.steps, self._judge
             )
             cost = {"search_seconds": sum(map(run.seconds, stages[method])), "train_seconds": run.seconds(training)}
-            results[method] = {"title": self.title(method), **told, **found, **_kept(genotypes[method]), **cost}
+            results[method] = {
+                "title": self.title(method),
+                **told,
+                **found,
+                **_kept(genotypes[method], self.search.first_space.operations),
+                **cost,
+            }
         save_genotypes(run, genotypes)
         for result in results.values():
             print(f"{result['title']}: {result['test_error']:.2f} % test error, {result['parameters']:,} weights")
@@ -243,12 +249,13 @@ class LbtJob(Job):
         return self.data.splits(self.seed, self.placed)
 
 
-def _kept(genotype: Genotype) -> dict[str, int]:
-    """What searches are known to fail by: skip-connections among the normal cell's edges, noise among both cells'."""
+def _kept(genotype: Genotype, operations: tuple[str, ...]) -> dict[str, int]:
+    """What searches are known to fail by: skip-connections of the normal cell, and noise of both, where there is any."""
     normal, reduce = (
         [choice.operation for node in cell for choice in node] for cell in (genotype.normal, genotype.reduce)
     )
-    return {"skip_connect": normal.count("skip_connect"), "noise": (normal + reduce).count("noise")}
+    kept = {"skip_connect": normal.count("skip_connect")}
+    return kept | ({NOISE: (normal + reduce).count(NOISE)} if NOISE in operations else {})
 
 
 def student_part(engine: mlo.Engine) -> float | None:

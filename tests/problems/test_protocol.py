@@ -23,7 +23,7 @@ from problems.sources import Place, load_source
 from problems.training import Training
 
 TINY = {"train_size": 40, "validation_size": 40, "unlabeled_size": 60, "held_out_size": 100, "test_size": 20}
-SMALL_SEARCH = {"channels": 1, "cells": 1, "batch_size": 10}
+SMALL_SEARCH = {"channels": 1, "cells": 3, "batch_size": 10}
 SMALL_TRAINING = {"channels": 1, "cells": 1, "batch_size": 10}
 CUTOUT = {"cutout": 4}
 
@@ -169,12 +169,12 @@ def test_p_darts_narrows_from_stage_to_stage_and_derives_from_the_last(tmp_path,
         return engine
 
     monkeypatch.setattr(LbtJob, "search_engine", watched)
-    search = {**SMALL_SEARCH, "space": "p_darts", "cells": [1, 2, 3], "architecture_learning_rate": 0.1}
+    search = {**SMALL_SEARCH, "space": "p_darts", "cells": [3, 4, 5], "architecture_learning_rate": 0.1}
     options = {"methods": ["plain"], "steps": 2, "teacher_hypergradient": "first_order", "search": search}
     run = executed(tmp_path / "run", **options)
     stages = [run / "stages" / f"search-plain-{number}" for number in (1, 2, 3)]
     results = [json.loads((stage / "result.json").read_text()) for stage in stages]
-    assert [len(supernet.cells) for supernet in searched] == [1, 2, 3]
+    assert [len(supernet.cells) for supernet in searched] == [3, 4, 5]
     genotype, space = Genotype.load(run / "genotype.json"), searched[-1].space
     for kind in ("normal", "reduce"):
         left = [set(space.operations)] * 14

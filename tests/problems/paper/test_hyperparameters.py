@@ -81,7 +81,7 @@ def test_the_first_order_methods_are_so_at_every_scale(scale, space):
 
 def test_the_students_training_shares_what_the_papers_give_for_search():
     engine = validate(
-        LbtJob, {"search": {"channels": 1, "cells": 1, "learning_rate": 0.025}, "device": "cpu"}, "test"
+        LbtJob, {"search": {"channels": 1, "cells": 3, "learning_rate": 0.025}, "device": "cpu"}, "test"
     ).search_engine("lbt")
     for level in ("teacher", "student"):
         group = engine.problems[level].optimizer.param_groups[0]
