@@ -250,10 +250,9 @@ class LbtJob(Job):
 
 
 def _kept(genotype: Genotype, operations: tuple[str, ...]) -> dict[str, int]:
-    """What searches are known to fail by: skip-connections of the normal cell, and noise of both, where there is any."""
-    normal, reduce = (
-        [choice.operation for node in cell for choice in node] for cell in (genotype.normal, genotype.reduce)
-    )
+    """What searches are known to fail by: skip-connections of the normal cell, noise of both where there is any."""
+    cells = (genotype.normal, genotype.reduce)
+    normal, reduce = ([choice.operation for node in cell for choice in node] for cell in cells)
     kept = {"skip_connect": normal.count("skip_connect")}
     return kept | ({NOISE: (normal + reduce).count(NOISE)} if NOISE in operations else {})
 
