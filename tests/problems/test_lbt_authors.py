@@ -69,7 +69,9 @@ class Made:
 
 def by_mlo(made: Made, held: tuple[str, ...] = ("arch",), hypergradient: str = "one_step", rounds: int = ROUNDS):
     def scheduled(optimizer: torch.optim.Optimizer, each: int):
-        factor = lambda step: RATES[min(step // each, ROUNDS - 1)] / RATES[0]  # noqa: E731
+        def factor(step: int) -> float:
+            return RATES[min(step // each, ROUNDS - 1)] / RATES[0]
+
         return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
     teacher = TeacherTrain(
