@@ -104,7 +104,8 @@ def sweep(
 
     mlo sweep NAME --output DIR [--grid.OPTION LIST]... [--OPTION VALUE]... [--seeds N]
 
-    Each --grid.OPTION has a list of values, in quotes, and all their combinations are run.
+    Each --grid.OPTION has a list of values, in quotes, and all their combinations are run;
+    an option that is a list itself has a list of lists: '[[a], [a, b]]'.
     Other options, --OPTION VALUE, hold for all runs.
 
     Given again, the command goes on with what was stopped and leaves alone what is finished.

@@ -105,7 +105,10 @@ def _value(model: type[Config], path: Sequence[str], text: str) -> Any:
         return parse_yaml(text)
     except yaml.YAMLError as error:
         reason = getattr(error, "problem", error)
-        raise ConfigError(f"--{'.'.join(path)}: {shown(text)} cannot be read as a value ({reason})") from error
+        raise ConfigError(
+            f"--{'.'.join(path)}: {shown(text)} cannot be read as a value ({reason}); a VALUE that holds spaces is "
+            f"quoted: --{'.'.join(path)} '[a, b]'"
+        ) from error
 
 
 def _field(model: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
@@ -139,7 +142,7 @@ def print_help(name: str, model: type[Config], console: Console) -> None:
         told.add(mark.group)
         for kind in registry.entries(mark.group):
             waiting += _print_kind(path, kind, mark, console)
-    _say(console, "A list is written [1, 2], nothing at all null, and a switch without a VALUE is true.")
+    _say(console, "A list is written '[1, 2]', nothing at all null, and a switch without a VALUE is true.")
 
 
 def _print_kind(path: str, kind: str, mark: Registered, console: Console) -> list[tuple[str, Registered]]:
