@@ -59,12 +59,9 @@ class Registered:
         """The class that a name, or the kind in a mapping, stands for; ValueError if there is none."""
         name = value if isinstance(value, str) else value[KIND] if isinstance(value, Mapping) else ""
         try:
-            model = registry.load(self.group, name)
+            return registry.load_class(self.group, name, Config)
         except ConfigError as error:
             raise ValueError(str(error)) from error
-        if not (isinstance(model, type) and issubclass(model, Config)):
-            raise ValueError(f"{name!r} is registered in {self.group} as {model!r}, which is no mlo.config.Config")
-        return model
 
     def dump(self, value: object) -> object:
         """The mapping that :meth:`build` makes the instance of again."""

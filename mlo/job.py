@@ -10,7 +10,6 @@ from pydantic import Field
 
 from mlo import registry
 from mlo.config import Config
-from mlo.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -89,9 +88,4 @@ def load_job(name: str) -> type[Job]:
     Raises:
         ConfigError: if there is none, or it is no subclass of Job.
     """
-    job = registry.load(registry.PROBLEMS, name)
-    if not (isinstance(job, type) and issubclass(job, Job)):
-        raise ConfigError(
-            f"{name!r} is registered in {registry.PROBLEMS} as {job!r}; register a class derived from mlo.job.Job"
-        )
-    return job
+    return registry.load_class(registry.PROBLEMS, name, Job)  # type: ignore[type-abstract]

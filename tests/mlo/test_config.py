@@ -96,7 +96,7 @@ def test_the_options_are_frozen():
         ({"fruit": "chery"}, "  fruit: 'chery' is not known among test.fruits; did you mean cherry? there are: apple"),
         ({"fruit": 3}, "  fruit: it should be a name (apple | cherry | stranger) or a mapping"),
         ({"fruit": {"stones": 3}}, "  fruit: the mapping should say its kind: apple | cherry"),
-        ({"fruit": "stranger"}, "no mlo.config.Config"),
+        ({"fruit": "stranger"}, "register a class derived from mlo.config.Config"),
         ({"fruit": {"kind": "cherry", "stone": 3}}, "  fruit.stone: unknown option; did you mean fruit.stones?"),
         ({"fruit": {"kind": "cherry", "stones": 0}}, "  fruit.stones: 0 was given, but it should be greater than 0"),
     ],
