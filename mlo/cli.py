@@ -281,8 +281,6 @@ def _merged(model: "type[Job]", config: Path | None, given: Mapping[str, Any]) -
 
 
 def _go(run: "Run") -> None:
-    if distributed.is_main():
-        print(f"run folder: {run.path}", flush=True)
     with _stoppable(f"{distributed.launcher()} resume {run.path}"):
         run.execute()
     if distributed.is_main():

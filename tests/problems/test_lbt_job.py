@@ -158,7 +158,8 @@ def test_options_reach_the_search(tmp_path, options):
         (["--data.train-size", 5], "train_size=5 is less than one image for each of the 10 classes"),
         (["--hypergradent", "cg"], "did you mean hypergradient?"),
         (["--steps", "many"], "steps"),
-        (["--student", "resnet19"], "resnet18"),
+        (["--student", "resnet19", "--methods", "[plain, lbt]"], "resnet18"),
+        (["--search.space", "pdarts"], "did you mean p_darts?"),
         (["--search.cells", "[1, 2]"], "cells has 2 entries, but the search has 1 stage;"),
         (["--evaluation.auxiliary"], "the head needs images of 32x32, and these are 8 high"),
         (["--methods", "[lbt, dart]"], "dart"),
@@ -170,6 +171,7 @@ def test_wrong_options_are_told_and_leave_nothing(tmp_path, options, told):
     assert done.returncode in (1, 2)
     assert told in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stdout == ""
     assert not (tmp_path / "r").exists()
 
 
