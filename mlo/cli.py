@@ -215,10 +215,13 @@ def reproduce(
 
 @app.command(context_settings=OPEN, add_help_option=False)
 def graph(context: typer.Context, name: Name = None, config: ConfigFile = None, help: Help = False) -> None:
-    """Print who reads whom, level by level; it takes the options of `mlo run NAME`."""
+    """Print who reads whom, level by level, in each stage of `mlo run NAME`, whose options it takes."""
     job = _job(context, name, config, help)
     if job:
-        print(job.engine().graph)
+        stages: dict[str, list[str]] = {}
+        for stage, build, _ in job.rehearsal():
+            stages.setdefault(str(build().graph), []).append(stage)
+        print("\n\n".join(f"{', '.join(names)}:\n{graph}" for graph, names in stages.items()))
 
 
 @app.command(name="list")

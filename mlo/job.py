@@ -60,7 +60,7 @@ class Job(Config):
 
     @abstractmethod
     def engine(self) -> Engine:
-        """The engine of the main stage, newly built; `mlo graph NAME` prints its graph."""
+        """The engine of the main stage, newly built."""
 
     def run(self, run: Run) -> Results | None:
         """All that the job does in a run folder, stage by stage; returns what it found.
@@ -76,6 +76,8 @@ class Job(Config):
 
     def rehearsal(self) -> Iterator[tuple[str, Callable[[], Engine], int]]:
         """(name, builder of an engine, rounds) of the stages whose cost can be measured by a few of their rounds.
+
+        `mlo graph NAME` prints the graphs of these engines.
 
         Override it together with :meth:`run` where there are others than the main stage.
         """

@@ -194,10 +194,20 @@ def test_images_of_ones_own_from_an_npz_file(tmp_path):
     assert "cut.npz has no test_labels" in done.stderr
 
 
-def test_the_graph_is_printed_level_by_level():
-    done = mlo("graph", "lbt")
-    assert done.stdout.splitlines() == [
+def test_the_graphs_are_those_of_the_methods_that_would_run():
+    lbt = [
+        "search-lbt:",
         "level 3  arch  reads teacher (best response), student (best response)",
         "level 2  student  reads teacher (best response), arch (input)",
         "level 1  teacher  reads arch (input)",
+        "",
     ]
+    plain = [
+        "search-plain:",
+        "level 2  arch  reads teacher (best response)",
+        "level 1  teacher  reads arch (input)",
+        "",
+    ]
+    assert mlo("graph", "lbt", "--methods", "[plain]").stdout.splitlines()[:4] == plain
+    both = mlo("graph", "lbt").stdout.splitlines()
+    assert both == [*lbt, "train-lbt, train-plain:", "level 1  network  reads nothing", "", *plain[:-1]]
