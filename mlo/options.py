@@ -48,7 +48,7 @@ def read_grid(model: type[Config], words: Sequence[str]) -> dict[str, list[Any]]
     """{dotted name: its values} of `--option '[a, b]'`; each value is read as that of the option would be.
 
     Raises:
-        ConfigError: as :func:`read_options`, and if an option has no list of values.
+        ConfigError: as :func:`read_options`, and if an option has no list of values, or no list of lists if it is one.
     """
     grid: dict[str, list[Any]] = {}
     for path, text in _pairs(words):
@@ -59,6 +59,9 @@ def read_grid(model: type[Config], words: Sequence[str]) -> dict[str, list[Any]]
         if name in grid:
             raise ConfigError(f"--grid.{name}: is given twice; write all its values into one list")
         grid[name] = [_value(model, path, item) for item in items]
+        field = _field(model, path)
+        if field and get_origin(field.annotation) in (tuple, list) and not all(isinstance(v, list) for v in grid[name]):
+            raise ConfigError(f"--grid.{name}: each value is a list itself; write --grid.{name} '[[a], [a, b]]'")
     return grid
 
 
