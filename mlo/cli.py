@@ -104,7 +104,8 @@ def sweep(
 
     mlo sweep NAME --output DIR [--grid.OPTION LIST]... [--OPTION VALUE]... [--seeds N]
 
-    Each --grid.OPTION has a list of values, in quotes, and all their combinations are run.
+    Each --grid.OPTION has a list of values, in quotes, and all their combinations are run;
+    an option that is a list itself has a list of lists: '[[a], [a, b]]'.
     Other options, --OPTION VALUE, hold for all runs.
 
     Given again, the command goes on with what was stopped and leaves alone what is finished.
@@ -214,10 +215,13 @@ def reproduce(
 
 @app.command(context_settings=OPEN, add_help_option=False)
 def graph(context: typer.Context, name: Name = None, config: ConfigFile = None, help: Help = False) -> None:
-    """Print who reads whom, level by level; it takes the options of `mlo run NAME`."""
+    """Print who reads whom, level by level, in each stage of `mlo run NAME`, whose options it takes."""
     job = _job(context, name, config, help)
     if job:
-        print(job.engine().graph)
+        stages: dict[str, list[str]] = {}
+        for stage, build, _ in job.rehearsal():
+            stages.setdefault(str(build().graph), []).append(stage)
+        print("\n\n".join(f"{', '.join(names)}:\n{graph}" for graph, names in stages.items()))
 
 
 @app.command(name="list")
@@ -280,8 +284,6 @@ def _merged(model: "type[Job]", config: Path | None, given: Mapping[str, Any]) -
 
 
 def _go(run: "Run") -> None:
-    if distributed.is_main():
-        print(f"run folder: {run.path}", flush=True)
     with _stoppable(f"{distributed.launcher()} resume {run.path}"):
         run.execute()
     if distributed.is_main():

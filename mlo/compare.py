@@ -1,6 +1,7 @@
 """What finished runs found, side by side: means over seeds, and differences from a baseline, paired by seed."""
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ class Result:
 
     Attributes:
         path: its folder.
-        options: every option by its dotted name, but for the seed; and `job`, the job's registered name.
+        options: every option by its dotted name, but for the seed; and `job`, the job's registered name. In paths, the
+            seed is a * where it stands as sweeps and experiments write it: a run that takes a file of the run with its
+            own seed belongs together with those of other seeds that do so.
         seed: its seed.
         rows: {row: {measure: number or text}}, as the job returned it.
     """
@@ -98,10 +101,15 @@ def load(folders: Iterable[Path]) -> list[Result]:
             continue
         options = flat(read_yaml(path / "config.yaml"))
         seed = options.pop("seed", 0)
+        options = {name: _of_any_seed(value, seed) for name, value in options.items()}
         results.append(Result(path, {"job": about(path)[0], **options}, seed, rows))
     if not results:
         raise ConfigError(f"{', '.join(told)}: no finished run; `mlo resume RUN_DIR` finishes one that was stopped")
     return results
+
+
+def _of_any_seed(value: Any, seed: int) -> Any:
+    return re.sub(rf"\bseed([-=]){seed}(?!\d)", r"seed\1*", value) if isinstance(value, str) else value
 
 
 def _runs(folder: Path) -> list[Path]:

@@ -59,12 +59,9 @@ class Registered:
         """The class that a name, or the kind in a mapping, stands for; ValueError if there is none."""
         name = value if isinstance(value, str) else value[KIND] if isinstance(value, Mapping) else ""
         try:
-            model = registry.load(self.group, name)
+            return registry.load_class(self.group, name, Config)
         except ConfigError as error:
             raise ValueError(str(error)) from error
-        if not (isinstance(model, type) and issubclass(model, Config)):
-            raise ValueError(f"{name!r} is registered in {self.group} as {model!r}, which is no mlo.config.Config")
-        return model
 
     def dump(self, value: object) -> object:
         """The mapping that :meth:`build` makes the instance of again."""
@@ -134,7 +131,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The options in a YAML file.
 
     Raises:
-        ConfigError: if the file is not there, is no YAML, or holds no mapping.
+        ConfigError: if the file is not there, is no YAML, or holds something else than a mapping or nothing.
     """
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"))
@@ -142,6 +139,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: is no YAML: {error}") from error
+    data = {} if data is None else data
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: should hold options as lines `name: value`, and holds {shown(data)}")
     return data
@@ -164,10 +162,23 @@ _Loader.add_implicit_resolver(
 def explain(error: ValidationError, model: type[Config], data: Any) -> list[str]:
     """One line for each option at fault: its dotted path, what was given, what is allowed."""
     faults: dict[str, list[str]] = {}
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details:
+        if detail["type"] == "too_short" and any(_within(other["loc"], detail["loc"]) for other in details):
+            continue  # pydantic counts the items that are valid
         path, owner = _place(detail, model, data)
-        faults.setdefault(path, []).append(_remedy(detail, owner))
-    return [": ".join(filter(None, [path, " or ".join(dict.fromkeys(told))])) for path, told in faults.items()]
+        faults.setdefault(path, []).append(_remedy(detail, path, owner))
+    return [": ".join(filter(None, [path, _either(told)])) for path, told in faults.items()]
+
+
+def _within(place: tuple[int | str, ...], above: tuple[int | str, ...]) -> bool:
+    return len(place) > len(above) and place[: len(above)] == above
+
+
+def _either(told: Sequence[str]) -> str:
+    """What each branch of a union has to say of one option, with what was given once."""
+    first, *others = dict.fromkeys(told)
+    return " or ".join([first, *(other.rpartition(GIVEN_NOT)[2] for other in others)])
 
 
 def _place(detail: ErrorDetails, model: type[Config], data: Any) -> tuple[str, type[BaseModel] | None]:
@@ -187,18 +198,31 @@ def _place(detail: ErrorDetails, model: type[Config], data: Any) -> tuple[str, t
     return ".".join(path), owner
 
 
-def _remedy(detail: ErrorDetails, owner: type[BaseModel] | None) -> str:
-    """What is wrong with one option and what to write instead."""
+GIVEN_NOT = " was given, but it should be "
+
+
+def _remedy(detail: ErrorDetails, path: str, owner: type[BaseModel] | None) -> str:
+    """What is wrong with the option of a dotted path, and what to write instead."""
+    value = detail["input"]
     if detail["type"] == "extra_forbidden":
         valid = list(owner.model_fields) if owner else []
-        guess = registry.nearest(str(detail["loc"][-1]), valid)
-        remedy = f"did you mean {guess}?" if guess else f"the options here are: {', '.join(valid) or 'none'}"
+        above, _, name = path.rpartition(".")
+        guess = registry.nearest(name, valid)
+        meant = f"did you mean {above}{'.' * bool(above)}{guess}?"
+        remedy = meant if guess else f"the options here are: {', '.join(valid) or 'none'}"
         return f"unknown option; {remedy}"
     if detail["type"] == "missing":
         return "has no default, so it must be given"
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
-    return f"{shown(detail['input'])} was given, but {detail['msg'].replace('Input', 'it', 1)}"
+    if detail["type"] in ("tuple_type", "list_type"):
+        example = "a, b" if value is None or isinstance(value, bool) else shown(value).strip('"')
+        return f"{shown(value)}{GIVEN_NOT}a list: [{example}]"
+    said = f"{shown(value)} was given, but {re.sub('^(Input|Tuple|List) ', 'it ', detail['msg'])}"
+    if detail["type"] == "literal_error":
+        guess = registry.nearest(str(value), re.findall("'([^']*)'", detail["ctx"]["expected"]))
+        said += f"; did you mean {guess}?" if guess else ""
+    return said
 
 
 def shown(value: object) -> str:

@@ -66,13 +66,7 @@ def load_experiment(name: str) -> Experiment:
     Raises:
         ConfigError: if there is none, or it is no subclass of Experiment.
     """
-    found = registry.load(registry.EXPERIMENTS, name)
-    if not (isinstance(found, type) and issubclass(found, Experiment)):
-        raise ConfigError(
-            f"{name!r} is registered in {registry.EXPERIMENTS} as {found!r}; "
-            "register a class derived from mlo.experiment.Experiment"
-        )
-    return found()
+    return registry.load_class(registry.EXPERIMENTS, name, Experiment)()  # type: ignore[type-abstract]
 
 
 def chosen_scale(experiment: Experiment, name: str | None) -> str:

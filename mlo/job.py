@@ -10,7 +10,6 @@ from pydantic import Field
 
 from mlo import registry
 from mlo.config import Config
-from mlo.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +60,7 @@ class Job(Config):
 
     @abstractmethod
     def engine(self) -> Engine:
-        """The engine of the main stage, newly built; `mlo graph NAME` prints its graph."""
+        """The engine of the main stage, newly built."""
 
     def run(self, run: Run) -> Results | None:
         """All that the job does in a run folder, stage by stage; returns what it found.
@@ -78,6 +77,8 @@ class Job(Config):
     def rehearsal(self) -> Iterator[tuple[str, Callable[[], Engine], int]]:
         """(name, builder of an engine, rounds) of the stages whose cost can be measured by a few of their rounds.
 
+        `mlo graph NAME` prints the graphs of these engines.
+
         Override it together with :meth:`run` where there are others than the main stage.
         """
         yield "train", self.engine, self.steps
@@ -89,9 +90,4 @@ def load_job(name: str) -> type[Job]:
     Raises:
         ConfigError: if there is none, or it is no subclass of Job.
     """
-    job = registry.load(registry.PROBLEMS, name)
-    if not (isinstance(job, type) and issubclass(job, Job)):
-        raise ConfigError(
-            f"{name!r} is registered in {registry.PROBLEMS} as {job!r}; register a class derived from mlo.job.Job"
-        )
-    return job
+    return registry.load_class(registry.PROBLEMS, name, Job)  # type: ignore[type-abstract]

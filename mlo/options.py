@@ -48,7 +48,7 @@ def read_grid(model: type[Config], words: Sequence[str]) -> dict[str, list[Any]]
     """{dotted name: its values} of `--option '[a, b]'`; each value is read as that of the option would be.
 
     Raises:
-        ConfigError: as :func:`read_options`, and if an option has no list of values.
+        ConfigError: as :func:`read_options`, and if an option has no list of values, or no list of lists if it is one.
     """
     grid: dict[str, list[Any]] = {}
     for path, text in _pairs(words):
@@ -59,6 +59,9 @@ def read_grid(model: type[Config], words: Sequence[str]) -> dict[str, list[Any]]
         if name in grid:
             raise ConfigError(f"--grid.{name}: is given twice; write all its values into one list")
         grid[name] = [_value(model, path, item) for item in items]
+        field = _field(model, path)
+        if field and get_origin(field.annotation) in (tuple, list) and not all(isinstance(v, list) for v in grid[name]):
+            raise ConfigError(f"--grid.{name}: each value is a list itself; write --grid.{name} '[[a], [a, b]]'")
     return grid
 
 
@@ -105,7 +108,10 @@ def _value(model: type[Config], path: Sequence[str], text: str) -> Any:
         return parse_yaml(text)
     except yaml.YAMLError as error:
         reason = getattr(error, "problem", error)
-        raise ConfigError(f"--{'.'.join(path)}: {shown(text)} cannot be read as a value ({reason})") from error
+        raise ConfigError(
+            f"--{'.'.join(path)}: {shown(text)} cannot be read as a value ({reason}); a VALUE that holds spaces is "
+            f"quoted: --{'.'.join(path)} '[a, b]'"
+        ) from error
 
 
 def _field(model: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
@@ -139,7 +145,7 @@ def print_help(name: str, model: type[Config], console: Console) -> None:
         told.add(mark.group)
         for kind in registry.entries(mark.group):
             waiting += _print_kind(path, kind, mark, console)
-    _say(console, "A list is written [1, 2], nothing at all null, and a switch without a VALUE is true.")
+    _say(console, "A list is written '[1, 2]', nothing at all null, and a switch without a VALUE is true.")
 
 
 def _print_kind(path: str, kind: str, mark: Registered, console: Console) -> list[tuple[str, Registered]]:

@@ -4,7 +4,7 @@ import difflib
 import platform
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points, version
-from typing import Any
+from typing import Any, TypeVar
 
 from mlo.errors import ConfigError
 
@@ -12,6 +12,8 @@ PROBLEMS = "mlo.problems"
 RESPONSES = "mlo.responses"
 PRODUCTS = "mlo.products"
 EXPERIMENTS = "mlo.experiments"
+
+T = TypeVar("T")
 
 
 def entries(group: str) -> dict[str, EntryPoint]:
@@ -40,6 +42,19 @@ def load(group: str, name: str) -> Any:
             f"{name!r} is registered in {group} as {entry.value}, which cannot be loaded "
             f"({type(error).__name__}: {error}); mend or reinstall the package that registers it"
         ) from error
+
+
+def load_class(group: str, name: str, base: type[T]) -> type[T]:
+    """The class derived from ``base`` that is registered under a name.
+
+    Raises:
+        ConfigError: as :func:`load`, and if it is no such class.
+    """
+    found = load(group, name)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        needed = f"{base.__module__}.{base.__qualname__}"
+        raise ConfigError(f"{name!r} is registered in {group} as {found!r}; register a class derived from {needed}")
+    return found
 
 
 def unknown(name: str, valid: Iterable[str], where: str) -> str:

@@ -46,6 +46,7 @@ class Run:
         self.path = path
         self.job = job
         self._stages: set[str] = set()
+        self._told = False
 
     @classmethod
     def create(cls, name: str, job: Job, output: Path | None = None) -> Self:
@@ -175,7 +176,15 @@ class Run:
         if name in self._stages:
             raise ConfigError(f"two stages of this job are named {name!r}; give each a name of its own")
         self._stages.add(name)
-        return Stage(self.path / "stages" / name, self.job, steps).run(engine, result, stop)
+        return Stage(self.path / "stages" / name, self.job, steps).run(lambda: self._built(engine), result, stop)
+
+    def _built(self, engine: Callable[[], "Engine"]) -> "Engine":
+        """The engine; the first one that could be built says that there is something in the folder to come back to."""
+        made = engine()
+        if distributed.is_main() and not self._told:
+            print(f"run folder: {self.path}", flush=True)
+            self._told = True
+        return made
 
 
 def has_begun(path: Path) -> bool:

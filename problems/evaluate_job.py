@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
 
 import mlo
-from mlo import ConfigError, distributed
+from mlo import ConfigError, distributed, registry
 from mlo.files import write_atomic
 from mlo.job import Job
 from mlo.run import Run
@@ -48,8 +48,14 @@ class EvaluateJob(Job):
 
     def run(self, run: Run) -> dict[str, dict[str, Any]]:
         """Train, test, and keep the genotype beside the result."""
-        genotype = distributed.on_main(lambda: self._begun_with(run.path / "genotype.json"))
-        engine = partial(self._training, genotype)
+        kept = run.path / "genotype.json"  # which a resumed run goes on with, whatever has become of the one named
+        genotype = distributed.on_main(lambda: find_genotype(str(kept) if kept.exists() else self.genotype))
+
+        def engine() -> mlo.Engine:
+            made = self._training(genotype)
+            distributed.on_main(lambda: write_atomic(kept, genotype.model_dump_json(indent=2) + "\n"))
+            return made
+
         result = run.stage("train", engine, self.steps, lambda engine: self.training.judge(engine, self._splits))
         if distributed.is_main():
             print(
@@ -57,12 +63,6 @@ class EvaluateJob(Job):
                 f"{result['multiply_adds']:,} multiply-adds an image"
             )
         return {"network": {"genotype": self.genotype, **result, "train_seconds": run.seconds("train")}}
-
-    def _begun_with(self, kept: Path) -> Genotype:
-        """The architecture that the run began with, whatever has become of the file that was named."""
-        if not kept.exists():
-            write_atomic(kept, find_genotype(self.genotype).model_dump_json(indent=2) + "\n")
-        return find_genotype(str(kept))
 
     @cached_property
     def _splits(self) -> Splits:
@@ -79,13 +79,19 @@ def find_genotype(name: str) -> Genotype:
     if name in PUBLISHED:
         return PUBLISHED[name]
     path = Path(name).expanduser()
-    path = path / "genotype.json" if path.is_dir() else path
+    folder = path.is_dir()
     try:
-        return Genotype.load(path)
+        return Genotype.load(path / "genotype.json" if folder else path)
     except OSError as error:
+        if folder:
+            raise ConfigError(
+                f"genotype: {name} holds no genotype.json that can be read ({error.strerror}), which a run leaves when "
+                "it has found one; give the folder of such a run, a genotype.json, or a published name"
+            ) from error
+        published = registry.unknown(name, PUBLISHED, "among the published genotypes")
         raise ConfigError(
-            f"genotype: {name!r} is neither published ({', '.join(PUBLISHED)}) nor a file that can be read "
-            f"({error.strerror}); give a name, a genotype.json, or a run folder"
+            f"genotype: {published}; and it is no file that can be read ({error.strerror}): give a name, a "
+            "genotype.json, or the run folder that holds one"
         ) from error
     except ValueError as error:
         raise ConfigError(f"genotype: {error}") from error

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
+from torch import nn
 
 import mlo
 from mlo.hypergradient import Darts, ResponseOption
@@ -131,10 +132,11 @@ class LbtJob(Job):
         own = {"hypergradient": self.teacher_hypergradient, "clip_ahead": not authors}
         levels: list[mlo.Problem] = [search.teacher(space, len(found), self.steps, splits, **own)]
         if lbt:
-            module = make_student(self.student, splits.image_channels, splits.classes, splits.image_size)
             options: dict[str, Any] = {"pseudo_weight": self.pseudo_weight, "in_turn": authors}
             options["held"] = ("arch",) if self._label_path == "paper" else ()
-            levels.append(search.student(module, self.steps, splits, self.student_learns_from == "both", **options))
+            levels.append(
+                search.student(self._new_student(), self.steps, splits, self.student_learns_from == "both", **options)
+            )
         left_out = [] if lbt else ["student"]
         left_out += ["teacher"] if lbt and self.judged_by == "student" else []
         judged = {"student_weight": self.student_weight, "in_turn": authors and lbt}
@@ -165,6 +167,8 @@ class LbtJob(Job):
     def run(self, run: Run) -> dict[str, dict[str, Any]]:
         """Search and train with each method in turn, then write genotypes, pictures, curves and the page."""
         self.evaluation.check(self._splits)
+        if "lbt" in self.methods:
+            self._new_student()  # so that what is wrong with it is told before another method has trained for long
         genotypes: dict[str, Genotype] = {}
         results: dict[str, dict[str, Any]] = {}
         stages: dict[str, list[str]] = {}
@@ -233,6 +237,10 @@ class LbtJob(Job):
             f"Architectures were searched for {self.steps} rounds{stages} on {self.data.source}: {len(splits.train):,} "
             f"training, {len(splits.validation):,} validation and {len(splits.unlabeled):,} unlabeled images."
         )
+
+    def _new_student(self) -> nn.Module:
+        splits = self._splits
+        return make_student(self.student, splits.image_channels, splits.classes, splits.image_size)
 
     @property
     def _label_path(self) -> Literal["full", "paper"]:

@@ -11,16 +11,16 @@ from mlo.experiment import Wanted
 from problems.paper.experiment import FULL, SHRUNK, PaperExperiment
 from problems.paper.pages import Comparison, Seeds, column, comparison_table, markdown, seeds_table, spread, verdict
 from problems.paper.published import TRADE_OFFS
-from problems.paper.settings import Options, Run, benefit_options
+from problems.paper.settings import Options, Setting, benefit_options
 
 
 class _TradeOff(PaperExperiment):
     option: ClassVar[str]
     symbol: ClassVar[str]
 
-    def _run(self, data: Any, value: float) -> Run:
+    def _run(self, data: Any, value: float) -> Setting:
         options: dict[str, Any] = {self.option: value}
-        return Run(data, "darts2", "rn18", held_out=True, **options)
+        return Setting(data, "darts2", "rn18", held_out=True, **options)
 
     def runs(self, scale: str) -> Mapping[str, Wanted]:
         """A run for each value on each data set."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from problems.paper.settings import DataSet, Run
+from problems.paper.settings import DataSet, Setting
 
 
 class Reported(NamedTuple):
@@ -21,9 +21,9 @@ class Row(NamedTuple):
     """A row of a table: its label, the run that makes it (and whose architecture it is, where that is another's)."""
 
     label: str
-    run: Run
+    run: Setting
     reported: Reported | None
-    searched: Run | None = None
+    searched: Setting | None = None
 
 
 _SPACES = {"darts1": "DARTS-1st", "darts2": "DARTS-2nd", "pdarts": "P-DARTS", "pcdarts": "PC-DARTS"}
@@ -35,9 +35,9 @@ def _searches(data: DataSet, reported: dict[str, tuple[Reported, Reported, Repor
     for space, numbers in reported.items():
         for student, number in zip((None, "rn18", "rn50"), numbers, strict=True):
             label = f"LBT({student.upper()}, {_SPACES[space]})" if student else _SPACES[space]
-            rows.append(Row(label, Run(data, space, student), number))
+            rows.append(Row(label, Setting(data, space, student), number))
     for label, method in (("random", "random"), ("best of 4 random", "best_of_random")):
-        rows.append(Row(label, Run(data, method=method), None))
+        rows.append(Row(label, Setting(data, method=method), None))
     return tuple(rows)
 
 
@@ -62,22 +62,26 @@ TABLE3 = _searches(
 )
 
 
-def _transfer(label: str, searched: Run, reported: Reported) -> Row:
-    return Row(label, Run("imagenet", searched.space, searched.student), reported, searched)
+def _transfer(label: str, searched: Setting, reported: Reported) -> Row:
+    return Row(label, Setting("imagenet", searched.space, searched.student), reported, searched)
 
 
 TABLE4 = (
-    _transfer("DARTS-2nd(CIFAR10)", Run("cifar10", "darts2"), Reported(26.7, None, 4.7, 1.5, 8.7)),
-    _transfer("LBT(RN50, DARTS-2nd, CIFAR10)", Run("cifar10", "darts2", "rn50"), Reported(25.5, None, 4.8, 2.1, 7.9)),
-    _transfer("P-DARTS(CIFAR10)", Run("cifar10", "pdarts"), Reported(24.4, None, 4.9, 0.3, 7.4)),
-    _transfer("LBT(RN50, P-DARTS, CIFAR10)", Run("cifar10", "pdarts", "rn50"), Reported(24.1, None, 4.9, 0.5, 7.2)),
-    _transfer("P-DARTS(CIFAR100)", Run("cifar100", "pdarts"), Reported(24.7, None, 5.1, 0.3, 7.5)),
-    _transfer("LBT(RN50, P-DARTS, CIFAR100)", Run("cifar100", "pdarts", "rn50"), Reported(24.2, None, 5.3, 0.6, 7.1)),
-    Row("PC-DARTS(ImageNet)", Run("imagenet", "pcdarts"), Reported(24.2, None, 5.3, 3.8, 7.3)),
-    Row("LBT(RN50, PC-DARTS, ImageNet)", Run("imagenet", "pcdarts", "rn50"), Reported(23.5, None, 5.4, 4.1, 6.8)),
+    _transfer("DARTS-2nd(CIFAR10)", Setting("cifar10", "darts2"), Reported(26.7, None, 4.7, 1.5, 8.7)),
+    _transfer(
+        "LBT(RN50, DARTS-2nd, CIFAR10)", Setting("cifar10", "darts2", "rn50"), Reported(25.5, None, 4.8, 2.1, 7.9)
+    ),
+    _transfer("P-DARTS(CIFAR10)", Setting("cifar10", "pdarts"), Reported(24.4, None, 4.9, 0.3, 7.4)),
+    _transfer("LBT(RN50, P-DARTS, CIFAR10)", Setting("cifar10", "pdarts", "rn50"), Reported(24.1, None, 4.9, 0.5, 7.2)),
+    _transfer("P-DARTS(CIFAR100)", Setting("cifar100", "pdarts"), Reported(24.7, None, 5.1, 0.3, 7.5)),
+    _transfer(
+        "LBT(RN50, P-DARTS, CIFAR100)", Setting("cifar100", "pdarts", "rn50"), Reported(24.2, None, 5.3, 0.6, 7.1)
+    ),
+    Row("PC-DARTS(ImageNet)", Setting("imagenet", "pcdarts"), Reported(24.2, None, 5.3, 3.8, 7.3)),
+    Row("LBT(RN50, PC-DARTS, ImageNet)", Setting("imagenet", "pcdarts", "rn50"), Reported(23.5, None, 5.4, 4.1, 6.8)),
 )
 
-_LBT100, _LBT10 = Run("cifar100", "darts2", "rn18"), Run("cifar10", "darts2", "rn18")
+_LBT100, _LBT10 = Setting("cifar100", "darts2", "rn18"), Setting("cifar10", "darts2", "rn18")
 
 TABLE5 = (
     Row("Student only (CIFAR-100)", _LBT100._replace(judged_by="student"), Reported(20.27, 0.24)),

@@ -15,7 +15,7 @@ DataSet = Literal["cifar10", "cifar100", "imagenet"]
 Options = Mapping[str, Any]
 
 
-class Run(NamedTuple):
+class Setting(NamedTuple):
     """One run of the paper, at any scale: a search method over a space, with or without a student, on a data set."""
 
     data: DataSet

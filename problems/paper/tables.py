@@ -12,7 +12,7 @@ from problems.paper import published
 from problems.paper.experiment import FULL, SHRUNK, PaperExperiment
 from problems.paper.pages import Comparison, Seeds, comparison_table, result_table, seeds_table, verdict
 from problems.paper.published import Row
-from problems.paper.settings import Run, imagenet_evaluation, together
+from problems.paper.settings import Setting, imagenet_evaluation, together
 
 
 class _Table(PaperExperiment):
@@ -112,7 +112,7 @@ class Table4(_Table):
         return super().sections(scale, with_cost)
 
 
-def transfer_options(run: Run, scale: str) -> Mapping[str, Any]:
+def transfer_options(run: Setting, scale: str) -> Mapping[str, Any]:
     """The options of an `evaluate` job on the data of a run."""
     options = run.options(scale)
     training = dict(imagenet_evaluation(scale, run.space))

@@ -93,7 +93,7 @@ def test_all_faults_are_told_at_once_and_nothing_is_written(mlo):
     assert "ridge: 3 options to mend" in err
     assert "hypergradent: unknown option; did you mean hypergradient?" in err
     assert 'rate: "x" was given, but it should be a valid number' in err
-    assert "start.ridg: unknown option; did you mean ridge?" in err
+    assert "start.ridg: unknown option; did you mean start.ridge?" in err
     assert "`mlo run ridge --help` lists the options" in err
     assert not Path("out").exists()
 
@@ -105,6 +105,9 @@ def test_all_faults_are_told_at_once_and_nothing_is_written(mlo):
         (["run", "ridge", "stray"], "'stray' belongs to no option; write --option VALUE"),
         (["run", "ridge", "--rate", "-0.5"], "-0.5 was given, but it should be greater than 0"),
         (["run", "ridge", "--start", "{a"], '--start: "{a" cannot be read as a value'),
+        (["run", "ridge", "--tags", "a"], 'tags: "a" was given, but it should be a list: [a]'),
+        (["run", "ridge", "--tags", "[a,", "b]"], "a VALUE that holds spaces is quoted: --tags '[a, b]'"),
+        (["run", "ridge", "--mode", "onn"], "did you mean on?"),
         (["run", "ridge", "--hypergradient", "nuemann"], "did you mean neumann?"),
         (["run", "ridge", "--config", "none.yaml"], "none.yaml: cannot be read"),
         (["run", "--rate", "3", "ridge"], "the name comes first: mlo run NAME --rate"),
@@ -128,8 +131,8 @@ def test_a_folder_that_holds_something_is_not_written_over(mlo):
 
 
 def test_an_engine_that_cannot_be_built_leaves_no_folder(mlo):
-    code, _, err = mlo("run", "ridge", "--device", "moon", "--output", "out")
-    assert code == 2
+    code, out, err = mlo("run", "ridge", "--device", "moon", "--output", "out")
+    assert (code, out) == (2, "")
     assert "moon" in err
     assert not Path("out").exists()
 
@@ -145,7 +148,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_words(mlo):
 def test_resume_of_a_finished_run_changes_nothing(mlo):
     mlo("run", "ridge", "--output", "out")
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
-    assert mlo("resume", "out")[0] == 0
+    assert mlo("resume", "out")[:2] == (0, "finished: out\n")
     assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
 
 

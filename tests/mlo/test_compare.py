@@ -54,6 +54,22 @@ def test_runs_that_differ_in_the_seed_alone_belong_together(both):
     assert both[0].values("note") == {}
 
 
+def test_runs_that_take_a_file_of_the_run_with_their_seed_belong_together(finished, tmp_path):
+    for seed in (1, 11):
+        for name in ("a", "b"):
+            given = f"runs/{name}/seed-{seed}/genotype.json"
+            finished(f"{name}/{seed}", seed, {"network": {"error": 1.0}}, genotype=given)
+    finished("c", 1, {"network": {"error": 1.0}}, genotype="runs/c/seed-11/genotype.json")
+    finished("d", 1, {"network": {"error": 1.0}}, genotype="s/rate=0.5,seed=1")
+    labels = {group.label: list(group.seeds) for group in groups(load([tmp_path]))}
+    assert labels == {
+        "network, genotype=runs/a/seed-*/genotype.json": [1, 11],
+        "network, genotype=runs/b/seed-*/genotype.json": [1, 11],
+        "network, genotype=runs/c/seed-11/genotype.json": [1],
+        "network, genotype=s/rate=0.5,seed=*": [1],
+    }
+
+
 def test_pairs_are_made_by_seed():
     found = paired({2: 30.0, 0: 11.0, 1: 22.0, 7: 1.0}, {0: 10.0, 1: 20.0, 2: 27.0, 8: 5.0})
     assert (found.mean, found.n) == (2.0, 3)

@@ -48,6 +48,10 @@ class Strict(Config):
     must: int
 
 
+class Bowl(Config):
+    fruits: tuple[Literal["apple", "cherry"], ...] = Field(("apple",), min_length=1)
+
+
 @pytest.fixture(autouse=True)
 def fruits(register):
     names = {"apple": "fruits:Apple", "cherry": "fruits:Cherry", "stranger": "fruits:Stranger"}
@@ -78,23 +82,32 @@ def test_the_options_are_frozen():
         ({"seed": True}, "  seed: true was given, but it should be a valid integer"),
         ({"open": 1}, "  open: 1 was given, but it should be a valid boolean"),
         ({"mood": "so"}, "  mood: \"so\" was given, but it should be 'good' or 'bad'"),
+        ({"mood": "god"}, "  mood: \"god\" was given, but it should be 'good' or 'bad'; did you mean good?"),
+        ({"span": "3"}, '  span: "3" was given, but it should be a list: [3]'),
+        ({"baskets": "a,b"}, '  baskets: "a,b" was given, but it should be a list: [a,b]'),
+        ({"span": None}, "  span: null was given, but it should be a list: [a, b]"),
         ({"rate": 0}, "  rate: 0 was given, but it should be greater than 0"),
         ({"sed": 1}, "  sed: unknown option; did you mean seed?"),
-        ({"basket": {"wait": 1, "weihgt": 1}}, "  basket.weihgt: unknown option; did you mean weight?"),
+        ({"basket": {"wait": 1, "weihgt": 1}}, "  basket.weihgt: unknown option; did you mean basket.weight?"),
         ({"basket": {"zzz": 1}}, "  basket.zzz: unknown option; the options here are: weight"),
         ({"basket": 3}, "  basket: 3 was given, but it should be an object"),
         ({"baskets": [{}, {"weight": "x"}]}, '  baskets.1.weight: "x" was given, but it should be a valid number'),
-        ({"label": 1.5}, "  label: 1.5 was given, but it should be a valid integer or 1.5"),
+        ({"label": 1.5}, "  label: 1.5 was given, but it should be a valid integer or a valid string"),
         ({"fruit": "chery"}, "  fruit: 'chery' is not known among test.fruits; did you mean cherry? there are: apple"),
         ({"fruit": 3}, "  fruit: it should be a name (apple | cherry | stranger) or a mapping"),
         ({"fruit": {"stones": 3}}, "  fruit: the mapping should say its kind: apple | cherry"),
-        ({"fruit": "stranger"}, "no mlo.config.Config"),
-        ({"fruit": {"kind": "cherry", "stone": 3}}, "  fruit.stone: unknown option; did you mean stones?"),
+        ({"fruit": "stranger"}, "register a class derived from mlo.config.Config"),
+        ({"fruit": {"kind": "cherry", "stone": 3}}, "  fruit.stone: unknown option; did you mean fruit.stones?"),
         ({"fruit": {"kind": "cherry", "stones": 0}}, "  fruit.stones: 0 was given, but it should be greater than 0"),
     ],
 )
 def test_a_fault_names_the_option_and_the_remedy(given, line):
     assert line in told(Shop, given)
+
+
+def test_a_list_whose_items_are_at_fault_is_not_called_too_short_too():
+    assert told(Bowl, {"fruits": ["appel"]}).startswith("shop: 1 option to mend\n  fruits.0: ")
+    assert "fruits: [] was given, but it should have at least 1 item" in told(Bowl, {"fruits": []})
 
 
 def test_every_fault_is_told_at_once():
@@ -144,6 +157,13 @@ def test_layers(base, over, merged):
 def test_numbers_with_an_exponent_are_numbers():
     given = parse_yaml("{a: 1e-3, b: -2E4, c: 1.5e+3, d: e3, e: '1e3', f: 7}")
     assert given == {"a": 1e-3, "b": -2e4, "c": 1500.0, "d": "e3", "e": "1e3", "f": 7}
+
+
+@pytest.mark.parametrize("content", ["", "# rate: 0.5\n"])
+def test_an_empty_file_has_no_options(tmp_path, content):
+    path = tmp_path / "options.yaml"
+    path.write_text(content)
+    assert read_yaml(path) == {}
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,21 @@ def test_a_published_architecture_and_then_the_one_of_that_run(tmp_path):
 
 
 def test_what_is_no_architecture_is_told_before_anything_is_trained(tmp_path):
-    for name in ("PDART", str(tmp_path)):
-        with pytest.raises(ConfigError, match=r"neither published .DARTS_V1, DARTS_V2, PDARTS"):
-            find_genotype(name)
+    with pytest.raises(
+        ConfigError, match=r"'PDART' is not known .* did you mean PDARTS\? there are: DARTS_V1, DARTS_V2"
+    ):
+        find_genotype("PDART")
+    with pytest.raises(ConfigError, match=r"holds no genotype\.json .* give the folder of such a run"):
+        find_genotype(str(tmp_path))
     (tmp_path / "broken.json").write_text('{"normal": [], "reduce": []}')
     with pytest.raises(ConfigError, match=r"broken\.json is not a genotype"):
         find_genotype(str(tmp_path / "broken.json"))
-    done = mlo("run", "evaluate", "--genotype", "PDART", *SMALL, "--output", tmp_path / "r")
-    assert done.returncode in (1, 2)
+
+
+@pytest.mark.parametrize("words", [("--genotype", "PDART"), ("--genotype", "PDARTS", "--data.source", "cifar11")])
+def test_wrong_options_are_told_and_leave_nothing(tmp_path, words):
+    done = mlo("run", "evaluate", *words, *SMALL, "--output", tmp_path / "r")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "r").exists()

@@ -158,7 +158,8 @@ def test_options_reach_the_search(tmp_path, options):
         (["--data.train-size", 5], "train_size=5 is less than one image for each of the 10 classes"),
         (["--hypergradent", "cg"], "did you mean hypergradient?"),
         (["--steps", "many"], "steps"),
-        (["--student", "resnet19"], "resnet18"),
+        (["--student", "resnet19", "--methods", "[plain, lbt]"], "resnet18"),
+        (["--search.space", "pdarts"], "did you mean p_darts?"),
         (["--search.cells", "[1, 2]"], "cells has 2 entries, but the search has 1 stage;"),
         (["--evaluation.auxiliary"], "the head needs images of 32x32, and these are 8 high"),
         (["--methods", "[lbt, dart]"], "dart"),
@@ -170,6 +171,7 @@ def test_wrong_options_are_told_and_leave_nothing(tmp_path, options, told):
     assert done.returncode in (1, 2)
     assert told in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stdout == ""
     assert not (tmp_path / "r").exists()
 
 
@@ -192,10 +194,20 @@ def test_images_of_ones_own_from_an_npz_file(tmp_path):
     assert "cut.npz has no test_labels" in done.stderr
 
 
-def test_the_graph_is_printed_level_by_level():
-    done = mlo("graph", "lbt")
-    assert done.stdout.splitlines() == [
+def test_the_graphs_are_those_of_the_methods_that_would_run():
+    lbt = [
+        "search-lbt:",
         "level 3  arch  reads teacher (best response), student (best response)",
         "level 2  student  reads teacher (best response), arch (input)",
         "level 1  teacher  reads arch (input)",
+        "",
     ]
+    plain = [
+        "search-plain:",
+        "level 2  arch  reads teacher (best response)",
+        "level 1  teacher  reads arch (input)",
+        "",
+    ]
+    assert mlo("graph", "lbt", "--methods", "[plain]").stdout.splitlines()[:4] == plain
+    both = mlo("graph", "lbt").stdout.splitlines()
+    assert both == [*lbt, "train-lbt, train-plain:", "level 1  network  reads nothing", "", *plain[:-1]]

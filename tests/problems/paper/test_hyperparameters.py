@@ -9,7 +9,7 @@ import pytest
 from mlo.config import defaults, merge, validate
 from problems.evaluate_job import EvaluateJob
 from problems.lbt_job import LbtJob
-from problems.paper.settings import PAPER_SPACES, Run, benefit_options
+from problems.paper.settings import PAPER_SPACES, Setting, benefit_options
 from problems.paper.tables import transfer_options
 
 CROP_AND_FLIP = {"crop": 4, "flip": True, "cutout": 0, "resized_crop": False, "jitter": 0.0}
@@ -42,7 +42,7 @@ IMAGENET_FINALS = {
 
 
 def paper(data: Any, space: str, student: str | None = None, **changes: Any) -> LbtJob:
-    options = Run(data, space, student, **changes).options("paper")
+    options = Setting(data, space, student, **changes).options("paper")
     return validate(LbtJob, merge(defaults(LbtJob), options), "test")
 
 
@@ -58,7 +58,7 @@ def test_a_search(data, space, student):
         search.skip_dropout,
     )
     assert found == SEARCHES[data, space]
-    assert ("teacher_hypergradient" in Run(data, space, student).options("paper")) == first_order
+    assert ("teacher_hypergradient" in Setting(data, space, student).options("paper")) == first_order
     assert job.hypergradient == LbtJob().hypergradient
     assert search.architecture_clip == (5.0 if space == "pdarts" else None)
     assert search.augmentation.model_dump() == (OF_IMAGENET if data == "imagenet" else CROP_AND_FLIP)
@@ -75,7 +75,7 @@ def test_a_search(data, space, student):
 @pytest.mark.parametrize("scale", ["laptop", "paper"])
 @pytest.mark.parametrize("space", PAPER_SPACES)
 def test_the_first_order_methods_are_so_at_every_scale(scale, space):
-    options = Run("cifar10", space).options(scale)
+    options = Setting("cifar10", space).options(scale)
     assert options.get("teacher_hypergradient") == (None if space == "darts2" else "first_order")
 
 
@@ -105,7 +105,7 @@ def test_a_final_training_on_cifar(data, space):
 
 @pytest.mark.parametrize("space", IMAGENET_FINALS)
 def test_a_final_training_on_imagenet(space):
-    options = merge(transfer_options(Run("imagenet", space, "rn50"), "paper"), {"genotype": "DARTS_V2"})
+    options = merge(transfer_options(Setting("imagenet", space, "rn50"), "paper"), {"genotype": "DARTS_V2"})
     job = validate(EvaluateJob, merge(defaults(EvaluateJob), options), "test")
     training = job.training
     assert (training.batch_size, training.learning_rate, training.schedule) == IMAGENET_FINALS[space]
@@ -122,7 +122,7 @@ def test_a_final_training_on_imagenet(space):
 @pytest.mark.parametrize("scale", ["laptop", "paper"])
 @pytest.mark.parametrize("space", IMAGENET_FINALS)
 def test_a_transfer_is_trained_on_the_data_of_its_run(scale, space):
-    run = Run("imagenet", space, "rn50")
+    run = Setting("imagenet", space, "rn50")
     options = transfer_options(run, scale)
     assert options["data"] == run.options(scale)["data"]
     assert options["data"]["source"] == {"laptop": "cifar10", "paper": "imagenet"}[scale]

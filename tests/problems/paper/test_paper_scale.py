@@ -11,7 +11,7 @@ from mlo.config import defaults, merge, validate
 from problems.evaluate_job import EvaluateJob
 from problems.lbt_job import LbtJob
 from problems.nas import PUBLISHED
-from problems.paper.settings import Run
+from problems.paper.settings import Setting
 from problems.paper.tables import transfer_options
 
 
@@ -40,7 +40,7 @@ def imagenet(tmp_path_factory):
     return {"source": str(root), "image_size": 224, "workers": 0, **sizes}
 
 
-def paper(run: Run, data: dict[str, object], batch: int) -> LbtJob:
+def paper(run: Setting, data: dict[str, object], batch: int) -> LbtJob:
     few = {"data": data, "search": {"batch_size": batch}, "evaluation": {"batch_size": batch}, "device": "cpu"}
     return validate(LbtJob, merge(merge(defaults(LbtJob), run.options("paper")), few), run.key)
 
@@ -55,7 +55,7 @@ def paper(run: Run, data: dict[str, object], batch: int) -> LbtJob:
     ],
 )
 def test_a_search_on_cifar(cifar, space, student, cells, weights):
-    job = paper(Run("cifar10", space, student), cifar, batch=4)
+    job = paper(Setting("cifar10", space, student), cifar, batch=4)
     engine = job.search_engine("lbt" if student else "plain")
     teacher = engine.problems["teacher"].module
     assert len(teacher.cells) == cells
@@ -70,7 +70,7 @@ def test_a_search_on_cifar(cifar, space, student, cells, weights):
 
 
 def test_an_evaluation_on_cifar(cifar):
-    job = paper(Run("cifar10", "darts2"), cifar, batch=2)
+    job = paper(Setting("cifar10", "darts2"), cifar, batch=2)
     engine = job.training_engine(PUBLISHED["DARTS_V2"])
     network = engine.problems["network"].module
     assert sum(p.numel() for p in network.parameters()) == 3_349_342 + 476_426
@@ -79,12 +79,12 @@ def test_an_evaluation_on_cifar(cifar):
 
 
 def test_a_search_on_imagenet_and_the_evaluation_of_what_was_found_elsewhere(imagenet):
-    job = paper(Run("imagenet", "pcdarts"), imagenet, batch=2)
+    job = paper(Setting("imagenet", "pcdarts"), imagenet, batch=2)
     engine = job.search_engine("plain")
     engine.run(1)
     assert engine.losses["teacher"].isfinite()
     options = merge(
-        transfer_options(Run("imagenet", "pdarts"), "paper"), {"data": imagenet, "training": {"batch_size": 2}}
+        transfer_options(Setting("imagenet", "pdarts"), "paper"), {"data": imagenet, "training": {"batch_size": 2}}
     )
     evaluate = validate(EvaluateJob, merge(merge(defaults(EvaluateJob), options), {"genotype": "PDARTS"}), "test")
     trained = evaluate.engine()

@@ -8,7 +8,7 @@ from mlo.config import defaults, merge, validate
 from problems.evaluate_job import EvaluateJob
 from problems.lbt_job import LbtJob
 from problems.paper.figures import Benefit, Figure3, Figure4
-from problems.paper.settings import Run
+from problems.paper.settings import Setting
 from problems.paper.tables import Table2, Table3, Table4, Table5, Table6
 
 EXPERIMENTS = [Table2, Table3, Table4, Table5, Table6, Figure3, Figure4, Benefit]
@@ -38,7 +38,7 @@ def test_equal_keys_mean_equal_runs():
 
 
 def paper(*run: object, **changes: object) -> LbtJob:
-    return validate(LbtJob, merge(defaults(LbtJob), Run(*run, **changes).options("paper")), "test")
+    return validate(LbtJob, merge(defaults(LbtJob), Setting(*run, **changes).options("paper")), "test")
 
 
 def test_the_papers_sizes():
@@ -75,13 +75,13 @@ def test_the_sizes_of_the_other_spaces():
 
 
 def test_with_and_without_a_student_differ_in_the_method_and_the_student_alone():
-    with_student, without = (Run("cifar10", "pdarts", student).options("paper") for student in ("rn18", None))
+    with_student, without = (Setting("cifar10", "pdarts", student).options("paper") for student in ("rn18", None))
     differing = {name for name in {**with_student, **without} if with_student.get(name) != without.get(name)}
     assert differing <= {"methods", "student", "judged_by", "student_learns_from", "pseudo_weight", "student_weight"}
 
 
 def test_the_ablations_test_on_5000_images_held_out():
-    run = Run("cifar10", "darts2", "rn18", held_out=True)
+    run = Setting("cifar10", "darts2", "rn18", held_out=True)
     for scale in ("laptop", "paper"):
         assert run.options(scale)["data"]["held_out_size"] == 5000
     assert paper("cifar10", "darts2", "rn18", held_out=True).data.train_size == 22500
