@@ -10,12 +10,7 @@ with its weights and the images in that format.
 
 from __future__ import annotations
 
-import argparse
-import re
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +20,10 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.edge_by_edge import EdgeByEdge, load_edges
+from benchmarks.measuring import SEARCH_SPACES, cpu_seconds, write_table
 from problems.nas import Architecture, Supernet
 
 STEP, DECAY = 0.025, 3e-4
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "search_spaces.md"
 Weights = dict[str, Tensor]
 
 
@@ -94,17 +89,6 @@ def operators(search: Search) -> int:
     return counter.count
 
 
-def cpu_seconds(candidates: list[Callable[[], object]], rounds: int) -> list[float]:
-    """The median CPU time of each, taken in turns after one round to warm up."""
-    times: list[list[float]] = [[] for _ in candidates]
-    for _ in range(rounds + 1):
-        for own, candidate in zip(times, candidates, strict=True):
-            begin = time.process_time()
-            candidate()
-            own.append(time.process_time() - begin)
-    return [statistics.median(own[1:]) for own in times]
-
-
 def table(rounds: int) -> str:
     """Measure, and write the rows."""
     torch.set_num_threads(1)
@@ -140,16 +124,5 @@ def table(rounds: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure, print the table and put it into the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken")
-    rows = table(parser.parse_args().rounds)
-    print(rows)
-    page = PAGE.read_text(encoding="utf-8")
-    marked = re.sub(r"(<!-- supernet -->\n).*?(\n<!-- end -->)", lambda m: m[1] + rows + m[2], page, flags=re.DOTALL)
-    PAGE.write_text(marked, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write_table(__doc__, table, SEARCH_SPACES, "supernet")

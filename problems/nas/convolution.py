@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def convolve(features: Tensor, weight: Tensor, dilation: int = 1, groups: int = 1) -> Tensor:
@@ -17,7 +18,7 @@ def convolve(features: Tensor, weight: Tensor, dilation: int = 1, groups: int = 
     respect to the features is a forward convolution, and the one with respect to a dilated or 5x5 weight is put
     together of gradients with respect to 3 columns of an undilated one.
     """
-    if features.device.type != "cpu":
+    if features.device.type != "cpu" or _has_tangent(features, weight):
         return F.conv2d(features, weight, None, 1, _padding(weight, dilation), dilation, groups)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
@@ -29,6 +30,11 @@ def convolve(features: Tensor, weight: Tensor, dilation: int = 1, groups: int = 
 def _may_call_onednn() -> bool:
     """Whether its operator can be called by name; torch.compile knows none of it, and chooses kernels by itself."""
     return not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available()
+
+
+def _has_tangent(*tensors: Tensor) -> bool:
+    """Whether forward-mode differentiation is under way; `_Convolution` has no rule for it, since Dynamo refuses those."""
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def _padding(weight: Tensor, dilation: int) -> int:

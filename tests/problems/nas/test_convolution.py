@@ -29,8 +29,8 @@ def test_derivatives_of_first_and_second_order(kernel, dilation, groups):
         return convolve(features, weight, dilation, groups)
 
     torch.testing.assert_close(function(*inputs), plain(*inputs, dilation, groups))
-    assert gradcheck(function, inputs)
-    assert gradgradcheck(function, inputs)
+    assert gradcheck(function, inputs, check_forward_ad=True)
+    assert gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
