@@ -33,7 +33,7 @@ def _may_call_onednn() -> bool:
 
 
 def _has_tangent(*tensors: Tensor) -> bool:
-    """Whether forward-mode differentiation is under way; `_Convolution` has no rule for it, since Dynamo refuses those."""
+    """Whether forward-mode differentiation is under way; `_Convolution` has no rule for it, as Dynamo refuses those."""
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
