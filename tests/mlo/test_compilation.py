@@ -7,9 +7,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from analytic import NESTED_WITH_INNER_PATH, Smooth
 from brute_force import small_lbt
 from small_lbt import noisy_lbt
-from torch import nn
+from torch import Tensor, nn
 
 import mlo
 from mlo import compilation
@@ -121,10 +123,10 @@ class Top(mlo.Problem):
         return low(batch).square().mean()
 
 
-def two_levels(cls: type[mlo.Problem], steps: int = 1) -> list[mlo.Problem]:
+def two_levels(cls: type[mlo.Problem], steps: int = 1, module: type[nn.Module] | None = None) -> list[mlo.Problem]:
     torch.manual_seed(0)
     data = [torch.randn(4, 3)]
-    one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    one, two = nn.Linear(3, 2) if module is None else module(), nn.Linear(3, 2)
     low = cls("low", module=one, optimizer=torch.optim.SGD(one.parameters(), lr=0.1), data=data, steps=steps)
     return [low, Top("top", module=two, optimizer=torch.optim.SGD(two.parameters(), lr=0.1), data=data)]
 
@@ -207,3 +209,43 @@ def test_autocast_is_that_of_the_moment(autocast):
     for name in ("low", "top"):
         weights = [engine.problems[name].module.weight for engine in (plain, compiled)]
         torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+
+
+class Attention(nn.Module):
+    """One head over the rows of a batch; the fused kernels of this operator have no second derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(3, 12), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.mix(x)[None, None].chunk(3, dim=-1)
+        return self.head(F.scaled_dot_product_attention(query, key, value))[0, 0]
+
+
+@pytest.mark.parametrize(
+    "estimator", ["one_step", {"kind": "unrolled", "graph_memory": 0.0}, {"kind": "cg", "damping": 1.0}], ids=str
+)
+def test_attention_is_differentiated_twice(estimator):
+    plain, compiled = engines(lambda: two_levels(Held, steps=2, module=Attention), estimator)
+    for _ in range(3):
+        found = [engine.hypergradient("top")["weight"] for engine in (plain, compiled)]
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)
+        for engine in (plain, compiled):
+            engine.step()
+    assert compiled._evaluator._compiler._ran
+    assert not compiled._evaluator._compiler.refused
+
+
+def test_the_inner_path_counts():
+    """Gradients that run through lower steps are not compiled; those without are, and all the numbers are the same."""
+    made = Smooth.make(NESTED_WITH_INNER_PATH, settled=False)
+    plain, compiled = engines(lambda: made.problems(steps=2), "unrolled", inner_path=True)
+    for _ in range(3):
+        found = [engine.hypergradient("top")["value"] for engine in (plain, compiled)]
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)
+        for engine in (plain, compiled):
+            engine.step()
+    ran = {key[0] for key in compiled._evaluator._compiler._ran}
+    assert ran
+    assert not compiled._evaluator._compiler.refused
