@@ -11,20 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlo.compilation import Compiler
 from mlo.errors import GraphError
 from mlo.graph_contents import SavedBytes, leaves_of
 from mlo.memo import Memo, add_to
+from mlo.operators import twice_differentiable
 from mlo.problem import Problem, State
 from mlo.randomness import Randomness, outside_state, replay, same_outside
 from mlo.stand_ins import Own, Read, loss_with
-
-
-def twice_differentiable() -> AbstractContextManager[None]:
-    """Inside, scaled-dot-product attention takes its mathematical kernel; the fused ones have no second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 @dataclass(frozen=True)
