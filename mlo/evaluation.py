@@ -202,11 +202,24 @@ class Evaluator:
                 )
             if inputs and evaluation.loss.requires_grad:
                 loss = evaluation.loss if scale == 1.0 else evaluation.loss * scale
-                found = torch.autograd.grad(loss, inputs, allow_unused=True, create_graph=keep_graph)
+                found = self._gradients(name, loss, inputs, keep_graph)
                 add_to(gradients, inputs, found)
         if isinstance(saved, SavedBytes):
             self.graph_bytes[name] = saved.total
         return Pass(evaluation.loss.detach(), _unscaled(gradients, scale), evaluation.buffers)
+
+    def _gradients(
+        self, name: str, loss: Tensor, inputs: Sequence[Tensor], keep_graph: bool
+    ) -> tuple[Tensor | None, ...]:
+        try:
+            return torch.autograd.grad(loss, inputs, allow_unused=True, create_graph=keep_graph)
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            raise GraphError(
+                f"problem {name!r}: the graph of its loss is gone before its gradient is taken; return the loss without "
+                "calling .backward() on it, and compute it anew from the batch, with nothing kept from an earlier call"
+            ) from error
 
     def product(
         self,
