@@ -219,7 +219,7 @@ def process(ridge, folder, *words):
 
 
 def test_a_third_partys_job_that_was_stopped_or_killed_ends_as_an_unbroken_one(mlo, ridge, tmp_path):
-    words = ("run", "ridge", "--device", "cpu", "--steps", "800", "--checkpoint_every", "20", "--output")
+    words = ("run", "ridge", "--device", "cpu", "--steps", "400", "--checkpoint_every", "10", "--output")
     codes = {}
     for number in (signal.SIGTERM, signal.SIGKILL):
         stage = tmp_path / number.name / "stages" / "train"
@@ -243,6 +243,6 @@ def test_a_third_partys_job_that_was_stopped_or_killed_ends_as_an_unbroken_one(m
     for file in ("metrics.jsonl", "result.json"):
         found = [(run / file).read_bytes().removeprefix(MARK) for run in runs]
         assert found[0] == found[1] == found[2]
-    states = [checkpoint.load(run / "step-000000800.pt") for run in runs]
+    states = [checkpoint.load(run / "step-000000400.pt") for run in runs]
     assert same(states[0], states[2])
     assert same(states[1], states[2])
