@@ -23,6 +23,15 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            faults = "; ".join(explain(error, type(self), options))
+            raise ConfigError(f"{type(self).__name__}: {faults}") from error
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # files and defaults are read without it
+
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 

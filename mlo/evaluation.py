@@ -11,20 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mlo.compilation import Compiler
 from mlo.errors import GraphError
 from mlo.graph_contents import SavedBytes, leaves_of
 from mlo.memo import Memo, add_to
+from mlo.operators import twice_differentiable
 from mlo.problem import Problem, State
 from mlo.randomness import Randomness, outside_state, replay, same_outside
 from mlo.stand_ins import Own, Read, loss_with
-
-
-def twice_differentiable() -> AbstractContextManager[None]:
-    """Inside, scaled-dot-product attention takes its mathematical kernel; the fused ones have no second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 @dataclass(frozen=True)
@@ -207,11 +202,24 @@ class Evaluator:
                 )
             if inputs and evaluation.loss.requires_grad:
                 loss = evaluation.loss if scale == 1.0 else evaluation.loss * scale
-                found = torch.autograd.grad(loss, inputs, allow_unused=True, create_graph=keep_graph)
+                found = self._gradients(name, loss, inputs, keep_graph)
                 add_to(gradients, inputs, found)
         if isinstance(saved, SavedBytes):
             self.graph_bytes[name] = saved.total
         return Pass(evaluation.loss.detach(), _unscaled(gradients, scale), evaluation.buffers)
+
+    def _gradients(
+        self, name: str, loss: Tensor, inputs: Sequence[Tensor], keep_graph: bool
+    ) -> tuple[Tensor | None, ...]:
+        try:
+            return torch.autograd.grad(loss, inputs, allow_unused=True, create_graph=keep_graph)
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            raise GraphError(
+                f"problem {name!r}: the graph of its loss is gone before its gradient is taken; return it without "
+                "calling .backward() on it, and compute it anew from the batch, with nothing kept from an earlier call"
+            ) from error
 
     def product(
         self,

@@ -17,7 +17,7 @@ from mlo.problem import Problem
 from mlo.vectors import Vector, filled
 
 Tensors = Mapping[str, Tensor]
-COUNTERS = frozenset(("step", "mu_product", "eta", "mu"))  # scalars in an optimizer's state
+COUNTERS = frozenset(("step", "mu_product", "eta", "mu"))  # scalars in a state that only the number of steps moves
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ def moved_moment(at: Moment, device: torch.device | None) -> Moment:
     """A copy on another device; counters stay where they are."""
     slots = {
         name: {
-            key: value.to(device) if isinstance(value, Tensor) and key != "step" else value for key, value in s.items()
+            key: value.to(device) if isinstance(value, Tensor) and key not in COUNTERS else value
+            for key, value in s.items()
         }
         for name, s in at.slots.items()
     }
@@ -239,7 +240,7 @@ def off_zero(gradient: Tensor) -> Tensor:
 
 def _leaf(key: str, value: Any, held: bool) -> Any:
     """A slot to be differentiated for; counters are no variables."""
-    if held or key == "step" or not isinstance(value, Tensor) or not value.is_floating_point():
+    if held or key in COUNTERS or not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     return value.detach().requires_grad_()
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from mlo.evaluation import Evaluator
 from mlo.gradients import Gradients, Records
 from mlo.hypergradient.step import Record
-from mlo.optimizers import Moment, moment, virtual_step
+from mlo.optimizers import COUNTERS, Moment, moment, virtual_step
 from mlo.plan import Plan
 from mlo.problem import Problem, State
 from mlo.randomness import replay
@@ -98,7 +98,7 @@ def cast_moment(at: Moment, dtype: torch.dtype | None) -> Moment:
     if dtype is None:
         return at
     slots = {
-        name: {k: _cast(v, dtype) if isinstance(v, Tensor) and k != "step" else v for k, v in s.items()}
+        name: {k: _cast(v, dtype) if isinstance(v, Tensor) and k not in COUNTERS else v for k, v in s.items()}
         for name, s in at.slots.items()
     }
     return Moment(at.groups, slots)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+os.environ["OMP_NUM_THREADS"] = "1"  # small tensors gain nothing by more, and lose much where cores are shared
 
 import pytest
 import torch
 
-torch.set_num_threads(1)  # small tensors gain nothing by more, and lose much where cores are shared
+from mlo import cli
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
@@ -24,3 +30,21 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple]:
+    """Run a command line in this process, which starts in no time: (exit code, standard output, standard error)."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def command(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlo", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as done:
+            code = done.code
+        text = capsys.readouterr()
+        return code, text.out, text.err
+
+    return command

@@ -13,9 +13,9 @@ import mlo
 from benchmarks.peers.by_hand import leaves, mlp
 from benchmarks.peers.libraries import with_mlo
 from benchmarks.peers.workloads import Bilevel, make
-from mlo.evaluation import twice_differentiable
 from mlo.hypergradient import Exact, Step
 from mlo.hypergradient.step import copied
+from mlo.operators import twice_differentiable
 from mlo.optimizers import moment, virtual_step
 
 

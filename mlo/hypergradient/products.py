@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mlo.config import Config, Registered
-from mlo.evaluation import twice_differentiable
 from mlo.hypergradient.step import Cotangents, Curvature, LocalLoss, cotangents_of
 from mlo.memo import add_to
+from mlo.operators import twice_differentiable
 from mlo.registry import PRODUCTS
 from mlo.vectors import Vector, add, filled, norm, scaled
 

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mlo.evaluation import Evaluator, MicroBatch, mean, twice_differentiable
+from mlo.evaluation import Evaluator, MicroBatch, mean
 from mlo.memo import Memo, add_to
+from mlo.operators import ThriceDifferentiable, twice_differentiable
 from mlo.optimizers import (
     Moment,
     StepCotangents,
@@ -260,7 +261,7 @@ class LocalLoss:
             losses, buffers = [], state.buffers
             for micro in record.micro:
                 at_micro = {**reads, name: State(state.parameters, buffers)}
-                with twice_differentiable():
+                with twice_differentiable(), ThriceDifferentiable():
                     evaluation = self._evaluator.evaluate(
                         name,
                         at_micro,

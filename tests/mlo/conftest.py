@@ -8,8 +8,6 @@ from types import ModuleType
 
 import pytest
 
-from mlo import cli
-
 Register = Callable[[str, str, Mapping[str, Mapping[str, str]]], Path]
 
 
@@ -115,19 +113,7 @@ def ridge(register: Register) -> ModuleType:
 
 
 @pytest.fixture
-def mlo(ridge, tmp_path, monkeypatch, capsys):
+def mlo(ridge, tmp_path, monkeypatch, command_line):
     """Run a command line in an empty folder: (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def command(*words):
-        monkeypatch.setattr(sys, "argv", ["mlo", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as done:
-            code = done.code
-        text = capsys.readouterr()
-        return code, text.out, text.err
-
-    return command
+    return command_line

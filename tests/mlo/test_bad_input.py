@@ -8,6 +8,7 @@ from analytic import Point
 from torch import nn
 
 import mlo
+from mlo.hypergradient import Neumann
 
 
 class Low(mlo.Problem):
@@ -162,6 +163,17 @@ def test_a_loss_that_is_no_scalar(value, told):
         engine(made(cls, "low"), made(Top, "top")).step()
 
 
+def test_a_loss_that_goes_backward_itself():
+    def loss(self, batch, top):
+        distance = (self() - top()).square().sum()
+        distance.backward()
+        return distance
+
+    low = made(type("Low", (Low,), {"loss": loss}), "low")
+    with pytest.raises(mlo.GraphError, match=r"'low': the graph of its loss is gone .* without calling \.backward\(\)"):
+        engine(low, made(Top, "top")).step()
+
+
 def test_a_loss_of_nothing_of_its_own():
     cls = type("Low", (Low,), {"loss": lambda self, batch, top: top().sum()})
     with pytest.raises(mlo.GraphError, match=r"'low': no gradient of its loss reaches its own parameters"):
@@ -225,7 +237,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_the_last_good_state():
         ({"reads": {"tip": "top"}}, r"reads names 'tip', which its loss does not take; it takes 'top'"),
         ({"reads": {"top": None}}, r"leaves out a parameter of loss that has no default"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_arguments_of_a_problem(options, told):
     module = Point(torch.ones(2))
@@ -272,6 +284,20 @@ def test_an_estimator_that_is_not_there(value, told):
         engine(made(Low, "low"), made(Top, "top"), hypergradient=value)
     with pytest.raises(mlo.ConfigError, match=told):
         engine(made(Low, "low", hypergradient=value), made(Top, "top"))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"tems": 3}, r"^Neumann: tems: unknown option; did you mean terms\?$"),
+        ({"terms": -3}, "^Neumann: terms: -3 was given, but it should be greater than or equal to 1$"),
+        ({"terms": 3, "product": "exat"}, r"^Neumann: product: 'exat' is not known.*did you mean exact\?"),
+    ],
+    ids=str,
+)
+def test_an_estimator_made_by_its_class(options, told):
+    with pytest.raises(mlo.ConfigError, match=told):
+        Neumann(**options)
 
 
 def test_a_device_that_is_not_there():

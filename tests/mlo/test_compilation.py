@@ -7,9 +7,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from analytic import NESTED_WITH_INNER_PATH, Smooth
 from brute_force import small_lbt
 from small_lbt import noisy_lbt
-from torch import nn
+from torch import Tensor, nn
 
 import mlo
 from mlo import compilation
@@ -121,10 +123,10 @@ class Top(mlo.Problem):
         return low(batch).square().mean()
 
 
-def two_levels(cls: type[mlo.Problem], steps: int = 1) -> list[mlo.Problem]:
+def two_levels(cls: type[mlo.Problem], steps: int = 1, module: type[nn.Module] | None = None) -> list[mlo.Problem]:
     torch.manual_seed(0)
     data = [torch.randn(4, 3)]
-    one, two = nn.Linear(3, 2), nn.Linear(3, 2)
+    one, two = nn.Linear(3, 2) if module is None else module(), nn.Linear(3, 2)
     low = cls("low", module=one, optimizer=torch.optim.SGD(one.parameters(), lr=0.1), data=data, steps=steps)
     return [low, Top("top", module=two, optimizer=torch.optim.SGD(two.parameters(), lr=0.1), data=data)]
 
@@ -196,14 +198,60 @@ def test_two_tops_over_one_low_problem_each_have_their_code():
         compiled.step()
 
 
-@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
-def test_autocast_is_that_of_the_moment(autocast):
-    plain, compiled = engines(lambda: two_levels(Held, steps=2), "one_step")
-    for dtype in (None, None, autocast, None, autocast):
+@pytest.mark.parametrize(
+    ("autocast", "in_products"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)]
+)
+def test_autocast_is_that_of_the_moment_in_steps_and_in_products(autocast, in_products):
+    """Compiled or not, the same roundings; other ones where a pass is in another precision."""
+    torch.set_default_dtype(torch.float32)  # autocast leaves double precision alone
+    options = {"kind": "unrolled", "graph_memory": 0.0, "product": {"kind": "exact", "autocast": in_products}}
+    plain, compiled = engines(lambda: two_levels(Held, steps=2), options)
+    for dtype in (None, None, autocast, None, autocast, autocast):
+        found = []
         for engine in (plain, compiled):
             engine.problems["low"].autocast = dtype
+            found.append(engine.hypergradient("top")["weight"])
             engine.step()
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(compiled.losses, plain.losses, rtol=1e-5, atol=1e-7)
-    for name in ("low", "top"):
-        weights = [engine.problems[name].module.weight for engine in (plain, compiled)]
-        torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+    assert {key[-1] for key in compiled._evaluator._compiler._ran if key[0] == "low"} == {None, autocast}
+
+
+class Attention(nn.Module):
+    """One head over the rows of a batch; the fused kernels of this operator have no second derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(3, 12), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.mix(x)[None, None].chunk(3, dim=-1)
+        return self.head(F.scaled_dot_product_attention(query, key, value))[0, 0]
+
+
+@pytest.mark.parametrize(
+    "estimator", ["one_step", {"kind": "unrolled", "graph_memory": 0.0}, {"kind": "cg", "damping": 1.0}], ids=str
+)
+def test_attention_is_differentiated_twice(estimator):
+    plain, compiled = engines(lambda: two_levels(Held, steps=2, module=Attention), estimator)
+    for _ in range(3):
+        found = [engine.hypergradient("top")["weight"] for engine in (plain, compiled)]
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)
+        for engine in (plain, compiled):
+            engine.step()
+    assert compiled._evaluator._compiler._ran
+    assert not compiled._evaluator._compiler.refused
+
+
+def test_the_inner_path_counts():
+    """Gradients that run through lower steps are not compiled; those without are, and all the numbers are the same."""
+    made = Smooth.make(NESTED_WITH_INNER_PATH, settled=False)
+    plain, compiled = engines(lambda: made.problems(steps=2), "unrolled", inner_path=True)
+    for _ in range(3):
+        found = [engine.hypergradient("top")["value"] for engine in (plain, compiled)]
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)
+        for engine in (plain, compiled):
+            engine.step()
+    ran = {key[0] for key in compiled._evaluator._compiler._ran}
+    assert ran
+    assert not compiled._evaluator._compiler.refused

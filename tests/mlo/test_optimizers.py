@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import mlo
-from mlo.optimizers import moment, pull_through_step, virtual_step
+from mlo.optimizers import moment, moved_moment, pull_through_step, virtual_step
+from mlo.rollout import cast_moment
 from mlo.vectors import dot
 
+COUNTERS = {"step", "mu_product", "eta", "mu"}  # what the number of steps alone moves
 DIFFERENTIABLE = {
     "SGD": {"lr": 0.1},
     "SGD momentum": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
@@ -66,6 +68,41 @@ def test_pullback_is_the_transposed_jacobian(name, steps):
     pulled = pull_through_step(made, parameters, gradients, at, cotangent).gradient
     expected = dot(tuple(forward), cotangent)
     torch.testing.assert_close(dot(pulled, tuple(direction.values())), expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [0, 7], ids=["first step", "with state"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_step_is_differentiated_in_double_whatever_its_counters(name, steps, request):
+    """Torch keeps them in the default precision, single here; 1 - beta^step and the like must not lose digits by it."""
+    made = problem(name, steps, **DIFFERENTIABLE[name])
+    parameters = {n: p.detach().clone() for n, p in made.variables.items()}
+    gradients, cotangent, at = some(parameters), tuple(some(parameters).values()), moment(made)
+    through = {n: {"exp_avg": torch.ones_like(p)} for n, p in parameters.items()} if "Adam" in name else {}
+
+    def pulled() -> tuple[Tensor, ...]:
+        done = pull_through_step(made, parameters, gradients, at, cotangent, through)
+        assert all(COUNTERS.isdisjoint(slots) for slots in done.slots.values()), "they depend on no variable"
+        return (*done.gradient, *done.parameters, *(slot for slots in done.slots.values() for slot in slots.values()))
+
+    found = pulled()
+    for slots in at.slots.values():
+        slots.update({key: slots[key].double() for key in COUNTERS & slots.keys()})
+    request.getfixturevalue("float64")
+    torch.testing.assert_close(found, pulled(), rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["Adam", "NAdam", "ASGD"])
+def test_counters_keep_their_precision_and_place(name):
+    """In a look at a problem in another precision, and where states are stored elsewhere."""
+    at = moment(problem(name, 3, **DIFFERENTIABLE[name]))
+    for other, changed in (
+        (cast_moment(at, torch.bfloat16), lambda value: value.dtype == torch.bfloat16),
+        (moved_moment(at, torch.device("meta")), lambda value: value.is_meta),
+    ):
+        for variable, slots in other.slots.items():
+            for key, value in slots.items():
+                same = value is at.slots[variable][key]
+                assert same if key in COUNTERS else changed(value), key
 
 
 @pytest.mark.parametrize("steps", [0, 3])

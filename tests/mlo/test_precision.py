@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+
 import pytest
 import torch
 from brute_force import brute_force, small_lbt
 from small_lbt import noisy_lbt
+from torch import Tensor, nn
 
 import mlo
 from mlo.scaling import GROWTH_INTERVAL, LossScale
@@ -141,3 +144,73 @@ def test_products_under_float16_are_refused():
     options = {"kind": "one_step", "product": {"kind": "central", "autocast": True}}
     with pytest.raises(mlo.ConfigError, match="'teacher': curvature products under float16 would underflow"):
         mlo.Engine(halves(1.0), options, device="cpu")
+
+
+class Watched(mlo.Problem):
+    """Notes in which precision its module computes, by the kind of the pass."""
+
+    def __init__(self, name: str, module: nn.Module, seen: dict, autocast: torch.dtype | None, **options: object):
+        sgd, data = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9), [torch.randn(4, 3) for _ in range(8)]
+        super().__init__(name, module=module, optimizer=sgd, data=data, autocast=autocast, **options)
+        self.seen, self.passes = seen, {}
+
+    def noted(self, batch: Tensor) -> Tensor:
+        before = Counter(self.passes[self.name])
+        output = self(batch)
+        (kind,) = Counter(self.passes[self.name]) - before
+        self.seen[self.name, kind].add(output.dtype)
+        return output
+
+
+class Low(Watched):
+    def loss(self, batch, mid, top):
+        own = self.noted(batch)
+        return (own - mid(batch)).float().square().mean() + (own * top(batch)).float().sin().mean()
+
+
+class Mid(Watched):
+    def loss(self, batch, low, top):
+        own = self.noted(batch)
+        return (own - low(batch)).float().square().mean() + (own * top(batch)).float().sin().mean()
+
+
+class Top(Watched):
+    def loss(self, batch, mid, low):
+        self.noted(batch)
+        return (mid(batch) * low(batch)).float().square().mean()
+
+
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("inner_path", [False, True])
+@pytest.mark.parametrize("in_products", [False, True])
+@pytest.mark.parametrize("product", ["exact", "one_sided"])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.filterwarnings("ignore:the gradient of 'mid' itself runs through 'low'")
+def test_every_kind_of_pass_is_under_its_own_autocast(every, product, in_products, inner_path, accumulate):
+    """Steps, virtual steps and those that are recomputed as the problem has it; products as they are told."""
+    seen: dict[tuple[str, str], set[torch.dtype]] = defaultdict(set)
+    torch.manual_seed(0)
+    stack = [
+        Low("low", nn.Linear(3, 2), seen, HALF, steps=3, accumulate=accumulate),
+        Mid("mid", nn.Linear(3, 2), seen, HALF, accumulate=accumulate),
+        Top("top", nn.Linear(3, 2), seen, None),
+    ]
+    options = {"kind": "unrolled", "every": every, "product": {"kind": product, "autocast": in_products}}
+    for lookahead in (False, True):
+        engine = mlo.Engine(stack, options, lookahead=lookahead, inner_path=inner_path, device="cpu")
+        for problem in stack:
+            problem.passes = engine.passes
+        engine.run(2)
+    told = HALF if in_products else FULL
+    expected = {
+        **{(name, kind): {HALF} for name in ("low", "mid") for kind in ("step", "virtual")},
+        ("low", "product"): {told, HALF} if inner_path else {told},  # its steps are part of the loss of mid
+        ("mid", "product"): {told},
+        ("top", "step"): {FULL},
+    }
+    if every == 2:
+        expected["low", "recompute"] = {HALF}
+    assert seen == expected

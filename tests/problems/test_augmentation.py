@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from torchvision.transforms import v2
 
 from mlo import ConfigError
@@ -111,5 +110,5 @@ def test_what_does_not_fit_the_images(options, channels, told):
 
 
 def test_two_ways_of_cropping_are_one_too_many():
-    with pytest.raises(ValidationError, match="crop: 4 and resized_crop: true both cut the image; leave one out"):
+    with pytest.raises(ConfigError, match="crop: 4 and resized_crop: true both cut the image; leave one out"):
         Augmentation(crop=4, resized_crop=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -21,25 +19,20 @@ SMALL = [
 ]
 
 
-def mlo(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mlo", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
-
-
-def test_a_published_architecture_and_then_the_one_of_that_run(tmp_path):
-    done = mlo("run", "evaluate", "--genotype", "PDARTS", *SMALL, "--output", tmp_path / "a")
-    assert done.returncode == 0, done.stderr
+def test_a_published_architecture_and_then_the_one_of_that_run(command_line, tmp_path):
+    code, _, err = command_line("run", "evaluate", "--genotype", "PDARTS", *SMALL, "--output", tmp_path / "a")
+    assert code == 0, err
     first = json.loads((tmp_path / "a" / "results.json").read_text())["network"]
     network = EvaluationNetwork(PUBLISHED["PDARTS"], 2, 1, image_channels=1)
     assert first["parameters"] == sum(p.numel() for p in network.parameters())
     assert first["multiply_adds"] > 1000
     assert Genotype.load(tmp_path / "a" / "genotype.json") == PUBLISHED["PDARTS"]
-    done = mlo("run", "evaluate", "--genotype", tmp_path / "a", *SMALL, "--output", tmp_path / "b")
-    assert done.returncode == 0, done.stderr
+    code, _, err = command_line("run", "evaluate", "--genotype", tmp_path / "a", *SMALL, "--output", tmp_path / "b")
+    assert code == 0, err
     second = json.loads((tmp_path / "b" / "results.json").read_text())["network"]
     assert second["test_error"] == first["test_error"]
-    done = mlo("compare", tmp_path, "--format", "csv")
-    assert "genotype=PDARTS" in done.stdout, done.stderr
+    _, out, err = command_line("compare", tmp_path, "--format", "csv")
+    assert "genotype=PDARTS" in out, err
 
 
 def test_what_is_no_architecture_is_told_before_anything_is_trained(tmp_path):
@@ -55,9 +48,9 @@ def test_what_is_no_architecture_is_told_before_anything_is_trained(tmp_path):
 
 
 @pytest.mark.parametrize("words", [("--genotype", "PDART"), ("--genotype", "PDARTS", "--data.source", "cifar11")])
-def test_wrong_options_are_told_and_leave_nothing(tmp_path, words):
-    done = mlo("run", "evaluate", *words, *SMALL, "--output", tmp_path / "r")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "did you mean" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_options_are_told_and_leave_nothing(command_line, tmp_path, words):
+    code, out, err = command_line("run", "evaluate", *words, *SMALL, "--output", tmp_path / "r")
+    assert (code, out) == (2, "")
+    assert "did you mean" in err
+    assert "Traceback" not in err
     assert not (tmp_path / "r").exists()

@@ -84,7 +84,7 @@ def test_the_supernet_has_the_size_asked_for():
         ({"hypergradient": "cg"}, lambda e: type(e._plan.responses["teacher"]).__name__, "ConjugateGradient"),
         ({"hypergradient": "cg", "lookahead": True}, lambda e: e._plan.lookahead, True),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_options(options, look, value):
     assert look(job(**options).search_engine("lbt")) == value

@@ -1,0 +1,76 @@
+"""Operators in forms that have the derivatives that are taken of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+
+def twice_differentiable() -> AbstractContextManager[None]:
+    """Inside, scaled-dot-product attention takes its mathematical kernel; the fused ones have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+class ThriceDifferentiable(TorchFunctionMode):
+    """Inside, batch and layer normalization are computed by plain operators.
+
+    Torch's own have no third derivative: that of batch normalization is refused in reverse mode and wrong without a
+    word in forward mode, that of layer normalization is wrong in both.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run ``func``, or what takes its place."""
+        return _PLAIN.get(func, func)(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """:func:`torch.nn.functional.batch_norm`, with its arguments and its effect on the running statistics."""
+    others = [dim for dim in range(input.dim()) if dim != 1]
+    mean, variance = running_mean, running_var
+    if training:
+        mean, variance = input.mean(others), input.var(others, correction=0)
+        count = input.numel() / input.shape[1]
+        if running_mean is not None and running_var is not None:
+            running_mean.lerp_(mean.detach(), momentum)
+            running_var.lerp_(variance.detach() * (count / (count - 1)), momentum)
+    assert mean is not None and variance is not None, "torch asks for them out of training"
+    shape = [-1 if dim == 1 else 1 for dim in range(input.dim())]
+    normal = (input - mean.view(shape)) * (variance + eps).rsqrt().view(shape)
+    scaled = normal if weight is None else normal * weight.view(shape)
+    return scaled if bias is None else scaled + bias.view(shape)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """:func:`torch.nn.functional.layer_norm`, with its arguments."""
+    last = tuple(range(-len(normalized_shape), 0))
+    variance, mean = torch.var_mean(input, last, correction=0, keepdim=True)
+    normal = (input - mean) * (variance + eps).rsqrt()
+    scaled = normal if weight is None else normal * weight
+    return scaled if bias is None else scaled + bias
+
+
+_PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {F.batch_norm: _batch_norm, F.layer_norm: _layer_norm}

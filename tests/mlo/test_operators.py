@@ -1,0 +1,42 @@
+"""Operators in other forms are the same functions."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mlo.operators import ThriceDifferentiable
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None, "eps": 0.1}], ids=str
+)
+@pytest.mark.parametrize(("cls", "shape"), [(nn.BatchNorm1d, (5, 4)), (nn.BatchNorm2d, (3, 4, 2, 2))])
+def test_batch_norm_by_plain_operators_is_torchs(cls, shape, options, training, float64):
+    torch.manual_seed(0)
+    one = cls(4, **options).train(training)
+    for parameter in one.parameters():
+        nn.init.normal_(parameter)
+    other = copy.deepcopy(one)
+    for _ in range(3):
+        x = 2 + 3 * torch.randn(*shape)
+        with ThriceDifferentiable():
+            found = other(x)
+        torch.testing.assert_close(found, one(x))
+        torch.testing.assert_close(other.state_dict(), one.state_dict())
+
+
+@pytest.mark.parametrize("options", [{}, {"elementwise_affine": False}, {"bias": False, "eps": 0.1}], ids=str)
+@pytest.mark.parametrize("shape", [(4,), (3, 4)])
+def test_layer_norm_by_plain_operators_is_torchs(shape, options, float64):
+    torch.manual_seed(0)
+    norm, x = nn.LayerNorm(shape, **options), 2 + 3 * torch.randn(5, 3, 4)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    with ThriceDifferentiable():
+        found = norm(x)
+    torch.testing.assert_close(found, norm(x))
