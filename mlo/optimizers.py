@@ -77,7 +77,7 @@ def _step(
     problem: Problem, parameters: Tensors, gradients: Mapping[str, Tensor | None], at: Moment, *, differentiable: bool
 ) -> tuple[dict[str, Tensor], Moment]:
     if sgd.applies(problem, at.groups):
-        moved, slots = sgd.step(problem, at.groups, parameters, gradients, at.slots)
+        moved, slots = sgd.step(sgd.hyperparameters(problem, at.groups), parameters, gradients, at.slots)
         return moved, Moment(at.groups, slots)
     moved = {name: parameters[name].clone() for name in problem.variables}
     shadow = _shadow(problem, moved, gradients, at, differentiable=differentiable)
