@@ -22,9 +22,9 @@ class Backpropagation(AlongSteps, ABC):
 
     Cotangents flow through the parameters and through the optimizer's state (momentum, Adam's moments). Memory grows
     by the stored states, and by ``graph_memory`` at most: as many steps as fit there keep the graph of their gradient,
-    the others make it again, one alive at a time. Virtual steps by torch's SGD are taken in one graph as far as it fits,
-    which is walked back by one backward. States can be thinned, with the others recomputed (one more pass a step), and
-    kept on the CPU.
+    the others make it again, one alive at a time. Virtual steps by torch's SGD are taken in one graph as far as it
+    fits, and walked back by one backward. States can be thinned, with the others recomputed (one more pass a step),
+    and kept on the CPU.
     """
 
     every: int = Field(1, ge=1, description="store every n-th state, and recompute the others")
