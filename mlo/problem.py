@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from mlo.errors import CheckpointError, ConfigError
 from mlo.graph import Node
 from mlo.misfits import fault_of_name, faults_of_numbers, faults_of_parts
-from mlo.recomputation import recomputing_with
+from mlo.recomputation import RecomputingWith
 from mlo.streams import Data, open_stream
 
 
@@ -178,18 +178,19 @@ class Problem(ABC):
 
         Where the module assigns a new tensor to a buffer, ``tensors`` holds it afterwards.
         """
-        tied = {alias: tensors[name] for alias, name in self._aliases.items() if name in tensors}
-        every = {**tensors, **tied}
+        every = tensors
+        if self._aliases:
+            every = tensors | {alias: tensors[name] for alias, name in self._aliases.items() if name in tensors}
         if torch.compiler.is_compiling():  # there, recomputations have the substituted tensors by themselves
             if not every:
                 return self.module(*args, **kwargs)
             # every name of a tied tensor is given, so functional_call need not look for ties, which is slow
             output = functional_call(self.module, every, args, kwargs, tie_weights=False)
         else:
-            with recomputing_with(self.module, every):
+            with RecomputingWith(self.module, every):
                 output = self._run_within(every, args, kwargs)
-        for name in tensors:
-            tensors[name] = every[name]
+        if every is not tensors:
+            tensors.update((name, every[name]) for name in tensors)
         return output
 
     def _run_within(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
