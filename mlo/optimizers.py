@@ -128,7 +128,7 @@ def pull_through_step(
     names = list(problem.variables)
     if is_linear(problem):
         named = dict(zip(names, cotangent, strict=True))
-        of_gradient, of_parameters, of_slots = sgd.pull(problem, at.groups, gradients, at.slots, named, slots or {})
+        of_gradient, of_parameters, of_slots = sgd.pull(problem, at.groups, gradients, at.slots, named, slots)
         return StepCotangents(tuple(of_gradient.values()), tuple(of_parameters.values()), of_slots)
     leaves = {n: None if g is None else off_zero(g.detach()).requires_grad_() for n, g in gradients.items()}
     held = slots is None

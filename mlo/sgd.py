@@ -62,16 +62,18 @@ def pull(
     gradients: Mapping[str, Tensor | None],
     begun: Slots,
     cotangents: Mapping[str, Tensor],
-    slots: Slots,
+    slots: Slots | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """:func:`step` transposed: cotangents of gradients, variables and slots, from those of what the step led to.
 
     Args:
         gradients: which variables had one.
         begun: the slots before the step.
-        cotangents, slots: of the variables and of the slots after the step.
+        cotangents, slots: of the variables and of the slots after the step; without slots, of the gradients alone is
+            asked.
     """
     to_gradients, to_parameters, to_slots = {}, {}, {}
+    held, slots = slots is None, slots or {}
     for name, group in hyperparameters(problem, groups).items():
         cotangent, of_buffer = cotangents[name], slots.get(name, {}).get("momentum_buffer")
         if gradients[name] is None:
@@ -85,10 +87,11 @@ def pull(
             buffer = buffer if of_buffer is None else buffer + of_buffer
             taken = buffer
             if begun.get(name, {}).get("momentum_buffer") is not None:
-                to_slots[name] = {"momentum_buffer": buffer * momentum}
+                if not held:
+                    to_slots[name] = {"momentum_buffer": buffer * momentum}
                 taken = buffer * (1 - group["dampening"]) if group["dampening"] else buffer
             along = along + taken if group["nesterov"] else taken
-        decay = group["weight_decay"]
+        decay = 0.0 if held else group["weight_decay"]
         to_parameters[name] = torch.add(cotangent, along, alpha=decay) if decay else cotangent
         to_gradients[name] = -along if group["maximize"] else along
     return to_gradients, to_parameters, to_slots
