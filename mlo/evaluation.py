@@ -157,9 +157,6 @@ class Evaluator:
             loss = loss_with(self.problems, name, stands, batch)
             if outside is not None and randomness is None:
                 self._note_draws(name, outside)
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise GraphError(f"problem {name!r}: its loss returned {found}; return a scalar tensor (.mean() or .sum())")
         return Evaluation(loss, own.buffers)
 
     def differentiate(
@@ -187,11 +184,11 @@ class Evaluator:
         """
         reads = [read for read in of if read != name]
         through = {*options.pop("through", ()), *reads}
-        done = self._compiled(
-            name, states, batch, of, kind=kind, through=through, keep_graph=keep_graph, scale=scale, **options
-        )
-        if done is not None:
-            return done
+        if self._compiler is not None:
+            compiled = {"kind": kind, "through": through, "keep_graph": keep_graph, "scale": scale, **options}
+            done = self._compiled(name, states, batch, of, **compiled)
+            if done is not None:
+                return done
         measured = keep_graph and name not in self.graph_bytes and not self._recast(name, states)
         saved = SavedBytes(states.values(), batch) if measured else nullcontext()
         with twice_differentiable() if keep_graph else nullcontext(), saved:
@@ -270,7 +267,7 @@ class Evaluator:
         reads = tuple((read, read in through) for read in problem.node.reads)
         numbers = sgd.group_numbers(problem)
         function = stretch_function(self.problems, name, reads, numbers, self.device)
-        with twice_differentiable():
+        with twice_differentiable(), self._lowered(problem, wanted=False):
             if self._compiles(name, states):
                 done = self._at_once(
                     name, function, (reads, *numbers.items()), parameters, buffers, batches, begun, groups

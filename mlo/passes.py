@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mlo import sgd
 from mlo.problem import Problem, State
-from mlo.stand_ins import Own, Read, loss_with
+from mlo.stand_ins import Own, Read, loss_with, loss_within
 from mlo.vectors import Vector, filled
 
 Reads = Sequence[tuple[str, bool]]  # the problems that a loss reads, and whether it is differentiated for each
@@ -84,15 +84,16 @@ def stretch_function(
     ) -> tuple[bool, list[Tensor], sgd.Slots, Mapping[str, Tensor], dict[str, int]]:
         calls = {name: 0, **{read: 0 for read, _ in reads}}
         state = State(parameters[name], buffers[name])
-        stands: dict[str, Own | Read] = {name: Own(state, calls, name)}
-        for read, differentiate in reads:
-            stands[read] = Read(State(parameters[read], buffers[read]), calls, read, differentiate, None, device)
         of = {variable: rates[group] for variable, group in groups.items()}
         reached = True
-        with torch.autocast(device.type, enabled=False):
+        try:
+            for read, differentiate in reads:
+                there = State(parameters[read], buffers[read])
+                problems[read].stand_in(Read(there, calls, read, differentiate, None, device))
             for batch in batches:
-                own = stands[name] = Own(state, calls, name)
-                loss = loss_with(problems, name, stands, batch)
+                own = Own(state, calls, name)
+                problems[name].stand_in(own)
+                loss = loss_within(problems, name, batch)
                 variables = [state.parameters[variable] for variable in of]
                 found: Sequence[Tensor | None] = [None] * len(variables)
                 if loss.requires_grad:
@@ -100,6 +101,9 @@ def stretch_function(
                 reached = reached and any(gradient is not None for gradient in found)
                 moved, slots = sgd.step(of, state.parameters, dict(zip(of, found, strict=True)), slots)
                 state = State({**state.parameters, **moved}, own.buffers)
+        finally:
+            for used in (name, *(read for read, _ in reads)):
+                problems[used].stand_in(None)
         return reached, [state.parameters[variable] for variable in of], slots, state.buffers, calls
 
     return run
