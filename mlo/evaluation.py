@@ -301,11 +301,7 @@ class Evaluator:
         if full not in self._compiler:
             self._compiler.add(full, function)
         rates = tuple({**group, "lr": torch.tensor(group["lr"], dtype=torch.float64)} for group in groups)
-        begun = self.capture(name)
-        done = self._compiler.call(full, parameters, buffers, aliased, slots, rates, spare=True)
-        if done is None:  # it may have drawn before it failed
-            begun.restore(self.device)
-        return done
+        return self._compiler.call(full, parameters, buffers, aliased, slots, rates, spare=True)
 
     def _compiles(self, name: str, states: Mapping[str, State]) -> bool:
         """Whether passes of a problem are compiled, if they can be; not for a look in another precision."""

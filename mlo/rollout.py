@@ -107,7 +107,8 @@ class Rollout:
         taken = self._evaluator.stretch(
             name, states, [batch for (batch,) in batches], at.groups, at.slots, kind="virtual", through=targets
         )
-        if taken is None:
+        if taken is None:  # it may have drawn before it was given up
+            micro.randomness.restore(self._evaluator.device)
             return None
         moved = {v: end.detach().requires_grad_() for v, end in zip(problem.variables, taken.end, strict=True)}
         after = State({**before.parameters, **moved}, taken.buffers)
