@@ -19,6 +19,7 @@ from torch import Tensor
 from mlo import errors
 
 Key = tuple[str, *tuple[Hashable, ...]]
+STEPS = 5  # taken in one compiled function: half of what a step of a small network costs is the call's, not its own
 _OPTIONS: dict[str, Any] = {
     "fullgraph": True,
     "isolate_recompiles": True,
@@ -39,6 +40,7 @@ class Compiler:
         torch._functorch.config.donated_buffer = False
         self._compiled: dict[Key, Callable[..., Any]] = {}
         self._ran: set[Key] = set()
+        self._failed: set[Key] = set()
         self.refused: dict[str, str] = {}
 
     def __contains__(self, key: Key) -> bool:
@@ -51,10 +53,14 @@ class Compiler:
         own = FunctionType(of.__code__.replace(), of.__globals__, of.__name__, None, of.__closure__)
         self._compiled[key] = torch.compile(own, **_OPTIONS)
 
-    def call(self, key: Key, *arguments: Any) -> Any:
-        """What the function gives; None if its problem cannot be compiled, which is warned of once."""
+    def call(self, key: Key, *arguments: Any, spare: bool = False) -> Any:
+        """What the function gives; None if its problem cannot be compiled, which is warned of once.
+
+        Args:
+            spare: whether the same is done by others if this one cannot be compiled, without a word.
+        """
         problem = key[0]
-        if problem in self.refused:
+        if problem in self.refused or key in self._failed:
             return None
         try:
             done = self._compiled[key](*arguments)
@@ -62,7 +68,10 @@ class Compiler:
                 _compile_backward(done[1], arguments[0])
                 self._ran.add(key)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            self.refuse(problem, _reason(error))
+            if spare:
+                self._failed.add(key)
+            else:
+                self.refuse(problem, _reason(error))
             return None
         return done
 

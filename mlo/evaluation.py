@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from mlo.compilation import Compiler
+from mlo import sgd
+from mlo.compilation import STEPS, Compiler
 from mlo.errors import GraphError
 from mlo.graph_contents import SavedBytes, leaves_of
 from mlo.memo import Memo, add_to
 from mlo.operators import twice_differentiable
+from mlo.passes import Stretch, pass_function, stretch_function
 from mlo.problem import Problem, State
 from mlo.randomness import Randomness, outside_state, replay, same_outside
 from mlo.stand_ins import Own, Read, loss_with
@@ -149,9 +152,6 @@ class Evaluator:
             loss = loss_with(self.problems, name, stands, batch)
             if outside is not None and randomness is None:
                 self._note_draws(name, outside)
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise GraphError(f"problem {name!r}: its loss returned {found}; return a scalar tensor (.mean() or .sum())")
         return Evaluation(loss, own.buffers)
 
     def differentiate(
@@ -179,11 +179,11 @@ class Evaluator:
         """
         reads = [read for read in of if read != name]
         through = {*options.pop("through", ()), *reads}
-        done = self._compiled(
-            name, states, batch, of, kind=kind, through=through, keep_graph=keep_graph, scale=scale, **options
-        )
-        if done is not None:
-            return done
+        if self._compiler is not None:
+            compiled = {"kind": kind, "through": through, "keep_graph": keep_graph, "scale": scale, **options}
+            done = self._compiled(name, states, batch, of, **compiled)
+            if done is not None:
+                return done
         measured = keep_graph and name not in self.graph_bytes and not self._recast(name, states)
         saved = SavedBytes(states.values(), batch) if measured else nullcontext()
         with twice_differentiable() if keep_graph else nullcontext(), saved:
@@ -240,6 +240,81 @@ class Evaluator:
         done = self._compiled(name, states, batch, (name,), through=through, vector=vector, second=of, **options)
         return None if done is None else done.gradients
 
+    def at_once(self, name: str, states: Mapping[str, State], wanted: int) -> int:
+        """How many of the next ``wanted`` steps of a problem :meth:`stretch` takes; 0: none."""
+        if name not in self._torch_only or wanted < 2:
+            return 0
+        return wanted if not self._compiles(name, states) else STEPS if wanted >= STEPS else 0
+
+    def stretch(
+        self,
+        name: str,
+        states: Mapping[str, State],
+        batches: Sequence[Any],
+        groups: sgd.Groups,
+        slots: sgd.Slots,
+        *,
+        kind: str,
+        through: Collection[str],
+    ) -> Stretch | None:
+        """As many steps of problem ``name``, by torch's SGD, as there are batches; a pass for each.
+
+        Args:
+            groups, slots: the hyperparameters of all steps, and what momentum there is before the first.
+            kind, through: as for :meth:`evaluate`.
+
+        Returns:
+            None where they can only be taken one by one: their batches are not of one form, and so have no common code;
+            or a step's loss reaches none of the problem's variables.
+        """
+        problem, before = self.problems[name], states[name]
+        start = {n: p.detach().requires_grad_(n in problem.variables) for n, p in before.parameters.items()}
+        begun = {n: {k: _leaf(value) for k, value in slot.items()} for n, slot in slots.items()}
+        parameters = {name: start, **{read: states[read].parameters for read in problem.node.reads}}
+        buffers = {n: states[n].buffers for n in parameters}
+        reads = tuple((read, read in through) for read in problem.node.reads)
+        numbers = sgd.group_numbers(problem)
+        function = stretch_function(self.problems, name, reads, numbers, self.device)
+        with twice_differentiable(), self._lowered(problem, wanted=False):
+            if self._compiles(name, states):
+                done = self._at_once(
+                    name, function, (reads, *numbers.items()), parameters, buffers, batches, begun, groups
+                )
+            else:
+                done = function(parameters, buffers, batches, begun, groups)
+        if done is None or not done[0]:
+            return None
+        _, end, left, after, calls = done
+        for n, count in calls.items():
+            self.passes[n][kind if n == name else "read"] += count
+        return Stretch(tuple(start[v] for v in problem.variables), begun, tuple(end), left, after)
+
+    def _at_once(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        key: tuple[Any, ...],
+        parameters: Any,
+        buffers: Any,
+        batches: Sequence[Any],
+        slots: sgd.Slots,
+        groups: sgd.Groups,
+    ) -> Any:
+        """A stretch by compiled code; None if it cannot be."""
+        assert self._compiler is not None
+        aliased, forms = zip(*map(_aliased, batches), strict=True)
+        if any(form != forms[0] for form in forms):
+            return None
+        full = (name, len(batches), *key)
+        if full not in self._compiler:
+            self._compiler.add(full, function)
+        rates = tuple({**group, "lr": torch.tensor(group["lr"], dtype=torch.float64)} for group in groups)
+        return self._compiler.call(full, parameters, buffers, aliased, slots, rates, spare=True)
+
+    def _compiles(self, name: str, states: Mapping[str, State]) -> bool:
+        """Whether passes of a problem are compiled, if they can be; not for a look in another precision."""
+        return self._compiler is not None and name not in self._compiler.refused and not self._recast(name, states)
+
     def _compiled(
         self,
         name: str,
@@ -261,16 +336,14 @@ class Evaluator:
         """:meth:`differentiate`, or :meth:`product` with a ``vector``, by compiled code; None if it cannot be."""
         problem, compiler = self.problems[name], self._compiler
         known = name in self._torch_only and (name in self.graph_bytes or not keep_graph)  # by a pass without
-        if compiler is None or moving or not known or name in compiler.refused:
+        if compiler is None or moving or not known or not self._compiles(name, states):
             return None
-        if self._recast(name, states):
-            return None  # a look, for which nothing is compiled
         lowered = problem.autocast if autocast else None
         key = (name, tuple(of), tuple(second), tuple(sorted(through)), keep_graph, lowered)
         if key not in compiler:
             reads = tuple((read, read in through) for read in problem.node.reads)
             first, then = (tuple((n, v) for n in names for v in self.problems[n].variables) for names in (of, second))
-            compiler.add(key, _pass_function(self.problems, name, reads, first, then, keep_graph, self.device, lowered))
+            compiler.add(key, pass_function(self.problems, name, reads, first, then, keep_graph, self.device, lowered))
         names = (name, *problem.node.reads)
         wanted = {*of, *second}
         parameters: dict[str, Mapping[str, Tensor]] = {
@@ -334,6 +407,17 @@ def _leaves(parameters: Mapping[str, Tensor], wanted: bool) -> dict[str, Tensor]
     return {n: p.detach().requires_grad_(wanted and p.requires_grad) for n, p in parameters.items()}
 
 
+def _leaf(value: Any) -> Any:
+    return value.detach().requires_grad_() if isinstance(value, Tensor) else value
+
+
+def _aliased(batch: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The batch with other tensors of the same memory, lest code be for batches that are one, and its form."""
+    parts, structure = tree_flatten(batch)
+    form = tuple((p.shape, p.dtype) if isinstance(p, Tensor) else type(p) for p in parts)
+    return tree_unflatten([p.detach() if isinstance(p, Tensor) else p for p in parts], structure), (structure, *form)
+
+
 def _unscaled(gradients: dict[Tensor, Tensor], scale: float) -> dict[Tensor, Tensor]:
     return gradients if scale == 1.0 else {key: gradient / scale for key, gradient in gradients.items()}
 
@@ -351,48 +435,3 @@ def mean(passes: Iterable[Pass], count: int) -> Pass:
         losses.append(each.loss)
         buffers = each.buffers
     return Pass(torch.stack(losses).mean(), total, buffers)
-
-
-def _pass_function(
-    problems: Mapping[str, Problem],
-    name: str,
-    reads: Sequence[tuple[str, bool]],
-    first: Sequence[tuple[str, str]],
-    second: Sequence[tuple[str, str]],
-    keep_graph: bool,
-    device: torch.device,
-    lowered: torch.dtype | None,
-) -> Callable[..., Any]:
-    """One pass of a problem, or one curvature product, as a function of tensors alone, to be compiled.
-
-    Args:
-        reads: the problems that it reads, and whether each is differentiated for.
-        first: (problem, variable) pairs for which the loss is differentiated.
-        second: those for which the product of that gradient with a vector is differentiated; empty: no product.
-    """
-
-    def run(
-        parameters: Mapping[str, Mapping[str, Tensor]],
-        buffers: Mapping[str, Mapping[str, Tensor]],
-        batch: Any,
-        vector: Sequence[Tensor] | None,
-        scale: Tensor | None,
-    ) -> tuple[Tensor, Sequence[Tensor | None], Mapping[str, Tensor], dict[str, int]]:
-        calls = {name: 0, **{read: 0 for read, _ in reads}}
-        own = Own(State(parameters[name], buffers[name]), calls, name)
-        stands: dict[str, Own | Read] = {name: own}
-        for read, differentiate in reads:
-            stands[read] = Read(State(parameters[read], buffers[read]), calls, read, differentiate, None, device)
-        with torch.autocast(device.type, lowered, enabled=lowered is not None):
-            loss = loss_with(problems, name, stands, batch)
-        wanted = [parameters[n][v] for n, v in first]
-        graph = keep_graph or vector is not None
-        scaled = loss if scale is None else loss * scale
-        found = torch.autograd.grad(scaled, wanted, create_graph=graph, allow_unused=True) if wanted else ()
-        if vector is not None:
-            pairs = [(g, u) for g, u in zip(found, vector, strict=True) if g is not None and g.requires_grad]
-            wanted = [parameters[n][v] for n, v in second]
-            found = torch.autograd.grad([g for g, _ in pairs], wanted, [u for _, u in pairs], allow_unused=True)
-        return loss.detach(), found, own.buffers, calls
-
-    return run

@@ -202,6 +202,21 @@ class Gradients:
         size = self._evaluator.graph_bytes.get(name, math.inf)  # known once a last step's was kept
         return self._keeps_graph(name) and (index + 1) * size <= self._plan.responses[name].graph_bytes
 
+    def at_once(self, name: str, states: Mapping[str, State], taken: int, left: int) -> int:
+        """How many of a problem's next steps are recorded as one, in one graph; 0: the next one is by itself.
+
+        Args:
+            taken, left: steps of the round that were recorded before them, and that are yet to be taken.
+        """
+        problem, response = self._evaluator.problems[name], self._plan.responses[name]
+        size = self._evaluator.graph_bytes.get(name)  # known once a last step's was kept
+        if size is None or not (response.in_one_graph and self._keeps_graph(name) and problem.accumulate == 1):
+            return 0
+        if self.needs_moment(name) or not all(states[name].parameters[v].requires_grad for v in problem.variables):
+            return 0
+        room = response.graph_bytes / max(size, 1)
+        return self._evaluator.at_once(name, states, left if room >= taken + left else int(room) - taken)
+
     def needs_moment(self, name: str) -> bool:
         """Whether a record of the problem's steps needs the values in its optimizer's state."""
         inner = any(name in lows for lows in self._plan.inner.values())

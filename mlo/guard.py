@@ -43,11 +43,11 @@ class Guard:
             NonFiniteLossError: on the CPU, before anything is changed.
         """
         sizes = [g.detach() for g in gradients.values() if g is not None]
-        seen = torch.stack([loss.double(), norm(sizes).double()])
         if not self._deferred:
-            _check(problem.name, problem.steps_taken, seen.tolist())
+            _check(problem.name, problem.steps_taken, [loss.item(), norm(sizes).item()])
             _take_step(problem, gradients, buffers)
             return
+        seen = torch.stack([loss.double(), norm(sizes).double()])
         self._round.append((problem.name, problem.steps_taken, seen))
         self._fine = self._fine & torch.isfinite(seen).all()
         before = {id(tensor): tensor.detach().clone() for tensor in _tensors(problem, self._device)}

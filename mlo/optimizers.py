@@ -78,7 +78,7 @@ def _step(
     problem: Problem, parameters: Tensors, gradients: Mapping[str, Tensor | None], at: Moment, *, differentiable: bool
 ) -> tuple[dict[str, Tensor], Moment]:
     if sgd.applies(problem, at.groups):
-        moved, slots = sgd.step(problem, at.groups, parameters, gradients, at.slots)
+        moved, slots = sgd.step(sgd.hyperparameters(problem, at.groups), parameters, gradients, at.slots)
         return moved, Moment(at.groups, slots)
     moved = {name: parameters[name].clone() for name in problem.variables}
     shadow = _shadow(problem, moved, gradients, at, differentiable=differentiable)
@@ -129,7 +129,7 @@ def pull_through_step(
     names = list(problem.variables)
     if is_linear(problem):
         named = dict(zip(names, cotangent, strict=True))
-        of_gradient, of_parameters, of_slots = sgd.pull(problem, at.groups, gradients, at.slots, named, slots or {})
+        of_gradient, of_parameters, of_slots = sgd.pull(problem, at.groups, gradients, at.slots, named, slots)
         return StepCotangents(tuple(of_gradient.values()), tuple(of_parameters.values()), of_slots)
     leaves = {n: None if g is None else off_zero(g.detach()).requires_grad_() for n, g in gradients.items()}
     held = slots is None

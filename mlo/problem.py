@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from mlo.errors import CheckpointError, ConfigError
 from mlo.graph import Node
 from mlo.misfits import fault_of_name, faults_of_numbers, faults_of_parts
-from mlo.recomputation import recomputing_with
+from mlo.recomputation import RecomputingWith
 from mlo.streams import Data, open_stream
 
 
@@ -125,7 +124,7 @@ class Problem(ABC):
         self.stream = open_stream(data, name)
         self.steps_taken = 0
         self._aliases = _aliases(module)
-        self._parameters, self._buffers = (_places(module, kind) for kind in ("_parameters", "_buffers"))
+        self._places = _places(module)
         self._stand: Stand | None = None
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.variables = {n: p for n, p in module.named_parameters() if id(p) in owned and p.requires_grad}
@@ -179,17 +178,34 @@ class Problem(ABC):
 
         Where the module assigns a new tensor to a buffer, ``tensors`` holds it afterwards.
         """
-        tied = {alias: tensors[name] for alias, name in self._aliases.items() if name in tensors}
-        every = {**tensors, **tied}
-        compiling = torch.compiler.is_compiling()  # there, recomputations have the substituted tensors by themselves
-        with nullcontext() if compiling else recomputing_with(self.module, every):
+        every = tensors
+        if self._aliases:
+            every = tensors | {alias: tensors[name] for alias, name in self._aliases.items() if name in tensors}
+        if torch.compiler.is_compiling():  # there, recomputations have the substituted tensors by themselves
             if not every:
                 return self.module(*args, **kwargs)
             # every name of a tied tensor is given, so functional_call need not look for ties, which is slow
             output = functional_call(self.module, every, args, kwargs, tie_weights=False)
-        for name in tensors:
-            tensors[name] = every[name]
+        else:
+            with RecomputingWith(self.module, every):
+                output = self._run_within(every, args, kwargs)
+        if every is not tensors:
+            tensors.update((name, every[name]) for name in tensors)
         return output
+
+    def _run_within(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What functional_call does, in a third of its time: the places of the module's tensors are known."""
+        own = []
+        try:
+            for name, tensor in tensors.items():
+                owner, kind, key = self._places[name]
+                place = getattr(owner, kind)
+                own.append((name, place, key, place[key]))
+                place[key] = tensor
+            return self.module(*args, **kwargs)
+        finally:
+            for name, place, key, tensor in own:
+                tensors[name], place[key] = place[key], tensor
 
     def stand_in(self, stand: Stand | None) -> None:
         """Let ``stand`` take the module's place (None: the module itself again)."""
@@ -206,11 +222,11 @@ class Problem(ABC):
 
     def live_state(self) -> State:
         """The module's own parameters and buffers."""
-        parameters, buffers = (
-            {name: getattr(owner, kind)[key] for name, owner, key in places}
-            for kind, places in (("_parameters", self._parameters), ("_buffers", self._buffers))
-        )
-        return State(parameters, buffers, live=True)
+        tensors: dict[str, dict[str, Tensor]] = {"_parameters": {}, "_buffers": {}}
+        for name, (owner, kind, key) in self._places.items():
+            if name not in self._aliases:
+                tensors[kind][name] = getattr(owner, kind)[key]
+        return State(tensors["_parameters"], tensors["_buffers"], live=True)
 
     def state_dict(self) -> dict[str, Any]:
         """All that this problem needs to go on to the bit: module, optimizer, scheduler, position in the data."""
@@ -286,13 +302,14 @@ def _names(given: str | Sequence[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
-def _places(module: nn.Module, kind: str) -> list[tuple[str, nn.Module, str]]:
-    """(name, the submodule that has it, its key there) of each parameter or buffer: asking a large module is slow."""
-    named = module.named_parameters() if kind == "_parameters" else module.named_buffers()
-    found = []
-    for name, _ in named:
-        path, _, key = name.rpartition(".")
-        found.append((name, module.get_submodule(path), key))
+def _places(module: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
+    """{name: the submodule that has the parameter or buffer, which kind it is, its key there}, under all its names."""
+    found = {}
+    parameters = module.named_parameters(remove_duplicate=False)
+    for kind, named in (("_parameters", parameters), ("_buffers", module.named_buffers(remove_duplicate=False))):
+        for name, _ in named:
+            path, _, key = name.rpartition(".")
+            found[name] = (module.get_submodule(path), kind, key)
     return found
 
 

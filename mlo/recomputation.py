@@ -6,8 +6,7 @@ the recomputed activations, and so the gradients, would silently be those of oth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.utils.checkpoint
@@ -19,28 +18,29 @@ from mlo.errors import ConfigError
 _ENTRY = "_checkpoint_without_reentrant_generator_impl"
 
 
-@contextmanager
-def recomputing_with(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+class RecomputingWith:
     """Inside, whatever non-reentrant checkpointing records will be recomputed with ``tensors`` in the module's place.
 
     Reentrant checkpointing hides parameters from ``torch.autograd.grad``, which would take them for unused; there it
     raises a ConfigError.
     """
-    library = torch.utils.checkpoint
-    entry = getattr(library, _ENTRY)
 
-    def patched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return entry(_Within(module, tensors, function) if tensors else function, *args, **kwargs)
+    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self._module = module
+        self._tensors = tensors
 
-    inside = {_ENTRY: patched, "CheckpointFunction": _Reentrant}
-    outside = {name: getattr(library, name) for name in inside}
-    for name, value in inside.items():
-        setattr(library, name, value)
-    try:
-        yield
-    finally:
-        for name, value in outside.items():
-            setattr(library, name, value)
+    def __enter__(self) -> None:  # around every call of a module, so it is to cost next to nothing
+        library = vars(torch.utils.checkpoint)
+        self._outside = library[_ENTRY], library["CheckpointFunction"]
+        library[_ENTRY], library["CheckpointFunction"] = self._recorded, _Reentrant
+
+    def __exit__(self, *_: object) -> None:
+        library = vars(torch.utils.checkpoint)
+        library[_ENTRY], library["CheckpointFunction"] = self._outside
+
+    def _recorded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        within = _Within(self._module, self._tensors, function) if self._tensors else function
+        return self._outside[0](within, *args, **kwargs)
 
 
 class _Reentrant:

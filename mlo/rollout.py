@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from mlo.evaluation import Evaluator
+from mlo.evaluation import Evaluator, MicroBatch
 from mlo.gradients import Gradients, Records
 from mlo.hypergradient.step import Record
 from mlo.optimizers import COUNTERS, Moment, moment, virtual_step
@@ -67,24 +67,55 @@ class Rollout:
         problem, response = self._evaluator.problems[name], self._plan.responses[name]
         targets, at = self._plan.targets(name, later), cast_moment(moment(problem, copies=False), dtype)
         recorded: list[Record] = []
-        for left in reversed(range(problem.steps_now)):
-            keep = bool(targets) and response.records(left)
-            step = problem.steps_now - 1 - left
-            batches = cast_batches(problem.batches_ahead(step), dtype)
+        step = taken = 0  # steps taken, and of these recorded
+        while (left := problem.steps_now - step) > 0:
+            keep = bool(targets) and response.records(left - 1)
+            count = self._gradients.at_once(name, states, taken, left) if keep else 0
+            batches = [cast_batches(problem.batches_ahead(step + i), dtype) for i in range(max(count, 1))]
+            if count and (several := self._at_once(name, states, batches, at, targets)) is not None:
+                record, states[name], at = several
+                recorded.append(record)
+                step, taken = step + count, taken + count
+                continue
             before, was = states[name], at
-            onto = targets if keep and self._gradients.kept_for_pullback(name, len(recorded), left) else ()
-            stored = response.stored(before, was, len(recorded)) if keep and response.needs_before else (None, None)
+            onto = targets if keep and self._gradients.kept_for_pullback(name, taken, left - 1) else ()
+            stored = response.stored(before, was, taken) if keep and response.needs_before else (None, None)
             seen = self._gradients.seen(name, states, stored[0]) if onto else states
-            gradient = self._gradients.of(name, seen, records, batches, "virtual", onto)
+            gradient = self._gradients.of(name, seen, records, batches[0], "virtual", onto)
             moved, at = virtual_step(problem, before.parameters, gradient.own, was)
             if keep:
                 fresh = cast_batches(problem.batches_ahead(step + 1), dtype) if response.takes_fresh_batches else ()
                 recorded.append(gradient.record(problem, *stored, before, states, fresh))
             states[name] = State({**before.parameters, **moved}, gradient.buffers)
+            step, taken = step + 1, taken + keep
         for record in recorded:
             record.after = states[name]
         if targets:
             records[name] = recorded
+
+    def _at_once(
+        self,
+        name: str,
+        states: Mapping[str, State],
+        batches: Sequence[tuple[Any, ...]],
+        at: Moment,
+        targets: Collection[str],
+    ) -> tuple[Record, State, Moment] | None:
+        """Several steps in one graph: their record, and what they led to; None if they can only be taken one by one."""
+        problem, before = self._evaluator.problems[name], states[name]
+        micro = MicroBatch(batches[-1][0], self._evaluator.capture(name))
+        taken = self._evaluator.stretch(
+            name, states, [batch for (batch,) in batches], at.groups, at.slots, kind="virtual", through=targets
+        )
+        if taken is None:  # it may have drawn before it was given up
+            micro.randomness.restore(self._evaluator.device)
+            return None
+        moved = {v: end.detach().requires_grad_() for v, end in zip(problem.variables, taken.end, strict=True)}
+        after = State({**before.parameters, **moved}, taken.buffers)
+        reads = {read: states[read] for read in problem.node.reads}
+        record = Record(problem, before, after, None, at, (micro,), reads, stretch=taken)
+        slots = {n: {k: v if v is None else v.detach() for k, v in slot.items()} for n, slot in taken.left.items()}
+        return record, after, Moment(at.groups, slots)
 
 
 def cast_state(state: State, dtype: torch.dtype) -> State:

@@ -6,7 +6,7 @@ weights; this one gives the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,15 +26,18 @@ def applies(problem: Problem, groups: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def step(
-    problem: Problem,
-    groups: Groups,
+    of: Mapping[str, Mapping[str, Any]],
     parameters: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor | None],
     slots: Slots,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The variables and slots after one step; differentiable in all tensors, where gradients are enabled."""
+    """The variables and slots after one step; differentiable in all tensors, where gradients are enabled.
+
+    Args:
+        of: {variable: the hyperparameters of its group}; the rate may be a tensor.
+    """
     moved, after = {}, {name: dict(slot) for name, slot in slots.items()}
-    for name, group in _groups(problem, groups):
+    for name, group in of.items():
         parameter, gradient = parameters[name], gradients[name]
         if gradient is None:
             moved[name] = parameter.clone()
@@ -47,7 +50,9 @@ def step(
             buffer = along.clone() if last is None else (last * momentum).add(along, alpha=1 - group["dampening"])
             after[name] = {"momentum_buffer": buffer}
             along = torch.add(along, buffer, alpha=momentum) if group["nesterov"] else buffer
-        moved[name] = torch.add(parameter, along, alpha=-group["lr"])
+        rate = group["lr"]
+        by_tensor = isinstance(rate, Tensor)
+        moved[name] = parameter - rate.to(along.dtype) * along if by_tensor else parameter.add(along, alpha=-rate)
     return moved, after
 
 
@@ -57,17 +62,19 @@ def pull(
     gradients: Mapping[str, Tensor | None],
     begun: Slots,
     cotangents: Mapping[str, Tensor],
-    slots: Slots,
+    slots: Slots | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """:func:`step` transposed: cotangents of gradients, variables and slots, from those of what the step led to.
 
     Args:
         gradients: which variables had one.
         begun: the slots before the step.
-        cotangents, slots: of the variables and of the slots after the step.
+        cotangents, slots: of the variables and of the slots after the step; without slots, of the gradients alone is
+            asked.
     """
     to_gradients, to_parameters, to_slots = {}, {}, {}
-    for name, group in _groups(problem, groups):
+    held, slots = slots is None, slots or {}
+    for name, group in hyperparameters(problem, groups).items():
         cotangent, of_buffer = cotangents[name], slots.get(name, {}).get("momentum_buffer")
         if gradients[name] is None:
             to_gradients[name], to_parameters[name] = torch.zeros_like(cotangent), cotangent
@@ -80,20 +87,22 @@ def pull(
             buffer = buffer if of_buffer is None else buffer + of_buffer
             taken = buffer
             if begun.get(name, {}).get("momentum_buffer") is not None:
-                to_slots[name] = {"momentum_buffer": buffer * momentum}
+                if not held:
+                    to_slots[name] = {"momentum_buffer": buffer * momentum}
                 taken = buffer * (1 - group["dampening"]) if group["dampening"] else buffer
             along = along + taken if group["nesterov"] else taken
-        decay = group["weight_decay"]
+        decay = 0.0 if held else group["weight_decay"]
         to_parameters[name] = torch.add(cotangent, along, alpha=decay) if decay else cotangent
         to_gradients[name] = -along if group["maximize"] else along
     return to_gradients, to_parameters, to_slots
 
 
-def _groups(problem: Problem, groups: Groups) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each variable with the hyperparameters that its group had then."""
-    of = {
-        id(parameter): hyperparameters
-        for hyperparameters, group in zip(groups, problem.optimizer.param_groups, strict=True)
-        for parameter in group["params"]
-    }
-    return ((name, of[id(parameter)]) for name, parameter in problem.variables.items())
+def hyperparameters(problem: Problem, groups: Groups) -> dict[str, Mapping[str, Any]]:
+    """{variable: the hyperparameters that its group had then}."""
+    return {name: groups[group] for name, group in group_numbers(problem).items()}
+
+
+def group_numbers(problem: Problem) -> dict[str, int]:
+    """{variable: the number of its parameter group}."""
+    of = {id(p): number for number, group in enumerate(problem.optimizer.param_groups) for p in group["params"]}
+    return {name: of[id(parameter)] for name, parameter in problem.variables.items()}

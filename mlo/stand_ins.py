@@ -9,20 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlo.errors import GraphError
 from mlo.memo import Memo
 from mlo.problem import Problem, State
 
 
-def loss_with(problems: Mapping[str, Problem], name: str, stands: Mapping[str, Own | Read], batch: Any) -> Any:
+def loss_with(problems: Mapping[str, Problem], name: str, stands: Mapping[str, Own | Read], batch: Any) -> Tensor:
     """The loss of a problem with stand-ins for its module and for those of the problems that it reads."""
     try:
         for other, stand in stands.items():
             problems[other].stand_in(stand)
-        arguments = {argument: problems[read] for argument, read in problems[name].arguments.items()}
-        return problems[name].loss(batch, **arguments)
+        return loss_within(problems, name, batch)
     finally:
         for other in stands:
             problems[other].stand_in(None)
+
+
+def loss_within(problems: Mapping[str, Problem], name: str, batch: Any) -> Tensor:
+    """The loss of a problem under the stand-ins that are in place.
+
+    Raises:
+        GraphError: if it is not a scalar tensor.
+    """
+    problem = problems[name]
+    loss: Any = problem.loss(batch, **{argument: problems[read] for argument, read in problem.arguments.items()})
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise GraphError(f"problem {name!r}: its loss returned {found}; return a scalar tensor (.mean() or .sum())")
+    return loss
 
 
 class Own:

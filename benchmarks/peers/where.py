@@ -1,82 +1,95 @@
-"""Where the time of one step of the tiny unroll goes, in microseconds: `python -m benchmarks.peers.where`."""
+"""Where the time of the tiny unroll goes, in microseconds a step: `python -m benchmarks.peers.where`."""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 from torch.func import functional_call
 
 import mlo
-from benchmarks.peers.by_hand import leaves, mlp
-from benchmarks.peers.libraries import with_mlo
+from benchmarks.peers.by_hand import combined, leaves, mlp
+from benchmarks.peers.libraries import build, with_mlo
 from benchmarks.peers.workloads import Bilevel, make
-from mlo.hypergradient import Exact, Step
-from mlo.hypergradient.step import copied
 from mlo.operators import twice_differentiable
-from mlo.optimizers import moment, virtual_step
+from mlo.optimizers import moment
 
 
-def microseconds(call: Callable[[], object], count: int = 1000) -> float:
-    """CPU time of a call, median of five blocks."""
-    found = []
-    for _ in range(6):
-        begun = time.process_time()
-        for _ in range(count):
-            call()
-        found.append(1e6 * (time.process_time() - begun) / count)
-    return statistics.median(found[1:])
+def microseconds(calls: dict[str, Callable[[], object]], count: int = 10, rounds: int = 30) -> dict[str, float]:
+    """CPU time of each call, the least of some blocks, which are taken in turn."""
+    found = dict.fromkeys(calls, float("inf"))
+    for _ in range(rounds):
+        for what, call in calls.items():
+            begun = time.process_time()
+            for _ in range(count):
+                call()
+            found[what] = min(found[what], 1e6 * (time.process_time() - begun) / count)
+    return found
 
 
 def pieces() -> dict[str, Callable[[], object]]:
-    """{what: a call of it}, of the workload (d)."""
+    """{what: a call of it, of as many steps as the workload (d) has}."""
     task = make("tiny")
     assert isinstance(task, Bilevel)
     problems, top = with_mlo._bilevel(task)
     engine = mlo.Engine(problems, "unrolled", lookahead=False, device="cpu")
     engine.hypergradient(top)
-    model, evaluator, gradients = engine.problems["model"], engine._evaluator, engine._gradients
-    states = engine._live_states()
-    states["model"] = copied(states["model"])
-    batches, at = model.batches_ahead(), moment(model, copies=False)
-    gradient = gradients.of("model", states, {}, batches, "virtual", (top,))
-    step = Step(gradient.record(model, states["model"], at, states["model"], states), (top,), evaluator)
-    curvature = Exact().at(step.before())
-    point = leaves(list(task.model.parameters()))
-    vector = task.direction(point)
-    images = task.lower[0][0]
-    named = dict(states["model"].parameters)
+    hand = build("hand", make("tiny"), "unrolled")
+    model, evaluator, states = engine.problems["model"], engine._evaluator, engine._live_states()
+    batches, at = [model.batches_ahead(n)[0] for n in range(task.steps)], moment(model, copies=False)
+    hyper = list(task.weights.parameters())
 
-    def by_hand() -> torch.Tensor:
-        return task.lower_loss(lambda x: mlp(point, x), task.weights, point, task.lower[0])
+    def unrolled(network: Callable[[Sequence[Tensor], Tensor], Tensor]) -> Sequence[Tensor]:
+        p: Sequence[Tensor] = leaves(list(task.model.parameters()))
+        for batch in batches:
+            loss = task.lower_loss(lambda x, p=p: network(p, x), task.weights, p, batch)
+            p = combined(p, torch.autograd.grad(loss, p, create_graph=True), -task.lr)
+        return p
 
-    def attention_kernel() -> None:
+    def called(p: Sequence[Tensor], images: Tensor) -> Tensor:
+        return functional_call(task.model, dict(zip(model.variables, p, strict=True)), (images,))
+
+    def several() -> mlo.passes.Stretch:
+        found = evaluator.stretch("model", states, batches, at.groups, at.slots, kind="virtual", through=(top,))
+        assert found is not None
+        return found
+
+    ends, taken = unrolled(mlp), several()
+    vector = task.direction(ends)
+
+    def losses() -> None:
+        for batch in batches:
+            evaluator.evaluate("model", states, batch, kind="virtual", through=(top,))
+
+    def losses_by_hand() -> None:
+        for batch in batches:
+            task.lower_loss(lambda x: mlp(taken.start, x), task.weights, taken.start, batch)
+
+    def kernel() -> None:
         with twice_differentiable():
             pass
 
     return {
-        "by hand: the loss": by_hand,
-        "by hand: its gradient, with the graph": lambda: torch.autograd.grad(by_hand(), point, create_graph=True),
-        "the loss": lambda: evaluator.evaluate("model", states, batches[0], kind="virtual", through=(top,)),
-        "  of it, functional_call of the network": lambda: functional_call(task.model, named, (images,)),
-        "its gradient, with the graph": lambda: evaluator.differentiate(
-            "model", states, batches[0], of=("model",), kind="virtual", through=(top,), keep_graph=True
-        ),
-        "  of it, choosing the attention kernel": attention_kernel,
-        "the same, as the engine takes it": lambda: gradients.of("model", states, {}, batches, "virtual", (top,)),
-        "the step": lambda: virtual_step(model, states["model"].parameters, gradient.own, at),
-        "the product": lambda: curvature.both(vector),
-        "the pullback through the optimizer": lambda: step.pull_through_optimizer(vector, curvature, {}),
+        "by hand: the losses": losses_by_hand,
+        "by hand: the steps, in one graph": lambda: unrolled(mlp),
+        "the same, the network called by functional_call": lambda: unrolled(called),
+        "by hand: the walk back": lambda: torch.autograd.grad(ends, hyper, vector, retain_graph=True),
+        "by hand: all": hand.round,
+        "the losses": losses,
+        "the steps, in one graph": several,
+        "  of it, choosing the attention kernel": kernel,
+        "the walk back": lambda: taken.pull(vector, {}, hyper, True),
+        "all": lambda: engine.hypergradient(top),
     }
 
 
 def main() -> None:
     """Print the pieces."""
     torch.set_num_threads(1)
-    for what, call in pieces().items():
-        print(f"{microseconds(call):6.0f}  {what}")
+    for what, found in microseconds(pieces()).items():
+        print(f"{found / 20:6.1f}  {what}")
 
 
 if __name__ == "__main__":

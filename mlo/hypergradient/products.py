@@ -14,7 +14,6 @@ from torch.autograd import forward_ad
 
 from mlo.config import Config, Registered
 from mlo.hypergradient.step import Cotangents, Curvature, LocalLoss, cotangents_of
-from mlo.memo import add_to
 from mlo.operators import twice_differentiable
 from mlo.registry import PRODUCTS
 from mlo.vectors import Vector, add, filled, norm, scaled
@@ -216,13 +215,14 @@ def _difference(
     """The difference quotient of the gradients at points ``radius`` away along ``vector``, or of one and ``base``."""
     size = norm(vector)
     stride = torch.where(size > 0, radius / size, 0.0)
-    weight = size / (len(signs) * radius)
-    total: Vector = () if base is None or not own else scaled(base[0], -weight)
-    inputs = {} if base is None else {key: -weight * gradient for key, gradient in base[1].items()}
+    total: Vector = () if base is None or not own else scaled(base[0], -1.0)
+    inputs = {} if base is None else dict(zip(base[1], scaled(list(base[1].values()), -1.0), strict=True))
     for sign in signs:
         with torch.no_grad():
             moved = tuple(p.requires_grad_() for p in add(loss.point, vector, sign * stride))
         at_own, at_inputs = loss.gradients(moved, own)
-        total = add(total, at_own, sign * weight) if total else scaled(at_own, sign * weight)
-        add_to(inputs, list(at_inputs), [(sign * weight) * gradient for gradient in at_inputs.values()])
-    return total, inputs
+        total = add(total, at_own, sign) if total else at_own  # the first sign is positive
+        for key, gradient in at_inputs.items():
+            inputs[key] = gradient.mul(sign) if key not in inputs else inputs[key].add(gradient, alpha=sign)
+    weight = size / (len(signs) * radius)
+    return scaled(total, weight), dict(zip(inputs, scaled(list(inputs.values()), weight), strict=True))

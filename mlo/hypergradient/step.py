@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from mlo.optimizers import (
     pull_through_step,
     virtual_step,
 )
+from mlo.passes import Stretch
 from mlo.problem import Problem, State
 from mlo.vectors import Vector, add, filled, scaled
 
@@ -62,6 +64,8 @@ class Record:
         base: {output of a problem read: the step's gradient for it}, where a product asks for it.
         graph: the variables that the gradient was evaluated at, and the gradient with its graph, where the response
             takes exact products there.
+        stretch: the steps, where the record is of several in one graph; ``gradient`` is then not kept, and ``micro`` is
+            of the last one.
         inner: {lower problem: its recorded steps}, lowest first, that the gradient itself ran through, where the
             curvature is to include that path; those steps are then part of the loss.
     """
@@ -79,6 +83,7 @@ class Record:
     base: dict[Tensor, Tensor] | None = field(default=None, repr=False)
     inner: Mapping[str, Sequence[Record]] = field(default_factory=dict, repr=False)
     graph: tuple[Vector, Vector] | None = field(default=None, repr=False)
+    stretch: Stretch | None = field(default=None, repr=False)
 
     def freeze(self, name: str) -> None:
         """Keep a copy of what the step read of problem ``name``, whose own tensors are about to change."""
@@ -142,6 +147,21 @@ class Step:
             at = cotangent if is_linear(record.problem) else curvature.gradient()
             gradients = {n: None if n in record.unreached else g for n, g in zip(names, at, strict=True)}
         return pull_through_step(record.problem, record.before.parameters, gradients, record.moment, cotangent, slots)
+
+    def pull_through_stretch(self, cotangent: Vector, slots: Slots, oldest: bool) -> tuple[Vector, Slots, Cotangents]:
+        """Steps in one graph, transposed: cotangents of variables and slots before them, and of what their loss read.
+
+        Args:
+            oldest: whether nothing before them is asked for.
+        """
+        reads, problems = self.record.reads, self._evaluator.problems
+        inputs = {t: [reads[t].parameters[v] for v in problems[t].variables] for t in self.targets}
+        assert self.record.stretch is not None
+        before, begun, found = self.record.stretch.pull(
+            cotangent, slots, list(chain.from_iterable(inputs.values())), oldest
+        )
+        rest = iter(found)
+        return before, begun, {t: _reached(list(islice(rest, len(of))), of) for t, of in inputs.items()}
 
     def repeated(self) -> tuple[State, Moment]:
         """The state and the optimizer that the step led to, computed again; one pass."""
@@ -348,13 +368,17 @@ class LocalLoss:
         answer: dict[str, Vector | None] = {}
         for target in self._targets:
             variables = self._parameters_of(target)
-            found = [pulled.get(variable) for variable in variables]
-            answer[target] = None if all(f is None for f in found) else filled(found, variables)
+            answer[target] = _reached([pulled.get(variable) for variable in variables], variables)
         return answer
 
     def _parameters_of(self, target: str) -> list[Tensor]:
         parameters = self._record.reads[target].parameters
         return [parameters[name] for name in self._evaluator.problems[target].variables]
+
+
+def _reached(found: Sequence[Tensor | None], variables: Sequence[Tensor]) -> Vector | None:
+    """Cotangents of one problem's variables, one tensor each; None if no gradient reaches any of them."""
+    return None if all(f is None for f in found) else filled(found, variables)
 
 
 def copied(state: State, device: torch.device | None = None) -> State:

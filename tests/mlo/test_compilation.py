@@ -123,11 +123,14 @@ class Top(mlo.Problem):
         return low(batch).square().mean()
 
 
-def two_levels(cls: type[mlo.Problem], steps: int = 1, module: type[nn.Module] | None = None) -> list[mlo.Problem]:
+def two_levels(
+    cls: type[mlo.Problem], steps: int = 1, module: type[nn.Module] | None = None, momentum: float = 0.0
+) -> list[mlo.Problem]:
     torch.manual_seed(0)
     data = [torch.randn(4, 3)]
     one, two = nn.Linear(3, 2) if module is None else module(), nn.Linear(3, 2)
-    low = cls("low", module=one, optimizer=torch.optim.SGD(one.parameters(), lr=0.1), data=data, steps=steps)
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.1, momentum=momentum)
+    low = cls("low", module=one, optimizer=optimizer, data=data, steps=steps)
     return [low, Top("top", module=two, optimizer=torch.optim.SGD(two.parameters(), lr=0.1), data=data)]
 
 
@@ -172,6 +175,52 @@ def test_what_cannot_be_compiled_is_said_once_and_runs_as_it_is(cls, reason):
     plain.run(4)
     torch.testing.assert_close(compiled.losses, plain.losses)
     assert "top" not in compiled._evaluator._compiler.refused
+
+
+def test_several_steps_are_one_compiled_call_at_rates_and_factors_of_the_moment():
+    """Seven steps: five in one, and two; from round to round nothing is compiled again for a new learning rate."""
+    plain, compiled = engines(lambda: two_levels(Held, steps=7, momentum=0.9), "unrolled")
+    for round in range(12):
+        found = []
+        for engine in (plain, compiled):
+            engine.problems["low"].optimizer.param_groups[0]["lr"] = 0.1 / (1 + round)
+            engine.problems["low"].factor = 1.0 if round < 6 else 2.0
+            engine.step()
+            found.append(engine.hypergradient("top")["weight"])
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+    compiler = compiled._evaluator._compiler
+    assert ("low", compilation.STEPS) in {key[:2] for key in compiler._ran}
+    assert not compiler.refused
+    assert not compiler._failed
+    assert compiled.passes == plain.passes
+
+
+def test_steps_on_batches_of_several_forms_are_taken_one_by_one():
+    def stack() -> list[mlo.Problem]:
+        made = two_levels(Held, steps=5)
+        made[0].stream = mlo.streams.open_stream([torch.randn(n, 3) for n in (4, 4, 3)], "low")
+        return made
+
+    plain, compiled = engines(stack, "unrolled")
+    for _ in range(3):
+        found = []
+        for engine in (plain, compiled):
+            engine.step()
+            found.append(engine.hypergradient("top")["weight"])
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+    assert ("low", compilation.STEPS) not in {key[:2] for key in compiled._evaluator._compiler._ran}
+
+
+@pytest.mark.kernels
+def test_compiled_kernels_of_several_steps_give_the_same():
+    plain, compiled = engines(lambda: two_levels(Held, steps=5, momentum=0.9), "unrolled")
+    for _ in range(3):
+        found = []
+        for engine in (plain, compiled):
+            engine.step()
+            found.append(engine.hypergradient("top")["weight"])
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+    assert ("low", compilation.STEPS) in {key[:2] for key in compiled._evaluator._compiler._ran}
 
 
 class Between(mlo.Problem):

@@ -41,6 +41,11 @@ class Response(Config, ABC):
         """Memory for such graphs of other steps than the last, whose is kept in any case."""
         return 0.0
 
+    @property
+    def in_one_graph(self) -> bool:
+        """Whether steps may be recorded in one graph, and need neither states nor gradients of those in between."""
+        return False
+
     def records(self, left: int) -> bool:
         """Whether a step is recorded after which ``left`` more are taken in the round."""
         return left == 0

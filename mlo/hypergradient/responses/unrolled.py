@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from mlo.hypergradient.responses.base import AlongSteps, Pulled
-from mlo.hypergradient.step import Step, copied
+from mlo.hypergradient.step import Cotangents, Slots, Step, copied
 from mlo.optimizers import Moment, moved_moment
 from mlo.problem import State
 from mlo.vectors import Vector, add
@@ -22,8 +22,9 @@ class Backpropagation(AlongSteps, ABC):
 
     Cotangents flow through the parameters and through the optimizer's state (momentum, Adam's moments). Memory grows
     by the stored states, and by ``graph_memory`` at most: as many steps as fit there keep the graph of their gradient,
-    the others make it again, one alive at a time. States can be thinned, with the others recomputed (one more pass a
-    step), and kept on the CPU.
+    the others make it again, one alive at a time. Virtual steps by torch's SGD are taken in one graph as far as it
+    fits, and walked back by one backward. States can be thinned, with the others recomputed (one more pass a step),
+    and kept on the CPU.
     """
 
     every: int = Field(1, ge=1, description="store every n-th state, and recompute the others")
@@ -46,6 +47,11 @@ class Backpropagation(AlongSteps, ABC):
         return self.every > 1
 
     @property
+    def in_one_graph(self) -> bool:
+        """Where all states are kept on the device anyway."""
+        return self.keeps_graph and self.every == 1 and self.store_on == "device"
+
+    @property
     def graph_bytes(self) -> float:
         """As the options have it."""
         return self.graph_memory * 2**20
@@ -53,24 +59,27 @@ class Backpropagation(AlongSteps, ABC):
     def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
         """One product and one optimizer pullback for each step."""
         total: dict[str, Vector | None] = dict.fromkeys(steps[-1].targets)
-        slots: dict[str, dict[str, torch.Tensor]] = {}
+        slots: Slots = {}
         oldest = steps[0]
         for step in _backwards(steps):
-            curvature = self.product.at(step.before())
-            if step is oldest and not slots:
-                u = step.pull_through_optimizer(cotangent, curvature).gradient
+            if step.record.stretch is not None:
+                cotangent, slots, cross = step.pull_through_stretch(cotangent, slots, step is oldest)
             else:
-                pulled = step.pull_through_optimizer(cotangent, curvature, slots)
-                u, slots = pulled.gradient, {n: dict(s) for n, s in pulled.slots.items()}
-            if step is oldest:
-                cross = curvature.cross(u)
-            else:
-                own, cross = curvature.both(u)
-                cotangent = add(pulled.parameters, own)
+                cotangent, slots, cross = self._pull_step(step, cotangent, slots, step is oldest)
             for target, found in cross.items():
                 so_far = total[target]
                 total[target] = so_far if found is None else found if so_far is None else add(so_far, found)
         return Pulled(total)
+
+    def _pull_step(self, step: Step, cotangent: Vector, slots: Slots, oldest: bool) -> tuple[Vector, Slots, Cotangents]:
+        """Cotangents of variables and slots before one step, if it is not the ``oldest``, and of what its loss read."""
+        curvature = self.product.at(step.before())
+        if oldest:
+            u = step.pull_through_optimizer(cotangent, curvature, slots or None).gradient
+            return cotangent, slots, curvature.cross(u)
+        pulled = step.pull_through_optimizer(cotangent, curvature, slots)
+        own, cross = curvature.both(pulled.gradient)
+        return add(pulled.parameters, own), pulled.slots, cross
 
 
 class Unrolled(Backpropagation):

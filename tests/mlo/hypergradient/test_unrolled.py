@@ -83,6 +83,58 @@ def test_passes(memory, every, recomputed, products):
     assert engine.pullbacks == {"teacher": 2, "student": 2}
 
 
+@pytest.mark.parametrize(("memory", "products"), [(0.0, 4), (2.5, 2), (4.5, 0), (100.0, 0)])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "nesterov"])
+def test_virtual_steps_in_one_graph_give_the_same_in_as_few_passes(optimizer, memory, products):
+    """Of steps whose graphs fit into the memory, ``memory`` of them, all are taken in one graph."""
+    stack = small_lbt(optimizer, steps=5)
+    first = mlo.Engine(stack, "unrolled", device="cpu")
+    first.step()
+    memory *= first._evaluator.graph_bytes["teacher"] / 2**20
+    engine = mlo.Engine(stack, {"kind": "unrolled", "graph_memory": memory}, device="cpu")
+    engine.step()  # in which the size of a graph is found out
+    before, expected = dict(engine.passes["teacher"]), brute_force(stack)
+    random = torch.get_rng_state()
+    torch.testing.assert_close(engine.hypergradient("arch")["weights"], expected, rtol=1e-10, atol=1e-13)
+    assert torch.equal(torch.get_rng_state(), random)
+    taken = {kind: count - before.get(kind, 0) for kind, count in engine.passes["teacher"].items()}
+    assert taken["virtual"] == 5
+    assert taken.get("product", 0) == products
+
+
+def test_steps_in_one_graph_are_pulled_back_for_several_upper_problems():
+    """The middle problem's gradient runs through them, and so does the top's."""
+    found = []
+    for memory in (0.0, 16.0):
+        torch.manual_seed(0)
+        stack, data = [], [torch.randn(4, 3, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+        for cls, name, steps in ((Both, "low", 4), (Weighed, "mid", 3), (Over, "top", 1)):
+            module = nn.Linear(3, 2)
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.5)
+            stack.append(cls(name, module=module, optimizer=optimizer, data=data, steps=steps))
+        with pytest.warns(UserWarning, match="inner path"):
+            engine = mlo.Engine(stack, {"kind": "unrolled", "graph_memory": memory}, device="cpu")
+        engine.run(2)
+        found.append({name: engine.hypergradient(name)["weight"] for name in ("mid", "top")})
+        assert engine.passes["low"]["virtual"] == 8
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+
+
+class Both(mlo.Problem):
+    def loss(self, batch, mid, top):
+        return (self(batch) - mid(batch) * top(batch)).square().mean()
+
+
+class Weighed(mlo.Problem):
+    def loss(self, batch, low, top):
+        return (low(batch).tanh() - self(batch)).square().mean() + (self(batch) * top(batch)).mean()
+
+
+class Over(mlo.Problem):
+    def loss(self, batch, low, mid):
+        return (low(batch) * mid(batch)).sin().square().mean()
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_batch_norm_and_dropout_are_replayed_in_every_step(options):
     """Recomputed or stored, the same masks: all options agree to the last digits, though dropout is at work."""
