@@ -123,8 +123,8 @@ class Problem(ABC):
         self.node = Node(name, tuple(dict.fromkeys(self.arguments.values())), _names(held), _names(sometimes))
         self.stream = open_stream(data, name)
         self.steps_taken = 0
-        self._aliases = _aliases(module)
         self._places = _places(module)
+        self._aliases = _aliases(self._places)
         self._stand: Stand | None = None
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.variables = {n: p for n, p in module.named_parameters() if id(p) in owned and p.requires_grad}
@@ -303,18 +303,21 @@ def _names(given: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _places(module: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
-    """{name: the submodule that has the parameter or buffer, which kind it is, its key there}, under all its names."""
-    found = {}
+    """{name: the submodule that has the parameter or buffer, which kind it is, its key there}, each place once.
+
+    A tied tensor has several places, a shared submodule's has one, by whatever names it is reached.
+    """
+    found: dict[tuple[nn.Module, str, str], str] = {}
     parameters = module.named_parameters(remove_duplicate=False)
     for kind, named in (("_parameters", parameters), ("_buffers", module.named_buffers(remove_duplicate=False))):
         for name, _ in named:
             path, _, key = name.rpartition(".")
-            found[name] = (module.get_submodule(path), kind, key)
-    return found
+            found.setdefault((module.get_submodule(path), kind, key), name)
+    return {name: place for place, name in found.items()}
 
 
-def _aliases(module: nn.Module) -> dict[str, str]:
-    """{further name of a tied parameter or buffer: the name that named_parameters and named_buffers give}."""
+def _aliases(places: Mapping[str, tuple[nn.Module, str, str]]) -> dict[str, str]:
+    """{name of a tied tensor's further place: the name of its first, which named_parameters and named_buffers give}."""
     first: dict[int, str] = {}
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return {name: first[id(tensor)] for name, tensor in named if first.setdefault(id(tensor), name) != name}
+    tensors = {name: getattr(owner, kind)[key] for name, (owner, kind, key) in places.items()}
+    return {name: first[id(tensor)] for name, tensor in tensors.items() if first.setdefault(id(tensor), name) != name}

@@ -205,6 +205,40 @@ def test_frozen_parameters_and_those_of_no_optimizer_stay():
     assert [n for n, p in teacher.named_parameters() if not torch.equal(p, before[n])] == ["head.weight"]
 
 
+def test_a_submodule_under_two_names_is_run_as_it_is_and_left_alone_by_a_look():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+            self.again = nn.Sequential(self.layer, self.norm)
+
+        def forward(self, x):
+            return self.again(self.norm(self.layer(x)))
+
+    class Low(mlo.Problem):
+        def loss(self, batch):
+            return self(batch).sin().mean()
+
+    torch.manual_seed(0)
+    module, x = Twice(), torch.randn(5, 3)
+    plain = copy.deepcopy(module)
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    values = {name: tensor.clone() for name, tensor in tensors.items()}
+    engine = mlo.Engine(
+        Low("low", module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1), data=[x]), device="cpu"
+    )
+    engine.objective("low")
+    engine.hypergradient("low")
+    for name, tensor in {**dict(module.named_parameters()), **dict(module.named_buffers())}.items():
+        assert tensor is tensors[name]
+        assert torch.equal(tensor, values[name])
+    engine.step()
+    plain(x).sin().mean().backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(module.state_dict()[name], tensor)
+
+
 def test_tied_weights_stay_tied_and_get_both_parts_of_their_gradient():
     class Tied(nn.Module):
         def __init__(self):
