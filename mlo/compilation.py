@@ -20,6 +20,7 @@ from mlo import errors
 
 Key = tuple[str, *tuple[Hashable, ...]]
 STEPS = 5  # taken in one compiled function: half of what a step of a small network costs is the call's, not its own
+SMALL_GRAPH = 2**18  # bytes of a step's graph up to which they are; at some MB each is faster by itself
 _OPTIONS: dict[str, Any] = {
     "fullgraph": True,
     "isolate_recompiles": True,

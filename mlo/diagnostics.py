@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 import weakref
@@ -40,7 +41,7 @@ def check(engine: Engine, name: str | None = None, *, directions: int = 4, toler
         engine: at any state; nothing of it changes.
         name: the upper problem; None: the last in the engine's list.
         directions: random directions that are compared.
-        tolerance: relative to the size of the hypergradient.
+        tolerance: of the error relative to the derivative, both in the mean square over the directions.
 
     Raises:
         HypergradientError: if they differ, with both values along each direction.
@@ -49,7 +50,6 @@ def check(engine: Engine, name: str | None = None, *, directions: int = 4, toler
     found = engine.hypergradient(top, torch.float64)
     point = {n: engine.problems[top].module.get_parameter(n).detach().double() for n in found}
     draw = torch.Generator().manual_seed(0)
-    scale = norm(tuple(found.values())).item()
     step, rows = 1e-6 * max(1.0, norm(tuple(point.values())).item()), []
     for _ in range(directions):
         drawn = {n: torch.randn(p.shape, generator=draw, dtype=torch.float64).to(p.device) for n, p in point.items()}
@@ -61,8 +61,9 @@ def check(engine: Engine, name: str | None = None, *, directions: int = 4, toler
         ]
         predicted = dot(tuple(found.values()), tuple(along.values())).item()
         rows.append((predicted, (ends[0] - ends[1]) / (2 * step)))
-    error = max(abs(predicted - measured) for predicted, measured in rows)
-    rounding = 4 * torch.finfo(torch.float64).eps * abs(ends[0]) / step  # of the differences themselves
+    error = math.hypot(*(predicted - measured for predicted, measured in rows))
+    scale = math.hypot(*(measured for _, measured in rows))  # both shrink alike with the number of parameters
+    rounding = 4 * torch.finfo(torch.float64).eps * abs(ends[0]) / step * math.sqrt(directions)  # of the differences
     if error > tolerance * scale + rounding:
         values = "\n".join(f"  {predicted:+.9e}  {measured:+.9e}" for predicted, measured in rows)
         raise HypergradientError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mlo import sgd
-from mlo.compilation import STEPS, Compiler
+from mlo.compilation import SMALL_GRAPH, STEPS, Compiler
 from mlo.errors import GraphError
 from mlo.graph_contents import SavedBytes, leaves_of
 from mlo.memo import Memo, add_to
@@ -149,7 +149,12 @@ class Evaluator:
             nullcontext() if randomness is None else replay(randomness, self.device),
             self._lowered(problem, autocast),
         ):
-            loss = loss_with(self.problems, name, stands, batch)
+            try:
+                loss = loss_with(self.problems, name, stands, batch)
+            except (TypeError, ValueError) as error:
+                if batch is None:
+                    error.add_note(f"(problem {name!r} was given no data, so the batch of its loss is None)")
+                raise
             if outside is not None and randomness is None:
                 self._note_draws(name, outside)
         return Evaluation(loss, own.buffers)
@@ -244,7 +249,9 @@ class Evaluator:
         """How many of the next ``wanted`` steps of a problem :meth:`stretch` takes; 0: none."""
         if name not in self._torch_only or wanted < 2:
             return 0
-        return wanted if not self._compiles(name, states) else STEPS if wanted >= STEPS else 0
+        if not self._compiles(name, states):
+            return wanted
+        return STEPS if wanted >= STEPS and self.graph_bytes[name] <= SMALL_GRAPH else 0
 
     def stretch(
         self,

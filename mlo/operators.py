@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,21 @@ class ThriceDifferentiable(TorchFunctionMode):
 
     Torch's own have no third derivative: that of batch normalization is refused in reverse mode and wrong without a
     word in forward mode, that of layer normalization is wrong in both.
+
+    Attributes:
+        active: how many are entered; what is recorded inside must be recomputed inside.
     """
+
+    active: ClassVar[int] = 0
+
+    def __enter__(self) -> Self:
+        ThriceDifferentiable.active += 1
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        ThriceDifferentiable.active -= 1
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -43,6 +57,7 @@ def _batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """:func:`torch.nn.functional.batch_norm`, with its arguments and its effect on the running statistics."""
+    dtype, input = input.dtype, _full(input)
     others = [dim for dim in range(input.dim()) if dim != 1]
     mean, variance = running_mean, running_var
     if training:
@@ -55,7 +70,7 @@ def _batch_norm(
     shape = [-1 if dim == 1 else 1 for dim in range(input.dim())]
     normal = (input - mean.view(shape)) * (variance + eps).rsqrt().view(shape)
     scaled = normal if weight is None else normal * weight.view(shape)
-    return scaled if bias is None else scaled + bias.view(shape)
+    return (scaled if bias is None else scaled + bias.view(shape)).to(dtype)
 
 
 def _layer_norm(
@@ -66,11 +81,18 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """:func:`torch.nn.functional.layer_norm`, with its arguments."""
+    kept = torch.is_autocast_enabled("cuda") and input.device.type == "cuda"  # where autocast has it in full precision
+    dtype, input = torch.float32 if kept and input.dtype != torch.float64 else input.dtype, _full(input)
     last = tuple(range(-len(normalized_shape), 0))
     variance, mean = torch.var_mean(input, last, correction=0, keepdim=True)
     normal = (input - mean) * (variance + eps).rsqrt()
     scaled = normal if weight is None else normal * weight
-    return scaled if bias is None else scaled + bias
+    return (scaled if bias is None else scaled + bias).to(dtype)
+
+
+def _full(input: Tensor) -> Tensor:
+    """Statistics are taken in single precision at least."""
+    return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
 
 
 _PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {F.batch_norm: _batch_norm, F.layer_norm: _layer_norm}

@@ -324,3 +324,16 @@ def test_a_renamed_read_serves_a_class_twice():
     found = engine(made(Low, "pupil", reads={"top": "boss"}), made(Top, "boss", reads={"low": "pupil"}))
     assert found.graph.reads("pupil") == ("boss",)
     assert found.hypergradient("boss")["value"].abs().sum() > 0
+
+
+def test_a_batch_that_is_none_for_want_of_data_is_told():
+    class Unpacking(mlo.Problem):
+        def loss(self, batch):
+            x, y = batch
+            return (self(x) - y).square().mean()
+
+    module = torch.nn.Linear(2, 1)
+    problem = Unpacking("model", module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1))
+    with pytest.raises(TypeError) as raised:
+        mlo.Engine(problem, device="cpu").step()
+    assert raised.value.__notes__ == ["(problem 'model' was given no data, so the batch of its loss is None)"]

@@ -47,6 +47,10 @@ def test_a_run_fills_its_folder(mlo):
         (["--hypergradient", "first_order"], {"hypergradient": {"kind": "first_order"}}),
         (["--hypergradient", '{"kind": "darts", "radius": 2}'], {"hypergradient": {"kind": "darts", "radius": 2.0}}),
         (
+            ["--hypergradient.radius", "3", "--hypergradient", "darts"],
+            {"hypergradient": {"kind": "darts", "radius": 3.0}},
+        ),
+        (
             ["--hypergradient", "darts", "--hypergradient.radius", "3"],
             {"hypergradient": {"kind": "darts", "radius": 3.0}},
         ),

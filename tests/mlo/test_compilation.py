@@ -177,9 +177,10 @@ def test_what_cannot_be_compiled_is_said_once_and_runs_as_it_is(cls, reason):
     assert "top" not in compiled._evaluator._compiler.refused
 
 
-def test_several_steps_are_one_compiled_call_at_rates_and_factors_of_the_moment():
-    """Seven steps: five in one, and two; from round to round nothing is compiled again for a new learning rate."""
-    plain, compiled = engines(lambda: two_levels(Held, steps=7, momentum=0.9), "unrolled")
+@pytest.mark.parametrize("steps", [7, 12])
+def test_several_steps_are_one_compiled_call_at_rates_and_factors_of_the_moment(steps):
+    """Five in one, perhaps five more, and two; from round to round a new learning rate compiles nothing again."""
+    plain, compiled = engines(lambda: two_levels(Held, steps=steps, momentum=0.9), "unrolled")
     for round in range(12):
         found = []
         for engine in (plain, compiled):
@@ -209,6 +210,15 @@ def test_steps_on_batches_of_several_forms_are_taken_one_by_one():
             found.append(engine.hypergradient("top")["weight"])
         torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
     assert ("low", compilation.STEPS) not in {key[:2] for key in compiled._evaluator._compiler._ran}
+
+
+def test_steps_with_large_graphs_are_compiled_one_by_one(monkeypatch):
+    monkeypatch.setattr("mlo.evaluation.SMALL_GRAPH", 8)
+    _, compiled = engines(lambda: two_levels(Held, steps=5), "unrolled")
+    for _ in range(3):
+        compiled.step()
+        compiled.hypergradient("top")
+    assert {key[1] for key in compiled._evaluator._compiler._ran if key[0] == "low"} == {("low",)}
 
 
 @pytest.mark.kernels

@@ -58,6 +58,26 @@ def test_a_broken_product_fails(break_it, monkeypatch):
         mlo.check(engine)
 
 
+@pytest.mark.parametrize("size", [3, 30_000])
+def test_the_error_is_told_whatever_the_number_of_parameters(size):
+    """A tenth of the gradient is hidden: along a random direction both it and its derivative are small, alike."""
+
+    class Hidden(mlo.Problem):
+        def loss(self, batch, top):
+            return (self() - 0.9 * top() - 0.1 * top().detach()).square().sum()
+
+    class Top(mlo.Problem):
+        def loss(self, batch, low):
+            return (low() - 2).square().sum()
+
+    stack = []
+    for cls, name in ((Hidden, "low"), (Top, "top")):
+        module = Point(torch.randn(size, generator=torch.Generator().manual_seed(0)).double())
+        stack.append(cls(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1)))
+    with pytest.raises(mlo.HypergradientError, match=r"off by (1\.0e-01|9\.9e-02) of its size"):
+        mlo.check(mlo.Engine(stack, "one_step", device="cpu"))
+
+
 def test_a_path_that_a_loss_hides_is_found():
     class Hidden(mlo.Problem):
         def loss(self, batch, top):

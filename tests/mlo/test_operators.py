@@ -30,6 +30,21 @@ def test_batch_norm_by_plain_operators_is_torchs(cls, shape, options, training, 
         torch.testing.assert_close(other.state_dict(), one.state_dict())
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("cls", [nn.BatchNorm1d, nn.LayerNorm])
+def test_in_half_precision_statistics_are_of_single_precision_as_torchs(cls, autocast):
+    torch.manual_seed(0)
+    one = cls(4)
+    other = copy.deepcopy(one)
+    x = (200 + torch.randn(64, 4)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with ThriceDifferentiable():
+            found = other(x)
+        expected = one(x)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(other.state_dict(), one.state_dict())
+
+
 @pytest.mark.parametrize("options", [{}, {"elementwise_affine": False}, {"bias": False, "eps": 0.1}], ids=str)
 @pytest.mark.parametrize("shape", [(4,), (3, 4)])
 def test_layer_norm_by_plain_operators_is_torchs(shape, options, float64):

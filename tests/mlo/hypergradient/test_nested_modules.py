@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import mlo
 
@@ -72,11 +73,24 @@ class Remembering(nn.Module):
         return x * self.gain
 
 
+class Checkpointed(nn.Module):
+    """A layer whose activations are computed again in the backward."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
 LAYERS = {
     "batch norm": lambda: nn.BatchNorm1d(4),
     "layer norm": lambda: nn.LayerNorm(4),
     "group norm": lambda: nn.GroupNorm(2, 4),
     "remembering": Remembering,
+    "checkpointed batch norm": lambda: Checkpointed(nn.BatchNorm1d(4)),
+    "checkpointed layer norm": lambda: Checkpointed(nn.LayerNorm(4)),
 }
 
 

@@ -120,6 +120,60 @@ def test_steps_in_one_graph_are_pulled_back_for_several_upper_problems():
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
 
 
+def test_steps_in_one_graph_take_each_groups_options_and_move_buffers():
+    found = []
+    for memory in (0.0, 16.0):
+        torch.manual_seed(0)
+        low, top = nn.Sequential(nn.Linear(3, 2), Remembering()), nn.Linear(3, 2)
+        groups = [
+            {"params": [low[0].weight], "lr": 0.3, "momentum": 0.9, "nesterov": True},
+            {"params": [low[0].bias], "lr": 0.05, "weight_decay": 0.1},
+        ]
+        data = [torch.randn(4, 3) for _ in range(3)]
+        stack = [
+            Following("low", module=low, optimizer=torch.optim.SGD(groups), data=data, steps=4),
+            Judging("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=0.1), data=data),
+        ]
+        engine = mlo.Engine(stack, {"kind": "unrolled", "graph_memory": memory}, device="cpu")
+        engine.run(2)
+        begun = engine.passes["low"]["product"]
+        found.append(engine.hypergradient("top")["weight"])
+        assert engine.passes["low"]["product"] - begun == (0 if memory else 3)
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+    mlo.check(engine)
+
+
+def test_a_parameter_frozen_later_is_told_where_steps_are_in_one_graph_too():
+    stack = small_lbt("sgd", steps=5)
+    engine = mlo.Engine(stack, "unrolled", device="cpu")
+    engine.run(2)
+    stack[0].module.head.weight.requires_grad_(False)
+    with pytest.raises(mlo.GraphError, match="no longer requires gradients"):
+        engine.hypergradient("arch")
+
+
+class Remembering(nn.Module):
+    """Its output depends on a buffer, which every call moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.tensor(0.2))
+
+    def forward(self, x):
+        self.gain.mul_(0.9).add_(0.2)
+        return x * self.gain
+
+
+class Following(mlo.Problem):
+    def loss(self, batch, top):
+        return (self(batch) - top(batch)).square().mean()
+
+
+class Judging(mlo.Problem):
+    def loss(self, batch, low):
+        return low(batch).sin().square().mean()
+
+
 class Both(mlo.Problem):
     def loss(self, batch, mid, top):
         return (self(batch) - mid(batch) * top(batch)).square().mean()
