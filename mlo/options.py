@@ -27,9 +27,10 @@ def read_options(model: type[Config], words: Sequence[str]) -> dict[str, Any]:
         ConfigError: if a word is neither an option nor the value of one, or a value is no YAML.
     """
     data: dict[str, Any] = {}
+    given = [(path, _value(model, path, text)) for path, text in _pairs(words)]
     # what chooses a kind comes before that kind's options, wherever it is typed
-    for path, text in sorted(_pairs(words), key=lambda pair: (len(pair[0]), pair[0][-1] != KIND)):
-        data = merge(data, nested(path, _value(model, path, text)))
+    for path, value in sorted(given, key=lambda pair: (len(pair[0]), pair[0][-1] != KIND)):
+        data = merge(data, nested(path, value))
     return data
 
 
