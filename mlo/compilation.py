@@ -58,7 +58,8 @@ class Compiler:
         """What the function gives; None if its problem cannot be compiled, which is warned of once.
 
         Args:
-            spare: whether the same is done by others if this one cannot be compiled, without a word.
+            spare: whether the same is done by other compiled functions if this one cannot be; only if that is for what
+                changes from call to call, it is warned of here.
         """
         problem = key[0]
         if problem in self.refused or key in self._failed:
@@ -71,6 +72,13 @@ class Compiler:
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             if spare:
                 self._failed.add(key)
+                if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+                    warnings.warn(
+                        f"problem {problem!r}: its steps are compiled one by one from now on, not several as one, "
+                        "for its optimizer's options (other than the learning rate) or the form of what its loss reads "
+                        "change too often",
+                        stacklevel=2,
+                    )
             else:
                 self.refuse(problem, _reason(error))
             return None

@@ -212,6 +212,24 @@ def test_steps_on_batches_of_several_forms_are_taken_one_by_one():
     assert ("low", compilation.STEPS) not in {key[:2] for key in compiled._evaluator._compiler._ran}
 
 
+def test_steps_whose_options_change_too_often_go_one_by_one_and_it_is_told():
+    plain, compiled = engines(lambda: two_levels(Held, steps=5), "unrolled")
+
+    def rounds() -> None:
+        for round in range(12):
+            found = []
+            for engine in (plain, compiled):
+                engine.problems["low"].optimizer.param_groups[0]["weight_decay"] = 0.01 * round
+                engine.step()
+                found.append(engine.hypergradient("top")["weight"])
+            torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+
+    with pytest.warns(UserWarning, match="'low': its steps are compiled one by one from now on") as told:
+        rounds()
+    assert len([warning for warning in told if "one by one" in str(warning.message)]) == 1
+    assert not compiled._evaluator._compiler.refused
+
+
 def test_steps_with_large_graphs_are_compiled_one_by_one(monkeypatch):
     monkeypatch.setattr("mlo.evaluation.SMALL_GRAPH", 8)
     _, compiled = engines(lambda: two_levels(Held, steps=5), "unrolled")
