@@ -92,7 +92,9 @@ def plan(experiment: Experiment, scale: str, seeds: int, output: Path) -> dict[s
             raise ConfigError(f"the experiment's {key!r} uses {strange[0]!r}, which is no run of it that uses no other")
         planned[key] = []
         for seed in range(seeds):
-            files = {o: str(output / scale / other / f"seed-{seed}" / file) for o, (other, file) in uses.items()}
+            # absolute: the same run, however the output is spelled
+            used = {o: output.absolute() / scale / other / f"seed-{seed}" / file for o, (other, file) in uses.items()}
+            files = {option: str(path) for option, path in used.items()}
             made = Planned(output / scale / key / f"seed-{seed}", job, {**options, **files, "seed": seed})
             planned[key].append(made)
     check([run for runs in planned.values() for run in runs])

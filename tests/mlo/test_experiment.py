@@ -173,6 +173,17 @@ def test_a_rehearsal_that_fails_is_told(ridge, tmp_path, monkeypatch):
         cost({"slow": [Planned(tmp_path / "slow" / "seed-0", "ridge")]}, 1, one_core_each=False)
 
 
+def test_a_used_file_is_the_same_however_the_output_is_spelled(dropout, tmp_path, monkeypatch):
+    made = load_experiment("dropout")
+    made.runs = lambda scale: {
+        "first": Wanted("ridge", {}),
+        "second": Wanted("ridge", {}, {"where": ("first", "file")}),
+    }
+    monkeypatch.chdir(tmp_path)
+    one, other = (plan(made, "small", 1, output)["second"][0] for output in (Path("out"), tmp_path / "out"))
+    assert one.options == other.options == {"where": str(tmp_path / "out/small/first/seed-0/file"), "seed": 0}
+
+
 def test_a_run_whose_files_are_not_there_is_not_begun_but_told(dropout, tmp_path, monkeypatch):
     made = load_experiment("dropout")
     wanted = {"first": Wanted("ridge", {}), "second": Wanted("ridge", {}, {"where": ("first", "file")})}
