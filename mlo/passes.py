@@ -20,7 +20,7 @@ Reads = Sequence[tuple[str, bool]]  # the problems that a loss reads, and whethe
 def pass_function(
     problems: Mapping[str, Problem],
     name: str,
-    reads: Sequence[tuple[str, bool]],
+    reads: Reads,
     first: Sequence[tuple[str, str]],
     second: Sequence[tuple[str, str]],
     keep_graph: bool,

@@ -196,6 +196,15 @@ def test_several_steps_are_one_compiled_call_at_rates_and_factors_of_the_moment(
     assert compiled.passes == plain.passes
 
 
+def same_in_each_round(plain: mlo.Engine, compiled: mlo.Engine) -> None:
+    for _ in range(3):
+        found = []
+        for engine in (plain, compiled):
+            engine.step()
+            found.append(engine.hypergradient("top")["weight"])
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+
+
 def test_steps_on_batches_of_several_forms_are_taken_one_by_one():
     def stack() -> list[mlo.Problem]:
         made = two_levels(Held, steps=5)
@@ -203,12 +212,7 @@ def test_steps_on_batches_of_several_forms_are_taken_one_by_one():
         return made
 
     plain, compiled = engines(stack, "unrolled")
-    for _ in range(3):
-        found = []
-        for engine in (plain, compiled):
-            engine.step()
-            found.append(engine.hypergradient("top")["weight"])
-        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+    same_in_each_round(plain, compiled)
     assert ("low", compilation.STEPS) not in {key[:2] for key in compiled._evaluator._compiler._ran}
 
 
@@ -242,12 +246,7 @@ def test_steps_with_large_graphs_are_compiled_one_by_one(monkeypatch):
 @pytest.mark.kernels
 def test_compiled_kernels_of_several_steps_give_the_same():
     plain, compiled = engines(lambda: two_levels(Held, steps=5, momentum=0.9), "unrolled")
-    for _ in range(3):
-        found = []
-        for engine in (plain, compiled):
-            engine.step()
-            found.append(engine.hypergradient("top")["weight"])
-        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+    same_in_each_round(plain, compiled)
     assert ("low", compilation.STEPS) in {key[:2] for key in compiled._evaluator._compiler._ran}
 
 
