@@ -1,7 +1,8 @@
 """Whole gradient passes through torch.compile: a compiled module has no second derivative, a compiled gradient has.
 
 A pass is compiled from the loss's first operator to its gradient. Where second derivatives are wanted, the gradient
-comes with a compiled backward, which is the curvature product.
+comes with a compiled backward, which is the curvature product. On a card, functions that leave no graph behind are
+captured as CUDA graphs: their launches, which cost a small network more than its arithmetic, become one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from mlo import errors
 
@@ -26,12 +28,17 @@ _OPTIONS: dict[str, Any] = {
     "isolate_recompiles": True,
     "options": {"fallback_random": True},  # random numbers as without compilation: a pass may be repeated either way
 }
+_CAPTURED = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}  # while shapes stay
 
 
 class Compiler:
-    """Compiles functions of problems; what cannot be compiled is said once, and left alone from then on."""
+    """Compiles functions of problems; what cannot be compiled is said once, and left alone from then on.
 
-    def __init__(self) -> None:
+    Args:
+        device: where the modules are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         import torch._dynamo  # a second's import, for those alone who compile
         import torch._functorch.config
 
@@ -39,6 +46,7 @@ class Compiler:
         # backward that is to run more than once must not give its buffers away; both are settings of the process
         torch._dynamo.config.trace_autograd_ops = True
         torch._functorch.config.donated_buffer = False
+        self._on_card = device.type == "cuda"
         self._compiled: dict[Key, Callable[..., Any]] = {}
         self._ran: set[Key] = set()
         self._failed: set[Key] = set()
@@ -47,12 +55,20 @@ class Compiler:
     def __contains__(self, key: Key) -> bool:
         return key in self._compiled
 
-    def add(self, key: Key, function: Callable[..., Any]) -> None:
-        """Compile ``function`` when it is first called; the first part of ``key`` is the problem that it is of."""
+    def add(self, key: Key, function: Callable[..., Any], leaves_graph: bool) -> None:
+        """Compile ``function`` when it is first called; the first part of ``key`` is the problem that it is of.
+
+        Args:
+            leaves_graph: whether what it gives is to be differentiated.
+        """
         # torch counts compilations by code object: each gets its own
         of = cast(FunctionType, function)
         own = FunctionType(of.__code__.replace(), of.__globals__, of.__name__, None, of.__closure__)
-        self._compiled[key] = torch.compile(own, **_OPTIONS)
+        if self._on_card and not leaves_graph:
+            options = {**_OPTIONS, "options": {**_OPTIONS["options"], **_CAPTURED}}
+            self._compiled[key] = _copied_out(torch.compile(own, **options))
+        else:
+            self._compiled[key] = torch.compile(own, **_OPTIONS)
 
     def call(self, key: Key, *arguments: Any, spare: bool = False) -> Any:
         """What the function gives; None if its problem cannot be compiled, which is warned of once.
@@ -88,6 +104,16 @@ class Compiler:
         """Leave the problem as it is from now on."""
         self.refused[problem] = reason
         warnings.warn(f"problem {problem!r} runs without compilation: {reason}", stacklevel=2)
+
+
+def _copied_out(captured: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with what it gives copied out of the CUDA graph's memory, where the next replay would write."""
+
+    def call(*arguments: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()  # nothing of earlier calls is in use
+        return tree_map_only(Tensor, torch.clone, captured(*arguments))
+
+    return call
 
 
 def _reason(error: Exception) -> str:

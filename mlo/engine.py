@@ -80,7 +80,7 @@ class Engine:
         self.device = place(problems, device)
         self.rounds = 0
         self.losses: dict[str, Tensor] = {}
-        self._evaluator = Evaluator(self.problems, self.device, Compiler() if compile else None)
+        self._evaluator = Evaluator(self.problems, self.device, Compiler(self.device) if compile else None)
         self._gradients = Gradients(self._plan, self._evaluator)
         self._rollout = Rollout(self._plan, self._evaluator, self._gradients)
         self._guard = Guard(self.device, deferred=self.device.type != "cpu")

@@ -314,7 +314,7 @@ class Evaluator:
             return None
         full = (name, len(batches), *key)
         if full not in self._compiler:
-            self._compiler.add(full, function)
+            self._compiler.add(full, function, leaves_graph=True)
         rates = tuple({**group, "lr": torch.tensor(group["lr"], dtype=torch.float64)} for group in groups)
         return self._compiler.call(full, parameters, buffers, aliased, slots, rates, spare=True)
 
@@ -350,7 +350,8 @@ class Evaluator:
         if key not in compiler:
             reads = tuple((read, read in through) for read in problem.node.reads)
             first, then = (tuple((n, v) for n in names for v in self.problems[n].variables) for names in (of, second))
-            compiler.add(key, pass_function(self.problems, name, reads, first, then, keep_graph, self.device, lowered))
+            function = pass_function(self.problems, name, reads, first, then, keep_graph, self.device, lowered)
+            compiler.add(key, function, leaves_graph=keep_graph)
         names = (name, *problem.node.reads)
         wanted = {*of, *second}
         parameters: dict[str, Mapping[str, Tensor]] = {

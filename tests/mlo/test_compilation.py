@@ -12,6 +12,7 @@ from analytic import NESTED_WITH_INNER_PATH, Smooth
 from brute_force import small_lbt
 from small_lbt import noisy_lbt
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import mlo
 from mlo import compilation
@@ -248,6 +249,59 @@ def test_compiled_kernels_of_several_steps_give_the_same():
     plain, compiled = engines(lambda: two_levels(Held, steps=5, momentum=0.9), "unrolled")
     same_in_each_round(plain, compiled)
     assert ("low", compilation.STEPS) in {key[:2] for key in compiled._evaluator._compiler._ran}
+
+
+def with_graphs_of_one_memory(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Compile as for a card, CUDA graphs played by functions that write into one memory; what was compiled, and how."""
+    compile_really, seen = torch.compile, []
+
+    def compile(function, *, options, **others):
+        plain = compile_really(function, **others)
+        seen.append((function.__qualname__, bool(options.get("triton.cudagraphs"))))
+        memory: dict[object, list[object]] = {}
+
+        def replay(*arguments: object) -> object:
+            found, structure = tree_flatten(plain(*arguments))
+            held = memory.setdefault(structure, [f.clone() if isinstance(f, Tensor) else f for f in found])
+            for place, new in zip(held, found, strict=True):
+                if isinstance(place, Tensor):
+                    place.copy_(new)
+            return tree_unflatten(held, structure)
+
+        return replay if seen[-1][1] else plain
+
+    monkeypatch.setitem(compilation._OPTIONS, "options", {})
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr("mlo.engine.Compiler", lambda device: compilation.Compiler(torch.device("cuda")))
+    return seen
+
+
+@pytest.mark.parametrize("estimator", ["darts", "unrolled", {"kind": "unrolled", "graph_memory": 0.0}], ids=str)
+def test_what_a_cuda_graph_gives_outlives_its_next_replay(monkeypatch, estimator):
+    seen = with_graphs_of_one_memory(monkeypatch)
+    plain, compiled = engines(lambda: noisy_lbt(student={"steps": 2}), estimator)
+    assert_same(plain, compiled, rounds=2)
+    kept: list[list[object]] = [[], []]
+    for _ in range(3):
+        for found, engine in zip(kept, (plain, compiled), strict=True):
+            torch.manual_seed(5)
+            found += [engine.hypergradient("arch")["weights"], dict(engine.losses)]
+            engine.step()
+    torch.testing.assert_close(*kept, rtol=1e-9, atol=1e-13)
+    assert any(captured for _, captured in seen)
+    assert estimator == "darts" or not all(captured for _, captured in seen), "a graph is left behind there"
+
+
+@pytest.mark.kernels
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("estimator", ["darts", "one_step", {"kind": "unrolled", "graph_memory": 0.0}], ids=str)
+def test_on_a_card_passes_are_replayed(estimator):
+    torch._dynamo.utils.counters.clear()
+    plain = mlo.Engine(noisy_lbt(student={"steps": 2}), estimator, device="cuda")
+    compiled = mlo.Engine(noisy_lbt(student={"steps": 2}), estimator, compile=True, device="cuda")
+    assert_same(plain, compiled, rounds=5)
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
 class Between(mlo.Problem):
