@@ -146,7 +146,7 @@ class Gradients:
         paths, alone = self._plan.paths[name], len(batches) == 1
         # with a path through lower problems, its gradient is not that of the loss which products are taken of
         needs_base = bool(targets) and alone and not paths and self._plan.responses[name].needs_base
-        lower = [read for read in self._plan.graph.lower_reads(name) if read in paths]
+        lower = self._plan.lower[name]
         keep = bool(targets) and alone and self._keeps_graph(name) and not states[name].live
         # under float16, cotangents between problems would vanish
         half = self._evaluator.problems[name].autocast is torch.float16

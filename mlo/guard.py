@@ -109,9 +109,10 @@ def _take_step(problem: Problem, gradients: Mapping[str, Tensor | None], buffers
     problem.optimizer.step()
     for parameter in problem.variables.values():
         parameter.grad = None
-    with torch.no_grad():
-        for name, buffer in problem.live_state().buffers.items():
-            buffer.copy_(buffers[name])
+    if buffers:
+        with torch.no_grad():
+            for name, buffer in problem.live_state().buffers.items():
+                buffer.copy_(buffers[name])
     if problem.scheduler is not None:
         problem.scheduler.step()
     problem.steps_taken += 1

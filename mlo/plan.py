@@ -21,6 +21,7 @@ class Plan:
         graph: who reads whom.
         responses: {problem: how it is differentiated through}.
         paths: {problem: the backward sweep of its hypergradient}; empty for one whose gradient is its own.
+        lower: {problem: the lower ones that its loss reads, and its sweep begins with}.
         inner: {problem: lower ones whose steps are part of its curvature}, lowest first.
         lookahead: whether top problems step on virtual steps of the others.
     """
@@ -49,6 +50,7 @@ class Plan:
         if inner_path:
             self._check_inner()
             self.paths = {name: self.graph.paths(name, blocked, self.inner) for name in self.graph.names}
+        self.lower = {n: [read for read in self.graph.lower_reads(n) if read in at] for n, at in self.paths.items()}
         self.tops = [name for name in self.graph.tops() if self.graph.is_upper(name)]
         through = {name for paths in self.paths.values() for name in paths}
         for name in (name for name in self.graph.names if name in through):

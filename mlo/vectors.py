@@ -11,6 +11,11 @@ from torch import Tensor
 Vector = tuple[Tensor, ...]
 
 
+def copied(a: Sequence[Tensor]) -> Vector:
+    """The same values in memory of their own."""
+    return tuple(tensor.clone() for tensor in a)
+
+
 def add(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) -> Vector:
     """``a + scale * b``."""
     if isinstance(scale, Tensor):
@@ -18,6 +23,16 @@ def add(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) -
             return torch._foreach_add(list(a), list(scaled(b, scale)))
         scale = float(scale)
     return torch._foreach_add(list(a), list(b), alpha=scale)
+
+
+def add_(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) -> None:
+    """Add ``scale * b`` to ``a`` in its own memory."""
+    if isinstance(scale, Tensor):
+        if scale.device.type == "cuda":  # reading it would wait for the card
+            torch._foreach_add_(list(a), list(scaled(b, scale)))
+            return
+        scale = float(scale)
+    torch._foreach_add_(list(a), list(b), alpha=scale)
 
 
 def scaled(a: Sequence[Tensor], scale: float | Tensor) -> Vector:
@@ -32,8 +47,8 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 def norm(a: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm, a scalar tensor."""
-    sizes: Tensor = torch.stack(torch._foreach_norm(list(a)))
-    return sizes.square().sum().sqrt()
+    size: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(a))))
+    return size
 
 
 def filled(values: Iterable[Tensor | None], like: Sequence[Tensor]) -> Vector:

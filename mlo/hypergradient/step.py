@@ -385,7 +385,7 @@ def copied(state: State, device: torch.device | None = None) -> State:
     """A state of its own, of the same values, on ``device``; differentiable where the other was."""
 
     def copy(tensor: Tensor) -> Tensor:
-        return torch.empty_like(tensor, device=device or tensor.device, requires_grad=False).copy_(tensor.detach())
+        return tensor.detach().to(device or tensor.device, copy=True)
 
     parameters = {n: copy(p).requires_grad_(p.requires_grad) for n, p in state.parameters.items()}
     return State(parameters, {n: copy(b) for n, b in state.buffers.items()})

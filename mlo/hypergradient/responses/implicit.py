@@ -12,7 +12,7 @@ from mlo.hypergradient.products import Exact, ProductOption
 from mlo.hypergradient.responses.base import AtSolution, Pulled
 from mlo.hypergradient.step import Step
 from mlo.randomness import replay
-from mlo.vectors import Vector, add, dot, norm, scaled
+from mlo.vectors import Vector, add, add_, copied, dot, norm, scaled
 
 MatVec = Callable[[Vector], Vector]
 
@@ -99,8 +99,9 @@ def conjugate_gradient(
     Whether to go on is decided on the device: nothing waits for a card. Once the residual is within ``tolerance`` or
     a direction of no positive curvature turns up, the answer stays as it is.
     """
-    solution = tuple(torch.zeros_like(t) for t in target) if start is None else start
-    residual = direction = target if start is None else add(target, matvec(start), -1.0)
+    solution = tuple(torch.zeros_like(t) for t in target) if start is None else copied(start)
+    direction = target if start is None else add(target, matvec(start), -1.0)
+    residual = copied(direction)
     size, whole = dot(residual, residual), dot(target, target)
     active = size > tolerance**2 * whole
     for _ in range(iterations):
@@ -110,8 +111,8 @@ def conjugate_gradient(
         curvature = dot(direction, image)
         active = active & (curvature > 0)
         stride = torch.where(active, size / torch.where(active, curvature, 1.0), 0.0)
-        solution = add(solution, direction, stride)
-        residual = add(residual, image, -stride)
+        add_(solution, direction, stride)
+        add_(residual, image, -stride)
         previous, size = size, dot(residual, residual)
         active = active & (size > tolerance**2 * whole)
         direction = add(residual, direction, torch.where(previous > 0, size / previous, 0.0))
@@ -125,18 +126,21 @@ def neumann_series(
 
     From a ``start`` the series is of what that leaves, target - matvec(start), and the sum is added to it.
     """
-    term = total = target if start is None else add(target, matvec(start), -1.0)
+    term = copied(target) if start is None else add(target, matvec(start), -1.0)
+    total = copied(term)
     size, whole = norm(term), norm(target)
     active = size > 0
     for _ in range(terms - 1):
         if _over(active):
             break
-        term = add(term, matvec(term), -rate)
+        add_(term, matvec(term), -rate)
         last, size = size, norm(term)
         active = active & (size <= last)
-        if not _over(active):
-            grown = add(total, term)
-            total = grown if active.device.type == "cpu" else _chosen(active, grown, total)
+        if active.device.type == "cpu":
+            if active:
+                add_(total, term)
+        else:
+            total = _chosen(active, add(total, term), total)
     solution = scaled(total, rate) if start is None else add(start, total, rate)
     return solution, size / whole.clamp(min=torch.finfo(whole.dtype).tiny)
 
