@@ -19,10 +19,11 @@ def twice_differentiable() -> AbstractContextManager[None]:
 
 
 class ThriceDifferentiable(TorchFunctionMode):
-    """Inside, batch and layer normalization are computed by plain operators.
+    """Inside, batch, instance and layer normalization are computed by plain operators.
 
-    Torch's own have no third derivative: that of batch normalization is refused in reverse mode and wrong without a
-    word in forward mode, that of layer normalization is wrong in both.
+    Torch's own have no third derivative: that of batch normalization, and of instance normalization, which torch
+    computes by it, is refused in reverse mode and wrong without a word in forward mode, that of layer normalization is
+    wrong in both. Those of group and root-mean-square normalization are right.
 
     Attributes:
         active: how many are entered; what is recorded inside must be recomputed inside.
@@ -73,6 +74,33 @@ def _batch_norm(
     return (scaled if bias is None else scaled + bias.view(shape)).to(dtype)
 
 
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """:func:`torch.nn.functional.instance_norm`, with its arguments and its effect on the running statistics."""
+    if not use_input_stats:
+        return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    instances, channels = input.shape[:2]
+
+    def each(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.repeat(instances)
+
+    joined = input.reshape(1, instances * channels, *input.shape[2:])
+    mean, variance = each(running_mean), each(running_var)
+    normal = _batch_norm(joined, mean, variance, each(weight), each(bias), True, momentum, eps)
+    for running, after in ((running_mean, mean), (running_var, variance)):
+        if running is not None and after is not None:
+            running.copy_(after.view(instances, channels).mean(0))
+    return normal.reshape(input.shape)
+
+
 def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -95,4 +123,8 @@ def _full(input: Tensor) -> Tensor:
     return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
 
 
-_PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {F.batch_norm: _batch_norm, F.layer_norm: _layer_norm}
+_PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    F.layer_norm: _layer_norm,
+}
