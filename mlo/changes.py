@@ -62,3 +62,12 @@ def refuse_reshaped(problem: str, name: str, before: Tensor, after: Tensor | Non
             f"problem {problem!r}: forward sets its module's buffer {name!r}, of shape {tuple(before.shape)}, to a "
             f"tensor of shape {tuple(after.shape)}, which a step cannot take over; give it one shape from the start"
         )
+
+
+def gone(problem: str, name: str) -> GraphError:
+    """The error of a module that no longer has a tensor that it had."""
+    return GraphError(
+        f"problem {problem!r}: its module has no tensor {name!r} any more, which it had when the problem was made "
+        "(torch.nn.utils.parametrize and prune put one of another name in its place); change the module first, then "
+        "make its optimizer and the problem"
+    )

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mlo.changes import Unfilled, refuse_filled
+from mlo.changes import Unfilled, gone, refuse_filled
 from mlo.errors import CheckpointError, ConfigError
 from mlo.graph import Node
 from mlo.misfits import fault_of_name, faults_of_numbers, faults_of_parts
@@ -227,11 +227,14 @@ class Problem(ABC):
 
     def live_state(self) -> State:
         """The module's own parameters and buffers."""
-        refuse_filled(self.name, self._unfilled.filled())
         tensors: dict[str, dict[str, Tensor]] = {"_parameters": {}, "_buffers": {}}
         for name, (owner, kind, key) in self._places.items():
+            tensor = getattr(owner, kind).get(key)
+            if tensor is None:
+                raise gone(self.name, name)
             if name not in self._aliases:
-                tensors[kind][name] = getattr(owner, kind)[key]
+                tensors[kind][name] = tensor
+        refuse_filled(self.name, self._unfilled.filled())
         return State(tensors["_parameters"], tensors["_buffers"], live=True)
 
     def state_dict(self) -> dict[str, Any]:
