@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,9 +14,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 
-def twice_differentiable() -> AbstractContextManager[None]:
-    """Inside, scaled-dot-product attention takes its mathematical kernel; the fused ones have no second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Inside, operators whose second derivative is missing or wrong take other forms.
+
+    Scaled-dot-product attention takes its mathematical kernel; the fused ones have no second derivative. Weight
+    normalization is computed by plain operators; that of torch's fused one takes the norms for constants.
+    """
+    outside = [place["_weight_norm"] for place in _WEIGHT_NORMS]
+    try:
+        for place in _WEIGHT_NORMS:
+            place["_weight_norm"] = _weight_norm
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for place, function in zip(_WEIGHT_NORMS, outside, strict=True):
+            place["_weight_norm"] = function
 
 
 class ThriceDifferentiable(TorchFunctionMode):
@@ -26,7 +40,7 @@ class ThriceDifferentiable(TorchFunctionMode):
     wrong in both. Those of group and root-mean-square normalization are right.
 
     Attributes:
-        active: how many are entered; what is recorded inside must be recomputed inside.
+        active: how many are entered.
     """
 
     active: ClassVar[int] = 0
@@ -45,6 +59,24 @@ class ThriceDifferentiable(TorchFunctionMode):
     ) -> Any:
         """Run ``func``, or what takes its place."""
         return _PLAIN.get(func, func)(*args, **(kwargs or {}))
+
+
+def by_present_forms(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function by the forms of operators that are in force now, whenever it is called."""
+    twice, thrice = torch._weight_norm is _weight_norm, ThriceDifferentiable.active > 0
+    if not (twice or thrice):
+        return function
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        with twice_differentiable() if twice else nullcontext(), ThriceDifferentiable() if thrice else nullcontext():
+            return function(*args, **kwargs)
+
+    return again
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``torch._weight_norm``, with its arguments; looking it up in torch is all that its callers have in common."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _batch_norm(
@@ -128,3 +160,5 @@ _PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
 }
+# torch has no switch for it: where parametrizations, and the older hooks, look for it
+_WEIGHT_NORMS = [vars(torch), vars(importlib.import_module("torch.nn.utils.weight_norm"))]

@@ -12,6 +12,7 @@ from analytic import NESTED_WITH_INNER_PATH, Smooth
 from brute_force import small_lbt
 from small_lbt import noisy_lbt
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import mlo
 from mlo import compilation
@@ -339,8 +340,9 @@ class Attention(nn.Module):
 @pytest.mark.parametrize(
     "estimator", ["one_step", {"kind": "unrolled", "graph_memory": 0.0}, {"kind": "cg", "damping": 1.0}], ids=str
 )
-def test_attention_is_differentiated_twice(estimator):
-    plain, compiled = engines(lambda: two_levels(Held, steps=2, module=Attention), estimator)
+@pytest.mark.parametrize("module", [Attention, lambda: parametrizations.weight_norm(nn.Linear(3, 2))])
+def test_attention_and_weight_norm_are_differentiated_twice(module, estimator):
+    plain, compiled = engines(lambda: two_levels(Held, steps=2, module=module), estimator)
     for _ in range(3):
         found = [engine.hypergradient("top")["weight"] for engine in (plain, compiled)]
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)

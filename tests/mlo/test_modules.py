@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,6 +26,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.mix(x).view(2, 1, -1, 12).chunk(3, dim=-1)
         return self.head(F.scaled_dot_product_attention(q, k, v)).mean(dim=(1, 2))
+
+
+class CheckpointedAttention(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
 
 
 class Recurrent(nn.Module):
@@ -91,6 +97,14 @@ def parametrized() -> nn.Module:
     return module
 
 
+def weight_normed(norm: Callable[..., nn.Module], checkpointed: bool = False) -> nn.Module:
+    """Two layers of it, along the first dimension and along the last."""
+    module = Deep(checkpointed)
+    norm(module.blocks[0][0])
+    norm(module.blocks[1][0], dim=1)
+    return module
+
+
 class Scale(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -135,9 +149,14 @@ MODULES = {
     "unused": Unused,
     "tied": Tied,
     "parametrized": parametrized,
+    "weight norm": lambda: weight_normed(parametrizations.weight_norm),
+    "checkpointed weight norm": lambda: weight_normed(parametrizations.weight_norm, checkpointed=True),
+    "weight norm by hooks": lambda: weight_normed(nn.utils.weight_norm),
+    "checkpointed attention": CheckpointedAttention,
 }
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("product", ["exact", "central"])
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_work_and_agree_with_brute_force(module, product):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mlo.operators import ThriceDifferentiable
+from mlo.operators import ThriceDifferentiable, twice_differentiable
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -74,3 +74,15 @@ def test_layer_norm_by_plain_operators_is_torchs(shape, options, float64):
     with ThriceDifferentiable():
         found = norm(x)
     torch.testing.assert_close(found, norm(x))
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((4, 3), 0), ((4, 3), 1), ((4, 3), -1), ((4, 3, 2), 1), ((4, 3, 2), 2)])
+def test_weight_norm_by_plain_operators_is_torchs_and_has_its_second_derivative(shape, dim, float64):
+    torch.manual_seed(0)
+    v = torch.randn(*shape, requires_grad=True)
+    g = torch.randn_like(torch.norm_except_dim(v, 2, dim)).requires_grad_()
+    expected, own = torch._weight_norm(v, g, dim), torch._weight_norm
+    with twice_differentiable():
+        torch.testing.assert_close(torch._weight_norm(v, g, dim), expected)
+        assert torch.autograd.gradgradcheck(lambda v, g: torch._weight_norm(v, g, dim), (v, g))
+    assert torch._weight_norm is own

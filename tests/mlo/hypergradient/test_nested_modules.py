@@ -107,6 +107,7 @@ LAYERS = {
     "root-mean-square norm": lambda: nn.RMSNorm(4),
     "instance norm": lambda: Sequences(nn.InstanceNorm1d(2, affine=True)),
     "instance norm with running statistics": lambda: Sequences(nn.InstanceNorm1d(2, track_running_stats=True)),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
     "remembering": Remembering,
     "checkpointed batch norm": lambda: Checkpointed(nn.BatchNorm1d(4)),
     "checkpointed layer norm": lambda: Checkpointed(nn.LayerNorm(4)),
