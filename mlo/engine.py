@@ -21,6 +21,7 @@ from mlo.guard import Guard
 from mlo.hypergradient.step import Record
 from mlo.optimizers import moment
 from mlo.plan import Plan, place
+from mlo.precision import outside_autocast
 from mlo.problem import Problem, State
 from mlo.randomness import global_state, replay, set_global_state
 from mlo.rollout import Rollout, cast_batches, cast_state, looking_ahead
@@ -111,6 +112,7 @@ class Engine:
                 callback(self)
         self._guard.wait()
 
+    @outside_autocast
     def step(self) -> None:
         """Take one round.
 
@@ -132,6 +134,7 @@ class Engine:
         self.rounds += 1
         self._guard.look()
 
+    @outside_autocast
     def hypergradient(self, name: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The gradient that problem ``name`` would step on next: {parameter name: tensor of its shape}.
 
@@ -152,6 +155,7 @@ class Engine:
         variables = [states[name].parameters[v] for v in self.problems[name].variables]
         return dict(zip(gradient, filled(gradient.values(), variables), strict=True))
 
+    @outside_autocast
     def objective(
         self, name: str, parameters: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:

@@ -282,7 +282,7 @@ class Evaluator:
         reads = tuple((read, read in through) for read in problem.node.reads)
         numbers = sgd.group_numbers(problem)
         function = stretch_function(self.problems, name, reads, numbers, self.device)
-        with twice_differentiable(), self._lowered(problem, wanted=False):
+        with twice_differentiable():
             if self._compiles(name, states):
                 done = self._at_once(
                     name, function, (reads, *numbers.items()), parameters, buffers, batches, begun, groups
@@ -403,11 +403,9 @@ class Evaluator:
         return any(states[name].parameters[n].dtype != p.dtype for n, p in variables)
 
     def _lowered(self, problem: Problem, wanted: bool) -> AbstractContextManager[Any]:
-        """The problem's autocast, or none at all, whatever surrounds it."""
+        """The problem's autocast, or none at all; an engine is in none."""
         dtype = problem.autocast if wanted else None
-        if dtype is None and not torch.is_autocast_enabled(self.device.type):
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
 
 def _leaves(parameters: Mapping[str, Tensor], wanted: bool) -> dict[str, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,19 +14,33 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 
-def twice_differentiable() -> AbstractContextManager[None]:
-    """Inside, scaled-dot-product attention takes its mathematical kernel; the fused ones have no second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Inside, operators whose second derivative is missing or wrong take other forms.
+
+    Scaled-dot-product attention takes its mathematical kernel; the fused ones have no second derivative. Weight
+    normalization is computed by plain operators; that of torch's fused one takes the norms for constants.
+    """
+    outside = [place["_weight_norm"] for place in _WEIGHT_NORMS]
+    try:
+        for place in _WEIGHT_NORMS:
+            place["_weight_norm"] = _weight_norm
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for place, function in zip(_WEIGHT_NORMS, outside, strict=True):
+            place["_weight_norm"] = function
 
 
 class ThriceDifferentiable(TorchFunctionMode):
-    """Inside, batch and layer normalization are computed by plain operators.
+    """Inside, batch, instance and layer normalization are computed by plain operators.
 
-    Torch's own have no third derivative: that of batch normalization is refused in reverse mode and wrong without a
-    word in forward mode, that of layer normalization is wrong in both.
+    Torch's own have no third derivative: that of batch normalization, and of instance normalization, which torch
+    computes by it, is refused in reverse mode and wrong without a word in forward mode, that of layer normalization is
+    wrong in both. Those of group and root-mean-square normalization are right.
 
     Attributes:
-        active: how many are entered; what is recorded inside must be recomputed inside.
+        active: how many are entered.
     """
 
     active: ClassVar[int] = 0
@@ -44,6 +59,24 @@ class ThriceDifferentiable(TorchFunctionMode):
     ) -> Any:
         """Run ``func``, or what takes its place."""
         return _PLAIN.get(func, func)(*args, **(kwargs or {}))
+
+
+def by_present_forms(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function by the forms of operators that are in force now, whenever it is called."""
+    twice, thrice = torch._weight_norm is _weight_norm, ThriceDifferentiable.active > 0
+    if not (twice or thrice):
+        return function
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        with twice_differentiable() if twice else nullcontext(), ThriceDifferentiable() if thrice else nullcontext():
+            return function(*args, **kwargs)
+
+    return again
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``torch._weight_norm``, with its arguments; looking it up in torch is all that its callers have in common."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _batch_norm(
@@ -73,6 +106,33 @@ def _batch_norm(
     return (scaled if bias is None else scaled + bias.view(shape)).to(dtype)
 
 
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """:func:`torch.nn.functional.instance_norm`, with its arguments and its effect on the running statistics."""
+    if not use_input_stats:
+        return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    instances, channels = input.shape[:2]
+
+    def each(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.repeat(instances)
+
+    joined = input.reshape(1, instances * channels, *input.shape[2:])
+    mean, variance = each(running_mean), each(running_var)
+    normal = _batch_norm(joined, mean, variance, each(weight), each(bias), True, momentum, eps)
+    for running, after in ((running_mean, mean), (running_var, variance)):
+        if running is not None and after is not None:
+            running.copy_(after.view(instances, channels).mean(0))
+    return normal.reshape(input.shape)
+
+
 def _layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -95,4 +155,10 @@ def _full(input: Tensor) -> Tensor:
     return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
 
 
-_PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {F.batch_norm: _batch_norm, F.layer_norm: _layer_norm}
+_PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+    F.layer_norm: _layer_norm,
+}
+# torch has no switch for it: where parametrizations, and the older hooks, look for it
+_WEIGHT_NORMS = [vars(torch), vars(importlib.import_module("torch.nn.utils.weight_norm"))]

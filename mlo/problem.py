@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mlo.changes import Unfilled, gone, refuse_filled
 from mlo.errors import CheckpointError, ConfigError
 from mlo.graph import Node
 from mlo.misfits import fault_of_name, faults_of_numbers, faults_of_parts
@@ -125,6 +126,7 @@ class Problem(ABC):
         self.steps_taken = 0
         self._places = _places(module)
         self._aliases = _aliases(self._places)
+        self._unfilled = Unfilled(module)
         self._stand: Stand | None = None
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.variables = {n: p for n, p in module.named_parameters() if id(p) in owned and p.requires_grad}
@@ -202,10 +204,13 @@ class Problem(ABC):
                 place = getattr(owner, kind)
                 own.append((name, place, key, place[key]))
                 place[key] = tensor
-            return self.module(*args, **kwargs)
+            output = self.module(*args, **kwargs)
         finally:
             for name, place, key, tensor in own:
-                tensors[name], place[key] = place[key], tensor
+                tensors[name], place[key] = place.get(key), tensor
+            filled = self._unfilled.filled(take_away=True)
+        refuse_filled(self.name, filled)
+        return output
 
     def stand_in(self, stand: Stand | None) -> None:
         """Let ``stand`` take the module's place (None: the module itself again)."""
@@ -224,8 +229,12 @@ class Problem(ABC):
         """The module's own parameters and buffers."""
         tensors: dict[str, dict[str, Tensor]] = {"_parameters": {}, "_buffers": {}}
         for name, (owner, kind, key) in self._places.items():
+            tensor = getattr(owner, kind).get(key)
+            if tensor is None:
+                raise gone(self.name, name)
             if name not in self._aliases:
-                tensors[kind][name] = getattr(owner, kind)[key]
+                tensors[kind][name] = tensor
+        refuse_filled(self.name, self._unfilled.filled())
         return State(tensors["_parameters"], tensors["_buffers"], live=True)
 
     def state_dict(self) -> dict[str, Any]:

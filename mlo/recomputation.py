@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mlo.errors import ConfigError
-from mlo.operators import ThriceDifferentiable
+from mlo.operators import by_present_forms
 
 _ENTRY = "_checkpoint_without_reentrant_generator_impl"
 
@@ -41,17 +41,7 @@ class RecomputingWith:
 
     def _recorded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         within = _Within(self._module, self._tensors, function) if self._tensors else function
-        return self._outside[0](_thrice(within) if ThriceDifferentiable.active else within, *args, **kwargs)
-
-
-def _thrice(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function by the operators that it was recorded with, when it is called again in the backward too."""
-
-    def again(*args: Any, **kwargs: Any) -> Any:
-        with ThriceDifferentiable():
-            return function(*args, **kwargs)
-
-    return again
+        return self._outside[0](by_present_forms(within), *args, **kwargs)
 
 
 class _Reentrant:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlo.changes import refuse_reshaped
 from mlo.errors import GraphError
 from mlo.memo import Memo
 from mlo.problem import Problem, State
@@ -53,7 +54,12 @@ class Own:
         """The output, counted; the buffers are then those that the call left."""
         self._passes[self._kind] += 1
         output = problem.run_with(self._substitutes, args, kwargs)
-        self.buffers = {name: self._substitutes[name].detach() for name in self.buffers}
+        left = {}
+        for name, before in self.buffers.items():
+            after = self._substitutes[name]
+            refuse_reshaped(problem.name, name, before, after)
+            left[name] = after.detach()
+        self.buffers = left
         return output
 
 

@@ -61,12 +61,14 @@ def test_runs_that_take_a_file_of_the_run_with_their_seed_belong_together(finish
             finished(f"{name}/{seed}", seed, {"network": {"error": 1.0}}, genotype=given)
     finished("c", 1, {"network": {"error": 1.0}}, genotype="runs/c/seed-11/genotype.json")
     finished("d", 1, {"network": {"error": 1.0}}, genotype="s/rate=0.5,seed=1")
+    finished("e", 1, {"network": {"error": 1.0}}, genotype="s/reseed=1,preseed-1")
     labels = {group.label: list(group.seeds) for group in groups(load([tmp_path]))}
     assert labels == {
         "network, genotype=runs/a/seed-*/genotype.json": [1, 11],
         "network, genotype=runs/b/seed-*/genotype.json": [1, 11],
         "network, genotype=runs/c/seed-11/genotype.json": [1],
         "network, genotype=s/rate=0.5,seed=*": [1],
+        "network, genotype=s/reseed=1,preseed-1": [1],
     }
 
 

@@ -12,6 +12,7 @@ from analytic import NESTED_WITH_INNER_PATH, Smooth
 from brute_force import small_lbt
 from small_lbt import noisy_lbt
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import mlo
@@ -235,6 +236,37 @@ def test_steps_whose_options_change_too_often_go_one_by_one_and_it_is_told():
     assert not compiled._evaluator._compiler.refused
 
 
+class Noised(mlo.Problem):
+    def loss(self, batch, top):
+        return (self(batch) - torch.rand(()) * top(batch)).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:problem '(low|top)' runs without compilation. no backward")
+@pytest.mark.parametrize("several", [False, True])
+def test_code_that_fails_after_it_has_drawn_gives_its_random_numbers_back(several, monkeypatch):
+    """Its forward runs, its backward cannot be compiled: single steps, or several as one, are then taken without."""
+
+    def fail(*_: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("no backward")
+
+    plain, compiled = engines(lambda: two_levels(Noised, steps=5), "unrolled")
+    found: list[Tensor] = []
+    if not several:
+        monkeypatch.setattr(compilation, "_compile_backward", fail)
+    for engine in (plain, compiled):
+        torch.manual_seed(3)
+        engine.step()
+    torch.testing.assert_close(compiled.losses, plain.losses)
+    monkeypatch.setattr(compilation, "_compile_backward", fail)
+    for engine in (plain, compiled):
+        torch.manual_seed(4)
+        found.append(engine.hypergradient("top")["weight"])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+    compiler = compiled._evaluator._compiler
+    assert [key[:2] for key in compiler._failed] == ([("low", compilation.STEPS)] if several else [])
+    assert "low" in compiler.refused
+
+
 def test_steps_with_large_graphs_are_compiled_one_by_one(monkeypatch):
     monkeypatch.setattr("mlo.evaluation.SMALL_GRAPH", 8)
     _, compiled = engines(lambda: two_levels(Held, steps=5), "unrolled")
@@ -362,8 +394,9 @@ class Attention(nn.Module):
 @pytest.mark.parametrize(
     "estimator", ["one_step", {"kind": "unrolled", "graph_memory": 0.0}, {"kind": "cg", "damping": 1.0}], ids=str
 )
-def test_attention_is_differentiated_twice(estimator):
-    plain, compiled = engines(lambda: two_levels(Held, steps=2, module=Attention), estimator)
+@pytest.mark.parametrize("module", [Attention, lambda: parametrizations.weight_norm(nn.Linear(3, 2))])
+def test_attention_and_weight_norm_are_differentiated_twice(module, estimator):
+    plain, compiled = engines(lambda: two_levels(Held, steps=2, module=module), estimator)
     for _ in range(3):
         found = [engine.hypergradient("top")["weight"] for engine in (plain, compiled)]
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 import mlo
@@ -24,6 +26,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.mix(x).view(2, 1, -1, 12).chunk(3, dim=-1)
         return self.head(F.scaled_dot_product_attention(q, k, v)).mean(dim=(1, 2))
+
+
+class CheckpointedAttention(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
 
 
 class Recurrent(nn.Module):
@@ -72,6 +79,32 @@ class Unused(nn.Module):
         return self.used(torch.tanh(self.frozen(x))).mean(dim=1)
 
 
+class Tied(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.two(torch.tanh(self.one(x))))).mean(dim=1)
+
+
+def parametrized() -> nn.Module:
+    module = Tied()
+    parametrize.register_parametrization(module.one, "weight", nn.Tanh())
+    return module
+
+
+def weight_normed(norm: Callable[..., nn.Module], checkpointed: bool = False) -> nn.Module:
+    """Two layers of it, along the first dimension and along the last."""
+    module = Deep(checkpointed)
+    norm(module.blocks[0][0])
+    norm(module.blocks[1][0], dim=1)
+    return module
+
+
 class Scale(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -114,9 +147,16 @@ MODULES = {
     "checkpointed": lambda: Deep(True),
     "in place": InPlace,
     "unused": Unused,
+    "tied": Tied,
+    "parametrized": parametrized,
+    "weight norm": lambda: weight_normed(parametrizations.weight_norm),
+    "checkpointed weight norm": lambda: weight_normed(parametrizations.weight_norm, checkpointed=True),
+    "weight norm by hooks": lambda: weight_normed(nn.utils.weight_norm),
+    "checkpointed attention": CheckpointedAttention,
 }
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("product", ["exact", "central"])
 @pytest.mark.parametrize("module", MODULES)
 def test_modules_work_and_agree_with_brute_force(module, product):
@@ -172,6 +212,28 @@ def test_a_parameter_that_is_frozen_in_mid_run_is_told():
     stack[0].module.bias.requires_grad_(False)
     with pytest.raises(mlo.GraphError, match="'low': a parameter that its optimizer held at the start no longer"):
         made.step()
+
+
+CHANGES = {
+    "weight norm": lambda module: parametrizations.weight_norm(module.one),
+    "weight norm of the second place of a tied weight": lambda module: parametrizations.weight_norm(module.two),
+    "parametrized": lambda module: parametrize.register_parametrization(module.one, "weight", nn.Tanh()),
+    "pruned": lambda module: prune.l1_unstructured(module.one, "weight", amount=0.5),
+    "taken away": lambda module: setattr(module.one, "weight", None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_module_that_is_changed_after_its_problem_was_made_is_told(change):
+    module = Tied().double()
+    made = engine(module, "one_step")
+    made.step()
+    CHANGES[change](module)
+    for call in (made.step, lambda: made.hypergradient("scale"), lambda: made.objective("scale")):
+        with pytest.raises(
+            mlo.GraphError, match=r"'model': its module has no tensor '(one|two)\.weight' any more.* first"
+        ):
+            call()
 
 
 def test_reentrant_checkpointing_says_that_it_cannot():

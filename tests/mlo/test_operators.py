@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from mlo.operators import ThriceDifferentiable
+from mlo.operators import ThriceDifferentiable, twice_differentiable
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     "options", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None, "eps": 0.1}], ids=str
 )
-@pytest.mark.parametrize(("cls", "shape"), [(nn.BatchNorm1d, (5, 4)), (nn.BatchNorm2d, (3, 4, 2, 2))])
-def test_batch_norm_by_plain_operators_is_torchs(cls, shape, options, training, float64):
+@pytest.mark.parametrize(
+    ("cls", "shape"),
+    [
+        (nn.BatchNorm1d, (5, 4)),
+        (nn.BatchNorm2d, (3, 4, 2, 2)),
+        (nn.InstanceNorm1d, (4, 5)),
+        (nn.InstanceNorm2d, (3, 4, 2, 2)),
+        (partial(nn.InstanceNorm1d, affine=True, track_running_stats=True), (3, 4, 5)),
+    ],
+    ids=["batch 1d", "batch 2d", "instance 1d", "instance 2d", "instance with running statistics"],
+)
+def test_batch_and_instance_norm_by_plain_operators_are_torchs(cls, shape, options, training, float64):
     torch.manual_seed(0)
     one = cls(4, **options).train(training)
     for parameter in one.parameters():
@@ -31,12 +42,20 @@ def test_batch_norm_by_plain_operators_is_torchs(cls, shape, options, training, 
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-@pytest.mark.parametrize("cls", [nn.BatchNorm1d, nn.LayerNorm])
-def test_in_half_precision_statistics_are_of_single_precision_as_torchs(cls, autocast):
+@pytest.mark.parametrize(
+    ("cls", "shape"),
+    [
+        (nn.BatchNorm1d, (64, 4)),
+        (nn.LayerNorm, (64, 4)),
+        (partial(nn.InstanceNorm1d, affine=True, track_running_stats=True), (2, 4, 64)),
+    ],
+    ids=["batch", "layer", "instance"],
+)
+def test_in_half_precision_statistics_are_of_single_precision_as_torchs(cls, shape, autocast):
     torch.manual_seed(0)
     one = cls(4)
     other = copy.deepcopy(one)
-    x = (200 + torch.randn(64, 4)).bfloat16()
+    x = (200 + torch.randn(*shape)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         with ThriceDifferentiable():
             found = other(x)
@@ -55,3 +74,15 @@ def test_layer_norm_by_plain_operators_is_torchs(shape, options, float64):
     with ThriceDifferentiable():
         found = norm(x)
     torch.testing.assert_close(found, norm(x))
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((4, 3), 0), ((4, 3), 1), ((4, 3), -1), ((4, 3, 2), 1), ((4, 3, 2), 2)])
+def test_weight_norm_by_plain_operators_is_torchs_and_has_its_second_derivative(shape, dim, float64):
+    torch.manual_seed(0)
+    v = torch.randn(*shape, requires_grad=True)
+    g = torch.randn_like(torch.norm_except_dim(v, 2, dim)).requires_grad_()
+    expected, own = torch._weight_norm(v, g, dim), torch._weight_norm
+    with twice_differentiable():
+        torch.testing.assert_close(torch._weight_norm(v, g, dim), expected)
+        assert torch.autograd.gradgradcheck(lambda v, g: torch._weight_norm(v, g, dim), (v, g))
+    assert torch._weight_norm is own

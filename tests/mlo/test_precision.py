@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 import pytest
 import torch
 from brute_force import brute_force, small_lbt
+from engine_state import same
 from small_lbt import noisy_lbt
 from torch import Tensor, nn
 
@@ -53,6 +54,23 @@ def test_steps_are_taken_in_bfloat16():
         losses.append(engine.losses["teacher"].item())
         assert problems[0].module.head.weight.dtype == torch.float32
     assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"graph_memory": 0.0}, {"product": "central"}, {"kind": "cg"}], ids=str)
+def test_an_autocast_around_an_engine_does_not_reach_into_it(options, autocast, lookahead):
+    """Neither losses nor their gradients, nor the pullback of several virtual steps in one graph."""
+
+    def taken(around: bool) -> object:
+        problems = small_lbt("momentum", steps=4, autocast=autocast)
+        engine = mlo.Engine(problems, {"kind": "unrolled", **options}, lookahead=lookahead, device="cpu")
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            engine.run(2)
+            found = engine.hypergradient("arch")["weights"], engine.objective("arch"), dict(engine.losses)
+        return found, [dict(problem.module.state_dict()) for problem in problems]
+
+    assert same(taken(around=True), taken(around=False))
 
 
 def halves(factor: float, **problem: object) -> list[mlo.Problem]:

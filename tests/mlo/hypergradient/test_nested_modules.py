@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import mlo
+from mlo.optimizers import differentiable_step, moment
 
 pytestmark = pytest.mark.usefixtures("float64")
 ESTIMATORS = ["unrolled", {"kind": "unrolled", "product": "forward"}]
@@ -84,13 +89,29 @@ class Checkpointed(nn.Module):
         return checkpoint(self.layer, x, use_reentrant=False)
 
 
+class Sequences(nn.Module):
+    """A layer for two channels of sequences, between others of four rows each."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.wide, self.layer, self.narrow = nn.Linear(4, 10), layer, nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.narrow(self.layer(self.wide(x).view(-1, 2, 5)).flatten(1))
+
+
 LAYERS = {
     "batch norm": lambda: nn.BatchNorm1d(4),
     "layer norm": lambda: nn.LayerNorm(4),
     "group norm": lambda: nn.GroupNorm(2, 4),
+    "root-mean-square norm": lambda: nn.RMSNorm(4),
+    "instance norm": lambda: Sequences(nn.InstanceNorm1d(2, affine=True)),
+    "instance norm with running statistics": lambda: Sequences(nn.InstanceNorm1d(2, track_running_stats=True)),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
     "remembering": Remembering,
     "checkpointed batch norm": lambda: Checkpointed(nn.BatchNorm1d(4)),
     "checkpointed layer norm": lambda: Checkpointed(nn.LayerNorm(4)),
+    "checkpointed instance norm": lambda: Checkpointed(Sequences(nn.InstanceNorm1d(2))),
 }
 
 
@@ -105,3 +126,59 @@ def test_layers_are_differentiated_as_often_as_it_takes(layer, estimator, accumu
     engine = mlo.Engine(stack, estimator, inner_path=True, device="cpu")
     engine.step()
     mlo.check(engine, "top")
+
+
+class Plain(nn.Module):
+    """What a normalization of torch's is by definition, with its weights: by mean and variance over a dimension."""
+
+    def __init__(self, layer: nn.Module, dim: int, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight, self.bias, self.dim, self.shape = layer.weight, layer.bias, dim, shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        away = x - x.mean(self.dim, keepdim=True)
+        normal = away / (away.square().mean(self.dim, keepdim=True) + 1e-5).sqrt()
+        return normal * self.weight.view(self.shape) + self.bias.view(self.shape)
+
+
+def with_plain(module: nn.Module) -> nn.Module:
+    """A copy of the lowest network, its normalization by plain operators."""
+    twin = copy.deepcopy(module)
+    if isinstance(twin[1], Sequences):
+        twin[1].layer = Plain(twin[1].layer, 2, (-1, 1))
+    else:
+        twin[1] = Plain(twin[1], 0 if isinstance(twin[1], nn.BatchNorm1d) else 1, (-1,))
+    return twin
+
+
+def brute_force(stack: list[mlo.Problem]) -> dict[str, Tensor]:
+    """All virtual steps as one graph of plain operators, differentiated by autograd."""
+    low, mid, top = stack
+    modules = {low: with_plain(low.module), mid: mid.module, top: top.module}
+    at = {p: {n: w.detach().clone().requires_grad_() for n, w in modules[p].named_parameters()} for p in stack}
+
+    def read(problem: mlo.Problem) -> Callable[[Tensor], Tensor]:
+        return lambda batch, here=at[problem]: functional_call(modules[problem], here, (batch,))
+
+    def gradients(loss: Tensor, of: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(zip(of, torch.autograd.grad(loss, list(of.values()), create_graph=True), strict=True))
+
+    slots = moment(low)
+    for step in range(low.steps):
+        loss = Low.loss(read(low), low.stream.peek(step), read(mid), read(top))
+        at[low], slots = differentiable_step(low, at[low], gradients(loss, at[low]), slots)
+    found = gradients(Mid.loss(read(mid), mid.stream.peek(), read(low), read(top)), at[mid])
+    start = {name: weight.detach() for name, weight in at[mid].items()}
+    at[mid], _ = differentiable_step(mid, start, found, moment(mid))
+    return gradients(Top.loss(read(top), top.stream.peek(), read(mid), read(low)), at[top])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("layer", ["batch norm", "layer norm", "instance norm"])
+def test_normalizations_agree_with_brute_force_on_plain_operators(layer, estimator, steps):
+    stack = nested(rows(9), LAYERS[layer](), steps=steps)
+    engine = mlo.Engine(stack, estimator, inner_path=True, device="cpu")
+    for _ in range(2):
+        engine.step()
+        torch.testing.assert_close(engine.hypergradient("top"), brute_force(stack), rtol=1e-9, atol=1e-13)

@@ -1,0 +1,151 @@
+"""Buffers that forward sets: a look leaves them as they were, a step takes them over, and what cannot be is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from analytic import Point
+from torch import Tensor, nn
+
+import mlo
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Setting(nn.Module):
+    """Multiplies its value by what a buffer holds, which each call sets in one way or another."""
+
+    def __init__(self, setting: Callable[[Setting], None], **calls: Tensor | None) -> None:
+        super().__init__()
+        self.setting, self.value = setting, nn.Parameter(torch.tensor([0.3, -0.2]))
+        for name, buffer in calls.items():
+            self.register_buffer(name, buffer)
+
+    def forward(self) -> Tensor:
+        self.setting(self)
+        return self.value * (2 if self.calls is None else self.calls.sum())
+
+
+class Inside(nn.Module):
+    """A module in a module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self) -> Tensor:
+        return self.inner()
+
+
+class Low(mlo.Problem):
+    def loss(self, batch, top):
+        return (self() - top()).square().sum()
+
+
+class Top(mlo.Problem):
+    def loss(self, batch, low):
+        return (low() * self()).square().sum()
+
+
+def engine(low: nn.Module | None = None, top: nn.Module | None = None, **options: object) -> mlo.Engine:
+    modules = low or Point(torch.tensor([0.3, -0.2])), top or Point(torch.tensor([0.7, 0.4]))
+    stack = [
+        cls(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9), steps=steps)
+        for cls, name, module, steps in ((Low, "low", modules[0], 3), (Top, "top", modules[1], 1))
+    ]
+    return mlo.Engine(stack, "unrolled", device="cpu", **options)
+
+
+def count(module: Setting) -> None:
+    module.calls = torch.ones(1) if module.calls is None else module.calls + 1
+
+
+def register(module: Setting) -> None:
+    if not hasattr(module, "calls"):
+        module.register_buffer("calls", torch.zeros(1), persistent=False)
+    module.calls += 1
+
+
+def forget(module: Setting) -> None:
+    module.calls = None
+
+
+def grow(module: Setting) -> None:
+    module.calls = torch.cat([module.calls, torch.ones(1)])
+
+
+def fail(module: Setting) -> None:
+    count(module)
+    raise ZeroDivisionError
+
+
+LOOKS = {
+    "hypergradient": lambda made: made.hypergradient("top"),
+    "objective": lambda made: made.objective("top"),
+    "check": mlo.check,
+    "step": lambda made: made.step(),
+}
+FILLED = "forward sets the buffer 'inner.calls' of its module, which held no tensor when the problem was made"
+
+
+def contents(module: nn.Module) -> list[object]:
+    """The values of all parameters, and every part's buffers."""
+    found = [[*part._parameters.items(), *part._buffers.items()] for part in module.modules()]
+    return [[(name, tensor if tensor is None else tensor.tolist()) for name, tensor in part] for part in found]
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("name", ["low", "top"])
+@pytest.mark.parametrize(("setting", "buffers"), [(count, {"calls": None}), (register, {})], ids=["None", "no"])
+def test_a_buffer_that_forward_fills_is_told_and_left_empty(setting, buffers, name, look):
+    module = Inside(Setting(setting, **buffers))
+    made, before = engine(**{name: module}), contents(module)
+    with pytest.raises(mlo.GraphError, match=f"problem '{name}': {FILLED}.*or call the module once before"):
+        LOOKS[look](made)
+    assert contents(module) == before
+
+
+@pytest.mark.parametrize("setting", [count, register])
+def test_once_filled_it_is_moved_by_steps_alone(setting):
+    module = Inside(Setting(setting, **({"calls": None} if setting is count else {})))
+    module()
+    made = engine(module)
+    for _ in range(2):
+        before = contents(module)
+        made.hypergradient("top")
+        made.objective("top")
+        assert contents(module) == before
+        made.step()
+    assert module.inner.calls == 7
+    mlo.check(made)
+
+
+def test_a_buffer_that_a_call_between_has_filled_is_told():
+    module = Inside(Setting(count, calls=None))
+    made = engine(module)
+    made.problems["low"]()
+    with pytest.raises(mlo.GraphError, match=FILLED):
+        made.step()
+    assert module.inner.calls == 1
+
+
+def test_an_error_of_forward_comes_through_and_leaves_the_buffer_empty():
+    module = Inside(Setting(fail, calls=None))
+    with pytest.raises(ZeroDivisionError):
+        engine(module).step()
+    assert module.inner.calls is None
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [(forget, "sets .* 'inner.calls', .* to None"), (grow, r"sets .*, of shape \(1,\), to a .* shape \(2,\)")],
+)
+def test_a_buffer_that_forward_empties_or_reshapes_is_told_before_anything_moves(setting, told, look):
+    module = Inside(Setting(setting, calls=torch.ones(1)))
+    made, before = engine(module), contents(module)
+    with pytest.raises(mlo.GraphError, match=f"problem 'low': forward {told}"):
+        LOOKS[look](made)
+    assert contents(module) == before
