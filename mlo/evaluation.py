@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from mlo.errors import GraphError
 from mlo.graph_contents import SavedBytes, leaves_of
 from mlo.memo import Memo, add_to
 from mlo.operators import twice_differentiable
-from mlo.passes import Stretch, pass_function, stretch_function
+from mlo.passes import Pass, Stretch, pass_function, stretch_function, unscaled
 from mlo.problem import Problem, State
 from mlo.randomness import Randomness, outside_state, replay, same_outside
 from mlo.stand_ins import Own, Read, loss_with
@@ -36,42 +36,6 @@ class Evaluation:
 
     loss: Tensor
     buffers: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What one evaluation of a problem's loss and its derivative gave.
-
-    Attributes:
-        loss: the scalar, detached.
-        gradients: {tensor: the loss's gradient for it}, of those asked for that the loss depends on.
-        buffers: as in :class:`Evaluation`.
-    """
-
-    loss: Tensor
-    gradients: dict[Tensor, Tensor]
-    buffers: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What one of the evaluations of a step was taken on; a step has several where gradients are accumulated.
-
-    Attributes:
-        batch: as the problem's data gave it.
-        randomness: the random state that it drew from.
-        buffers: the module's before it, as the micro-batch before left them; None for the first of a step.
-        scale: what the loss was multiplied by while its gradient was taken.
-    """
-
-    batch: Any
-    randomness: Randomness
-    buffers: Mapping[str, Tensor] | None = None
-    scale: float = 1.0
-
-    def state(self, of: State) -> State:
-        """The state in which it is evaluated, in a step from the state ``of``."""
-        return of if self.buffers is None else replace(of, buffers=self.buffers)
 
 
 class Evaluator:
@@ -211,7 +175,7 @@ class Evaluator:
                 add_to(gradients, inputs, found)
         if isinstance(saved, SavedBytes):
             self.graph_bytes[name] = saved.total
-        return Pass(evaluation.loss.detach(), _unscaled(gradients, scale), evaluation.buffers)
+        return Pass(evaluation.loss.detach(), unscaled(gradients, scale), evaluation.buffers)
 
     def _gradients(
         self, name: str, loss: Tensor, inputs: Sequence[Tensor], keep_graph: bool
@@ -376,7 +340,7 @@ class Evaluator:
             self.passes[n][kind if n == name else "read"] += count
         gradients: dict[Tensor, Tensor] = {}
         add_to(gradients, [states[n].parameters[v] for n in second or of for v in self.problems[n].variables], found)
-        return Pass(loss, _unscaled(gradients, scale), after)
+        return Pass(loss, unscaled(gradients, scale), after)
 
     def _tell_strays(self, name: str, loss: Tensor, states: Mapping[str, State]) -> None:
         """Warn of a loss that goes to a module's own parameters, past those that the evaluation put in its place."""
@@ -422,22 +386,3 @@ def _aliased(batch: Any) -> tuple[Any, tuple[Any, ...]]:
     parts, structure = tree_flatten(batch)
     form = tuple((p.shape, p.dtype) if isinstance(p, Tensor) else type(p) for p in parts)
     return tree_unflatten([p.detach() if isinstance(p, Tensor) else p for p in parts], structure), (structure, *form)
-
-
-def _unscaled(gradients: dict[Tensor, Tensor], scale: float) -> dict[Tensor, Tensor]:
-    return gradients if scale == 1.0 else {key: gradient / scale for key, gradient in gradients.items()}
-
-
-def mean(passes: Iterable[Pass], count: int) -> Pass:
-    """The mean of ``count`` passes that follow each other, one at a time; the buffers are those that the last left."""
-    if count == 1:
-        return next(iter(passes))
-    losses: list[Tensor] = []
-    total: dict[Tensor, Tensor] = {}
-    buffers: Mapping[str, Tensor] = {}
-    for each in passes:
-        for key, gradient in each.gradients.items():
-            total[key] = total[key].add_(gradient, alpha=1 / count) if key in total else gradient / count
-        losses.append(each.loss)
-        buffers = each.buffers
-    return Pass(torch.stack(losses).mean(), total, buffers)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from mlo import distributed
 from mlo.errors import GraphError
-from mlo.evaluation import Evaluator, MicroBatch, Pass, mean
+from mlo.evaluation import Evaluator
 from mlo.hypergradient.step import Record
 from mlo.hypergradient.sweep import sweep, unreached
 from mlo.memo import Memo
 from mlo.optimizers import Moment, is_linear
+from mlo.passes import MicroBatch, Pass, mean
 from mlo.plan import Plan
 from mlo.problem import Problem, State
 from mlo.scaling import LossScale

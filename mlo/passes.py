@@ -1,9 +1,9 @@
-"""Passes over a loss, and several steps as one, as functions of tensors alone, which can be compiled as a whole."""
+"""Passes over a loss: what they give, and as functions of tensors alone, which can be compiled as a whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,67 @@ from torch import Tensor
 
 from mlo import sgd
 from mlo.problem import Problem, State
+from mlo.randomness import Randomness
 from mlo.stand_ins import Own, Read, loss_with, loss_within
 from mlo.vectors import Vector, filled
 
 Reads = Sequence[tuple[str, bool]]  # the problems that a loss reads, and whether it is differentiated for each
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one evaluation of a problem's loss and its derivative gave.
+
+    Attributes:
+        loss: the scalar, detached.
+        gradients: {tensor: the loss's gradient for it}, of those asked for that the loss depends on.
+        buffers: the module's after it.
+    """
+
+    loss: Tensor
+    gradients: dict[Tensor, Tensor]
+    buffers: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one of the evaluations of a step was taken on; a step has several where gradients are accumulated.
+
+    Attributes:
+        batch: as the problem's data gave it.
+        randomness: the random state that it drew from.
+        buffers: the module's before it, as the micro-batch before left them; None for the first of a step.
+        scale: what the loss was multiplied by while its gradient was taken.
+    """
+
+    batch: Any
+    randomness: Randomness
+    buffers: Mapping[str, Tensor] | None = None
+    scale: float = 1.0
+
+    def state(self, of: State) -> State:
+        """The state in which it is evaluated, in a step from the state ``of``."""
+        return of if self.buffers is None else replace(of, buffers=self.buffers)
+
+
+def unscaled(gradients: dict[Tensor, Tensor], scale: float) -> dict[Tensor, Tensor]:
+    """The gradients of a loss that was multiplied by ``scale``, divided by it."""
+    return gradients if scale == 1.0 else {key: gradient / scale for key, gradient in gradients.items()}
+
+
+def mean(passes: Iterable[Pass], count: int) -> Pass:
+    """The mean of ``count`` passes that follow each other, one at a time; the buffers are those that the last left."""
+    if count == 1:
+        return next(iter(passes))
+    losses: list[Tensor] = []
+    total: dict[Tensor, Tensor] = {}
+    buffers: Mapping[str, Tensor] = {}
+    for each in passes:
+        for key, gradient in each.gradients.items():
+            total[key] = total[key].add_(gradient, alpha=1 / count) if key in total else gradient / count
+        losses.append(each.loss)
+        buffers = each.buffers
+    return Pass(torch.stack(losses).mean(), total, buffers)
 
 
 def pass_function(

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from mlo.evaluation import Evaluator, MicroBatch
+from mlo.evaluation import Evaluator
 from mlo.gradients import Gradients, Records
 from mlo.hypergradient.step import Record
 from mlo.optimizers import COUNTERS, Moment, moment, virtual_step
+from mlo.passes import MicroBatch
 from mlo.plan import Plan
 from mlo.problem import Problem, State
 from mlo.randomness import replay

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mlo.evaluation import Evaluator, MicroBatch, mean
+from mlo.evaluation import Evaluator
 from mlo.memo import Memo, add_to
 from mlo.operators import ThriceDifferentiable, twice_differentiable
 from mlo.optimizers import (
@@ -22,7 +22,7 @@ from mlo.optimizers import (
     pull_through_step,
     virtual_step,
 )
-from mlo.passes import Stretch
+from mlo.passes import MicroBatch, Stretch, mean
 from mlo.problem import Problem, State
 from mlo.vectors import Vector, add, filled, scaled
 
