@@ -278,7 +278,8 @@ def _model(context: typer.Context, name: str | None, help: bool) -> "type[Job]":
 
 def _merged(model: "type[Job]", config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults, with the file's options over them, and those of the command line over these."""
-    from mlo.config import defaults, merge, read_yaml
+    from mlo.config import defaults
+    from mlo.plain import merge, read_yaml
 
     return dict(merge(merge(defaults(model), read_yaml(config) if config else {}), given))
 

@@ -12,9 +12,9 @@ import numpy as np
 from scipy import stats
 
 from mlo import registry
-from mlo.config import flat, read_yaml
 from mlo.errors import ConfigError
 from mlo.job import Results
+from mlo.plain import flat, read_yaml
 from mlo.run import about, read_results
 
 MIN_PAIRS = 3

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mlo import registry
-from mlo.config import KIND, Config, Registered, defaults, merge, option_model, parse_yaml, registered, shown
+from mlo.config import Config, Registered, defaults, option_model, registered
 from mlo.errors import ConfigError
+from mlo.plain import KIND, merge, parse_yaml, shown
 
 
 def read_options(model: type[Config], words: Sequence[str]) -> dict[str, Any]:

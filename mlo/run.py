@@ -15,10 +15,11 @@ import yaml
 from filelock import FileLock, Timeout
 
 from mlo import distributed
-from mlo.config import read_yaml, validate
+from mlo.config import validate
 from mlo.errors import ConfigError
 from mlo.files import write_atomic
 from mlo.job import Job, Results, load_job
+from mlo.plain import read_yaml
 from mlo.registry import versions
 from mlo.stage import METRICS, Stage, seconds_taken
 

@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mlo.config import defaults, flat, merge, shown, validate
+from mlo.config import defaults, validate
 from mlo.errors import ConfigError, MloError
 from mlo.job import Job, load_job
 from mlo.options import nested
+from mlo.plain import flat, merge, shown
 from mlo.run import Run, begun_with, has_begun, is_free, read_results
 from mlo.workers import Failed, in_processes, own_cores
 

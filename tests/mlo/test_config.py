@@ -8,8 +8,9 @@ import pytest
 import yaml
 from pydantic import Field
 
-from mlo.config import Config, Registered, defaults, merge, parse_yaml, read_yaml, validate
+from mlo.config import Config, Registered, defaults, validate
 from mlo.errors import ConfigError
+from mlo.plain import merge, parse_yaml, read_yaml
 
 FRUITS = """
 from mlo.config import Config
