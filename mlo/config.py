@@ -15,8 +15,27 @@ from mlo.errors import ConfigError
 from mlo.plain import KIND, shown
 
 
+def _taking_lists(schema: Any) -> Any:
+    """A schema whose tuples, at any depth, take other sequences as well."""
+    if isinstance(schema, list):
+        return [_taking_lists(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {key: _taking_lists(part) for key, part in schema.items()}
+    if schema.get("type") != "tuple":
+        return schema
+    return core_schema.no_info_before_validator_function(_as_tuple, schema)
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
 class Config(BaseModel):
-    """A frozen set of options that refuses what it does not know and what has another type."""
+    """A frozen set of options that refuses what it does not know and what has another type.
+
+    An option that is a tuple takes a list too, as a person writes it.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
@@ -28,6 +47,12 @@ class Config(BaseModel):
             raise ConfigError(f"{type(self).__name__}: {faults}") from error
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # files and defaults are read without it
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """Pydantic's own, with tuples that take lists."""
+        made: core_schema.CoreSchema = _taking_lists(handler(source))
+        return made
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -111,17 +136,15 @@ def defaults(model: type[BaseModel]) -> dict[str, Any]:
 def explain(error: ValidationError, model: type[Config], data: Any) -> list[str]:
     """One line for each option at fault: its dotted path, what was given, what is allowed."""
     faults: dict[str, list[str]] = {}
-    details = error.errors(include_url=False)
-    for detail in details:
-        if detail["type"] == "too_short" and any(_within(other["loc"], detail["loc"]) for other in details):
-            continue  # pydantic counts the items that are valid
+    for detail in error.errors(include_url=False):
         path, owner = _place(detail, model, data)
         faults.setdefault(path, []).append(_remedy(detail, path, owner))
-    return [": ".join(filter(None, [path, _either(told)])) for path, told in faults.items()]
-
-
-def _within(place: tuple[int | str, ...], above: tuple[int | str, ...]) -> bool:
-    return len(place) > len(above) and place[: len(above)] == above
+    # of a list whose items are at fault pydantic says more: that it is no number, that its valid items are too few
+    return [
+        ": ".join(filter(None, [path, _either(told)]))
+        for path, told in faults.items()
+        if not any(other.startswith(f"{path}.") for other in faults)
+    ]
 
 
 def _either(told: Sequence[str]) -> str:
@@ -165,7 +188,8 @@ def _remedy(detail: ErrorDetails, path: str, owner: type[BaseModel] | None) -> s
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"])
     if detail["type"] in ("tuple_type", "list_type"):
-        example = "a, b" if value is None or isinstance(value, bool) else shown(value).strip('"')
+        one = isinstance(value, str | int | float) and not isinstance(value, bool)
+        example = shown(value).strip('"') if one else "a, b"
         return f"{shown(value)}{GIVEN_NOT}a list: [{example}]"
     said = f"{shown(value)} was given, but {re.sub('^(Input|Tuple|List) ', 'it ', detail['msg'])}"
     if detail["type"] == "literal_error":

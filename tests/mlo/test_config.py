@@ -51,6 +51,8 @@ class Strict(Config):
 
 class Bowl(Config):
     fruits: tuple[Literal["apple", "cherry"], ...] = Field(("apple",), min_length=1)
+    sizes: int | tuple[int, ...] = 3
+    rows: tuple[tuple[int, ...], ...] = ()
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +111,28 @@ def test_a_fault_names_the_option_and_the_remedy(given, line):
 def test_a_list_whose_items_are_at_fault_is_not_called_too_short_too():
     assert told(Bowl, {"fruits": ["appel"]}).startswith("shop: 1 option to mend\n  fruits.0: ")
     assert "fruits: [] was given, but it should have at least 1 item" in told(Bowl, {"fruits": []})
+
+
+def test_a_list_in_python_is_as_good_as_a_tuple():
+    bowl = Bowl(fruits=["apple", "cherry"], sizes=[3, 4], rows=[[1], (2, 3)])
+    assert (bowl.fruits, bowl.sizes, bowl.rows) == (("apple", "cherry"), (3, 4), ((1,), (2, 3)))
+    assert Shop(span=[3, 4], baskets=[{"weight": 2}]).baskets == (Basket(weight=2.0),)
+    assert bowl == Bowl(fruits=("apple", "cherry"), sizes=(3, 4), rows=((1,), (2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"fruits": "apple"}, 'Bowl: fruits: "apple" was given, but it should be a list: [apple]'),
+        ({"fruits": {"apple"}}, "Bowl: fruits: \"{'apple'}\" was given, but it should be a list: [a, b]"),
+        ({"fruits": ["appel"]}, "Bowl: fruits.0: \"appel\" was given, but it should be 'apple' or 'cherry'"),
+        ({"sizes": [3, 4.5]}, "Bowl: sizes.1: 4.5 was given, but it should be a valid integer"),
+    ],
+)
+def test_what_is_wrong_with_a_list_in_python_is_told_of_its_items(given, line):
+    with pytest.raises(ConfigError) as error:
+        Bowl(**given)
+    assert str(error.value).partition(";")[0] == line
 
 
 def test_every_fault_is_told_at_once():
