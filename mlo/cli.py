@@ -227,15 +227,9 @@ def graph(context: typer.Context, name: Name = None, config: ConfigFile = None, 
 @app.command(name="list")
 def list_all() -> None:
     """List the problems, the experiments, and the hypergradient's responses and products."""
-    groups = {
-        registry.PROBLEMS: "Problems: mlo run NAME",
-        registry.EXPERIMENTS: "Experiments: mlo reproduce NAME",
-        registry.RESPONSES: "Responses: --hypergradient NAME",
-        registry.PRODUCTS: "Products: --hypergradient.product NAME",
-    }
-    for group, title in groups.items():
+    for group, written in registry.WRITTEN.items():
         names = registry.entries(group)
-        print(title)
+        print(f"{group.removeprefix('mlo.').capitalize()}: {written}")
         for name in names:
             print(f"  {name:<{max(map(len, names))}}  {_told(group, name)}")
         print("" if names else "  (none)\n")

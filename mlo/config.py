@@ -3,8 +3,9 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic.fields import FieldInfo
@@ -94,20 +95,26 @@ class Registered:
         except ConfigError as error:
             raise ValueError(str(error)) from error
 
+    def kinds(self) -> dict[str, type[Config]]:
+        """All that can be chosen, by name; a broken package is no matter of this option's."""
+        found = {}
+        for name in registry.entries(self.group):
+            with suppress(ValueError):
+                found[name] = self.model(name)
+        return found
+
+    def names(self, model: type) -> list[str]:
+        """The names that a class is registered under."""
+        return [name for name, kind in self.kinds().items() if kind is model]
+
     def dump(self, value: object) -> object:
         """The mapping that :meth:`build` makes the instance of again."""
         if not isinstance(value, Config):
             return value
-        names = [name for name in registry.entries(self.group) if self._is(name, type(value))]
+        names = self.names(type(value))
         if not names:
             raise ValueError(f"{type(value).__name__} is not registered in {self.group}, so a file cannot name it")
         return {KIND: names[0], **value.model_dump(mode="json")}
-
-    def _is(self, name: str, model: type) -> bool:
-        try:
-            return registry.load(self.group, name) is model
-        except ConfigError:  # a broken package is no matter of this option's
-            return False
 
 
 def parse(model: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
@@ -137,8 +144,10 @@ def explain(error: ValidationError, model: type[Config], data: Any) -> list[str]
     """One line for each option at fault: its dotted path, what was given, what is allowed."""
     faults: dict[str, list[str]] = {}
     for detail in error.errors(include_url=False):
-        path, owner = _place(detail, model, data)
-        faults.setdefault(path, []).append(_remedy(detail, path, owner))
+        place = _place(detail, model, data)
+        unknown = detail["type"] == "extra_forbidden"
+        fault = _unknown(place, detail["input"], model, data) if unknown else _remedy(detail)
+        faults.setdefault(".".join(place.path), []).append(fault)
     # of a list whose items are at fault pydantic says more: that it is no number, that its valid items are too few
     return [
         ": ".join(filter(None, [path, _either(told)]))
@@ -153,36 +162,75 @@ def _either(told: Sequence[str]) -> str:
     return " or ".join([first, *(other.rpartition(GIVEN_NOT)[2] for other in others)])
 
 
-def _place(detail: ErrorDetails, model: type[Config], data: Any) -> tuple[str, type[BaseModel] | None]:
-    """An error's dotted path as the user wrote it (pydantic adds the branch of a union), and whose option it is."""
-    path: list[str] = []
+class _Place(NamedTuple):
+    """Where an error is: its path as the user wrote it, the model whose option it is, and what that was chosen by."""
+
+    path: tuple[str, ...]
+    owner: type[BaseModel] | None
+    mark: Registered | None
+
+
+def _place(detail: ErrorDetails, model: type[Config], data: Any) -> _Place:
+    """The place of an error, to whose path pydantic adds the branch of a union."""
+    marks = (Registered(group) for group in (registry.RESPONSES, registry.PRODUCTS))
     node: type[BaseModel] | None = model
-    owner = node
+    mark = next((mark for mark in marks if mark.names(model)), None)
+    place = _Place((), node, mark)
     for part in detail["loc"]:
         held = isinstance(data, Mapping) and part in data
         held = held or (isinstance(data, Sequence) and isinstance(part, int) and part < len(data))
         if not held and detail["type"] != "missing":
             continue
-        path.append(str(part))
-        owner, data = node, data[part] if held else None
+        place = _Place((*place.path, str(part)), node, mark)
+        data = data[part] if held else None
         field = node.model_fields.get(str(part)) if node else None
-        node = option_model(field, data) if field else node
-    return ".".join(path), owner
+        if field:
+            node, mark = option_model(field, data), registered(field)
+    return place
+
+
+def _unknown(place: _Place, value: object, model: type[Config], data: Any) -> str:
+    """What is said of an option that is none: which kinds have it, which one was meant, or which there are."""
+    *above, name = place.path
+    own, kind = list(place.owner.model_fields) if place.owner else [], ""
+    fault, having = "unknown option", []
+    options = [path for path, section in _paths(model, data) if section or not isinstance(value, Mapping | BaseModel)]
+    if place.mark and place.owner:
+        kind = place.mark.names(place.owner)[0]
+        having = [other for other, one in place.mark.kinds().items() if name in one.model_fields]
+    if having:  # what else is called like it is of no interest, unless it belongs to this very kind
+        fault = f"{kind} has no such option, but {_listed(having)} {'have' if having[1:] else 'has'} it"
+        options = [path for path in options if path[-1] == name and path[: len(above)] == tuple(above)]
+    nearest = registry.nearest(name, [path[-1] for path in options])
+    meant = [path for path in options if path[-1] == nearest]
+    meant = [path for path in meant if path[:-1] == tuple(above)] or meant
+    if meant:
+        return f"{fault}; did you mean {' or '.join('.'.join(path) for path in meant)}?"
+    return f"{fault}; the options {f'of {kind}' if kind else 'here'} are: {', '.join(own) or 'none'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _paths(model: type[BaseModel], data: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """The path of each option of a model and of the kinds chosen in ``data``, and whether others can stand below it."""
+    for name, field in model.model_fields.items():
+        value = data.get(name, field.default) if isinstance(data, Mapping) else field.default
+        listed = any(get_origin(part) in (tuple, list, dict) for part in parts(field.annotation))
+        below = None if listed else option_model(field, value)
+        yield (*above, name), bool(below or registered(field))
+        if below:
+            yield from _paths(below, value, (*above, name))
 
 
 GIVEN_NOT = " was given, but it should be "
 
 
-def _remedy(detail: ErrorDetails, path: str, owner: type[BaseModel] | None) -> str:
-    """What is wrong with the option of a dotted path, and what to write instead."""
+def _remedy(detail: ErrorDetails) -> str:
+    """What is wrong with the value of an option, and what to write instead."""
     value = detail["input"]
-    if detail["type"] == "extra_forbidden":
-        valid = list(owner.model_fields) if owner else []
-        above, _, name = path.rpartition(".")
-        guess = registry.nearest(name, valid)
-        meant = f"did you mean {above}{'.' * bool(above)}{guess}?"
-        remedy = meant if guess else f"the options here are: {', '.join(valid) or 'none'}"
-        return f"unknown option; {remedy}"
     if detail["type"] == "missing":
         return "has no default, so it must be given"
     if detail["type"] == "value_error":
@@ -207,6 +255,8 @@ def registered(field: FieldInfo) -> Registered | None:
 def option_model(field: FieldInfo, value: Any) -> type[BaseModel] | None:
     """The model whose options stand below an option that has this value."""
     mark = registered(field)
+    if isinstance(value, BaseModel):
+        return type(value)
     if mark:
         try:
             return mark.model(value)

@@ -23,6 +23,10 @@ class Cherry(Config):
     stones: int = Field(1, gt=0)
     sizes: tuple[int, float] = (1, 2.0)
 
+class Plum(Config):
+    stones: int = 1
+    stalk: int = 0
+
 class Stranger:
     "No Config."
 """
@@ -45,6 +49,12 @@ class Shop(Config):
     fruit: Annotated[Config, Registered("test.fruits")] | None = None
 
 
+class Street(Config):
+    number: int = 0
+    shop: Shop = Shop()
+    left: Basket = Basket()
+
+
 class Strict(Config):
     must: int
 
@@ -57,7 +67,7 @@ class Bowl(Config):
 
 @pytest.fixture(autouse=True)
 def fruits(register):
-    names = {"apple": "fruits:Apple", "cherry": "fruits:Cherry", "stranger": "fruits:Stranger"}
+    names = {"apple": "fruits:Apple", "cherry": "fruits:Cherry", "plum": "fruits:Plum", "stranger": "fruits:Stranger"}
     register("fruits", FRUITS, {"test.fruits": names})
 
 
@@ -97,8 +107,8 @@ def test_the_options_are_frozen():
         ({"baskets": [{}, {"weight": "x"}]}, '  baskets.1.weight: "x" was given, but it should be a valid number'),
         ({"label": 1.5}, "  label: 1.5 was given, but it should be a valid integer or a valid string"),
         ({"fruit": "chery"}, "  fruit: 'chery' is not known among test.fruits; did you mean cherry? there are: apple"),
-        ({"fruit": 3}, "  fruit: it should be a name (apple | cherry | stranger) or a mapping"),
-        ({"fruit": {"stones": 3}}, "  fruit: the mapping should say its kind: apple | cherry"),
+        ({"fruit": 3}, "  fruit: it should be a name (apple | cherry | plum | stranger) or a mapping"),
+        ({"fruit": {"stones": 3}}, "  fruit: the mapping should say its kind: apple | cherry | plum"),
         ({"fruit": "stranger"}, "register a class derived from mlo.config.Config"),
         ({"fruit": {"kind": "cherry", "stone": 3}}, "  fruit.stone: unknown option; did you mean fruit.stones?"),
         ({"fruit": {"kind": "cherry", "stones": 0}}, "  fruit.stones: 0 was given, but it should be greater than 0"),
@@ -106,6 +116,46 @@ def test_the_options_are_frozen():
 )
 def test_a_fault_names_the_option_and_the_remedy(given, line):
     assert line in told(Shop, given)
+
+
+@pytest.mark.parametrize(
+    ("fruit", "line"),
+    [
+        (
+            {"kind": "apple", "stones": 3},
+            "fruit.stones: apple has no such option, but cherry and plum have it; the options of apple are: none",
+        ),
+        (
+            {"kind": "cherry", "stalk": 3},
+            "fruit.stalk: cherry has no such option, but plum has it; the options of cherry are: stones, sizes",
+        ),
+        ({"kind": "plum", "worm": 3}, "fruit.worm: unknown option; the options of plum are: stones, stalk"),
+        ({"kind": "plum", "seed": 3}, "fruit.seed: unknown option; did you mean seed?"),
+    ],
+)
+def test_an_option_of_another_kind_is_told_with_the_kinds(fruit, line):
+    assert told(Shop, {"fruit": fruit}) == f"shop: 1 option to mend\n  {line}"
+    with pytest.raises(ConfigError) as error:
+        Shop(fruit=fruit)
+    assert str(error.value) == f"Shop: {line}"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"moood": "bad"}, "shop.mood"),
+        ({"shop": {"fruit": "plum"}, "stalk": 1}, "shop.fruit.stalk"),
+        ({"wieght": 1}, "shop.basket.weight or left.weight"),
+        ({"shop": {"number": 1}}, "number"),
+        ({"shop": {"wieght": 1}}, "shop.basket.weight or left.weight"),
+        ({"left": {"wieght": 1}}, "left.weight"),
+        ({"basket": {"weight": 1}}, "shop.basket"),
+        ({"numbers": {"weight": 1}}, None),  # a section was meant, and no number is one
+    ],
+)
+def test_an_option_of_another_section_is_found(given, meant):
+    remedy = f"did you mean {meant}?" if meant else "the options here are: number, shop, left"
+    assert told(Street, given).endswith(f"unknown option; {remedy}")
 
 
 def test_a_list_whose_items_are_at_fault_is_not_called_too_short_too():
