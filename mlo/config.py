@@ -146,7 +146,7 @@ def explain(error: ValidationError, model: type[Config], data: Any) -> list[str]
     for detail in error.errors(include_url=False):
         place = _place(detail, model, data)
         unknown = detail["type"] == "extra_forbidden"
-        fault = _unknown(place, detail["input"], model, data) if unknown else _remedy(detail)
+        fault = _unknown(place, detail["input"], model, data) if unknown else _remedy(detail, place.below)
         faults.setdefault(".".join(place.path), []).append(fault)
     # of a list whose items are at fault pydantic says more: that it is no number, that its valid items are too few
     return [
@@ -163,29 +163,36 @@ def _either(told: Sequence[str]) -> str:
 
 
 class _Place(NamedTuple):
-    """Where an error is: its path as the user wrote it, the model whose option it is, and what that was chosen by."""
+    """Where an error is.
+
+    Attributes:
+        path: as the user wrote it.
+        owner: the model whose option it is.
+        mark: what the owner was chosen by, where it was.
+        below: the model whose options stand below it.
+    """
 
     path: tuple[str, ...]
     owner: type[BaseModel] | None
     mark: Registered | None
+    below: type[BaseModel] | None
 
 
 def _place(detail: ErrorDetails, model: type[Config], data: Any) -> _Place:
     """The place of an error, to whose path pydantic adds the branch of a union."""
     marks = (Registered(group) for group in (registry.RESPONSES, registry.PRODUCTS))
-    node: type[BaseModel] | None = model
     mark = next((mark for mark in marks if mark.names(model)), None)
-    place = _Place((), node, mark)
+    place = _Place((), None, None, model)
     for part in detail["loc"]:
         held = isinstance(data, Mapping) and part in data
         held = held or (isinstance(data, Sequence) and isinstance(part, int) and part < len(data))
         if not held and detail["type"] != "missing":
             continue
-        place = _Place((*place.path, str(part)), node, mark)
         data = data[part] if held else None
-        field = node.model_fields.get(str(part)) if node else None
-        if field:
-            node, mark = option_model(field, data), registered(field)
+        field = place.below.model_fields.get(str(part)) if place.below else None
+        below = option_model(field, data) if field else place.below
+        place = _Place((*place.path, str(part)), place.below, mark, below)
+        mark = registered(field) if field else mark
     return place
 
 
@@ -226,22 +233,40 @@ def _paths(model: type[BaseModel], data: Any, above: tuple[str, ...] = ()) -> It
 
 
 GIVEN_NOT = " was given, but it should be "
+WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "is_instance_of": "a {class}",
+    "dict_type": "a mapping of names to values",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+    "too_short": "a list of {min_length} or more",
+    "too_long": "a list of {max_length} or fewer",
+}
 
 
-def _remedy(detail: ErrorDetails) -> str:
-    """What is wrong with the value of an option, and what to write instead."""
-    value = detail["input"]
-    if detail["type"] == "missing":
-        return "has no default, so it must be given"
-    if detail["type"] == "value_error":
-        return str(detail["ctx"]["error"])
-    if detail["type"] in ("tuple_type", "list_type"):
+def _remedy(detail: ErrorDetails, below: type[BaseModel] | None) -> str:
+    """What is wrong with the value of an option, below which a model's may stand, and what to write instead."""
+    value, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
+    if kind == "missing":
+        listed = isinstance(detail["loc"][-1], int)
+        return "is missing, for the list is too short" if listed else "has no default, so it must be given"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind in ("tuple_type", "list_type"):
         one = isinstance(value, str | int | float) and not isinstance(value, bool)
         example = shown(value).strip('"') if one else "a, b"
         return f"{shown(value)}{GIVEN_NOT}a list: [{example}]"
-    said = f"{shown(value)} was given, but {re.sub('^(Input|Tuple|List) ', 'it ', detail['msg'])}"
-    if detail["type"] == "literal_error":
-        guess = registry.nearest(str(value), re.findall("'([^']*)'", detail["ctx"]["expected"]))
+    if kind in ("model_type", "model_attributes_type") and below:
+        return f"{shown(value)}{GIVEN_NOT}a mapping of its options: {', '.join(below.model_fields)}"
+    if kind in WANTED:
+        return f"{shown(value)}{GIVEN_NOT}{WANTED[kind].format(**context)}"
+    said = f"{shown(value)} was given, but {re.sub('^[A-Z][a-z]+ ', 'it ', detail['msg'])}"
+    if kind == "literal_error":
+        guess = registry.nearest(str(value), re.findall("'([^']*)'", context["expected"]))
         said += f"; did you mean {guess}?" if guess else ""
     return said
 

@@ -295,7 +295,7 @@ def test_an_estimator_that_is_not_there(value, told):
     ("options", "told"),
     [
         ({"tems": 3}, r"^Neumann: tems: unknown option; did you mean terms\?$"),
-        ({"terms": -3}, "^Neumann: terms: -3 was given, but it should be greater than or equal to 1$"),
+        ({"terms": -3}, "^Neumann: terms: -3 was given, but it should be at least 1$"),
         ({"terms": 3, "product": "exat"}, r"^Neumann: product: 'exat' is not known.*did you mean exact\?"),
     ],
     ids=str,

@@ -97,7 +97,7 @@ def test_all_faults_are_told_at_once_and_nothing_is_written(mlo):
     assert (code, out) == (2, "")
     assert "ridge: 3 options to mend" in err
     assert "hypergradent: unknown option; did you mean hypergradient?" in err
-    assert 'rate: "x" was given, but it should be a valid number' in err
+    assert 'rate: "x" was given, but it should be a number' in err
     assert "start.ridg: unknown option; did you mean start.ridge?" in err
     assert "`mlo run ridge --help` lists the options" in err
     assert not Path("out").exists()
