@@ -55,14 +55,14 @@ def test_a_run_fills_its_folder(mlo):
             {"hypergradient": {"kind": "darts", "radius": 3.0}},
         ),
         (
-            ["--hypergradient.terms", "5", "--hypergradient.product", "central"],
+            ["--hypergradient.warm_start", "--hypergradient.terms", "5", "--hypergradient.product", "central"],
             {
                 "hypergradient": {
                     "kind": "neumann",
                     "fresh_batch": False,
                     "terms": 5,
                     "rate": None,
-                    "warm_start": False,
+                    "warm_start": True,
                     "product": {"kind": "central", "autocast": False, "radius": 0.01},
                 }
             },
@@ -113,6 +113,18 @@ def test_all_faults_are_told_at_once_and_nothing_is_written(mlo):
         (["run", "ridge", "--tags", "a"], 'tags: "a" was given, but it should be a list: [a]'),
         (["run", "ridge", "--tags", "[a,", "b]"], "a VALUE that holds spaces is quoted: --tags '[a, b]'"),
         (["run", "ridge", "--mode", "onn"], "did you mean on?"),
+        (["run", "ridge", "--rate"], "--rate: has no value; write --rate VALUE (number > 0)"),
+        (["run", "ridge", "--label", "--rate", "1"], "--label: has no value; write --label VALUE (text)"),
+        (["run", "ridge", "--start.ridge", "--rate=1"], "--start.ridge: has no value; write --start.ridge VALUE"),
+        (
+            ["run", "ridge", "--hypergradient.product.radius"],
+            "--hypergradient.product.radius: has no value; write --hypergradient.product.radius VALUE (number > 0)",
+        ),
+        (
+            ["run", "ridge", "--start"],
+            "start: true was given, but it should be a mapping of its options: ridge, dropout",
+        ),
+        (["run", "ridge", "--rat"], "rat: unknown option; did you mean rate?"),
         (["run", "ridge", "--hypergradient", "nuemann"], "did you mean neumann?"),
         (["run", "ridge", "--config", "none.yaml"], "none.yaml: cannot be read"),
         (["run", "--rate", "3", "ridge"], "the name comes first: mlo run NAME --rate"),

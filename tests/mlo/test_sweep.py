@@ -247,6 +247,7 @@ def test_the_run_of_another_job_and_a_folder_planned_twice_are_refused(ridge, mo
         (["--output", "o", "--seed", "3"], "a sweep takes --seeds N"),
         (["--output", "o", "--grid.seed", "[1, 2]"], "a sweep takes --seeds N"),
         (["--output", "o", "--grid.rate", "0.5"], '--grid.rate: "0.5" is no list of values; write --grid.rate'),
+        (["--output", "o", "--grid.rate"], "--grid.rate: has no values; write --grid.rate '[a, b]'"),
         (["--output", "o", "--grid.rate", "[1]", "--grid.rate", "[2]"], "--grid.rate: is given twice"),
         (["--output", "o", "--grid.tags", "[a, b]"], "each value is a list itself; write --grid.tags '[[a], [a, b]]'"),
         (["--output", "o", "--grid.rat", "[1]"], "rat: unknown option; did you mean rate?"),
