@@ -146,7 +146,9 @@ def compare(
     baseline: Annotated[
         str | None, typer.Option(metavar="LABEL", help="What differences are from.", show_default="the first row")
     ] = None,
-    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help="text, markdown, latex or csv.")] = "text",
+    form: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="text, markdown, latex, or csv: run by run.")
+    ] = "text",
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table there; a new file.")] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the measure there: a new .png, .svg or .pdf.")
@@ -170,6 +172,8 @@ def compare(
         raise ConfigError(f"{error.filename}: cannot be written ({error.strerror}); give another name") from error
     if not output:
         print(text, end="")
+    for file in filter(None, (output, plot)):
+        print(f"written: {file}", file=sys.stdout if output else sys.stderr)  # a table may be read by another program
 
 
 @app.command()

@@ -59,7 +59,7 @@ class Group:
     @property
     def label(self) -> str:
         """The row's name, and the options in which the runs differ."""
-        told = [f"{name.removesuffix('.kind')}={_text(value)}" for name, value in self.options.items()]
+        told = [f"{name.removesuffix('.kind')}={written(value)}" for name, value in self.options.items()]
         return ", ".join([self.row, *told])
 
     def values(self, measure: str) -> dict[int, float]:
@@ -214,7 +214,7 @@ def chosen_baseline(compared: Sequence[Group], label: str | None) -> Group:
     return found[label] if label is not None else compared[0]
 
 
-def _text(value: Any) -> str:
+def written(value: Any) -> str:
     """An option's value as a user would write it."""
     return value if isinstance(value, str) else json.dumps(value, default=str).replace('"', "")
 
