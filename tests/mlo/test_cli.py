@@ -169,6 +169,21 @@ def test_resume_of_a_finished_run_changes_nothing(mlo):
     assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
 
 
+def test_resume_of_a_folder_of_runs_tells_which_are_in_it(mlo):
+    mlo("run", "ridge", "--steps", "1", "--output", "runs/a")
+    for run in ("s/b", *(f"t{number}" for number in range(8))):
+        Path("runs", run).mkdir(parents=True)
+        Path("runs", run, "run.json").write_bytes(Path("runs/a/run.json").read_bytes())
+    code, _, err = mlo("resume", "runs")
+    assert code == 2
+    assert "runs: is no run folder, " in err
+    assert err.endswith(f"; runs in it are: runs/s/b, {', '.join(f'runs/t{n}' for n in range(7))} and 2 more\n")
+    (line,) = mlo("resume", "runs/s")[2].splitlines()
+    assert line.endswith("; runs in it are: runs/s/b")
+    Path("runs/a").rename("runs/s/a")
+    assert mlo("resume", "runs/s")[2].endswith("; runs in it are: runs/s/b, runs/s/a (finished)\n")
+
+
 def test_help_of_a_job_tells_every_option(mlo):
     code, out, _ = mlo("run", "ridge", "--help")
     assert code == 0
