@@ -38,6 +38,11 @@ def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return {name: value for item in items for name, value in item.items()}
 
 
+def of_any_seed(value: Any, seed: int) -> Any:
+    """A path with a * for the seed, where that stands as sweeps and experiments write it; anything else as it is."""
+    return re.sub(rf"\bseed([-=]){seed}(?!\d)", r"seed\1*", value) if isinstance(value, str) else value
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The options in a YAML file.
 

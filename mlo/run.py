@@ -55,9 +55,10 @@ class Run:
 
         Raises:
             ConfigError: if ``output`` holds something already, or cannot be made, or the job is for one process and
-                there are several.
+                there are several, or the job's own :meth:`mlo.job.Job.check` has found something.
         """
         _refuse_processes(name, job)
+        job.check()
         return cls(distributed.on_main(lambda: cls._begun(name, job, output)), job)
 
     @staticmethod

@@ -50,6 +50,14 @@ def test_what_is_no_architecture_is_told_before_anything_is_trained(tmp_path):
         find_genotype(str(tmp_path / "broken.json"))
 
 
+def test_a_sweep_tells_of_an_unknown_architecture_before_anything_runs(command_line, tmp_path):
+    grid = ("--grid.genotype", "[PDARTS, PDART]")
+    code, out, err = command_line("sweep", "evaluate", *grid, *SMALL, "--output", tmp_path / "s")
+    assert (code, out) == (2, "")
+    assert "s/genotype=PDART,seed=0: genotype: 'PDART' is not known" in err
+    assert not (tmp_path / "s").exists()
+
+
 @pytest.mark.parametrize("words", [("--genotype", "PDART"), ("--genotype", "PDARTS", "--data.source", "cifar11")])
 def test_wrong_options_are_told_and_leave_nothing(command_line, tmp_path, words):
     code, out, err = command_line("run", "evaluate", *words, *SMALL, "--output", tmp_path / "r")
