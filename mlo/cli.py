@@ -146,7 +146,9 @@ def compare(
     baseline: Annotated[
         str | None, typer.Option(metavar="LABEL", help="What differences are from.", show_default="the first row")
     ] = None,
-    form: Annotated[str, typer.Option("--format", metavar="FORMAT", help="text, markdown, latex or csv.")] = "text",
+    form: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="text, markdown, latex, or csv: run by run.")
+    ] = "text",
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table there; a new file.")] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the measure there: a new .png, .svg or .pdf.")
@@ -170,6 +172,8 @@ def compare(
         raise ConfigError(f"{error.filename}: cannot be written ({error.strerror}); give another name") from error
     if not output:
         print(text, end="")
+    for file in filter(None, (output, plot)):
+        print(f"written: {file}", file=sys.stdout if output else sys.stderr)  # a table may be read by another program
 
 
 @app.command()
@@ -227,15 +231,9 @@ def graph(context: typer.Context, name: Name = None, config: ConfigFile = None, 
 @app.command(name="list")
 def list_all() -> None:
     """List the problems, the experiments, and the hypergradient's responses and products."""
-    groups = {
-        registry.PROBLEMS: "Problems: mlo run NAME",
-        registry.EXPERIMENTS: "Experiments: mlo reproduce NAME",
-        registry.RESPONSES: "Responses: --hypergradient NAME",
-        registry.PRODUCTS: "Products: --hypergradient.product NAME",
-    }
-    for group, title in groups.items():
+    for group, written in registry.WRITTEN.items():
         names = registry.entries(group)
-        print(title)
+        print(f"{group.removeprefix('mlo.').capitalize()}: {written}")
         for name in names:
             print(f"  {name:<{max(map(len, names))}}  {_told(group, name)}")
         print("" if names else "  (none)\n")
@@ -278,7 +276,8 @@ def _model(context: typer.Context, name: str | None, help: bool) -> "type[Job]":
 
 def _merged(model: "type[Job]", config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults, with the file's options over them, and those of the command line over these."""
-    from mlo.config import defaults, merge, read_yaml
+    from mlo.config import defaults
+    from mlo.plain import merge, read_yaml
 
     return dict(merge(merge(defaults(model), read_yaml(config) if config else {}), given))
 

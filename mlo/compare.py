@@ -1,7 +1,6 @@
 """What finished runs found, side by side: means over seeds, and differences from a baseline, paired by seed."""
 
 import json
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ import numpy as np
 from scipy import stats
 
 from mlo import registry
-from mlo.config import flat, read_yaml
 from mlo.errors import ConfigError
 from mlo.job import Results
+from mlo.plain import flat, of_any_seed, read_yaml
 from mlo.run import about, read_results
 
 MIN_PAIRS = 3
@@ -59,7 +58,7 @@ class Group:
     @property
     def label(self) -> str:
         """The row's name, and the options in which the runs differ."""
-        told = [f"{name.removesuffix('.kind')}={_text(value)}" for name, value in self.options.items()]
+        told = [f"{name.removesuffix('.kind')}={written(value)}" for name, value in self.options.items()]
         return ", ".join([self.row, *told])
 
     def values(self, measure: str) -> dict[int, float]:
@@ -101,15 +100,11 @@ def load(folders: Iterable[Path]) -> list[Result]:
             continue
         options = flat(read_yaml(path / "config.yaml"))
         seed = options.pop("seed", 0)
-        options = {name: _of_any_seed(value, seed) for name, value in options.items()}
+        options = {name: of_any_seed(value, seed) for name, value in options.items()}
         results.append(Result(path, {"job": about(path)[0], **options}, seed, rows))
     if not results:
         raise ConfigError(f"{', '.join(told)}: no finished run; `mlo resume RUN_DIR` finishes one that was stopped")
     return results
-
-
-def _of_any_seed(value: Any, seed: int) -> Any:
-    return re.sub(rf"\bseed([-=]){seed}(?!\d)", r"seed\1*", value) if isinstance(value, str) else value
 
 
 def _runs(folder: Path) -> list[Path]:
@@ -214,7 +209,7 @@ def chosen_baseline(compared: Sequence[Group], label: str | None) -> Group:
     return found[label] if label is not None else compared[0]
 
 
-def _text(value: Any) -> str:
+def written(value: Any) -> str:
     """An option's value as a user would write it."""
     return value if isinstance(value, str) else json.dumps(value, default=str).replace('"', "")
 

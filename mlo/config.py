@@ -1,25 +1,42 @@
-"""Typed options: strict models, options chosen by a registered name, layers of them merged, faults told to people."""
+"""Typed options: strict models, options chosen by a registered name, faults told to people."""
 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, core_schema
 
 from mlo import registry
 from mlo.errors import ConfigError
+from mlo.plain import KIND, shown
 
-KIND = "kind"
+
+def _taking_lists(schema: Any) -> Any:
+    """A schema whose tuples, at any depth, take other sequences as well."""
+    if isinstance(schema, list):
+        return [_taking_lists(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {key: _taking_lists(part) for key, part in schema.items()}
+    if schema.get("type") != "tuple":
+        return schema
+    return core_schema.no_info_before_validator_function(_as_tuple, schema)
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 class Config(BaseModel):
-    """A frozen set of options that refuses what it does not know and what has another type."""
+    """A frozen set of options that refuses what it does not know and what has another type.
+
+    An option that is a tuple takes a list too, as a person writes it.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
@@ -31,6 +48,12 @@ class Config(BaseModel):
             raise ConfigError(f"{type(self).__name__}: {faults}") from error
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # files and defaults are read without it
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        """Pydantic's own, with tuples that take lists."""
+        made: core_schema.CoreSchema = _taking_lists(handler(source))
+        return made
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -72,20 +95,26 @@ class Registered:
         except ConfigError as error:
             raise ValueError(str(error)) from error
 
+    def kinds(self) -> dict[str, type[Config]]:
+        """All that can be chosen, by name; a broken package is no matter of this option's."""
+        found = {}
+        for name in registry.entries(self.group):
+            with suppress(ValueError):
+                found[name] = self.model(name)
+        return found
+
+    def names(self, model: type) -> list[str]:
+        """The names that a class is registered under."""
+        return [name for name, kind in self.kinds().items() if kind is model]
+
     def dump(self, value: object) -> object:
         """The mapping that :meth:`build` makes the instance of again."""
         if not isinstance(value, Config):
             return value
-        names = [name for name in registry.entries(self.group) if self._is(name, type(value))]
+        names = self.names(type(value))
         if not names:
             raise ValueError(f"{type(value).__name__} is not registered in {self.group}, so a file cannot name it")
         return {KIND: names[0], **value.model_dump(mode="json")}
-
-    def _is(self, name: str, model: type) -> bool:
-        try:
-            return registry.load(self.group, name) is model
-        except ConfigError:  # a broken package is no matter of this option's
-            return False
 
 
 def parse(model: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
@@ -111,77 +140,20 @@ def defaults(model: type[BaseModel]) -> dict[str, Any]:
     return model.model_construct().model_dump(mode="json", warnings=False)
 
 
-def merge(base: Any, over: Any) -> Any:
-    """``over`` laid on ``base``: mappings key by key, anything else replaced.
-
-    A bare name and a mapping with that ``kind`` are the same thing; another ``kind`` begins anew.
-    """
-    if isinstance(over, str) and isinstance(base, Mapping) and KIND in base:
-        over = {KIND: over}
-    if not isinstance(over, Mapping):
-        return over
-    if isinstance(base, str):
-        base = {KIND: base}
-    if not isinstance(base, Mapping) or (KIND in over and over[KIND] != base.get(KIND)):
-        base = {}
-    return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
-
-
-def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by their dotted names."""
-    items = [
-        flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
-        for name, value in options.items()
-    ]
-    return {name: value for item in items for name, value in item.items()}
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The options in a YAML file.
-
-    Raises:
-        ConfigError: if the file is not there, is no YAML, or holds something else than a mapping or nothing.
-    """
-    try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is no YAML: {error}") from error
-    data = {} if data is None else data
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: should hold options as lines `name: value`, and holds {shown(data)}")
-    return data
-
-
-def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, where 1e-3 is a number too."""
-    return yaml.load(text, Loader=_Loader)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but for numbers like 1e-3, which it would take for text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def explain(error: ValidationError, model: type[Config], data: Any) -> list[str]:
     """One line for each option at fault: its dotted path, what was given, what is allowed."""
     faults: dict[str, list[str]] = {}
-    details = error.errors(include_url=False)
-    for detail in details:
-        if detail["type"] == "too_short" and any(_within(other["loc"], detail["loc"]) for other in details):
-            continue  # pydantic counts the items that are valid
-        path, owner = _place(detail, model, data)
-        faults.setdefault(path, []).append(_remedy(detail, path, owner))
-    return [": ".join(filter(None, [path, _either(told)])) for path, told in faults.items()]
-
-
-def _within(place: tuple[int | str, ...], above: tuple[int | str, ...]) -> bool:
-    return len(place) > len(above) and place[: len(above)] == above
+    for detail in error.errors(include_url=False):
+        place = _place(detail, model, data)
+        unknown = detail["type"] == "extra_forbidden"
+        fault = _unknown(place, detail["input"], model, data) if unknown else _remedy(detail, place.below)
+        faults.setdefault(".".join(place.path), []).append(fault)
+    # of a list whose items are at fault pydantic says more: that it is no number, that its valid items are too few
+    return [
+        ": ".join(filter(None, [path, _either(told)]))
+        for path, told in faults.items()
+        if not any(other.startswith(f"{path}.") for other in faults)
+    ]
 
 
 def _either(told: Sequence[str]) -> str:
@@ -190,54 +162,113 @@ def _either(told: Sequence[str]) -> str:
     return " or ".join([first, *(other.rpartition(GIVEN_NOT)[2] for other in others)])
 
 
-def _place(detail: ErrorDetails, model: type[Config], data: Any) -> tuple[str, type[BaseModel] | None]:
-    """An error's dotted path as the user wrote it (pydantic adds the branch of a union), and whose option it is."""
-    path: list[str] = []
-    node: type[BaseModel] | None = model
-    owner = node
+class _Place(NamedTuple):
+    """Where an error is.
+
+    Attributes:
+        path: as the user wrote it.
+        owner: the model whose option it is.
+        mark: what the owner was chosen by, where it was.
+        below: the model whose options stand below it.
+    """
+
+    path: tuple[str, ...]
+    owner: type[BaseModel] | None
+    mark: Registered | None
+    below: type[BaseModel] | None
+
+
+def _place(detail: ErrorDetails, model: type[Config], data: Any) -> _Place:
+    """The place of an error, to whose path pydantic adds the branch of a union."""
+    marks = (Registered(group) for group in (registry.RESPONSES, registry.PRODUCTS))
+    mark = next((mark for mark in marks if mark.names(model)), None)
+    place = _Place((), None, None, model)
     for part in detail["loc"]:
         held = isinstance(data, Mapping) and part in data
         held = held or (isinstance(data, Sequence) and isinstance(part, int) and part < len(data))
         if not held and detail["type"] != "missing":
             continue
-        path.append(str(part))
-        owner, data = node, data[part] if held else None
-        field = node.model_fields.get(str(part)) if node else None
-        node = option_model(field, data) if field else node
-    return ".".join(path), owner
+        data = data[part] if held else None
+        field = place.below.model_fields.get(str(part)) if place.below else None
+        below = option_model(field, data) if field else place.below
+        place = _Place((*place.path, str(part)), place.below, mark, below)
+        mark = registered(field) if field else mark
+    return place
+
+
+def _unknown(place: _Place, value: object, model: type[Config], data: Any) -> str:
+    """What is said of an option that is none: which kinds have it, which one was meant, or which there are."""
+    *above, name = place.path
+    own, kind = list(place.owner.model_fields) if place.owner else [], ""
+    fault, having = "unknown option", []
+    options = [path for path, section in _paths(model, data) if section or not isinstance(value, Mapping | BaseModel)]
+    if place.mark and place.owner:
+        kind = place.mark.names(place.owner)[0]
+        having = [other for other, one in place.mark.kinds().items() if name in one.model_fields]
+    if having:  # what else is called like it is of no interest, unless it belongs to this very kind
+        fault = f"{kind} has no such option, but {_listed(having)} {'have' if having[1:] else 'has'} it"
+        options = [path for path in options if path[-1] == name and path[: len(above)] == tuple(above)]
+    nearest = registry.nearest(name, [path[-1] for path in options])
+    meant = [path for path in options if path[-1] == nearest]
+    meant = [path for path in meant if path[:-1] == tuple(above)] or meant
+    if meant:
+        return f"{fault}; did you mean {' or '.join('.'.join(path) for path in meant)}?"
+    return f"{fault}; the options {f'of {kind}' if kind else 'here'} are: {', '.join(own) or 'none'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _paths(model: type[BaseModel], data: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], bool]]:
+    """The path of each option of a model and of the kinds chosen in ``data``, and whether others can stand below it."""
+    for name, field in model.model_fields.items():
+        value = data.get(name, field.default) if isinstance(data, Mapping) else field.default
+        listed = any(get_origin(part) in (tuple, list, dict) for part in parts(field.annotation))
+        below = None if listed else option_model(field, value)
+        yield (*above, name), bool(below or registered(field))
+        if below:
+            yield from _paths(below, value, (*above, name))
 
 
 GIVEN_NOT = " was given, but it should be "
+WANTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "is_instance_of": "a {class}",
+    "dict_type": "a mapping of names to values",
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+    "too_short": "a list of {min_length} or more",
+    "too_long": "a list of {max_length} or fewer",
+}
 
 
-def _remedy(detail: ErrorDetails, path: str, owner: type[BaseModel] | None) -> str:
-    """What is wrong with the option of a dotted path, and what to write instead."""
-    value = detail["input"]
-    if detail["type"] == "extra_forbidden":
-        valid = list(owner.model_fields) if owner else []
-        above, _, name = path.rpartition(".")
-        guess = registry.nearest(name, valid)
-        meant = f"did you mean {above}{'.' * bool(above)}{guess}?"
-        remedy = meant if guess else f"the options here are: {', '.join(valid) or 'none'}"
-        return f"unknown option; {remedy}"
-    if detail["type"] == "missing":
-        return "has no default, so it must be given"
-    if detail["type"] == "value_error":
-        return str(detail["ctx"]["error"])
-    if detail["type"] in ("tuple_type", "list_type"):
-        example = "a, b" if value is None or isinstance(value, bool) else shown(value).strip('"')
+def _remedy(detail: ErrorDetails, below: type[BaseModel] | None) -> str:
+    """What is wrong with the value of an option, below which a model's may stand, and what to write instead."""
+    value, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
+    if kind == "missing":
+        listed = isinstance(detail["loc"][-1], int)
+        return "is missing, for the list is too short" if listed else "has no default, so it must be given"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind in ("tuple_type", "list_type"):
+        one = isinstance(value, str | int | float) and not isinstance(value, bool)
+        example = shown(value).strip('"') if one else "a, b"
         return f"{shown(value)}{GIVEN_NOT}a list: [{example}]"
-    said = f"{shown(value)} was given, but {re.sub('^(Input|Tuple|List) ', 'it ', detail['msg'])}"
-    if detail["type"] == "literal_error":
-        guess = registry.nearest(str(value), re.findall("'([^']*)'", detail["ctx"]["expected"]))
+    if kind in ("model_type", "model_attributes_type") and below:
+        return f"{shown(value)}{GIVEN_NOT}a mapping of its options: {', '.join(below.model_fields)}"
+    if kind in WANTED:
+        return f"{shown(value)}{GIVEN_NOT}{WANTED[kind].format(**context)}"
+    said = f"{shown(value)} was given, but {re.sub('^[A-Z][a-z]+ ', 'it ', detail['msg'])}"
+    if kind == "literal_error":
+        guess = registry.nearest(str(value), re.findall("'([^']*)'", context["expected"]))
         said += f"; did you mean {guess}?" if guess else ""
     return said
-
-
-def shown(value: object) -> str:
-    """A value as a user would write it, cut to a readable length."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def registered(field: FieldInfo) -> Registered | None:
@@ -249,6 +280,8 @@ def registered(field: FieldInfo) -> Registered | None:
 def option_model(field: FieldInfo, value: Any) -> type[BaseModel] | None:
     """The model whose options stand below an option that has this value."""
     mark = registered(field)
+    if isinstance(value, BaseModel):
+        return type(value)
     if mark:
         try:
             return mark.model(value)

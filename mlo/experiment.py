@@ -97,7 +97,7 @@ def plan(experiment: Experiment, scale: str, seeds: int, output: Path) -> dict[s
             files = {option: str(path) for option, path in used.items()}
             made = Planned(output / scale / key / f"seed-{seed}", job, {**options, **files, "seed": seed})
             planned[key].append(made)
-    check([run for runs in planned.values() for run in runs])
+    check([run for runs in planned.values() for run in runs], there=False)
     return planned
 
 

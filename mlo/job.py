@@ -58,6 +58,16 @@ class Job(Config):
 
         return place([], self.device)
 
+    def check(self) -> None:
+        """Raise a ConfigError where the options ask for what is not there, as far as it shows without training.
+
+        It is asked before a run begins, and by `mlo sweep` of each of its kinds of runs before any of them does, on the
+        CPU. Override it, calling this one too, where options name files, data or code.
+        """
+        from mlo.plan import known_device
+
+        known_device(self.device)
+
     @abstractmethod
     def engine(self) -> Engine:
         """The engine of the main stage, newly built."""

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mlo import registry
-from mlo.config import KIND, Config, Registered, defaults, merge, option_model, parse_yaml, registered, shown
+from mlo.config import Config, Registered, defaults, option_model, parts, registered
 from mlo.errors import ConfigError
+from mlo.plain import KIND, merge, parse_yaml, shown
 
 
 def read_options(model: type[Config], words: Sequence[str]) -> dict[str, Any]:
@@ -24,10 +25,13 @@ def read_options(model: type[Config], words: Sequence[str]) -> dict[str, Any]:
     A value is read as YAML, and as it stands where the option is text.
 
     Raises:
-        ConfigError: if a word is neither an option nor the value of one, or a value is no YAML.
+        ConfigError: if a word is neither an option nor the value of one, a value is no YAML, or what is no switch has
+            none.
     """
     data: dict[str, Any] = {}
-    given = [(path, _value(model, path, text)) for path, text in _pairs(words)]
+    given = [
+        (path, _switched_on(model, path) if text is None else _value(model, path, text)) for path, text in _pairs(words)
+    ]
     # what chooses a kind comes before that kind's options, wherever it is typed
     for path, value in sorted(given, key=lambda pair: (len(pair[0]), pair[0][-1] != KIND)):
         data = merge(data, nested(path, value))
@@ -55,14 +59,15 @@ def read_grid(model: type[Config], words: Sequence[str]) -> dict[str, list[Any]]
     grid: dict[str, list[Any]] = {}
     for path, text in _pairs(words):
         name = ".".join(path)
-        items = _items(text)
+        items = _items(text or "")
         if not items:
-            raise ConfigError(f"--grid.{name}: {shown(text)} is no list of values; write --grid.{name} '[a, b]'")
+            fault = "has no values" if text is None else f"{shown(text)} is no list of values"
+            raise ConfigError(f"--grid.{name}: {fault}; write --grid.{name} '[a, b]'")
         if name in grid:
             raise ConfigError(f"--grid.{name}: is given twice; write all its values into one list")
         grid[name] = [_value(model, path, item) for item in items]
-        field = _field(model, path)
-        if field and get_origin(field.annotation) in (tuple, list) and not all(isinstance(v, list) for v in grid[name]):
+        listed = any(get_origin(field.annotation) in (tuple, list) for field in _fields(model, path))
+        if listed and not all(isinstance(value, list) for value in grid[name]):
             raise ConfigError(f"--grid.{name}: each value is a list itself; write --grid.{name} '[[a], [a, b]]'")
     return grid
 
@@ -79,8 +84,8 @@ def _items(text: str) -> list[str]:
     ]
 
 
-def _pairs(words: Sequence[str]) -> Iterator[tuple[list[str], str]]:
-    """(path, text of the value) of each option among the words of a command line."""
+def _pairs(words: Sequence[str]) -> Iterator[tuple[list[str], str | None]]:
+    """(path, text of the value) of each option among the words of a command line; None where no value follows."""
     waiting = list(words)
     while waiting:
         word = waiting.pop(0)
@@ -89,9 +94,8 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[list[str], str]]:
                 f"{word!r} belongs to no option; write --option VALUE, and quote a VALUE that holds spaces"
             )
         name, given, text = word[2:].partition("=")
-        if not given:
-            text = waiting.pop(0) if waiting and not waiting[0].startswith("--") else "true"
-        yield name.replace("-", "_").split("."), text
+        follows = waiting and not waiting[0].startswith("--")
+        yield name.replace("-", "_").split("."), text if given else waiting.pop(0) if follows else None
 
 
 def nested(path: Sequence[str], value: Any) -> Any:
@@ -101,10 +105,19 @@ def nested(path: Sequence[str], value: Any) -> Any:
     return value
 
 
+def _switched_on(model: type[Config], path: Sequence[str]) -> bool:
+    """The value of an option that has none: true, unless it cannot be that (of a section, more is said later)."""
+    fields = _fields(model, path)
+    if fields and not any(bool in parts(field.annotation) or option_model(field, None) for field in fields):
+        name = ".".join(path)
+        raise ConfigError(f"--{name}: has no value; write --{name} VALUE ({type_text(fields[0])})")
+    return True
+
+
 def _value(model: type[Config], path: Sequence[str], text: str) -> Any:
     """The value of an option's text; text stays text where the option takes it."""
-    field = _field(model, path)
-    if field and not registered(field) and text != "null" and _takes(field.annotation, text):
+    fields = [field for field in _fields(model, path) if not registered(field)]
+    if text != "null" and any(_takes(field.annotation, text) for field in fields):
         return text
     try:
         return parse_yaml(text)
@@ -116,12 +129,14 @@ def _value(model: type[Config], path: Sequence[str], text: str) -> Any:
         ) from error
 
 
-def _field(model: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
+def _fields(model: type[BaseModel], path: Sequence[str]) -> list[FieldInfo]:
+    """What a dotted name stands for: nothing, one option, or one of each kind that can be chosen."""
     field = model.model_fields.get(path[0])
     if field is None or len(path) == 1:
-        return field
-    below = option_model(field, field.default)
-    return _field(below, path[1:]) if below else None
+        return [field] if field else []
+    mark, one = registered(field), option_model(field, None)
+    below = mark.kinds().values() if mark else [one] if one else []
+    return [found for kind in below for found in _fields(kind, path[1:])]
 
 
 def _takes(annotation: Any, text: str) -> bool:

@@ -109,6 +109,28 @@ class Plan:
                     )
 
 
+def known_device(device: str | torch.device) -> torch.device:
+    """The device of this name, on which nothing is put.
+
+    Raises:
+        ConfigError: if it is the name of none, or of a card that is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r} cannot be used ({error}); {DEVICES}") from error
+    cards = torch.cuda.device_count() if found.type == "cuda" else 0
+    if found.type == "cuda" and (found.index or 0) >= cards:
+        built = "torch finds" if torch.backends.cuda.is_built() else "this build of torch cannot use them, so there are"
+        raise ConfigError(f"device={str(device)!r} cannot be used: {built} {cards or 'no'} CUDA cards here; {DEVICES}")
+    return found
+
+
+DEVICES = "pass 'cpu', 'cuda' or 'cuda:1' for a card, or 'auto' for a card where there is one"
+
+
 def place(problems: Sequence[Problem], device: str | torch.device) -> torch.device:
     """Move modules, optimizer states and streams to ``device``; "auto" is a CUDA card where there is one.
 
@@ -117,11 +139,10 @@ def place(problems: Sequence[Problem], device: str | torch.device) -> torch.devi
     Raises:
         ConfigError: if there is no such device.
     """
-    found = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        target = torch.empty(0, device=distributed.own_device(found)).device
+        target = torch.empty(0, device=distributed.own_device(known_device(device))).device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={device!r} cannot be used ({error}); pass 'auto', 'cpu' or 'cuda'") from error
+        raise ConfigError(f"device={device!r} cannot be used ({error}); {DEVICES}") from error
     for problem in problems:
         problem.module.to(target)
         for slots in problem.optimizer.state.values():

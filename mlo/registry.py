@@ -12,6 +12,12 @@ PROBLEMS = "mlo.problems"
 RESPONSES = "mlo.responses"
 PRODUCTS = "mlo.products"
 EXPERIMENTS = "mlo.experiments"
+WRITTEN = {
+    PROBLEMS: "mlo run NAME",
+    EXPERIMENTS: "mlo reproduce NAME",
+    RESPONSES: "--hypergradient NAME",
+    PRODUCTS: "--hypergradient.product NAME",
+}
 
 T = TypeVar("T")
 
@@ -29,7 +35,7 @@ def load(group: str, name: str) -> Any:
     """
     targets = sorted({entry.value for entry in entry_points(group=group, name=name)})
     if not targets:
-        raise ConfigError(unknown(name, entries(group), f"among {group}"))
+        raise ConfigError(unknown(name, entries(group), f"among {group}{_elsewhere(name)}"))
     if len(targets) > 1:
         raise ConfigError(
             f"{name!r} is registered in {group} for {' and for '.join(targets)}; uninstall the package of one of them"
@@ -42,6 +48,12 @@ def load(group: str, name: str) -> Any:
             f"{name!r} is registered in {group} as {entry.value}, which cannot be loaded "
             f"({type(error).__name__}: {error}); mend or reinstall the package that registers it"
         ) from error
+
+
+def _elsewhere(name: str) -> str:
+    """Where else a name is known, and how it is written there."""
+    others = [f"{group} ({how.replace('NAME', name)})" for group, how in WRITTEN.items() if name in entries(group)]
+    return f", but among {' and '.join(others)}" if others else ""
 
 
 def load_class(group: str, name: str, base: type[T]) -> type[T]:

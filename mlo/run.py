@@ -15,10 +15,11 @@ import yaml
 from filelock import FileLock, Timeout
 
 from mlo import distributed
-from mlo.config import read_yaml, validate
+from mlo.config import validate
 from mlo.errors import ConfigError
 from mlo.files import write_atomic
 from mlo.job import Job, Results, load_job
+from mlo.plain import read_yaml
 from mlo.registry import versions
 from mlo.stage import METRICS, Stage, seconds_taken
 
@@ -54,9 +55,10 @@ class Run:
 
         Raises:
             ConfigError: if ``output`` holds something already, or cannot be made, or the job is for one process and
-                there are several.
+                there are several, or the job's own :meth:`mlo.job.Job.check` has found something.
         """
         _refuse_processes(name, job)
+        job.check()
         return cls(distributed.on_main(lambda: cls._begun(name, job, output)), job)
 
     @staticmethod
@@ -217,7 +219,17 @@ def about(path: Path) -> tuple[str, dict[str, str]]:
         told = json.loads((path / "run.json").read_text(encoding="utf-8"))
         return told["job"], told["versions"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: is no run folder, for it has no run.json that can be read") from error
+        fault = f"{path}: is no run folder, for it has no run.json that can be read"
+        raise ConfigError(fault + _runs_in(path)) from error
+
+
+def _runs_in(folder: Path, most: int = 8) -> str:
+    """Which runs are in a folder, or in those in it; the unfinished first."""
+    found = {file.parent for pattern in ("*/run.json", "*/*/run.json") for file in folder.glob(pattern)}
+    finished = {run: (run / RESULTS).exists() for run in sorted(found)}
+    runs = [f"{run}{' (finished)' * finished[run]}" for run in sorted(finished, key=finished.__getitem__)]
+    more = f" and {len(runs) - most} more" if len(runs) > most else ""
+    return f"; runs in it are: {', '.join(runs[:most])}{more}" if runs else ""
 
 
 def begun_with(path: Path) -> tuple[str, Job]:

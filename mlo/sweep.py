@@ -17,10 +17,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mlo.config import defaults, flat, merge, shown, validate
+from mlo.config import defaults, validate
 from mlo.errors import ConfigError, MloError
 from mlo.job import Job, load_job
 from mlo.options import nested
+from mlo.plain import flat, merge, of_any_seed, shown
+from mlo.plan import known_device
 from mlo.run import Run, begun_with, has_begun, is_free, read_results
 from mlo.workers import Failed, in_processes, own_cores
 
@@ -83,7 +85,8 @@ def run_all(planned: Sequence[Planned], workers: int = 1, one_core_each: bool = 
         The runs that failed; empty if all are finished.
 
     Raises:
-        ConfigError: before anything runs, with all that is wrong with the options and the folders.
+        ConfigError: before anything runs, with all that is wrong with the options and the folders, and all that the
+            jobs have looked for in vain (:meth:`mlo.job.Job.check`).
         KeyboardInterrupt: if a SIGINT or SIGTERM came; checkpoints were written, and the same call goes on.
     """
     check(planned)
@@ -110,23 +113,50 @@ def told_failures(failures: Sequence[Failure], total: int) -> bool:
     return bool(failures)
 
 
-def check(planned: Sequence[Planned]) -> None:
-    """Raise a ConfigError that tells everything for which the planned runs could not begin."""
+def check(planned: Sequence[Planned], there: bool = True) -> None:
+    """Raise a ConfigError that tells everything for which the planned runs could not begin.
+
+    Args:
+        planned: the runs.
+        there: ask the jobs too whether what their options name is there, of runs that differ in the seed alone one.
+    """
     faults: dict[str, list[Path]] = {}
     seen: set[Path] = set()
+    asked: set[str] = set()
     for plan in planned:
         try:
-            found = _held_already(plan, plan.made())
+            job = plan.made()
+            found = _held_already(plan, job)
         except ConfigError as error:
             faults.setdefault(str(error), [])
             continue
         if plan.folder in seen:
             found = "is planned twice; each run needs a folder of its own"
+        kind = _kind(plan, job)
+        if there and not found and kind not in asked and not plan.begun():
+            found = _not_there(job)
+            asked.add(kind)
         if found:
             faults.setdefault(found, []).append(plan.folder)
         seen.add(plan.folder)
     if faults:
         raise ConfigError("\n".join(_at(folders) + fault for fault, folders in faults.items()))
+
+
+def _kind(plan: Planned, job: Job) -> str:
+    """What runs have in common that differ in the seed alone."""
+    options = flat(job.model_dump(mode="json", exclude={"seed"}))
+    return json.dumps([plan.job, {name: of_any_seed(value, job.seed) for name, value in options.items()}])
+
+
+def _not_there(job: Job) -> str | None:
+    """What a job asks for and is not there; looked for on the CPU, since cards are the workers'."""
+    try:
+        known_device(job.device)
+        job.model_copy(update={"device": "cpu"}).check()
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _at(folders: Sequence[Path]) -> str:
@@ -186,12 +216,11 @@ def execute(plan: Planned) -> None:
     """Do one planned run, or the rest of it, in this process."""
     if plan.finished():
         return
-    if not plan.begun():
-        Run.create(plan.job, plan.made(), plan.folder)
+    run = Run.open(plan.folder) if plan.begun() else Run.create(plan.job, plan.made(), plan.folder)
     threads = torch.get_num_threads()
     try:
         with _logged(plan.folder / LOG):
-            Run.open(plan.folder).execute()
+            run.execute()
     finally:
         torch.set_num_threads(threads)  # the next run in this process may leave the number to torch
 

@@ -1,10 +1,10 @@
-"""A comparison written out: as text, Markdown, LaTeX or CSV, and drawn."""
+"""A comparison written out: as text, Markdown or LaTeX, run by run as CSV, and drawn."""
 
 import csv
 import io
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from mlo.compare import (
     is_number,
     measures,
     paired,
+    written,
 )
 from mlo.errors import ConfigError
 
@@ -37,22 +38,27 @@ def table(
 ) -> str:
     """Each group's measures as mean ± standard deviation over seeds, and its difference from the baseline.
 
+    As CSV it is the numbers that these are made of: a line for each row of each run's results, and a column for the
+    row's name ("row"), each option in which the runs differ ("option.NAME"), the seed, and each measure.
+
     Args:
         compared: as :func:`mlo.compare.groups` makes them.
         measure: whose differences are told; the first one by default.
         baseline: label of the group that differences are from; the first one by default.
-        form: text, markdown, latex, or csv, which has the numbers as they are.
+        form: text, markdown, latex or csv.
 
     Raises:
-        ConfigError: if there is no such measure, label or form.
+        ConfigError: if there is no such measure, label or form, or a baseline of the differences that csv has not.
     """
     if form not in FORMATS:
         raise ConfigError(f"--format: {registry.unknown(form, FORMATS, 'among the formats')}")
     measure, base = chosen_measure(compared, measure), chosen_baseline(compared, baseline)
+    if form == "csv":
+        if baseline is not None:
+            raise ConfigError(f"--baseline: csv has each run's numbers, and no differences; take {', '.join(STYLES)}")
+        return _csv(compared)
     names = measures(compared)
     differences = [None if group is base else paired(group.values(measure), base.values(measure)) for group in compared]
-    if form == "csv":
-        return _csv(compared, names, measure, differences)
     head = ["", "seeds", *names]
     rows = [[group.label, str(len(group.seeds)), *(_cell(group, name) for name in names)] for group in compared]
     if len(compared) > 1:
@@ -97,23 +103,17 @@ def _difference(found: Paired) -> list[str]:
     return [mean, f"[{found.low:+.3g}, {found.high:+.3g}]", f"{found.p:.2g}", str(found.n)]
 
 
-def _csv(compared: Sequence[Group], names: Sequence[str], measure: str, differences: Sequence[Paired | None]) -> str:
+def _csv(compared: Sequence[Group]) -> str:
+    options = list(dict.fromkeys(name for group in compared for name in group.options))
+    names = list(dict.fromkeys(name for group in compared for found in group.seeds.values() for name in found))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    parts = [f"{name} {part}" for name in names for part in ("mean", "sd", "n")]
-    paired_parts = [f"{measure} difference", "low", "high", "p", "pairs"]
-    writer.writerow(["label", *parts, *paired_parts])
-    for group, found in zip(compared, differences, strict=True):
-        numbers = [number for name in names for number in _numbers([*group.values(name).values()])]
-        difference = [found.mean, found.low, found.high, found.p, found.n] if found else [None] * 5
-        writer.writerow([group.label, *numbers, *difference])
+    writer.writerow(["row", *(f"option.{name}" for name in options), "seed", *names])
+    for group in compared:
+        chosen = [written(group.options[name]) if name in group.options else None for name in options]
+        for seed, found in sorted(group.seeds.items()):
+            writer.writerow([group.row, *chosen, seed, *map(found.get, names)])
     return text.getvalue()
-
-
-def _numbers(values: Sequence[float]) -> Iterator[float | None]:
-    yield statistics.fmean(values) if values else None
-    yield statistics.stdev(values) if len(values) > 1 else None
-    yield len(values)
 
 
 def draw(compared: Sequence[Group], path: Path, measure: str | None = None) -> None:

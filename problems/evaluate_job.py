@@ -32,6 +32,12 @@ class EvaluateJob(Job):
     data: Data = Field(Data(), description="the images")
     training: Training = Field(Training(), description="the network and its training")
 
+    def check(self) -> None:
+        """See :class:`mlo.job.Job`: the genotype, the images, and whether these suit the training."""
+        super().check()
+        find_genotype(self.genotype)
+        self.training.check(self._splits)
+
     def engine(self) -> mlo.Engine:
         """The training, not begun."""
         return self._training(find_genotype(self.genotype))

@@ -105,6 +105,13 @@ class LbtJob(Job):
             )
         return self
 
+    def check(self) -> None:
+        """See :class:`mlo.job.Job`: the images, the student, and whether the images suit the final training."""
+        super().check()
+        self.evaluation.check(self._splits)
+        if "lbt" in self.methods:
+            self._new_student()
+
     def title(self, method: Method) -> str:
         """A method's name as the paper writes it: LBT(RN18, DARTS-2nd)."""
         space = SPACE_TITLES[self.search.space]
@@ -166,9 +173,6 @@ class LbtJob(Job):
 
     def run(self, run: Run) -> dict[str, dict[str, Any]]:
         """Search and train with each method in turn, then write genotypes, pictures, curves and the page."""
-        self.evaluation.check(self._splits)
-        if "lbt" in self.methods:
-            self._new_student()  # so that what is wrong with it is told before another method has trained for long
         genotypes: dict[str, Genotype] = {}
         results: dict[str, dict[str, Any]] = {}
         stages: dict[str, list[str]] = {}

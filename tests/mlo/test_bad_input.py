@@ -274,6 +274,11 @@ def test_data_without_a_batch():
         ("dart", r"'dart' is not known.*did you mean darts\?.*cg, darts, first_order"),
         ({"kind": "neumann", "termss": 3}, r"termss: unknown option; did you mean terms\?"),
         ({"kind": "neumann", "terms": -3}, "terms: -3 was given"),
+        ({"kind": "cg", "radius": 0.01}, "radius: cg has no such option, but darts and sama have it; .* of cg"),
+        (
+            {"kind": "central", "terms": 3},
+            r"'central' is not .*, but among mlo.products \(--hypergradient.product cent",
+        ),
         ({"kind": "one_step", "product": "exat"}, r"'exat' is not known.*did you mean exact\?"),
         (3, "name"),
     ],
@@ -290,7 +295,7 @@ def test_an_estimator_that_is_not_there(value, told):
     ("options", "told"),
     [
         ({"tems": 3}, r"^Neumann: tems: unknown option; did you mean terms\?$"),
-        ({"terms": -3}, "^Neumann: terms: -3 was given, but it should be greater than or equal to 1$"),
+        ({"terms": -3}, "^Neumann: terms: -3 was given, but it should be at least 1$"),
         ({"terms": 3, "product": "exat"}, r"^Neumann: product: 'exat' is not known.*did you mean exact\?"),
     ],
     ids=str,

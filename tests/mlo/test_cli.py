@@ -55,14 +55,14 @@ def test_a_run_fills_its_folder(mlo):
             {"hypergradient": {"kind": "darts", "radius": 3.0}},
         ),
         (
-            ["--hypergradient.terms", "5", "--hypergradient.product", "central"],
+            ["--hypergradient.warm_start", "--hypergradient.terms", "5", "--hypergradient.product", "central"],
             {
                 "hypergradient": {
                     "kind": "neumann",
                     "fresh_batch": False,
                     "terms": 5,
                     "rate": None,
-                    "warm_start": False,
+                    "warm_start": True,
                     "product": {"kind": "central", "autocast": False, "radius": 0.01},
                 }
             },
@@ -97,7 +97,7 @@ def test_all_faults_are_told_at_once_and_nothing_is_written(mlo):
     assert (code, out) == (2, "")
     assert "ridge: 3 options to mend" in err
     assert "hypergradent: unknown option; did you mean hypergradient?" in err
-    assert 'rate: "x" was given, but it should be a valid number' in err
+    assert 'rate: "x" was given, but it should be a number' in err
     assert "start.ridg: unknown option; did you mean start.ridge?" in err
     assert "`mlo run ridge --help` lists the options" in err
     assert not Path("out").exists()
@@ -113,6 +113,18 @@ def test_all_faults_are_told_at_once_and_nothing_is_written(mlo):
         (["run", "ridge", "--tags", "a"], 'tags: "a" was given, but it should be a list: [a]'),
         (["run", "ridge", "--tags", "[a,", "b]"], "a VALUE that holds spaces is quoted: --tags '[a, b]'"),
         (["run", "ridge", "--mode", "onn"], "did you mean on?"),
+        (["run", "ridge", "--rate"], "--rate: has no value; write --rate VALUE (number > 0)"),
+        (["run", "ridge", "--label", "--rate", "1"], "--label: has no value; write --label VALUE (text)"),
+        (["run", "ridge", "--start.ridge", "--rate=1"], "--start.ridge: has no value; write --start.ridge VALUE"),
+        (
+            ["run", "ridge", "--hypergradient.product.radius"],
+            "--hypergradient.product.radius: has no value; write --hypergradient.product.radius VALUE (number > 0)",
+        ),
+        (
+            ["run", "ridge", "--start"],
+            "start: true was given, but it should be a mapping of its options: ridge, dropout",
+        ),
+        (["run", "ridge", "--rat"], "rat: unknown option; did you mean rate?"),
         (["run", "ridge", "--hypergradient", "nuemann"], "did you mean neumann?"),
         (["run", "ridge", "--config", "none.yaml"], "none.yaml: cannot be read"),
         (["run", "--rate", "3", "ridge"], "the name comes first: mlo run NAME --rate"),
@@ -155,6 +167,21 @@ def test_resume_of_a_finished_run_changes_nothing(mlo):
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
     assert mlo("resume", "out")[:2] == (0, "finished: out\n")
     assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == before
+
+
+def test_resume_of_a_folder_of_runs_tells_which_are_in_it(mlo):
+    mlo("run", "ridge", "--steps", "1", "--output", "runs/a")
+    for run in ("s/b", *(f"t{number}" for number in range(8))):
+        Path("runs", run).mkdir(parents=True)
+        Path("runs", run, "run.json").write_bytes(Path("runs/a/run.json").read_bytes())
+    code, _, err = mlo("resume", "runs")
+    assert code == 2
+    assert "runs: is no run folder, " in err
+    assert err.endswith(f"; runs in it are: runs/s/b, {', '.join(f'runs/t{n}' for n in range(7))} and 2 more\n")
+    (line,) = mlo("resume", "runs/s")[2].splitlines()
+    assert line.endswith("; runs in it are: runs/s/b")
+    Path("runs/a").rename("runs/s/a")
+    assert mlo("resume", "runs/s")[2].endswith("; runs in it are: runs/s/b, runs/s/a (finished)\n")
 
 
 def test_help_of_a_job_tells_every_option(mlo):

@@ -120,16 +120,34 @@ def test_another_baseline_turns_the_difference(both):
     assert "baseline" in last[3]
 
 
-def test_csv_has_the_numbers_as_they_are(both):
+def test_csv_is_run_by_run_with_a_column_for_each_thing(finished, tmp_path):
+    for seed, (kind, more) in itertools.product((1, 0), (("cg", {"damping": 0.5}), ("darts", {}))):
+        rows = {"a, b": {"error": seed + 0.25, "title": "LBT(small, DARTS)"}, "plain": {"size": 3}}
+        options = {"hypergradient": {"kind": kind, **more}, "tags": [kind, "x"], "threads": 1}
+        finished(f"{kind}/{seed}", seed, rows, **options)
+    finished("cg/other", 0, {"plain": {"size": 4}}, hypergradient={"kind": "cg", "damping": None}, tags=["x"])
+    head, *lines = csv.reader(io.StringIO(table(groups(load([tmp_path])), form="csv")))
+    named = ["option.hypergradient.damping", "option.hypergradient.kind", "option.tags", "option.threads"]
+    assert head == ["row", *named, "seed", "error", "title", "size"]
+    title = "LBT(small, DARTS)"
+    assert sorted(lines) == [
+        ["a, b", "", "darts", "[darts, x]", "1", "0", "0.25", title, ""],
+        ["a, b", "", "darts", "[darts, x]", "1", "1", "1.25", title, ""],
+        ["a, b", "0.5", "cg", "[cg, x]", "1", "0", "0.25", title, ""],
+        ["a, b", "0.5", "cg", "[cg, x]", "1", "1", "1.25", title, ""],
+        ["plain", "", "darts", "[darts, x]", "1", "0", "", "", "3"],
+        ["plain", "", "darts", "[darts, x]", "1", "1", "", "", "3"],
+        ["plain", "0.5", "cg", "[cg, x]", "1", "0", "", "", "3"],
+        ["plain", "0.5", "cg", "[cg, x]", "1", "1", "", "", "3"],
+        ["plain", "null", "cg", "[x]", "", "0", "", "", "4"],
+    ]
+
+
+def test_csv_says_enough_for_the_statistics_of_the_table(both):
     rows = list(csv.DictReader(io.StringIO(table(both, form="csv"))))
-    assert [row["label"] for row in rows] == ["plain, method=plain", "lbt, method=lbt"]
-    assert float(rows[0]["error mean"]) == 6.75
-    assert float(rows[0]["error sd"]) == pytest.approx((8.75 / 3) ** 0.5)
-    assert (rows[0]["error difference"], rows[0]["p"], rows[0]["pairs"]) == ("", "", "")
-    assert rows[1]["error n"] == "5"
-    assert float(rows[1]["error difference"]) == -1.625
-    assert float(rows[1]["p"]) == 0.125
-    assert float(rows[1]["low"]) < -1.625 < float(rows[1]["high"]) < 0
+    for group in both:
+        errors = {int(r["seed"]): float(r["error"]) for r in rows if r["option.method"] == group.options["method"]}
+        assert errors == group.values("error")
 
 
 def test_markdown_and_latex_have_the_cells_of_the_text(both):
@@ -224,8 +242,11 @@ def test_the_command_writes_new_files_only(mlo, finished):
     code, out, _ = mlo(
         "compare", "runs", "--measure", "loss", "--output", "table.md", "--format", "markdown", "--plot", "p.png"
     )
-    assert (code, out) == (0, "")
+    assert (code, out) == (0, "written: table.md\nwritten: p.png\n")
     assert "loss: difference" in Path("table.md").read_text()
+    code, out, err = mlo("compare", "runs", "--format", "csv", "--plot", "alone.png")
+    assert (code, out) == (0, table(groups(load([Path("runs")])), form="csv"))
+    assert err == "written: alone.png\n"
     before = Path("table.md").read_text()
     for words in (["--output", "table.md"], ["--plot", "p.png"]):
         code, _, err = mlo("compare", "runs", *words)
@@ -241,6 +262,10 @@ def test_the_command_writes_new_files_only(mlo, finished):
         (["--measure", "eror"], "did you mean error?"),
         (["--baseline", "t"], "--baseline: 't' is no label of these runs; there are: r; s"),
         (["--format", "html"], "'html' is not known among the formats; there are: text, markdown, latex, csv"),
+        (
+            ["--baseline", "r", "--format", "csv"],
+            "--baseline: csv has each run's numbers, and no differences; take text",
+        ),
         (["--plot", "p.gif"], "p.gif: a picture's name ends in .png, .svg, .pdf"),
         (["--output", "no/such/table.md"], "error: no/such/table.md: cannot be written (No such file or directory)"),
     ],

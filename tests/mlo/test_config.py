@@ -8,8 +8,9 @@ import pytest
 import yaml
 from pydantic import Field
 
-from mlo.config import Config, Registered, defaults, merge, parse_yaml, read_yaml, validate
+from mlo.config import Config, Registered, defaults, validate
 from mlo.errors import ConfigError
+from mlo.plain import merge, parse_yaml, read_yaml
 
 FRUITS = """
 from mlo.config import Config
@@ -21,6 +22,10 @@ class Apple(Config):
 class Cherry(Config):
     stones: int = Field(1, gt=0)
     sizes: tuple[int, float] = (1, 2.0)
+
+class Plum(Config):
+    stones: int = 1
+    stalk: int = 0
 
 class Stranger:
     "No Config."
@@ -44,17 +49,25 @@ class Shop(Config):
     fruit: Annotated[Config, Registered("test.fruits")] | None = None
 
 
+class Street(Config):
+    number: int = 0
+    shop: Shop = Shop()
+    left: Basket = Basket()
+
+
 class Strict(Config):
     must: int
 
 
 class Bowl(Config):
     fruits: tuple[Literal["apple", "cherry"], ...] = Field(("apple",), min_length=1)
+    sizes: int | tuple[int, ...] = 3
+    rows: tuple[tuple[int, ...], ...] = ()
 
 
 @pytest.fixture(autouse=True)
 def fruits(register):
-    names = {"apple": "fruits:Apple", "cherry": "fruits:Cherry", "stranger": "fruits:Stranger"}
+    names = {"apple": "fruits:Apple", "cherry": "fruits:Cherry", "plum": "fruits:Plum", "stranger": "fruits:Stranger"}
     register("fruits", FRUITS, {"test.fruits": names})
 
 
@@ -77,25 +90,27 @@ def test_the_options_are_frozen():
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ({"seed": "x"}, '  seed: "x" was given, but it should be a valid integer'),
-        ({"seed": 1.5}, "  seed: 1.5 was given, but it should be a valid integer"),
-        ({"seed": True}, "  seed: true was given, but it should be a valid integer"),
-        ({"open": 1}, "  open: 1 was given, but it should be a valid boolean"),
+        ({"seed": "x"}, '  seed: "x" was given, but it should be a whole number'),
+        ({"seed": 1.5}, "  seed: 1.5 was given, but it should be a whole number"),
+        ({"seed": True}, "  seed: true was given, but it should be a whole number"),
+        ({"open": 1}, "  open: 1 was given, but it should be true or false"),
         ({"mood": "so"}, "  mood: \"so\" was given, but it should be 'good' or 'bad'"),
         ({"mood": "god"}, "  mood: \"god\" was given, but it should be 'good' or 'bad'; did you mean good?"),
         ({"span": "3"}, '  span: "3" was given, but it should be a list: [3]'),
         ({"baskets": "a,b"}, '  baskets: "a,b" was given, but it should be a list: [a,b]'),
         ({"span": None}, "  span: null was given, but it should be a list: [a, b]"),
+        ({"span": [3]}, "  span.1: is missing, for the list is too short"),
+        ({"span": [3, 4, 5]}, "  span: [3, 4, 5] was given, but it should be a list of 2 or fewer"),
         ({"rate": 0}, "  rate: 0 was given, but it should be greater than 0"),
         ({"sed": 1}, "  sed: unknown option; did you mean seed?"),
         ({"basket": {"wait": 1, "weihgt": 1}}, "  basket.weihgt: unknown option; did you mean basket.weight?"),
         ({"basket": {"zzz": 1}}, "  basket.zzz: unknown option; the options here are: weight"),
-        ({"basket": 3}, "  basket: 3 was given, but it should be an object"),
-        ({"baskets": [{}, {"weight": "x"}]}, '  baskets.1.weight: "x" was given, but it should be a valid number'),
-        ({"label": 1.5}, "  label: 1.5 was given, but it should be a valid integer or a valid string"),
+        ({"basket": 3}, "  basket: 3 was given, but it should be a mapping of its options: weight"),
+        ({"baskets": [{}, {"weight": "x"}]}, '  baskets.1.weight: "x" was given, but it should be a number'),
+        ({"label": 1.5}, "  label: 1.5 was given, but it should be a whole number or text"),
         ({"fruit": "chery"}, "  fruit: 'chery' is not known among test.fruits; did you mean cherry? there are: apple"),
-        ({"fruit": 3}, "  fruit: it should be a name (apple | cherry | stranger) or a mapping"),
-        ({"fruit": {"stones": 3}}, "  fruit: the mapping should say its kind: apple | cherry"),
+        ({"fruit": 3}, "  fruit: it should be a name (apple | cherry | plum | stranger) or a mapping"),
+        ({"fruit": {"stones": 3}}, "  fruit: the mapping should say its kind: apple | cherry | plum"),
         ({"fruit": "stranger"}, "register a class derived from mlo.config.Config"),
         ({"fruit": {"kind": "cherry", "stone": 3}}, "  fruit.stone: unknown option; did you mean fruit.stones?"),
         ({"fruit": {"kind": "cherry", "stones": 0}}, "  fruit.stones: 0 was given, but it should be greater than 0"),
@@ -105,9 +120,71 @@ def test_a_fault_names_the_option_and_the_remedy(given, line):
     assert line in told(Shop, given)
 
 
+@pytest.mark.parametrize(
+    ("fruit", "line"),
+    [
+        (
+            {"kind": "apple", "stones": 3},
+            "fruit.stones: apple has no such option, but cherry and plum have it; the options of apple are: none",
+        ),
+        (
+            {"kind": "cherry", "stalk": 3},
+            "fruit.stalk: cherry has no such option, but plum has it; the options of cherry are: stones, sizes",
+        ),
+        ({"kind": "plum", "worm": 3}, "fruit.worm: unknown option; the options of plum are: stones, stalk"),
+        ({"kind": "plum", "seed": 3}, "fruit.seed: unknown option; did you mean seed?"),
+    ],
+)
+def test_an_option_of_another_kind_is_told_with_the_kinds(fruit, line):
+    assert told(Shop, {"fruit": fruit}) == f"shop: 1 option to mend\n  {line}"
+    with pytest.raises(ConfigError) as error:
+        Shop(fruit=fruit)
+    assert str(error.value) == f"Shop: {line}"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"moood": "bad"}, "shop.mood"),
+        ({"shop": {"fruit": "plum"}, "stalk": 1}, "shop.fruit.stalk"),
+        ({"wieght": 1}, "shop.basket.weight or left.weight"),
+        ({"shop": {"number": 1}}, "number"),
+        ({"shop": {"wieght": 1}}, "shop.basket.weight or left.weight"),
+        ({"left": {"wieght": 1}}, "left.weight"),
+        ({"basket": {"weight": 1}}, "shop.basket"),
+        ({"numbers": {"weight": 1}}, None),  # a section was meant, and no number is one
+    ],
+)
+def test_an_option_of_another_section_is_found(given, meant):
+    remedy = f"did you mean {meant}?" if meant else "the options here are: number, shop, left"
+    assert told(Street, given).endswith(f"unknown option; {remedy}")
+
+
 def test_a_list_whose_items_are_at_fault_is_not_called_too_short_too():
     assert told(Bowl, {"fruits": ["appel"]}).startswith("shop: 1 option to mend\n  fruits.0: ")
-    assert "fruits: [] was given, but it should have at least 1 item" in told(Bowl, {"fruits": []})
+    assert "fruits: [] was given, but it should be a list of 1 or more" in told(Bowl, {"fruits": []})
+
+
+def test_a_list_in_python_is_as_good_as_a_tuple():
+    bowl = Bowl(fruits=["apple", "cherry"], sizes=[3, 4], rows=[[1], (2, 3)])
+    assert (bowl.fruits, bowl.sizes, bowl.rows) == (("apple", "cherry"), (3, 4), ((1,), (2, 3)))
+    assert Shop(span=[3, 4], baskets=[{"weight": 2}]).baskets == (Basket(weight=2.0),)
+    assert bowl == Bowl(fruits=("apple", "cherry"), sizes=(3, 4), rows=((1,), (2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"fruits": "apple"}, 'Bowl: fruits: "apple" was given, but it should be a list: [apple]'),
+        ({"fruits": {"apple"}}, "Bowl: fruits: \"{'apple'}\" was given, but it should be a list: [a, b]"),
+        ({"fruits": ["appel"]}, "Bowl: fruits.0: \"appel\" was given, but it should be 'apple' or 'cherry'"),
+        ({"sizes": [3, 4.5]}, "Bowl: sizes.1: 4.5 was given, but it should be a whole number"),
+    ],
+)
+def test_what_is_wrong_with_a_list_in_python_is_told_of_its_items(given, line):
+    with pytest.raises(ConfigError) as error:
+        Bowl(**given)
+    assert str(error.value).partition(";")[0] == line
 
 
 def test_every_fault_is_told_at_once():

@@ -129,8 +129,36 @@ def test_diagnose_prints_a_table_with_what_cannot_be_had():
     top = Top("top", module=two, optimizer=torch.optim.SGD(two.parameters(), lr=0.1), data=data)
     engine = mlo.Engine([low, top], "one_step", device="cpu")
     text = str(mlo.diagnose(engine, estimators=["one_step", {"kind": "cg", "iterations": 3}, "nonsense"]))
-    assert text.splitlines()[0].split() == ["estimator", "error", "cosine", "passes", "ms", "peak", "MB", "note"]
-    assert "'nonsense' is not known" in text
+    columns = ["estimator", "error", "cosine", "residual", "passes", "ms", "peak", "MB", "note"]
+    assert text.splitlines()[0].split() == columns
+    assert "'nonsense' is not known" in " ".join(text.split())  # a note may take several lines
+
+
+def test_diagnose_tells_how_well_an_iterative_estimator_has_solved():
+    """Curvatures 1 and 4: cg needs two iterations, and its residual after one is known from the right-hand side."""
+
+    class Low(mlo.Problem):
+        def loss(self, batch, top):
+            return 0.5 * (torch.tensor([1.0, 4.0]) * (self() - top()).square()).sum()
+
+    class Top(mlo.Problem):
+        def loss(self, batch, low):
+            return low().sum()
+
+    low, top = Point(torch.zeros(2)), Point(torch.ones(2))
+    stack = [
+        kind(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1))
+        for kind, name, module in ((Low, "low", low), (Top, "top", top))
+    ]
+    engine = mlo.Engine(stack, device="cpu")
+    asked = [{"kind": "cg", "iterations": 1}, {"kind": "neumann", "terms": 3}, "nystrom", "one_step"]
+    once, neumann, nystrom, one_step = (row.residual for row in mlo.diagnose(engine, estimators=asked).rows)
+    # v = (1, 1): the stride is v'v / v'Hv = 2/5, and the residual v - 2/5 Hv = (3/5, -3/5), as large as 3/5 of v
+    assert once == pytest.approx(0.6, abs=1e-6)
+    assert neumann == pytest.approx(((0.9**4 + 0.6**4) / 2) ** 0.5, abs=1e-6)  # the term (I - 0.1 H)^2 v
+    assert nystrom < 1e-3
+    assert one_step is None
+    assert not engine.metrics()
 
 
 def test_a_difference_across_kinks_is_warned_of():

@@ -1,5 +1,7 @@
 """Names found through entry points, and what is said of those that are not."""
 
+import re
+
 import pytest
 
 from mlo import registry
@@ -23,6 +25,18 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all(register):
     register("pears", "Pear = Plum = int", {"some.group": {"pear": "pears:Pear", "plum": "pears:Plum"}})
     with pytest.raises(ConfigError, match=r"'paer' is not known among some.group; did you mean pear\? .*: pear, plum"):
         registry.load("some.group", "paer")
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "told"),
+    [
+        (registry.RESPONSES, "central", "among mlo.products (--hypergradient.product central); there are: cg,"),
+        (registry.PROBLEMS, "table2", "among mlo.experiments (mlo reproduce table2); there are: evaluate, lbt"),
+    ],
+)
+def test_a_name_of_another_group_is_told_with_the_way_to_write_it(group, name, told):
+    with pytest.raises(ConfigError, match=re.escape(f"{name!r} is not known among {group}, but {told}")):
+        registry.load(group, name)
 
 
 def test_an_empty_group_says_that_nothing_is_there():

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from mlo import Engine, checkpoint
-from mlo.config import read_yaml, validate
+from mlo.config import validate
 from mlo.errors import ConfigError
 from mlo.files import write_atomic
+from mlo.plain import read_yaml
 from mlo.run import Run, read_results
 from mlo.stage import stage_seed
 

@@ -26,7 +26,7 @@ from typing import Literal
 
 import torch
 
-from mlo.errors import GraphError
+from mlo.errors import ConfigError, GraphError
 from mlo.job import Job
 
 
@@ -38,7 +38,15 @@ class OddError(Exception):
 class MoodyJob(Job):
     """Ends as it is told to."""
 
-    mood: Literal["good", "bad", "ours", "odd", "leaves", "dies", "interrupts", "empty"] = "good"
+    mood: Literal["good", "bad", "ours", "odd", "leaves", "dies", "interrupts", "empty", "lost"] = "good"
+
+    def check(self):
+        super().check()
+        if "ASKED" in os.environ:
+            with open(os.environ["ASKED"], "a") as file:
+                print(self.mood, self.seed, self.device, file=file)
+        if self.mood == "lost":
+            raise ConfigError("mood: is nowhere to be found")
 
     def engine(self):
         raise NotImplementedError
@@ -230,6 +238,32 @@ def test_all_faults_are_told_before_anything_runs(ridge, mlo):
     assert sorted(os.listdir("out")) == ["rate=0.5,seed=0", "rate=0.5,seed=1"]
 
 
+def test_what_a_job_looks_for_in_vain_is_told_before_anything_runs(moody, mlo, monkeypatch):
+    monkeypatch.setenv("ASKED", "asked")
+    line = ["sweep", "moody", "--output", "out", "--seeds", "2", "--grid.mood"]
+    code, out, err = mlo(*line, "[empty, lost]")
+    assert (code, out) == (2, "")
+    assert err == "error: out/mood=lost,seed=0: mood: is nowhere to be found\n"
+    assert Path("asked").read_text() == "empty 0 cpu\nlost 0 cpu\n"  # once for all seeds, and on no card
+    assert not Path("out").exists()
+    code, _, err = mlo("run", "moody", "--mood", "lost", "--output", "out")
+    assert (code, err) == (2, "error: mood: is nowhere to be found\n")
+    assert not Path("out").exists()
+    assert mlo(*line, "[empty]")[0] == 0
+    Path("asked").unlink()
+    assert mlo(*line, "[empty]")[0] == 0
+    assert not Path("asked").exists()  # there is nothing left to begin
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without a card")
+def test_a_card_that_is_not_there_is_told_before_anything_runs(mlo):
+    for command in ("run", "sweep"):
+        code, out, err = mlo(command, "ridge", "--device", "cuda:1", "--output", "out")
+        assert (code, out) == (2, "")
+        assert "device='cuda:1' cannot be used: torch finds no CUDA cards here; pass 'cpu', 'cuda' or " in err
+        assert not Path("out").exists()
+
+
 def test_the_run_of_another_job_and_a_folder_planned_twice_are_refused(ridge, moody, tmp_path):
     Run.create("ridge", ridge.RidgeJob(), tmp_path / "run")
     (tmp_path / "run" / "stages").mkdir()
@@ -247,6 +281,7 @@ def test_the_run_of_another_job_and_a_folder_planned_twice_are_refused(ridge, mo
         (["--output", "o", "--seed", "3"], "a sweep takes --seeds N"),
         (["--output", "o", "--grid.seed", "[1, 2]"], "a sweep takes --seeds N"),
         (["--output", "o", "--grid.rate", "0.5"], '--grid.rate: "0.5" is no list of values; write --grid.rate'),
+        (["--output", "o", "--grid.rate"], "--grid.rate: has no values; write --grid.rate '[a, b]'"),
         (["--output", "o", "--grid.rate", "[1]", "--grid.rate", "[2]"], "--grid.rate: is given twice"),
         (["--output", "o", "--grid.tags", "[a, b]"], "each value is a list itself; write --grid.tags '[[a], [a, b]]'"),
         (["--output", "o", "--grid.rat", "[1]"], "rat: unknown option; did you mean rate?"),

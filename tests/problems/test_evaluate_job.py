@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 
 import pytest
@@ -32,7 +34,8 @@ def test_a_published_architecture_and_then_the_one_of_that_run(command_line, tmp
     second = json.loads((tmp_path / "b" / "results.json").read_text())["network"]
     assert second["test_error"] == first["test_error"]
     _, out, err = command_line("compare", tmp_path, "--format", "csv")
-    assert "genotype=PDARTS" in out, err
+    rows = [(row["option.genotype"], row["genotype"]) for row in csv.DictReader(io.StringIO(out))]
+    assert rows == [(name, name) for name in ("PDARTS", str(tmp_path / "a"))], err
 
 
 def test_what_is_no_architecture_is_told_before_anything_is_trained(tmp_path):
@@ -45,6 +48,14 @@ def test_what_is_no_architecture_is_told_before_anything_is_trained(tmp_path):
     (tmp_path / "broken.json").write_text('{"normal": [], "reduce": []}')
     with pytest.raises(ConfigError, match=r"broken\.json is not a genotype"):
         find_genotype(str(tmp_path / "broken.json"))
+
+
+def test_a_sweep_tells_of_an_unknown_architecture_before_anything_runs(command_line, tmp_path):
+    grid = ("--grid.genotype", "[PDARTS, PDART]")
+    code, out, err = command_line("sweep", "evaluate", *grid, *SMALL, "--output", tmp_path / "s")
+    assert (code, out) == (2, "")
+    assert "s/genotype=PDART,seed=0: genotype: 'PDART' is not known" in err
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize("words", [("--genotype", "PDART"), ("--genotype", "PDARTS", "--data.source", "cifar11")])

@@ -174,6 +174,15 @@ def test_wrong_options_are_told_and_leave_nothing(command_line, tmp_path, option
     assert not (tmp_path / "r").exists()
 
 
+def test_a_sweep_tells_what_is_not_there_before_anything_runs(command_line, tmp_path):
+    grid = ["--grid.student", "[smal, small]", "--grid.data.source", "[digits, digit]", "--seeds", 2]
+    code, out, err = command_line("sweep", "lbt", *grid, "--output", tmp_path / "s")
+    assert (code, out) == (2, "")
+    assert "s/student=smal,data.source=digits,seed=0: 'smal' is not known as a student; did you mean small?" in err
+    assert "s/student=smal,data.source=digit,seed=0 (and 1 more): data.source: 'digit' is not there" in err
+    assert not (tmp_path / "s").exists()
+
+
 def test_images_of_ones_own_from_an_npz_file(command_line, tmp_path):
     draw = np.random.default_rng(0)
     arrays = {

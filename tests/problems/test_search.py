@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 
 from mlo.config import parse
+from mlo.options import read_options
+from problems import nas
 from problems.lbt_job import LbtJob
 from problems.nas import Architecture, ArchitectureLogits
 from problems.search import Search, skip_dropout_at
@@ -28,6 +33,14 @@ def test_skip_dropout_decays_as_in_p_darts():
     assert at(9) == pytest.approx(0.4 * 15 / 25)
     assert at(10) == pytest.approx(0.4)
     assert at(24) == pytest.approx(0.4 * math.exp(-0.2 * 14))
+
+
+def test_the_page_on_spaces_names_the_option_of_each():
+    page = (Path(__file__).parents[2] / "docs" / "search_spaces.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(--search[^`]*)` \|", page, re.MULTILINE))
+    assert list(rows) == ["DARTS", "PC_DARTS", "P_DARTS", "ROBUST_S4"]
+    for name, words in rows.items():
+        assert job(**read_options(LbtJob, shlex.split(words))).search.first_space == getattr(nas, name)
 
 
 def test_the_teacher_sets_the_dropout_of_its_own_supernet():

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from mlo.config import defaults, merge, validate
+from mlo.config import defaults, validate
+from mlo.plain import merge
 from problems.evaluate_job import EvaluateJob
 from problems.lbt_job import LbtJob
 from problems.paper.settings import PAPER_SPACES, Setting, benefit_options

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mlo.config import defaults, merge, validate
+from mlo.config import defaults, validate
+from mlo.plain import merge
 from problems.evaluate_job import EvaluateJob
 from problems.lbt_job import LbtJob
 from problems.nas import PUBLISHED

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mlo.config import defaults, merge, validate
+from mlo.config import defaults, validate
+from mlo.plain import merge
 from problems.evaluate_job import EvaluateJob
 from problems.lbt_job import LbtJob
 from problems.paper.figures import Benefit, Figure3, Figure4
