@@ -1,4 +1,7 @@
-"""Where the time of the tiny unroll goes, in microseconds a step: `python -m benchmarks.peers.where`."""
+"""Where time goes that is not arithmetic, in microseconds: `python -m benchmarks.peers.where`.
+
+First the tiny unroll, piece by piece, of a step; then rounds of meta-weight-net at a size where arithmetic is nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ import mlo
 from benchmarks.peers.by_hand import combined, leaves, mlp
 from benchmarks.peers.libraries import build, with_mlo
 from benchmarks.peers.workloads import Bilevel, make
-from mlo.operators import twice_differentiable
 from mlo.optimizers import moment
 
 
@@ -67,10 +69,6 @@ def pieces() -> dict[str, Callable[[], object]]:
         for batch in batches:
             task.lower_loss(lambda x: mlp(taken.start, x), task.weights, taken.start, batch)
 
-    def kernel() -> None:
-        with twice_differentiable():
-            pass
-
     return {
         "by hand: the losses": losses_by_hand,
         "by hand: the steps, in one graph": lambda: unrolled(mlp),
@@ -79,17 +77,28 @@ def pieces() -> dict[str, Callable[[], object]]:
         "by hand: all": hand.round,
         "the losses": losses,
         "the steps, in one graph": several,
-        "  of it, choosing the attention kernel": kernel,
         "the walk back": lambda: taken.pull(vector, {}, hyper, True),
         "all": lambda: engine.hypergradient(top),
     }
 
 
+def rounds() -> dict[str, Callable[[], object]]:
+    """{what: a round of the workload (a) with a network of 12-8-4}."""
+    found: dict[str, Callable[[], object]] = {}
+    for estimator in ("one_step", "darts", "neumann"):
+        for library in ("hand", "mlo"):
+            runner = build(library, make("mwn", "small"), estimator)
+            found[f"{estimator}: {library}"] = runner.round
+    return found
+
+
 def main() -> None:
     """Print the pieces."""
     torch.set_num_threads(1)
-    for what, found in microseconds(pieces()).items():
-        print(f"{found / 20:6.1f}  {what}")
+    for calls, share in ((pieces(), 20), (rounds(), 1)):
+        for what, found in microseconds(calls).items():
+            print(f"{found / share:6.0f}  {what}")
+        print()
 
 
 if __name__ == "__main__":
