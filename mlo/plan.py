@@ -124,7 +124,8 @@ def known_device(device: str | torch.device) -> torch.device:
     cards = torch.cuda.device_count() if found.type == "cuda" else 0
     if found.type == "cuda" and (found.index or 0) >= cards:
         built = "torch finds" if torch.backends.cuda.is_built() else "this build of torch cannot use them, so there are"
-        raise ConfigError(f"device={str(device)!r} cannot be used: {built} {cards or 'no'} CUDA cards here; {DEVICES}")
+        found_cards = f"{cards or 'no'} CUDA card{'s' * (cards != 1)}"
+        raise ConfigError(f"device={str(device)!r} cannot be used: {built} {found_cards} here; {DEVICES}")
     return found
 
 

@@ -310,6 +310,14 @@ def test_a_device_that_is_not_there():
         engine(made(Low, "low"), made(Top, "top"), device="cdua")
 
 
+@pytest.mark.parametrize(("cards", "device", "told"), [(0, "cuda", "no CUDA cards"), (1, "cuda:1", "1 CUDA card here")])
+def test_a_card_that_is_not_there(monkeypatch, cards, device, told):
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    with pytest.raises(mlo.ConfigError, match=f"device='{device}' cannot be used: torch finds {told}.*'cpu'"):
+        engine(made(Low, "low"), made(Top, "top"), device=device)
+
+
 def test_a_hypergradient_of_no_problem():
     with pytest.raises(mlo.ConfigError, match="no problem is named 'arch'"):
         engine(made(Low, "low"), made(Top, "top")).hypergradient("arch")
