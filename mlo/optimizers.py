@@ -128,6 +128,9 @@ def pull_through_step(
     """
     names = list(problem.variables)
     if is_linear(problem):
+        if slots is None:
+            scales = sgd.scales(problem, at.groups, [n for n, g in gradients.items() if g is None], at.slots)
+            return StepCotangents(tuple(c * scale for c, scale in zip(cotangent, scales, strict=True)), (), {})
         named = dict(zip(names, cotangent, strict=True))
         of_gradient, of_parameters, of_slots = sgd.pull(problem, at.groups, gradients, at.slots, named, slots)
         return StepCotangents(tuple(of_gradient.values()), tuple(of_parameters.values()), of_slots)

@@ -6,7 +6,7 @@ weights; this one gives the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,24 +56,40 @@ def step(
     return moved, after
 
 
+def scales(problem: Problem, groups: Groups, unreached: Collection[str], begun: Slots) -> list[float]:
+    """What the cotangent of each variable after a step is multiplied by on its way to the gradient alone.
+
+    Args:
+        unreached: variables that had no gradient.
+        begun: the slots before the step.
+    """
+    found = []
+    for name, group in hyperparameters(problem, groups).items():
+        scale = group["lr"] if group["maximize"] else -group["lr"]
+        if momentum := group["momentum"]:
+            first = begun.get(name, {}).get("momentum_buffer") is None
+            share = 1.0 if first else 1.0 - group["dampening"]
+            scale *= 1.0 + momentum * share if group["nesterov"] else share
+        found.append(0.0 if name in unreached else scale)
+    return found
+
+
 def pull(
     problem: Problem,
     groups: Groups,
     gradients: Mapping[str, Tensor | None],
     begun: Slots,
     cotangents: Mapping[str, Tensor],
-    slots: Slots | None,
+    slots: Slots,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """:func:`step` transposed: cotangents of gradients, variables and slots, from those of what the step led to.
 
     Args:
         gradients: which variables had one.
         begun: the slots before the step.
-        cotangents, slots: of the variables and of the slots after the step; without slots, of the gradients alone is
-            asked.
+        cotangents, slots: of the variables and of the slots after the step.
     """
     to_gradients, to_parameters, to_slots = {}, {}, {}
-    held, slots = slots is None, slots or {}
     for name, group in hyperparameters(problem, groups).items():
         cotangent, of_buffer = cotangents[name], slots.get(name, {}).get("momentum_buffer")
         if gradients[name] is None:
@@ -87,11 +103,10 @@ def pull(
             buffer = buffer if of_buffer is None else buffer + of_buffer
             taken = buffer
             if begun.get(name, {}).get("momentum_buffer") is not None:
-                if not held:
-                    to_slots[name] = {"momentum_buffer": buffer * momentum}
+                to_slots[name] = {"momentum_buffer": buffer * momentum}
                 taken = buffer * (1 - group["dampening"]) if group["dampening"] else buffer
             along = along + taken if group["nesterov"] else taken
-        decay = 0.0 if held else group["weight_decay"]
+        decay = group["weight_decay"]
         to_parameters[name] = torch.add(cotangent, along, alpha=decay) if decay else cotangent
         to_gradients[name] = -along if group["maximize"] else along
     return to_gradients, to_parameters, to_slots

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mlo import sgd
 from mlo.evaluation import Evaluator
 from mlo.memo import Memo, add_to
 from mlo.operators import ThriceDifferentiable, twice_differentiable
@@ -147,6 +148,19 @@ class Step:
             at = cotangent if is_linear(record.problem) else curvature.gradient()
             gradients = {n: None if n in record.unreached else g for n, g in zip(names, at, strict=True)}
         return pull_through_step(record.problem, record.before.parameters, gradients, record.moment, cotangent, slots)
+
+    def cross_through_optimizer(
+        self, cotangent: Vector, curvature: Curvature, slots: Slots | None = None
+    ) -> Cotangents:
+        """:meth:`pull_through_optimizer`, and on from the gradient to what the loss read, by one product."""
+        record = self.record
+        assert record.moment is not None
+        if slots is None and is_linear(record.problem):
+            scales = set(sgd.scales(record.problem, record.moment.groups, record.unreached, record.moment.slots))
+            if len(scales) == 1:  # what the loss read is mostly less than the variables
+                (scale,) = scales
+                return {t: None if c is None else scaled(c, scale) for t, c in curvature.cross(cotangent).items()}
+        return curvature.cross(self.pull_through_optimizer(cotangent, curvature, slots).gradient)
 
     def pull_through_stretch(self, cotangent: Vector, slots: Slots, oldest: bool) -> tuple[Vector, Slots, Cotangents]:
         """Steps in one graph, transposed: cotangents of variables and slots before them, and of what their loss read.

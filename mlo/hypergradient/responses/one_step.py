@@ -36,7 +36,7 @@ class OneStep(AlongSteps):
         """One optimizer pullback and one product, at the state before the step."""
         step = steps[-1]
         curvature = self.product.at(step.before())
-        return Pulled(curvature.cross(step.pull_through_optimizer(cotangent, curvature).gradient))
+        return Pulled(step.cross_through_optimizer(cotangent, curvature))
 
 
 class Darts(Response):

@@ -75,8 +75,7 @@ class Backpropagation(AlongSteps, ABC):
         """Cotangents of variables and slots before one step, if it is not the ``oldest``, and of what its loss read."""
         curvature = self.product.at(step.before())
         if oldest:
-            u = step.pull_through_optimizer(cotangent, curvature, slots or None).gradient
-            return cotangent, slots, curvature.cross(u)
+            return cotangent, slots, step.cross_through_optimizer(cotangent, curvature, slots or None)
         pulled = step.pull_through_optimizer(cotangent, curvature, slots)
         own, cross = curvature.both(pulled.gradient)
         return add(pulled.parameters, own), pulled.slots, cross
