@@ -141,8 +141,9 @@ def test_parameter_groups_keep_their_own_rates():
     assert torch.equal(pulled[1], -0.1 * ones["bias"])
 
 
-def test_a_parameter_without_a_gradient_passes_nothing_on():
-    made = problem("Adam", 2, lr=0.1)
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+def test_a_parameter_without_a_gradient_passes_nothing_on(name):
+    made = problem(name, 2, lr=0.1)
     ones = {n: torch.ones_like(p) for n, p in made.variables.items()}
     pulled = pull_through_step(
         made, made.variables, {**ones, "bias": None}, moment(made), tuple(ones.values())
