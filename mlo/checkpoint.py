@@ -28,7 +28,7 @@ def save(path: str | Path, state: Mapping[str, Any]) -> None:
         write_atomic(Path(path), buffer.getvalue())
     except OSError as error:
         raise CheckpointError(
-            f"{path}: the checkpoint cannot be written ({error.strerror}); make room for it"
+            f"{path}: the checkpoint cannot be written ({error.strerror}); give it a folder that is there and has room"
         ) from error
 
 
@@ -43,7 +43,7 @@ def load(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no such checkpoint") from error
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(
             f"{path}: this is no checkpoint that can be read ({reason}); use an earlier one"
         ) from error

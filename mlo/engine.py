@@ -200,6 +200,7 @@ class Engine:
         states, records = self._rollout.below(name, due, states, dtype)
         return states, records, cast_batches(self.problems[name].batches_ahead(), dtype)
 
+    @torch.no_grad()
     def metrics(self) -> dict[str, float]:
         """The last losses as "<problem>/loss", and what estimators and problems report; waits for the device."""
         found = {f"{name}/loss": loss for name, loss in self.losses.items()} | self._gradients.reports
@@ -209,6 +210,8 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """All that it takes to go on to the bit: every problem's state, the round, the random state.
+
+        As in torch, its tensors are the live ones: save it (:func:`mlo.checkpoint.save`), or ``copy.deepcopy`` it.
 
         Waits for the device, and raises a NonFiniteLossError rather than let a bad state be saved. Of several
         processes all call it, and all get the same.

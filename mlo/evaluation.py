@@ -118,6 +118,11 @@ class Evaluator:
             except (TypeError, ValueError) as error:
                 if batch is None:
                     error.add_note(f"(problem {name!r} was given no data, so the batch of its loss is None)")
+                elif isinstance(batch, Tensor):
+                    error.add_note(
+                        f"(the batch of problem {name!r} is a tensor of shape {tuple(batch.shape)}: each item of its "
+                        "data is one; write data=[(x, y)] for one batch of two tensors)"
+                    )
                 raise
             if outside is not None and randomness is None:
                 self._note_draws(name, outside)

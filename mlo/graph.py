@@ -159,9 +159,9 @@ def _read_faults(node: Node, names: Sequence[str]) -> Iterable[str]:
             hint = f"did you mean {near[0]!r}? " if near else ""
             yield (
                 f"problem {node.name!r}: its loss reads {read!r}, and no problem has that name; {hint}"
-                f"there are {', '.join(map(repr, names))}. Rename the parameter of loss, or pass "
-                f"reads={{{read!r}: <name>}} when you construct {node.name!r}, or {{{read!r}: None}} where it has a "
-                "default and is no problem"
+                f"there are {', '.join(map(repr, names))}. Name the parameter of loss after the problem that it reads, "
+                f"or say which it is with reads={{<parameter>: <problem>}} when you construct {node.name!r} (None for "
+                "one that has a default and is no problem)"
             )
     named = [*(("held", read) for read in node.held), *(("sometimes", read) for read in node.sometimes)]
     for option, read in named:

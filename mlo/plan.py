@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Collection, Sequence
 
@@ -34,6 +35,7 @@ class Plan:
             raise ConfigError(
                 f"problems: {strange[0]!r} is no mlo.Problem; give a list of problems, lowest level first"
             )
+        _refuse_missing_batches(problems)
         self.graph = Graph([problem.node for problem in problems])
         self._problems = {problem.name: problem for problem in problems}
         _refuse_levels_in_processes(problems)
@@ -153,6 +155,17 @@ def place(problems: Sequence[Problem], device: str | torch.device) -> torch.devi
         problem.stream.device = target
         distributed.follow_main([*problem.module.parameters(), *problem.module.buffers()])
     return target
+
+
+def _refuse_missing_batches(problems: Sequence[Problem]) -> None:
+    names = [problem.name for problem in problems]
+    for problem in problems:
+        first = next(iter(inspect.signature(problem.loss).parameters))
+        if first in names and first not in problem.arguments:
+            raise GraphError(
+                f"problem {problem.name!r}: the first parameter of its loss takes the batch, and is named {first!r}, "
+                f"like a problem; write loss(self, batch, {first}), whether it has data or not"
+            )
 
 
 def _refuse_levels_in_processes(problems: Sequence[Problem]) -> None:

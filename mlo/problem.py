@@ -258,6 +258,7 @@ class Problem(ABC):
             raise CheckpointError(
                 f"problem {self.name!r}: a scheduler is in only one of the checkpoint and the problem"
             )
+        self._refuse_other_optimizer(state["optimizer"])
         try:
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -269,6 +270,16 @@ class Problem(ABC):
             self.scheduler.load_state_dict(state["scheduler"])
         self.stream.load_state_dict(state["data"])
         self.steps_taken = state["steps_taken"]
+
+    def _refuse_other_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Torch takes over the state of another class of optimizer, and fails in its next step."""
+        mine = {option for group in self.optimizer.param_groups for option in group}
+        strange = [option for group in state["param_groups"] for option in group if option not in mine]
+        if strange:
+            raise CheckpointError(
+                f"problem {self.name!r}: the checkpoint is of another optimizer than {type(self.optimizer).__name__}: "
+                f"it has {', '.join(dict.fromkeys(strange))}; resume with the one that the run began with"
+            )
 
     def _other_buffers(self) -> dict[str, Tensor]:
         """Buffers that the module's own state leaves out."""

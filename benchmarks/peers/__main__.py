@@ -88,9 +88,12 @@ class Session:
 
 
 def revision() -> str:
-    """The commit that is measured, marked where files differ from it."""
-    words = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
-    return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+    """The commit that is measured, marked where code differs from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short=7", "HEAD") + "+" * bool(git("status", "--porcelain", "mlo", "benchmarks"))
 
 
 def machine() -> dict[str, str]:

@@ -40,9 +40,20 @@ def loss_reading(*names: str) -> type[mlo.Problem]:
 
 def test_a_read_that_names_no_problem():
     with pytest.raises(
-        mlo.GraphError, match=r"'low': its loss reads 'topp'.*did you mean 'top'\?.*reads=\{'topp': <name>\}"
+        mlo.GraphError, match=r"'low': its loss reads 'topp'.*did you mean 'top'\?.*reads=\{<parameter>: <problem>\}"
     ):
         engine(made(loss_reading("topp"), "low"), made(Top, "top"))
+
+
+def test_a_loss_without_a_batch():
+    class Batchless(mlo.Problem):
+        def loss(self, top):
+            return (self() - top()).square().sum()
+
+    with pytest.raises(
+        mlo.GraphError, match=r"'low': the first parameter .* named 'top'.* write loss\(self, batch, top\)"
+    ):
+        engine(made(Batchless, "low"), made(Top, "top"))
 
 
 def test_a_read_of_itself():
@@ -339,12 +350,32 @@ def test_a_renamed_read_serves_a_class_twice():
     assert found.hypergradient("boss")["value"].abs().sum() > 0
 
 
-def test_a_batch_that_is_none_for_want_of_data_is_told():
-    class Unpacking(mlo.Problem):
-        def loss(self, batch):
-            x, y = batch
-            return (self(x) - y).square().mean()
+class Unpacking(mlo.Problem):
+    def loss(self, batch):
+        x, y = batch
+        return (self(x) - y).square().mean()
 
+
+def test_a_list_of_tensors_that_was_meant_for_one_batch_is_told():
+    module = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    problem = Unpacking("model", module=module, optimizer=optimizer, data=[torch.ones(3, 2), torch.ones(3, 1)])
+    with pytest.raises(ValueError, match="unpack") as raised:
+        mlo.Engine(problem, device="cpu").step()
+    assert raised.value.__notes__[0].startswith("(the batch of problem 'model' is a tensor of shape (3, 2): each item")
+
+
+def test_metrics_that_require_gradients_are_numbers(recwarn):
+    class Penalty(Low):
+        def metrics(self):
+            return {"size": self.params["value"].exp().sum()}
+
+    found = engine(made(Penalty, "low"), made(Top, "top")).metrics()
+    assert found["low/size"] == pytest.approx(2 * 2.718281828, rel=1e-6)
+    assert not recwarn.list
+
+
+def test_a_batch_that_is_none_for_want_of_data_is_told():
     module = torch.nn.Linear(2, 1)
     problem = Unpacking("model", module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1))
     with pytest.raises(TypeError) as raised:

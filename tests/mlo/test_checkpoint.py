@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 
 import pytest
 import torch
+from brute_force import small_lbt
 from small_lbt import noisy_lbt
 from torch.optim import lr_scheduler
 
@@ -114,6 +116,15 @@ def test_a_checkpoint_of_other_problems_is_refused(tmp_path):
         engine.load_state_dict(state)
 
 
+def test_a_checkpoint_of_another_optimizer_is_refused():
+    """Torch would take it over, and fail in its next step."""
+    state, engine = (mlo.Engine(small_lbt(name), "one_step", device="cpu") for name in ("sgd", "adam"))
+    before = copy.deepcopy(engine.state_dict())
+    with pytest.raises(mlo.CheckpointError, match=r"'teacher': .*another optimizer than Adam: it has .*momentum"):
+        engine.load_state_dict(state.state_dict())
+    torch.testing.assert_close(engine.state_dict()["problems"], before["problems"])
+
+
 def test_a_file_that_would_execute_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -131,6 +142,8 @@ def test_what_is_missing_or_cut_short_is_said(tmp_path):
     with pytest.raises(mlo.CheckpointError, match="there is no such checkpoint"):
         checkpoint.load(tmp_path / "none.pt")
     checkpoint.save(tmp_path / "c.pt", {"x": torch.ones(1000)})
+    with pytest.raises(mlo.CheckpointError, match="give it a folder that is there"):
+        checkpoint.save(tmp_path / "nowhere" / "c.pt", {})
     (tmp_path / "cut.pt").write_bytes((tmp_path / "c.pt").read_bytes()[:700])
     with pytest.raises(mlo.CheckpointError, match="no checkpoint that can be read"):
         checkpoint.load(tmp_path / "cut.pt")
