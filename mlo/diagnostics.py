@@ -73,7 +73,8 @@ def check(engine: Engine, name: str | None = None, *, directions: int = 4, toler
             f"{values}\n"
             f"It was taken by {_taken_by(engine, top)}. Of those that come with mlo, unrolled is exact, one_step "
             "where a round has one step, and cg and its like at a minimum. If it is meant to be exact here, a loss is "
-            "not a pure function of the problems it reads (detach, no_grad, state between calls), or the estimator is wrong"
+            "not a pure function of the problems it reads (detach, no_grad, state kept between calls), or the "
+            "estimator is wrong"
         )
 
 
