@@ -20,6 +20,7 @@ from mlo.graph_contents import SavedBytes, leaves_of
 from mlo.memo import Memo, add_to
 from mlo.operators import twice_differentiable
 from mlo.passes import Pass, Stretch, pass_function, stretch_function, unscaled
+from mlo.precision import lowered
 from mlo.problem import Problem, State
 from mlo.randomness import Randomness, outside_state, replay, same_outside
 from mlo.stand_ins import Own, Read, loss_with
@@ -374,7 +375,7 @@ class Evaluator:
     def _lowered(self, problem: Problem, wanted: bool) -> AbstractContextManager[Any]:
         """The problem's autocast, or none at all; an engine is in none."""
         dtype = problem.autocast if wanted else None
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
+        return nullcontext() if dtype is None else lowered(self.device.type, dtype)
 
 
 def _leaves(parameters: Mapping[str, Tensor], wanted: bool) -> dict[str, Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -36,3 +36,18 @@ def outside_autocast(
             return method(self, *args, **kwargs)
 
     return run
+
+
+@contextmanager
+def lowered(kind: str, dtype: torch.dtype) -> Iterator[None]:
+    """One evaluation under autocast, by the weights as they are now.
+
+    Torch keeps its casts of weights until the outermost autocast ends, be that one off and the caller's; by then the
+    weights may have moved, in place.
+    """
+    torch.clear_autocast_cache()
+    try:
+        with torch.autocast(kind, dtype):
+            yield
+    finally:
+        torch.clear_autocast_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
@@ -62,15 +63,36 @@ def test_steps_are_taken_in_bfloat16():
 def test_an_autocast_around_an_engine_does_not_reach_into_it(options, autocast, lookahead):
     """Neither losses nor their gradients, nor the pullback of several virtual steps in one graph."""
 
-    def taken(around: bool) -> object:
+    def taken(around: AbstractContextManager[object]) -> object:
         problems = small_lbt("momentum", steps=4, autocast=autocast)
         engine = mlo.Engine(problems, {"kind": "unrolled", **options}, lookahead=lookahead, device="cpu")
-        with torch.autocast("cpu", torch.bfloat16, enabled=around):
-            engine.run(2)
+        with around:
+            engine.run(3)
             found = engine.hypergradient("arch")["weights"], engine.objective("arch"), dict(engine.losses)
         return found, [dict(problem.module.state_dict()) for problem in problems]
 
-    assert same(taken(around=True), taken(around=False))
+    expected = taken(nullcontext())
+    for kind, enabled in (("cpu", True), ("cpu", False), ("cuda", False)):
+        assert same(taken(torch.autocast(kind, torch.bfloat16, enabled=enabled)), expected), (kind, enabled)
+
+
+def test_no_cast_of_a_weight_outlives_its_step():
+    """Torch keeps casts for the time of the outermost autocast: a user's call's for a step, a step's for a call."""
+    losses = []
+    for around in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        problems, images = small_lbt("momentum"), torch.ones(2, 5)
+        problems[2].autocast = torch.bfloat16  # its loss alone is cast, and reads the others after their steps
+        engine, student = mlo.Engine(problems, "one_step", lookahead=False, device="cpu"), problems[1].module
+        with around:
+            student(images)
+            engine.step()
+            losses.append(dict(engine.losses))
+            with torch.no_grad():
+                student[0].weight.mul_(2)
+            found = student(images)
+            torch.clear_autocast_cache()
+            assert torch.equal(found, student(images))
+    assert same(*losses)
 
 
 def halves(factor: float, **problem: object) -> list[mlo.Problem]:
