@@ -24,7 +24,7 @@ from mlo import registry
 from mlo.config import Registered
 from mlo.engine import Engine
 from mlo.errors import HypergradientError, MloError
-from mlo.hypergradient import Darts, Exact, Forward, OneStep, Pulled, Response, Step, Unrolled, estimator
+from mlo.hypergradient import Darts, Exact, Forward, OneStep, Response, Unrolled, estimator
 from mlo.vectors import Vector, add, dot, norm
 
 EXACT = Unrolled()
@@ -86,8 +86,9 @@ class Row:
         estimator: its registered name.
         error: |estimate - exact| / |exact|; None if it could not be computed.
         cosine: of the angle between them.
-        residual: what the estimator itself reports of how well it solved, the largest of its pullbacks; None of those
-            that report none. Relative: to the right-hand side of cg and nystrom, to the series' first term of neumann.
+        residual: what the estimator itself reports of how well it solved, the largest where it goes through several
+            problems; None of those that report none. Relative: to the right-hand side of cg and nystrom, to the series'
+            first term of neumann.
         passes: forward passes of lower problems' modules, their next steps included.
         milliseconds: wall-clock time of one hypergradient, the lower steps included; median of three.
         peak: bytes of tensors alive at once beyond those before.
@@ -153,9 +154,10 @@ def diagnose(engine: Engine, name: str | None = None, estimators: Sequence[objec
 def _row(engine: Engine, top: str, option: object, exact: Vector) -> Row:
     title = option if isinstance(option, str) else str(option)
     try:
-        response, residuals = _listened_to(estimator(option))
-        with _every(engine, response) as one:
+        with _every(engine, option) as one:
             found = tuple(g.double() for g in one.hypergradient(top).values())
+            reports = one._gradients.latest.items()
+            residuals = [float(value) for name, value in reports if name.endswith("/residual")]
             passes = sum(n for problem, kinds in one.passes.items() for n in kinds.values() if problem != top)
             times = []
             for _ in range(3):
@@ -169,22 +171,9 @@ def _row(engine: Engine, top: str, option: object, exact: Vector) -> Row:
     except (MloError, RuntimeError, ValueError) as error:
         return Row(title, note=str(error).partition("\n")[0])
     cosine = (dot(found, exact) / (norm(found) * norm(exact))).item()
-    residual = max(map(float, residuals), default=None)
+    residual = max(residuals, key=lambda value: (math.isnan(value), value), default=None)
     warning = _noise(engine, top, option, found)
     return Row(title, _error(found, exact), cosine, residual, passes, median(times), memory.peak, warning)
-
-
-def _listened_to(response: Response) -> tuple[Response, list[Tensor]]:
-    """The same response, and a list that gets the residual of each of its pullbacks that reports one."""
-    residuals: list[Tensor] = []
-
-    class Listened(type(response)):  # type: ignore[misc]
-        def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
-            pulled: Pulled = super().pull(steps, cotangent)
-            residuals.extend(value for name, value in pulled.metrics.items() if name == "residual")
-            return pulled
-
-    return Listened.model_construct(**dict(response)), residuals
 
 
 def _noise(engine: Engine, top: str, option: object, found: Vector) -> str:

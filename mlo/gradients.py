@@ -110,7 +110,8 @@ class Gradients:
 
     Attributes:
         pullbacks: {problem: how often a sweep has pulled a cotangent back through it}.
-        reports: {"<problem>/<name>": scalar tensor}, what the last pullbacks reported.
+        reports: {"<problem>/<name>": scalar tensor}, what the last pullbacks of real steps reported.
+        latest: the same of the last sweep, be it of a look.
         scales: {problem: the scale of its loss}, of those under float16.
         warm: {upper problem: {lower: the solution that its last real step left}}.
     """
@@ -120,6 +121,7 @@ class Gradients:
         self._evaluator = evaluator
         self.pullbacks: Counter[str] = Counter()
         self.reports: dict[str, Tensor] = {}
+        self.latest: dict[str, Tensor] = {}
         self.scales: dict[str, LossScale] = {}
         self.warm: dict[str, dict[str, Vector]] = {}
 
@@ -259,7 +261,7 @@ class Gradients:
     def _swept(
         self, name: str, cotangents: Mapping[str, Vector], records: Mapping[str, Sequence[Record]], real: bool
     ) -> Vector | None:
-        plan, warm = self._plan, dict(self.warm.get(name, {}))
+        plan, warm, reports = self._plan, dict(self.warm.get(name, {})), dict[str, Tensor]()
         found = sweep(
             name,
             plan.paths[name],
@@ -268,9 +270,12 @@ class Gradients:
             plan.responses,
             self._evaluator,
             self.pullbacks,
-            self.reports if real else {},
+            reports,
             warm,
         )
+        self.latest = reports
+        if real:
+            self.reports |= reports
         if real and warm:
             self.warm[name] = warm
         return found

@@ -76,7 +76,8 @@ def by_present_forms(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """``torch._weight_norm``, with its arguments; looking it up in torch is all that its callers have in common."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    dtype, v = v.dtype, _full(v)
+    return (v * (g / torch.norm_except_dim(v, 2, dim))).to(dtype)
 
 
 def _batch_norm(
@@ -96,6 +97,8 @@ def _batch_norm(
     if training:
         mean, variance = input.mean(others), input.var(others, correction=0)
         count = input.numel() / input.shape[1]
+        if count == 1:
+            raise ValueError(f"normalization takes more than one value per channel; the input has shape {input.shape}")
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.detach(), momentum)
             running_var.lerp_(variance.detach() * (count / (count - 1)), momentum)

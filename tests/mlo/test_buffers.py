@@ -72,6 +72,11 @@ def forget(module: Setting) -> None:
     module.calls = None
 
 
+def delete(module: Setting) -> None:
+    del module.calls
+    module.__dict__["calls"] = None
+
+
 def grow(module: Setting) -> None:
     module.calls = torch.cat([module.calls, torch.ones(1)])
 
@@ -141,7 +146,11 @@ def test_an_error_of_forward_comes_through_and_leaves_the_buffer_empty():
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize(
     ("setting", "told"),
-    [(forget, "sets .* 'inner.calls', .* to None"), (grow, r"sets .*, of shape \(1,\), to a .* shape \(2,\)")],
+    [
+        (forget, "sets .* 'inner.calls', .* to None"),
+        (delete, "sets .* 'inner.calls', .* to None"),
+        (grow, r"sets .*, of shape \(1,\), to a .* shape \(2,\)"),
+    ],
 )
 def test_a_buffer_that_forward_empties_or_reshapes_is_told_before_anything_moves(setting, told, look):
     module = Inside(Setting(setting, calls=torch.ones(1)))
@@ -149,3 +158,15 @@ def test_a_buffer_that_forward_empties_or_reshapes_is_told_before_anything_moves
     with pytest.raises(mlo.GraphError, match=f"problem 'low': forward {told}"):
         LOOKS[look](made)
     assert contents(module) == before
+
+
+def test_a_buffer_computed_from_a_parameter_keeps_no_graph():
+    def follow(module: Setting) -> None:
+        module.calls = 1 + module.value.square().sum().reshape(1)
+
+    made = engine(Setting(follow, calls=torch.ones(1)))
+    made.hypergradient("top")
+    made.step()
+    evaluated = made._evaluator.evaluate("low", made._live_states(), None, kind="virtual", through=("top",))
+    assert not evaluated.buffers["calls"].requires_grad
+    assert not made.problems["low"].module.calls.requires_grad

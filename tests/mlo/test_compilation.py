@@ -324,6 +324,12 @@ def test_what_a_cuda_graph_gives_outlives_its_next_replay(monkeypatch, estimator
     assert estimator == "darts" or not all(captured for _, captured in seen), "a graph is left behind there"
 
 
+def test_several_steps_as_one_leave_a_graph_and_are_not_captured(monkeypatch):
+    seen = with_graphs_of_one_memory(monkeypatch)
+    same_in_each_round(*engines(lambda: two_levels(Held, steps=5, momentum=0.9), "unrolled"))
+    assert ("stretch_function.<locals>.run", False) in seen
+
+
 @pytest.mark.kernels
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -11,6 +11,7 @@ from small_lbt import noisy_lbt
 from torch import nn
 
 import mlo
+from mlo.hypergradient import Pulled
 from mlo.hypergradient.products import Exact
 
 
@@ -183,3 +184,26 @@ def test_a_difference_across_kinks_is_warned_of():
     rows = {row.estimator: row for row in mlo.diagnose(engine, estimators=["one_step", wide]).rows}
     assert "take product 'exact'" in rows[str(wide)].note
     assert not rows["one_step"].note
+
+
+def test_of_several_residuals_diagnose_has_the_largest_and_of_other_reports_none():
+    class Reporting(mlo.hypergradient.Response):
+        def pull(self, steps, cotangent):
+            residual = {"one": 0.1, "two": 0.4}[steps[-1].record.problem.name]
+            found = {target: tuple(torch.zeros_like(c) for c in cotangent) for target in steps[-1].targets}
+            return Pulled(found, {"residual": torch.tensor(residual), "size": torch.tensor(7.0)})
+
+    class Low(mlo.Problem):
+        def loss(self, batch, top):
+            return (self() - top()).square().sum()
+
+    class Top(mlo.Problem):
+        def loss(self, batch, one, two):
+            return (one() * two()).sum()
+
+    stack = []
+    for kind, name in ((Low, "one"), (Low, "two"), (Top, "top")):
+        module = Point(torch.ones(2))
+        stack.append(kind(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1)))
+    (row,) = mlo.diagnose(mlo.Engine(stack, device="cpu"), estimators=[Reporting()]).rows
+    assert row.residual == pytest.approx(0.4)

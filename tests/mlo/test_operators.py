@@ -86,3 +86,19 @@ def test_weight_norm_by_plain_operators_is_torchs_and_has_its_second_derivative(
         torch.testing.assert_close(torch._weight_norm(v, g, dim), expected)
         assert torch.autograd.gradgradcheck(lambda v, g: torch._weight_norm(v, g, dim), (v, g))
     assert torch._weight_norm is own
+    assert torch.nn.utils.weight_norm.__globals__["_weight_norm"] is own, "where the older hooks look for it"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weight_norm_by_plain_operators_is_as_exact_in_half_precision(dtype):
+    v, g = torch.full((2, 300), 5000.0, dtype=dtype), torch.ones(2, 1, dtype=dtype)
+    expected = torch._weight_norm(v, g, 0)
+    with twice_differentiable():
+        found = torch._weight_norm(v, g, 0)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_one_value_per_channel_is_refused_as_torch_does():
+    with ThriceDifferentiable(), pytest.raises(ValueError, match="more than one value per channel"):
+        nn.InstanceNorm1d(2, track_running_stats=True)(torch.ones(3, 2, 1))

@@ -5,6 +5,7 @@ import torch
 from analytic import SHAPES, Quadratics
 
 import mlo
+from mlo.hypergradient.responses.implicit import conjugate_gradient, neumann_series
 
 CASES = [(shape, top) for shape in SHAPES for top in shape.tops]
 EXACT = [
@@ -90,6 +91,24 @@ def test_neumann_stops_where_its_terms_grow():
     assert engine.hypergradient("top")["value"].isfinite().all()
     engine.step()
     assert engine.metrics()["low/residual"] > 1
+
+
+def test_no_term_that_grows_is_taken_in():
+    target = (torch.tensor([2.0, 1.0]),)
+    (found,), size = neumann_series(lambda v: (10.0 * v[0],), target, 5, rate=0.5)
+    torch.testing.assert_close(found, 0.5 * target[0])  # the next term, -4 v, is larger
+    assert size == pytest.approx(4)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("solve", [conjugate_gradient, neumann_series])
+def test_a_solver_keeps_its_hands_off_what_it_is_given(solve, warm):
+    """By an identity that gives back its very argument, too."""
+    target, start = (torch.tensor([2.0, 1.0]),), (torch.tensor([0.5, -1.0]),) if warm else None
+    before = [vector[0].clone() for vector in (target, start) if vector]
+    (found,), _ = solve(lambda v: v, target, 6, *((0.0,) if solve is conjugate_gradient else (0.9,)), start)
+    torch.testing.assert_close([vector[0] for vector in (target, start) if vector], before)
+    torch.testing.assert_close(found, target[0], rtol=1e-4, atol=1e-4)
 
 
 def test_conjugate_gradient_stops_at_negative_curvature():
