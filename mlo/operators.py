@@ -19,7 +19,8 @@ def twice_differentiable() -> Iterator[None]:
     """Inside, operators whose second derivative is missing or wrong take other forms.
 
     Scaled-dot-product attention takes its mathematical kernel; the fused ones have no second derivative. Weight
-    normalization is computed by plain operators; that of torch's fused one takes the norms for constants.
+    normalization is computed by plain operators; that of torch's fused one takes the norms for constants. Both hold in
+    the whole process for that time.
     """
     outside = [place["_weight_norm"] for place in _WEIGHT_NORMS]
     try:
@@ -62,7 +63,7 @@ class ThriceDifferentiable(TorchFunctionMode):
 
 
 def by_present_forms(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function by the forms of operators that are in force now, whenever it is called."""
+    """The function, which takes the forms of operators that are in force now (if any are) when it is called later."""
     twice, thrice = torch._weight_norm is _weight_norm, ThriceDifferentiable.active > 0
     if not (twice or thrice):
         return function
