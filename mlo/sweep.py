@@ -216,11 +216,11 @@ def execute(plan: Planned) -> None:
     """Do one planned run, or the rest of it, in this process."""
     if plan.finished():
         return
-    run = Run.open(plan.folder) if plan.begun() else Run.create(plan.job, plan.made(), plan.folder)
+    run = None if plan.begun() else Run.create(plan.job, plan.made(), plan.folder)  # what is refused leaves no log
     threads = torch.get_num_threads()
     try:
         with _logged(plan.folder / LOG):
-            run.execute()
+            (run or Run.open(plan.folder)).execute()
     finally:
         torch.set_num_threads(threads)  # the next run in this process may leave the number to torch
 

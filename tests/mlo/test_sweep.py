@@ -125,6 +125,19 @@ def test_the_threads_of_a_run_do_not_hold_for_the_next(moody, tmp_path):
     assert torch.get_num_threads() == before
 
 
+def test_what_is_noted_of_a_run_that_goes_on_is_in_its_log(moody, tmp_path, capfd):
+    plan = Planned(tmp_path / "run", "moody")
+    Run.create(plan.job, plan.made(), plan.folder)
+    (plan.folder / "stages").mkdir()
+    (plan.folder / "run.json").write_text(json.dumps({"job": "moody", "versions": {}}))
+    assert run_all([plan]) == []
+    out, err = capfd.readouterr()
+    assert "other versions" not in out + err
+    noted, *others = (plan.folder / "log.txt").read_text().splitlines()
+    assert "was begun with other versions" in noted
+    assert others == ["I am good", "from below"]
+
+
 def process(folder, sites, *words):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sites, os.environ.get("PYTHONPATH", "")])}
     return subprocess.Popen(
