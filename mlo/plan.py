@@ -115,19 +115,24 @@ def known_device(device: str | torch.device) -> torch.device:
     """The device of this name, on which nothing is put.
 
     Raises:
-        ConfigError: if it is the name of none, or of a card that is not there.
+        ConfigError: if it is the name of none, or of one that is not there.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device={device!r} cannot be used ({error}); {DEVICES}") from error
+    except RuntimeError as error:  # whose message lists all that torch was ever built for
+        raise ConfigError(f"device={device!r} cannot be used: there is no device of this name; {DEVICES}") from error
     cards = torch.cuda.device_count() if found.type == "cuda" else 0
     if found.type == "cuda" and (found.index or 0) >= cards:
         built = "torch finds" if torch.backends.cuda.is_built() else "this build of torch cannot use them, so there are"
         found_cards = f"{cards or 'no'} CUDA card{'s' * (cards != 1)}"
         raise ConfigError(f"device={str(device)!r} cannot be used: {built} {found_cards} here; {DEVICES}")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if found.type not in ("cpu", "cuda") and (
+        accelerator is None or found.type != accelerator.type or (found.index or 0) >= torch.accelerator.device_count()
+    ):
+        raise ConfigError(f"device={str(device)!r} cannot be used: there is no such device here; {DEVICES}")
     return found
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import mlo
 from mlo.hypergradient import Neumann
+from mlo.plan import DEVICES, known_device
 
 
 class Low(mlo.Problem):
@@ -316,9 +317,37 @@ def test_an_estimator_made_by_its_class(options, told):
         Neumann(**options)
 
 
-def test_a_device_that_is_not_there():
-    with pytest.raises(mlo.ConfigError, match=r"device='cdua' cannot be used.*'auto'"):
-        engine(made(Low, "low"), made(Top, "top"), device="cdua")
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", ""])
+def test_a_name_of_no_device(name):
+    with pytest.raises(mlo.ConfigError) as error:
+        engine(made(Low, "low"), made(Top, "top"), device=name)
+    assert str(error.value) == f"device={name!r} cannot be used: there is no device of this name; {DEVICES}"
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu:1", "meta", "vulkan", "privateuseone"])
+def test_a_device_that_is_not_there(monkeypatch, name):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    with pytest.raises(mlo.ConfigError) as error:
+        known_device(name)
+    assert str(error.value) == f"device={name!r} cannot be used: there is no such device here; {DEVICES}"
+
+
+def test_of_accelerators_the_one_that_is_there_is_known(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert [known_device(name) for name in ("xpu", "xpu:1")] == [torch.device("xpu"), torch.device("xpu:1")]
+    for absent in ("xpu:2", "mps"):
+        with pytest.raises(mlo.ConfigError, match="there is no such device here"):
+            known_device(absent)
+
+
+@pytest.mark.parametrize("cards", [0, 1, 2])
+def test_the_cards_that_are_there_are_known(monkeypatch, cards):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    for number in range(cards):
+        assert known_device(f"cuda:{number}") == torch.device("cuda", number)
+    with pytest.raises(mlo.ConfigError, match="CUDA card"):
+        known_device(f"cuda:{cards}" if cards else "cuda")
 
 
 @pytest.mark.parametrize(("cards", "device", "told"), [(0, "cuda", "no CUDA cards"), (1, "cuda:1", "1 CUDA card here")])
