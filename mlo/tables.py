@@ -39,7 +39,8 @@ def table(
     """Each group's measures as mean ± standard deviation over seeds, and its difference from the baseline.
 
     As CSV it is the numbers that these are made of: a line for each row of each run's results, and a column for the
-    row's name ("row"), each option in which the runs differ ("option.NAME"), the seed, and each measure.
+    row's name ("row"), each option in which the runs differ ("option.NAME"), the seed, and each measure
+    ("measure.NAME" where another column has its name).
 
     Args:
         compared: as :func:`mlo.compare.groups` makes them.
@@ -48,15 +49,16 @@ def table(
         form: text, markdown, latex or csv.
 
     Raises:
-        ConfigError: if there is no such measure, label or form, or a baseline of the differences that csv has not.
+        ConfigError: if there is no such measure, label or form, or one is named for csv, which has no differences.
     """
     if form not in FORMATS:
         raise ConfigError(f"--format: {registry.unknown(form, FORMATS, 'among the formats')}")
-    measure, base = chosen_measure(compared, measure), chosen_baseline(compared, baseline)
     if form == "csv":
-        if baseline is not None:
-            raise ConfigError(f"--baseline: csv has each run's numbers, and no differences; take {', '.join(STYLES)}")
+        for option, given in (("--measure", measure), ("--baseline", baseline)):
+            if given is not None:
+                raise ConfigError(f"{option}: csv has each run's numbers, and no differences; take {', '.join(STYLES)}")
         return _csv(compared)
+    measure, base = chosen_measure(compared, measure), chosen_baseline(compared, baseline)
     names = measures(compared)
     differences = [None if group is base else paired(group.values(measure), base.values(measure)) for group in compared]
     head = ["", "seeds", *names]
@@ -108,7 +110,8 @@ def _csv(compared: Sequence[Group]) -> str:
     names = list(dict.fromkeys(name for group in compared for found in group.seeds.values() for name in found))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row", *(f"option.{name}" for name in options), "seed", *names])
+    head = ["row", *(f"option.{name}" for name in options), "seed"]
+    writer.writerow([*head, *(f"measure.{name}" if name in head else name for name in names)])
     for group in compared:
         chosen = [written(group.options[name]) if name in group.options else None for name in options]
         for seed, found in sorted(group.seeds.items()):

@@ -150,6 +150,27 @@ def test_csv_is_run_by_run_with_a_column_for_each_thing(finished, tmp_path):
     ]
 
 
+def test_csv_has_the_seeds_in_order(finished, tmp_path):
+    for folder, seed in (("a", 10), ("b", 2), ("c", 0)):
+        finished(folder, seed, {"plain": {"error": 1.0}})
+    text = table(groups(load([tmp_path])), form="csv")
+    assert text == "row,seed,error\nplain,0,1.0\nplain,2,1.0\nplain,10,1.0\n"
+
+
+def test_csv_has_results_that_are_text_alone(finished, tmp_path):
+    finished("a", 0, {"plain": {"title": "LBT"}})
+    assert table(groups(load([tmp_path])), form="csv") == "row,seed,title\nplain,0,LBT\n"
+
+
+def test_no_two_columns_of_csv_have_one_name(finished, tmp_path):
+    for rate in (1, 2):
+        rows = {"plain": {"seed": 7, "row": "x", "option.rate": 5, "option.other": 6}}
+        finished(f"{rate}", 0, rows, rate=rate)
+    head, line, _ = table(groups(load([tmp_path])), form="csv").splitlines()
+    assert head == "row,option.rate,seed,measure.seed,measure.row,measure.option.rate,option.other"
+    assert line == "plain,1,0,7,x,5,6"
+
+
 def test_csv_says_enough_for_the_statistics_of_the_table(both):
     rows = list(csv.DictReader(io.StringIO(table(both, form="csv"))))
     for group in both:
@@ -272,6 +293,10 @@ def test_the_command_writes_new_files_only(mlo, finished):
         (
             ["--baseline", "r", "--format", "csv"],
             "--baseline: csv has each run's numbers, and no differences; take text",
+        ),
+        (
+            ["--measure", "error", "--format", "csv"],
+            "--measure: csv has each run's numbers, and no differences; take text",
         ),
         (["--plot", "p.gif"], "p.gif: a picture's name ends in .png, .svg, .pdf"),
         (["--output", "no/such/table.md"], "error: no/such/table.md: cannot be written (No such file or directory)"),
