@@ -45,6 +45,7 @@ def test_a_run_fills_its_folder(mlo):
         (["--start.ridge", "2"], {"start": {"ridge": 2.0, "dropout": 0.2}}),
         (["--start", "{ridge: 2}", "--start.dropout", "0"], {"start": {"ridge": 2.0, "dropout": 0.0}}),
         (["--hypergradient", "first_order"], {"hypergradient": {"kind": "first_order"}}),
+        (["--hypergradient", "{kind: darts, radius: 2}"], {"hypergradient": {"kind": "darts", "radius": 2.0}}),
         (["--hypergradient", '{"kind": "darts", "radius": 2}'], {"hypergradient": {"kind": "darts", "radius": 2.0}}),
         (
             ["--hypergradient.radius", "3", "--hypergradient", "darts"],
@@ -119,6 +120,10 @@ def test_all_faults_are_told_at_once_and_nothing_is_written(mlo):
         (
             ["run", "ridge", "--hypergradient.product.radius"],
             "--hypergradient.product.radius: has no value; write --hypergradient.product.radius VALUE (number > 0)",
+        ),
+        (
+            ["run", "ridge", "--hypergradient.radius"],  # which the first kind has not
+            "--hypergradient.radius: has no value; write --hypergradient.radius VALUE (number > 0)",
         ),
         (
             ["run", "ridge", "--start"],

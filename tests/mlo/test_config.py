@@ -55,6 +55,12 @@ class Street(Config):
     left: Basket = Basket()
 
 
+class Market(Config):
+    stone: int = 0
+    stones: int = 0
+    fruit: Annotated[Config, Registered("test.fruits")] = Basket()
+
+
 class Strict(Config):
     must: int
 
@@ -140,6 +146,18 @@ def test_an_option_of_another_kind_is_told_with_the_kinds(fruit, line):
     with pytest.raises(ConfigError) as error:
         Shop(fruit=fruit)
     assert str(error.value) == f"Shop: {line}"
+
+
+def test_what_other_kinds_have_is_not_taken_for_an_option_elsewhere():
+    line = "fruit.stones: apple has no such option, but cherry and plum have it; the options of apple are: none"
+    assert told(Market, {"fruit": {"kind": "apple", "stones": 3}}) == f"shop: 1 option to mend\n  {line}"
+
+
+def test_an_option_is_found_below_an_instance():
+    plum = validate(Shop, {"fruit": "plum"}, "shop").fruit
+    with pytest.raises(ConfigError) as error:
+        Shop(fruit=plum, stalc=1)
+    assert str(error.value) == "Shop: stalc: unknown option; did you mean fruit.stalk?"
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,20 @@ def test_a_used_file_is_the_same_however_the_output_is_spelled(dropout, tmp_path
     assert one.options == other.options == {"where": str(tmp_path / "out/small/first/seed-0/file"), "seed": 0}
 
 
+def test_a_file_that_a_run_is_still_to_write_is_not_missed(dropout, ridge, tmp_path, monkeypatch):
+    def check(job):
+        if job.where.name == "file" and not job.where.exists():
+            raise ConfigError("where: is not there")
+
+    monkeypatch.setattr(ridge.RidgeJob, "check", check)
+    made = load_experiment("dropout")
+    made.runs = lambda scale: {
+        "first": Wanted("ridge", {}),
+        "second": Wanted("ridge", {}, {"where": ("first", "file")}),
+    }
+    assert [*plan(made, "small", 2, tmp_path)] == ["first", "second"]
+
+
 def test_a_run_whose_files_are_not_there_is_not_begun_but_told(dropout, tmp_path, monkeypatch):
     made = load_experiment("dropout")
     wanted = {"first": Wanted("ridge", {}), "second": Wanted("ridge", {}, {"where": ("first", "file")})}

@@ -39,6 +39,7 @@ class MoodyJob(Job):
     """Ends as it is told to."""
 
     mood: Literal["good", "bad", "ours", "odd", "leaves", "dies", "interrupts", "empty", "lost"] = "good"
+    genotype: str = ""
 
     def check(self):
         super().check()
@@ -266,6 +267,13 @@ def test_what_a_job_looks_for_in_vain_is_told_before_anything_runs(moody, mlo, m
     Path("asked").unlink()
     assert mlo(*line, "[empty]")[0] == 0
     assert not Path("asked").exists()  # there is nothing left to begin
+
+
+def test_runs_that_each_take_a_file_of_their_own_seed_are_asked_once(moody, tmp_path, monkeypatch):
+    monkeypatch.setenv("ASKED", str(tmp_path / "asked"))
+    files = [f"runs/{name}/seed-{seed}/genotype.json" for name in ("a", "b") for seed in range(3)]
+    check([Planned(tmp_path / f"{n}", "moody", {"seed": n % 3, "genotype": file}) for n, file in enumerate(files)])
+    assert (tmp_path / "asked").read_text() == "good 0 cpu\n" * 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without a card")

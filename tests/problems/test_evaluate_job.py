@@ -58,6 +58,14 @@ def test_a_sweep_tells_of_an_unknown_architecture_before_anything_runs(command_l
     assert not (tmp_path / "s").exists()
 
 
+def test_a_head_that_the_images_are_too_small_for_is_told_before_anything_runs(command_line, tmp_path):
+    words = ("--genotype", "PDARTS", "--training.auxiliary", *SMALL)
+    code, out, err = command_line("sweep", "evaluate", *words, "--output", tmp_path / "s")
+    assert (code, out) == (2, "")
+    assert "auxiliary: the head needs images of 32x32" in err
+    assert not (tmp_path / "s").exists()
+
+
 @pytest.mark.parametrize("words", [("--genotype", "PDART"), ("--genotype", "PDARTS", "--data.source", "cifar11")])
 def test_wrong_options_are_told_and_leave_nothing(command_line, tmp_path, words):
     code, out, err = command_line("run", "evaluate", *words, *SMALL, "--output", tmp_path / "r")
