@@ -7,12 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import yaml
 from engine_state import same
 
 from mlo import checkpoint, registry
+from mlo.config import Config, Registered
+from mlo.hypergradient import Response
+from mlo.options import read_options
 
 COMMAND = [sys.executable, "-c", "import sys; from mlo.cli import main; sys.argv[0] = 'mlo'; main()"]
 
@@ -75,6 +79,14 @@ def test_what_is_written_on_the_command_line_is_what_the_job_gets(mlo, ridge, mo
     assert mlo("run", "ridge", "--output", "usual")[0] == 0
     assert mlo("run", "ridge", "--output", "changed", *words)[0] == 0
     assert options("changed") == options("usual") | changed
+
+
+def test_a_choice_whose_type_has_its_names_too_is_read_as_a_mapping():
+    class Loose(Config):
+        hypergradient: Annotated[Response | str, Registered(registry.RESPONSES)] = "cg"
+
+    given = read_options(Loose, ["--hypergradient", "{kind: cg, iterations: 3}"])
+    assert given == {"hypergradient": {"kind": "cg", "iterations": 3}}
 
 
 def test_the_command_line_beats_the_file_and_the_file_the_defaults(mlo):
