@@ -254,6 +254,11 @@ def test_numbers_with_an_exponent_are_numbers():
     assert given == {"a": 1e-3, "b": -2e4, "c": 1500.0, "d": "e3", "e": "1e3", "f": 7}
 
 
+def test_a_name_given_twice_is_refused():
+    with pytest.raises(yaml.YAMLError, match="'steps' is given twice"):
+        parse_yaml("steps: 2\nsearch: {cells: 3}\nsteps: 3")
+
+
 @pytest.mark.parametrize("content", ["", "# rate: 0.5\n"])
 def test_an_empty_file_has_no_options(tmp_path, content):
     path = tmp_path / "options.yaml"
