@@ -308,7 +308,7 @@ def with_graphs_of_one_memory(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str
     return seen
 
 
-@pytest.mark.parametrize("estimator", ["darts", "unrolled", {"kind": "unrolled", "graph_memory": 0.0}], ids=str)
+@pytest.mark.parametrize("estimator", ["darts", {"kind": "unrolled", "graph_memory": 0.0}], ids=str)
 def test_what_a_cuda_graph_gives_outlives_its_next_replay(monkeypatch, estimator):
     seen = with_graphs_of_one_memory(monkeypatch)
     plain, compiled = engines(lambda: noisy_lbt(student={"steps": 2}), estimator)
