@@ -7,9 +7,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from analytic import NESTED_WITH_INNER_PATH, Smooth
 from brute_force import small_lbt
+from following import Attention
 from small_lbt import noisy_lbt
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -383,18 +383,6 @@ def test_autocast_is_that_of_the_moment_in_steps_and_in_products(autocast, in_pr
         torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(compiled.losses, plain.losses, rtol=1e-5, atol=1e-7)
     assert {key[-1] for key in compiled._evaluator._compiler._ran if key[0] == "low"} == {None, autocast}
-
-
-class Attention(nn.Module):
-    """One head over the rows of a batch; the fused kernels of this operator have no second derivative."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix, self.head = nn.Linear(3, 12), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.mix(x)[None, None].chunk(3, dim=-1)
-        return self.head(F.scaled_dot_product_attention(query, key, value))[0, 0]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from brute_force import OPTIMIZERS, brute_force, small_lbt
+from following import Following, Judging
 from small_lbt import noisy_lbt
 from torch import nn
 
@@ -164,16 +165,6 @@ class Remembering(nn.Module):
         return x * self.gain
 
 
-class Following(mlo.Problem):
-    def loss(self, batch, top):
-        return (self(batch) - top(batch)).square().mean()
-
-
-class Judging(mlo.Problem):
-    def loss(self, batch, low):
-        return low(batch).sin().square().mean()
-
-
 class Both(mlo.Problem):
     def loss(self, batch, mid, top):
         return (self(batch) - mid(batch) * top(batch)).square().mean()
@@ -211,8 +202,8 @@ def test_memory_grows_by_the_stored_states_alone(optimizer, copies):
         torch.manual_seed(0)
         module, weights = nn.Sequential(nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 40)), nn.Linear(40, 40)
         make, options = OPTIMIZERS[optimizer]
-        low = Fit("low", module=module, optimizer=make(module.parameters(), **options), data=[rows], steps=steps)
-        top = Judge("top", module=weights, optimizer=torch.optim.SGD(weights.parameters(), lr=0.1), data=[rows])
+        low = Following("low", module=module, optimizer=make(module.parameters(), **options), data=[rows], steps=steps)
+        top = Judging("top", module=weights, optimizer=torch.optim.SGD(weights.parameters(), lr=0.1), data=[rows])
         engine = mlo.Engine([low, top], {"kind": "unrolled", "graph_memory": 0.0}, device="cpu")
         with _PeakMemory() as memory:
             engine.step()
@@ -223,16 +214,6 @@ def test_memory_grows_by_the_stored_states_alone(optimizer, copies):
     one, hundred = peak(1), peak(100)
     assert hundred < 1.2 * (one + 100 * state)
     assert one > 20 * state, "activations are what must not be kept"
-
-
-class Fit(mlo.Problem):
-    def loss(self, batch, top):
-        return (self(batch) - top(batch)).square().mean()
-
-
-class Judge(mlo.Problem):
-    def loss(self, batch, low):
-        return low(batch).sin().square().mean()
 
 
 class TwoHeads(nn.Module):
