@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mlo
-from problems.data import Data
-from problems.images import Images
+from problems.data.images import Images
+from problems.data.splits import Data
 
 ROUNDS, STEPS, FINAL = 150, 20, 1500
 ESTIMATORS: dict[str, object] = {

@@ -25,7 +25,7 @@ from benchmarks.lbt_by_products import ByProducts
 from benchmarks.measuring import SEARCH_SPACES, cpu_seconds, write_table
 from problems.lbt import ArchValidate, StudentTeach, TeacherTrain
 from problems.nas import Architecture, Supernet
-from problems.students import make_student
+from problems.search.students import make_student
 
 STEP, MOMENTUM, DECAY = 0.025, 0.9, 3e-4
 
@@ -137,8 +137,8 @@ def _rows(counts: Sequence[Counter[str]], seconds: Mapping[str, Sequence[float]]
     for name in ("teacher", "student"):
         for key, label in ((name, f"passes of the {name}"), (f"{name} images", "images in them")):
             yield f"| {label} | {' | '.join(str(count[key]) for count in counts)} |"
-    for label, (by_itself, *swept) in seconds.items():
-        ratios = (f"{time:.2f} s: {time / by_itself:.2f}" for time in swept)
+    for label, (by_itself, *indirect) in seconds.items():
+        ratios = (f"{time:.2f} s: {time / by_itself:.2f}" for time in indirect)
         yield f"| CPU time, {label} | {by_itself:.2f} s | {' | '.join(ratios)} |"
 
 

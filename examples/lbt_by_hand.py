@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import mlo
-from problems.data import Data
+from problems.data.splits import Data
 from problems.lbt import ArchValidate, StudentTeach, TeacherTrain
-from problems.students import small_student
+from problems.search.students import small_student
 
 
 class Mixture(nn.Module):

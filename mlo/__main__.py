@@ -1,5 +1,5 @@
 """The command as `python -m mlo`."""
 
-from mlo.cli import main
+from mlo.cli.main import main
 
 main()

@@ -11,7 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # small tensors gain nothing by more, and l
 import pytest
 import torch
 
-from mlo import cli
+from mlo.cli import main as cli
 
 torch.set_num_threads(1)
 

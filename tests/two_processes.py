@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import mlo
-from mlo import distributed
-from mlo.guard import Guard
+from mlo.ops import distributed
+from mlo.training.update import Updater
 
 CPU = torch.device("cpu")
 
@@ -113,7 +113,7 @@ def bad_loss(deferred):
     torch.manual_seed(0)
     classify = problem(network())
     engine = mlo.Engine(classify, device="cpu")
-    engine._guard = Guard(CPU, deferred=deferred)
+    engine._updater = Updater(CPU, deferred=deferred)
     engine.run(2)
     before = {name: value.clone() for name, value in classify.module.state_dict().items()}
     if not distributed.is_main():

@@ -16,7 +16,7 @@ import mlo
 from benchmarks.peers.by_hand import combined, leaves, mlp
 from benchmarks.peers.libraries import build, with_mlo
 from benchmarks.peers.workloads import Bilevel, make
-from mlo.optimizers import moment
+from mlo.steps.optimizer import optimizer_state
 
 
 def microseconds(calls: dict[str, Callable[[], object]], count: int = 10, rounds: int = 30) -> dict[str, float]:
@@ -40,7 +40,7 @@ def pieces() -> dict[str, Callable[[], object]]:
     engine.hypergradient(top)
     hand = build("hand", make("tiny"), "unrolled")
     model, evaluator, states = engine.problems["model"], engine._evaluator, engine._live_states()
-    batches, at = [model.batches_ahead(n)[0] for n in range(task.steps)], moment(model, copies=False)
+    batches, at = [model.batches_ahead(n)[0] for n in range(task.steps)], optimizer_state(model, copies=False)
     hyper = list(task.weights.parameters())
 
     def unrolled(network: Callable[[Sequence[Tensor], Tensor], Tensor]) -> Sequence[Tensor]:
@@ -53,8 +53,8 @@ def pieces() -> dict[str, Callable[[], object]]:
     def called(p: Sequence[Tensor], images: Tensor) -> Tensor:
         return functional_call(task.model, dict(zip(model.variables, p, strict=True)), (images,))
 
-    def several() -> mlo.passes.Stretch:
-        found = evaluator.stretch("model", states, batches, at.groups, at.slots, kind="virtual", through=(top,))
+    def several() -> mlo.steps.gradient_functions.Segment:
+        found = evaluator.segment("model", states, batches, at.groups, at.slots, kind="virtual", through=(top,))
         assert found is not None
         return found
 

@@ -1,26 +1,27 @@
-"""Hypergradients: one backward sweep, in which each pullback is a response times a curvature product."""
+"""Hypergradients: one backward pass, in which each pullback is an estimator times a curvature product."""
 
 from __future__ import annotations
 
 from pydantic import ValidationError
 
-from mlo.config import Registered, explain
 from mlo.errors import ConfigError
+from mlo.hypergradient.backward import backward
+from mlo.hypergradient.estimators.base import Estimator, Pulled
+from mlo.hypergradient.estimators.implicit import ConjugateGradient, Neumann, Nystrom
+from mlo.hypergradient.estimators.one_step import Darts, FirstOrder, OneStep, Sama
+from mlo.hypergradient.estimators.penalty import Penalty
+from mlo.hypergradient.estimators.unrolled import Truncated, Unrolled
 from mlo.hypergradient.products import Central, Exact, Forward, OneSided, Product, ProductOption
-from mlo.hypergradient.responses.base import Pulled, Response, ResponseOption
-from mlo.hypergradient.responses.implicit import ConjugateGradient, Neumann, Nystrom
-from mlo.hypergradient.responses.one_step import Darts, FirstOrder, OneStep, Sama
-from mlo.hypergradient.responses.penalty import Penalty
-from mlo.hypergradient.responses.unrolled import Truncated, Unrolled
 from mlo.hypergradient.step import Curvature, LocalLoss, Step
-from mlo.hypergradient.sweep import sweep
-from mlo.registry import RESPONSES
+from mlo.options.config import Registered, explain
+from mlo.options.registry import ESTIMATORS
 
 __all__ = [
     "Central",
     "ConjugateGradient",
     "Curvature",
     "Darts",
+    "Estimator",
     "Exact",
     "FirstOrder",
     "Forward",
@@ -33,30 +34,28 @@ __all__ = [
     "Product",
     "ProductOption",
     "Pulled",
-    "Response",
-    "ResponseOption",
     "Sama",
     "Step",
     "Truncated",
     "Unrolled",
-    "estimator",
-    "sweep",
+    "backward",
+    "build_estimator",
 ]
 
 
-def estimator(value: object) -> Response:
-    """The response that a name, a mapping {"kind": name, **options} or a response itself stands for.
+def build_estimator(value: object) -> Estimator:
+    """The estimator that a name, a mapping {"kind": name, **options} or an estimator itself stands for.
 
     Raises:
         ConfigError: if the name is not registered (the message lists those that are) or an option does not fit.
     """
-    mark = Registered(RESPONSES)
+    mark = Registered(ESTIMATORS)
     try:
         built = mark.build(value)
     except ValidationError as error:
         raise ConfigError("hypergradient: " + "; ".join(explain(error, mark.model(value), value))) from error
     except ValueError as error:
         raise ConfigError(f"hypergradient: {error}") from error
-    if not isinstance(built, Response):
-        raise ConfigError(f"hypergradient: {value!r} is a {type(built).__name__}, which is no mlo.Response")
+    if not isinstance(built, Estimator):
+        raise ConfigError(f"hypergradient: {value!r} is a {type(built).__name__}, which is no mlo.Estimator")
     return built

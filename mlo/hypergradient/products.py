@@ -12,11 +12,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mlo.config import Config, Registered
 from mlo.hypergradient.step import Cotangents, Curvature, LocalLoss, cotangents_of
-from mlo.operators import twice_differentiable
-from mlo.registry import PRODUCTS
-from mlo.vectors import Vector, add, filled, norm, scaled
+from mlo.ops.differentiable import twice_differentiable
+from mlo.ops.vectors import Vector, add, filled, norm, scaled
+from mlo.options.config import Config, Registered
+from mlo.options.registry import PRODUCTS
 
 
 class Product(Config, ABC):

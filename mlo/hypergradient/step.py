@@ -10,12 +10,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mlo import sgd
-from mlo.evaluation import Evaluator
-from mlo.memo import Memo, add_to
-from mlo.operators import ThriceDifferentiable, twice_differentiable
-from mlo.optimizers import (
-    Moment,
+from mlo.levels.problem import Problem, State
+from mlo.levels.read_cache import ReadCache, add_to
+from mlo.ops.differentiable import ThriceDifferentiable, twice_differentiable
+from mlo.ops.vectors import Vector, add, filled, scaled
+from mlo.steps import sgd
+from mlo.steps.evaluation import Evaluator
+from mlo.steps.gradient_functions import MicroBatch, Segment, mean
+from mlo.steps.optimizer import (
+    OptimizerState,
     StepCotangents,
     differentiable_step,
     is_linear,
@@ -23,9 +26,6 @@ from mlo.optimizers import (
     pull_through_step,
     virtual_step,
 )
-from mlo.passes import MicroBatch, Stretch, mean
-from mlo.problem import Problem, State
-from mlo.vectors import Vector, add, filled, scaled
 
 
 class Curvature(Protocol):
@@ -53,19 +53,19 @@ class Record:
     """All that one step of a problem depended on.
 
     Attributes:
-        before, after: the problem's state on either side of the step (before: None where no response asks for it, or
+        before, after: the problem's state on either side of the step (before: None where no estimator asks for it, or
             where it is recomputed from an earlier step).
         gradient: {variable: its gradient, before clipping} that the step was taken with, if kept.
         unreached: variables that the step's loss did not depend on, and the optimizer left alone.
-        moment: the optimizer before the step; its slots are kept where ``before`` is.
+        optimizer_state: the optimizer before the step; its slots are kept where ``before`` is.
         micro: what the loss was evaluated on; it is the mean over these.
         reads: the states of the problems that the loss read.
-        fresh: the next batches of the problem, where a response takes curvature on these.
-        memo: the outputs of the problems read, kept from the step for the pullback; None once they changed.
+        fresh: the next batches of the problem, where an estimator takes curvature on these.
+        read_cache: the outputs of the problems read, kept from the step for the pullback; None once they changed.
         base: {output of a problem read: the step's gradient for it}, where a product asks for it.
-        graph: the variables that the gradient was evaluated at, and the gradient with its graph, where the response
+        graph: the variables that the gradient was evaluated at, and the gradient with its graph, where the estimator
             takes exact products there.
-        stretch: the steps, where the record is of several in one graph; ``gradient`` is then not kept, and ``micro`` is
+        segment: the steps, where the record is of several in one graph; ``gradient`` is then not kept, and ``micro`` is
             of the last one.
         inner: {lower problem: its recorded steps}, lowest first, that the gradient itself ran through, where the
             curvature is to include that path; those steps are then part of the loss.
@@ -75,26 +75,26 @@ class Record:
     before: State | None
     after: State
     gradient: Mapping[str, Tensor | None] | None
-    moment: Moment | None
+    optimizer_state: OptimizerState | None
     micro: tuple[MicroBatch, ...]
     reads: dict[str, State]
     unreached: frozenset[str] = frozenset()
     fresh: tuple[MicroBatch, ...] = ()
-    memo: Memo | None = field(default=None, repr=False)
+    read_cache: ReadCache | None = field(default=None, repr=False)
     base: dict[Tensor, Tensor] | None = field(default=None, repr=False)
     inner: Mapping[str, Sequence[Record]] = field(default_factory=dict, repr=False)
     graph: tuple[Vector, Vector] | None = field(default=None, repr=False)
-    stretch: Stretch | None = field(default=None, repr=False)
+    segment: Segment | None = field(default=None, repr=False)
 
     def freeze(self, name: str) -> None:
         """Keep a copy of what the step read of problem ``name``, whose own tensors are about to change."""
         if name in self.reads and self.reads[name].live:
             self.reads[name] = copied(self.reads[name])
-            self.memo = self.base = self.graph = None
+            self.read_cache = self.base = self.graph = None
 
 
 class Step:
-    """What a response sees of one step of a lower problem, to be pulled back onto ``targets``.
+    """What an estimator sees of one step of a lower problem, to be pulled back onto ``targets``.
 
     Attributes:
         record: what the step depended on.
@@ -113,11 +113,11 @@ class Step:
     def before(self) -> LocalLoss:
         """The loss around the parameters that the step was taken from."""
         record = self.record
-        assert record.before is not None, "the response did not say that it needs the state before the step"
+        assert record.before is not None, "the estimator did not say that it needs the state before the step"
         return LocalLoss(record, record.before, record.micro, self.targets, self._evaluator, at_step=True)
 
     def after(self) -> LocalLoss:
-        """The loss around the present solution, on the step's batch or on a fresh one, as the response has it."""
+        """The loss around the present solution, on the step's batch or on a fresh one, as the estimator has it."""
         record = self.record
         micro = [replace(m, buffers=None) for m in record.fresh or record.micro]
         return LocalLoss(record, record.after, micro, self.targets, self._evaluator, at_step=False)
@@ -136,33 +136,39 @@ class Step:
     def pull_through_optimizer(
         self, cotangent: Vector, curvature: Curvature, slots: Slots | None = None
     ) -> StepCotangents:
-        """The optimizer's step, transposed (:func:`mlo.optimizers.pull_through_step`).
+        """The optimizer's step, transposed (:func:`mlo.steps.optimizer.pull_through_step`).
 
         It is taken at the gradient that was recorded, else at the one that the ``curvature`` before the step has.
         """
         record = self.record
-        assert record.before is not None and record.moment is not None
+        assert record.before is not None and record.optimizer_state is not None
         gradients: dict[str, Tensor | None] = dict(record.gradient or {})
         if record.gradient is None:
             names = record.problem.variables
             at = cotangent if is_linear(record.problem) else curvature.gradient()
             gradients = {n: None if n in record.unreached else g for n, g in zip(names, at, strict=True)}
-        return pull_through_step(record.problem, record.before.parameters, gradients, record.moment, cotangent, slots)
+        return pull_through_step(
+            record.problem, record.before.parameters, gradients, record.optimizer_state, cotangent, slots
+        )
 
     def cross_through_optimizer(
         self, cotangent: Vector, curvature: Curvature, slots: Slots | None = None
     ) -> Cotangents:
         """:meth:`pull_through_optimizer`, and on from the gradient to what the loss read, by one product."""
         record = self.record
-        assert record.moment is not None
+        assert record.optimizer_state is not None
         if slots is None and is_linear(record.problem):
-            scales = set(sgd.scales(record.problem, record.moment.groups, record.unreached, record.moment.slots))
+            scales = set(
+                sgd.scales(
+                    record.problem, record.optimizer_state.groups, record.unreached, record.optimizer_state.slots
+                )
+            )
             if len(scales) == 1:  # what the loss read is mostly less than the variables
                 (scale,) = scales
                 return {t: None if c is None else scaled(c, scale) for t, c in curvature.cross(cotangent).items()}
         return curvature.cross(self.pull_through_optimizer(cotangent, curvature, slots).gradient)
 
-    def pull_through_stretch(self, cotangent: Vector, slots: Slots, oldest: bool) -> tuple[Vector, Slots, Cotangents]:
+    def pull_through_segment(self, cotangent: Vector, slots: Slots, oldest: bool) -> tuple[Vector, Slots, Cotangents]:
         """Steps in one graph, transposed: cotangents of variables and slots before them, and of what their loss read.
 
         Args:
@@ -170,17 +176,17 @@ class Step:
         """
         reads, problems = self.record.reads, self._evaluator.problems
         inputs = {t: [reads[t].parameters[v] for v in problems[t].variables] for t in self.targets}
-        assert self.record.stretch is not None
-        before, begun, found = self.record.stretch.pull(
+        assert self.record.segment is not None
+        before, begun, found = self.record.segment.pull(
             cotangent, slots, list(chain.from_iterable(inputs.values())), oldest
         )
         rest = iter(found)
         return before, begun, {t: _reached(list(islice(rest, len(of))), of) for t, of in inputs.items()}
 
-    def repeated(self) -> tuple[State, Moment]:
+    def repeated(self) -> tuple[State, OptimizerState]:
         """The state and the optimizer that the step led to, computed again; one pass."""
         record = self.record
-        assert record.before is not None and record.moment is not None
+        assert record.before is not None and record.optimizer_state is not None
         name = record.problem.name
         variables = {v: record.before.parameters[v].detach().requires_grad_() for v in record.problem.variables}
         state = State({**record.before.parameters, **variables}, record.before.buffers)
@@ -200,8 +206,8 @@ class Step:
         named = {n: done.gradients.get(v) for n, v in variables.items()}
         if record.gradient is not None:
             named = dict(record.gradient)
-        moved, moment = virtual_step(record.problem, state.parameters, named, record.moment)
-        return State({**state.parameters, **moved}, done.buffers), moment
+        moved, optimizer_state = virtual_step(record.problem, state.parameters, named, record.optimizer_state)
+        return State({**state.parameters, **moved}, done.buffers), optimizer_state
 
 
 class LocalLoss:
@@ -235,9 +241,9 @@ class LocalLoss:
         self.graph = record.graph if at_step else None
         self._autocast = False
         if record.problem.autocast is not None:
-            self._memo, self._base = Memo(), None
+            self._read_cache, self._base = ReadCache(), None
             return
-        self._memo = Memo() if record.memo is None else record.memo
+        self._read_cache = ReadCache() if record.read_cache is None else record.read_cache
 
     def under_autocast(self) -> LocalLoss:
         """The same, evaluated under the problem's autocast, as its steps are."""
@@ -277,7 +283,7 @@ class LocalLoss:
         return states, {
             "kind": "product",
             "through": {*self._targets, *record.inner},
-            "memo": self._memo,
+            "read_cache": self._read_cache,
             "moving": record.inner,
             "autocast": self._autocast,
             "randomness": micro.randomness,
@@ -286,11 +292,14 @@ class LocalLoss:
     def _inner_steps(self, name: str, records: Sequence[Record], states: Mapping[str, State]) -> State:
         """Where the recorded steps of a lower problem lead under ``states``, with the graph of all of them."""
         first = records[0]
-        assert first.before is not None and first.moment is not None
+        assert first.before is not None and first.optimizer_state is not None
         variables = {v: first.before.parameters[v].detach().requires_grad_() for v in first.problem.variables}
-        state, moment = State({**first.before.parameters, **variables}, first.before.buffers), first.moment
+        state, optimizer_state = (
+            State({**first.before.parameters, **variables}, first.before.buffers),
+            first.optimizer_state,
+        )
         for record in records:
-            assert record.moment is not None
+            assert record.optimizer_state is not None
             reads = {read: states.get(read, there) for read, there in record.reads.items()}
             losses, buffers = [], state.buffers
             for micro in record.micro:
@@ -311,8 +320,8 @@ class LocalLoss:
             variables = {v: state.parameters[v] for v in record.problem.variables}
             found = torch.autograd.grad(loss, list(variables.values()), create_graph=True, allow_unused=True)
             gradients = {v: None if g is None else off_zero(g) for v, g in zip(variables, found, strict=True)}
-            at = Moment(record.moment.groups, moment.slots)
-            variables, moment = differentiable_step(record.problem, variables, gradients, at)
+            at = OptimizerState(record.optimizer_state.groups, optimizer_state.slots)
+            variables, optimizer_state = differentiable_step(record.problem, variables, gradients, at)
             state = State({**state.parameters, **variables}, buffers)
         return state
 
@@ -374,11 +383,11 @@ class LocalLoss:
 
     def inputs(self) -> list[Tensor]:
         """The tensors by which the problems read enter the evaluations made so far."""
-        return [*self._memo.leaves, *(p for target in self._targets for p in self._parameters_of(target))]
+        return [*self._read_cache.leaves, *(p for target in self._targets for p in self._parameters_of(target))]
 
     def pull(self, cotangents: dict[Tensor, Tensor]) -> dict[str, Vector | None]:
         """Cotangents of :meth:`inputs`, taken on to the variables of each target (None: no gradient reaches it)."""
-        pulled = self._memo.pull(cotangents)
+        pulled = self._read_cache.pull(cotangents)
         answer: dict[str, Vector | None] = {}
         for target in self._targets:
             variables = self._parameters_of(target)

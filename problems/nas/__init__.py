@@ -6,10 +6,10 @@ from problems.nas.genotype import Choice, Genotype, derive, random_genotype
 from problems.nas.network import EvaluationNetwork, Predictions
 from problems.nas.operations import BUILDABLE, NOISE, NONE, OPERATIONS
 from problems.nas.published import PUBLISHED
+from problems.nas.search_diagnostics import architecture_loss, dominant_eigenvalue, entropy, kept, skips, stop_at
 from problems.nas.skeleton import StemName
 from problems.nas.space import DARTS, P_DARTS, PC_DARTS, ROBUST_S4, ArchitectureLogits, CellKind, Edge, SearchSpace
 from problems.nas.supernet import Architecture, Supernet
-from problems.nas.watching import architecture_loss, dominant_eigenvalue, entropy, kept, skips, stop_at
 
 __all__ = [
     "BUILDABLE",

@@ -46,9 +46,9 @@ def count(network: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Count
 
 def _without_data(network: nn.Module) -> nn.Module:
     """A copy of the network whose tensors have shapes alone."""
-    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in network.buffers()}
-    memo |= {id(parameter): nn.Parameter(_shape_of(parameter)) for parameter in network.parameters()}
-    return deepcopy(network, memo)
+    read_cache: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in network.buffers()}
+    read_cache |= {id(parameter): nn.Parameter(_shape_of(parameter)) for parameter in network.parameters()}
+    return deepcopy(network, read_cache)
 
 
 def _shape_of(parameter: nn.Parameter) -> Tensor:

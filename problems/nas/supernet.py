@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from problems.nas.fan import Fan, pixels_of
+from problems.nas.grouped_edges import Fan, pixels_of
 from problems.nas.skeleton import CellInputs, CellPlan, Stem, StemName, edge_stride, make_stem, plan_cells, total
 from problems.nas.space import DARTS, ArchitectureLogits, CellKind, Mixture, SearchSpace
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
-from mlo.compare import paired
+from mlo.reports.compare import paired
 from problems.paper.published import Reported, Row
 
 LEVEL = 0.05

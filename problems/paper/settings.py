@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from mlo.plain import merge
+from mlo.options.yaml_options import merge
 
 DataSet = Literal["cifar10", "cifar100", "imagenet"]
 Options = Mapping[str, Any]

@@ -74,26 +74,26 @@ def test_the_teachers_difference_is_the_engines_at_the_papers_radius() -> None:
 
 @pytest.mark.usefixtures("float64")
 def test_steps_lead_to_the_same_weights() -> None:
-    by_hand, swept = task(), task()
+    by_hand, indirect = task(), task()
     loop = ByProducts(by_hand, radius=1e-6)
-    engine = mlo.Engine(lbt_step.problems(swept), EXACT, lookahead=True, device="cpu")
+    engine = mlo.Engine(lbt_step.problems(indirect), EXACT, lookahead=True, device="cpu")
     begun = flat(task().architecture.parameters())
     for _ in range(2):
         loop.step()
         engine.step()
-    assert error(flat(by_hand.teacher.parameters()), flat(swept.teacher.parameters())) < 1e-10
-    assert error(flat(by_hand.student.parameters()), flat(swept.student.parameters())) < 1e-10
-    ours, theirs = (flat(of.architecture.parameters()) - begun for of in (by_hand, swept))
+    assert error(flat(by_hand.teacher.parameters()), flat(indirect.teacher.parameters())) < 1e-10
+    assert error(flat(by_hand.student.parameters()), flat(indirect.student.parameters())) < 1e-10
+    ours, theirs = (flat(of.architecture.parameters()) - begun for of in (by_hand, indirect))
     assert error(ours, theirs) < 1e-5
 
 
 def test_passes_are_those_that_are_claimed() -> None:
-    by_hand, swept = task(), task()
-    engine = mlo.Engine(lbt_step.problems(swept), "darts", device="cpu")
+    by_hand, indirect = task(), task()
+    engine = mlo.Engine(lbt_step.problems(indirect), "darts", device="cpu")
     assert lbt_step.Passes(by_hand).of(ByProducts(by_hand).step) == {
         "teacher": 12 + 2, "teacher images": 4 * 14, "student": 5 + 2, "student images": 4 * 7,
     }  # fmt: skip
-    found = lbt_step.Passes(swept).of(engine.step)
+    found = lbt_step.Passes(indirect).of(engine.step)
     assert found == {"teacher": 7, "teacher images": 4 * 7, "student": 5, "student images": 4 * 9}
     assert found["teacher"] == engine.passes["teacher"].total()
     assert found["student"] == engine.passes["student"].total()

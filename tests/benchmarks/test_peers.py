@@ -15,7 +15,7 @@ from benchmarks.peers.catalogue import ESTIMATORS, REFERENCES, WORKLOADS, Case, 
 from benchmarks.peers.libraries import build
 from benchmarks.peers.reference import flat, reference
 from benchmarks.peers.workloads import make
-from mlo import compilation
+from mlo.ops import compiler
 
 PAIRS = [(workload, estimator) for workload in WORKLOADS for estimator in ESTIMATORS[workload]]
 
@@ -38,8 +38,8 @@ def test_the_pieces_of_the_unroll_can_be_timed() -> None:
 
 
 def test_compiled_rows_are_the_same_mathematics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(compilation._OPTIONS, "backend", "aot_eager")
-    monkeypatch.delitem(compilation._OPTIONS, "options")
+    monkeypatch.setitem(compiler._OPTIONS, "backend", "aot_eager")
+    monkeypatch.delitem(compiler._OPTIONS, "options")
     for workload, estimator in (("clean512", "product"), ("tiny", "recomputed")):
         run = build("compiled", make(workload, "small", torch.float64), estimator)
         run.gradient()  # the first pass of each problem is taken without

@@ -38,10 +38,10 @@ import torch
 from pydantic import Field
 
 import mlo
-from mlo.config import Config
-from mlo.hypergradient.responses.base import ResponseOption
-from mlo.hypergradient.responses.implicit import Neumann
-from mlo.job import Job
+from mlo.options.config import Config
+from mlo.options.config import EstimatorOption
+from mlo.hypergradient.estimators.implicit import Neumann
+from mlo.runs.job import Job
 
 
 class Strength(torch.nn.Module):
@@ -89,7 +89,7 @@ class RidgeJob(Job):
     tags: tuple[str, ...] = ()
     mode: Literal["on", "off"] = "on"
     where: Path | None = Path("here")
-    hypergradient: ResponseOption = Field(Neumann(terms=2), description="how to differentiate through the fit")
+    hypergradient: EstimatorOption = Field(Neumann(terms=2), description="how to differentiate through the fit")
 
     def engine(self):
         fit = torch.nn.Sequential(torch.nn.Linear(4, 1), torch.nn.Dropout(self.start.dropout))

@@ -13,10 +13,10 @@ from small_lbt import noisy_lbt
 from torch import Tensor, nn
 
 import mlo
-from mlo.config import parse
+from mlo.options.config import parse
+from problems.jobs.lbt import LbtJob, student_part
 from problems.lbt import ArchValidate, StudentInTurn, TeacherTrain
-from problems.lbt_job import LbtJob, student_part
-from problems.search import Repeated, cosine
+from problems.search.search import Repeated, cosine
 
 ROUNDS, CLIP, MOMENTUM, DECAY, ADAM = 2, 0.05, 0.9, 3e-2, 0.05
 RATES = [0.3, 0.2]  # of teacher and student, one a round

@@ -82,13 +82,13 @@ class _Run:
 
 
 class _Product:
-    """One exact product at the first step's start, from what a response sees of that step."""
+    """One exact product at the first step's start, from what an estimator sees of that step."""
 
     def __init__(self, engine: mlo.Engine, task: Bilevel) -> None:
         self._task, self._evaluator = task, engine._evaluator
         engine.problems["model"].steps = 1
         self._record = engine._next("weights", {}, None)[1]["model"][0]
-        self._record.graph = self._record.memo = None  # as if it were of an earlier step
+        self._record.graph = self._record.read_cache = None  # as if it were of an earlier step
 
     def gradient(self) -> list[Tensor]:
         loss = Step(self._record, ("weights",), self._evaluator).before()

@@ -8,8 +8,8 @@ from brute_force import batches, small_lbt
 from torch import Tensor, nn
 
 import mlo
-from mlo.diagnostics import _PeakMemory
-from mlo.streams import open_stream
+from mlo.levels.batches import open_stream
+from mlo.training.diagnostics import _PeakMemory
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -5,7 +5,7 @@ import torch
 from analytic import SHAPES, Quadratics
 
 import mlo
-from mlo.hypergradient.responses.implicit import conjugate_gradient, neumann_series
+from mlo.hypergradient.estimators.implicit import conjugate_gradient, neumann_series
 
 CASES = [(shape, top) for shape in SHAPES for top in shape.tops]
 EXACT = [

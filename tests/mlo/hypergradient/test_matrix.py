@@ -69,7 +69,7 @@ def series(hessian: Tensor) -> Tensor:
 
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-13)
-Estimator = Callable[..., mlo.Response]
+Estimator = Callable[..., mlo.Estimator]
 Reference = dict[str, object]
 STEPS: dict[str, tuple[Estimator, Reference]] = {  # the estimator, and what brute force differentiates
     "one_step": (OneStep, {"last": 1}),

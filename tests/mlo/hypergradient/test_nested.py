@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import mlo
-from mlo.optimizers import differentiable_step, moment
+from mlo.steps.optimizer import differentiable_step, optimizer_state
 
 
 class Vector(nn.Module):
@@ -58,14 +58,14 @@ def stack(steps: int) -> list[mlo.Problem]:
 def brute_force(problems: list[mlo.Problem]) -> Tensor:
     low, mid, _ = problems
     theta, m, x = (p.module.value.detach().clone().requires_grad_() for p in problems)
-    at = moment(low)
+    at = optimizer_state(low)
     variables = {"value": theta}
     for _ in range(low.steps):
         gradient = torch.autograd.grad(low_loss(variables["value"], m, x), variables["value"], create_graph=True)[0]
         variables, at = differentiable_step(low, variables, {"value": gradient}, at)
     theta = variables["value"]
     total = torch.autograd.grad(mid_loss(m, theta, x), m, create_graph=True)[0]
-    moved, _ = differentiable_step(mid, {"value": m.detach()}, {"value": total}, moment(mid))
+    moved, _ = differentiable_step(mid, {"value": m.detach()}, {"value": total}, optimizer_state(mid))
     return torch.autograd.grad(top_loss(moved["value"], theta), x)[0]
 
 

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import mlo
-from mlo.optimizers import differentiable_step, moment
+from mlo.steps.optimizer import differentiable_step, optimizer_state
 
 pytestmark = pytest.mark.usefixtures("float64")
 ESTIMATORS = ["unrolled", {"kind": "unrolled", "product": "forward"}]
@@ -163,13 +163,13 @@ def brute_force(stack: list[mlo.Problem]) -> dict[str, Tensor]:
     def gradients(loss: Tensor, of: dict[str, Tensor]) -> dict[str, Tensor]:
         return dict(zip(of, torch.autograd.grad(loss, list(of.values()), create_graph=True), strict=True))
 
-    slots = moment(low)
+    slots = optimizer_state(low)
     for step in range(low.steps):
         loss = Low.loss(read(low), low.stream.peek(step), read(mid), read(top))
         at[low], slots = differentiable_step(low, at[low], gradients(loss, at[low]), slots)
     found = gradients(Mid.loss(read(mid), mid.stream.peek(), read(low), read(top)), at[mid])
     start = {name: weight.detach() for name, weight in at[mid].items()}
-    at[mid], _ = differentiable_step(mid, start, found, moment(mid))
+    at[mid], _ = differentiable_step(mid, start, found, optimizer_state(mid))
     return gradients(Top.loss(read(top), top.stream.peek(), read(mid), read(low)), at[top])
 
 

@@ -37,13 +37,13 @@ def engine(
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many steps are taken in each graph of several."""
     counts: list[int] = []
-    stretch = mlo.evaluation.Evaluator.stretch
+    segment = mlo.steps.evaluation.Evaluator.segment
 
     def counted(self: Any, name: str, states: Any, batches: list, *rest: Any, **options: Any) -> Any:
         counts.append(len(batches))
-        return stretch(self, name, states, batches, *rest, **options)
+        return segment(self, name, states, batches, *rest, **options)
 
-    monkeypatch.setattr(mlo.evaluation.Evaluator, "stretch", counted)
+    monkeypatch.setattr(mlo.steps.evaluation.Evaluator, "segment", counted)
     return counts
 
 

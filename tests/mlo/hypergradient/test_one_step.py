@@ -1,4 +1,4 @@
-"""One-step responses against brute force: a hand-written optimizer step with its graph, on a small LBT."""
+"""One-step estimators against brute force: a hand-written optimizer step with its graph, on a small LBT."""
 
 from __future__ import annotations
 

@@ -11,29 +11,29 @@ import mlo
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-RESPONSES = ["one_step", "unrolled", "cg", "neumann"]
+ESTIMATORS = ["one_step", "unrolled", "cg", "neumann"]
 
 
 def found(stack: list[mlo.Problem], **estimator: object) -> torch.Tensor:
     return mlo.Engine(stack, estimator, device="cpu").hypergradient("arch")["weights"]
 
 
-@pytest.mark.parametrize("response", RESPONSES)
-def test_forward_over_reverse_is_exact(response):
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_forward_over_reverse_is_exact(estimator):
     stack = noisy_lbt()
-    exact = found(stack, kind=response, product="exact")
-    torch.testing.assert_close(found(stack, kind=response, product="forward"), exact, rtol=1e-10, atol=1e-14)
+    exact = found(stack, kind=estimator, product="exact")
+    torch.testing.assert_close(found(stack, kind=estimator, product="forward"), exact, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize(("product", "order"), [("central", 2), ("one_sided", 1)])
-@pytest.mark.parametrize("response", RESPONSES)
-def test_differences_converge_at_their_order(response, product, order):
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_differences_converge_at_their_order(estimator, product, order):
     """Ten times nearer points, ten or a hundred times less error, on smooth networks."""
     stack = small_lbt("momentum", steps=2)
-    damped = {"damping": 1.0} if response == "cg" else {"rate": 0.3} if response == "neumann" else {}
-    exact = found(stack, kind=response, **damped)
+    damped = {"damping": 1.0} if estimator == "cg" else {"rate": 0.3} if estimator == "neumann" else {}
+    exact = found(stack, kind=estimator, **damped)
     errors = [
-        (found(stack, kind=response, product={"kind": product, "radius": r}, **damped) - exact).norm()
+        (found(stack, kind=estimator, product={"kind": product, "radius": r}, **damped) - exact).norm()
         for r in (1e-3, 1e-4)
     ]
     assert errors[0] < 0.05 * exact.norm()

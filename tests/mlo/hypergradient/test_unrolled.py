@@ -1,4 +1,4 @@
-"""Unrolled and truncated responses against brute force through several steps, with the optimizer's state."""
+"""Unrolled and truncated estimators against brute force through several steps, with the optimizer's state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from small_lbt import noisy_lbt
 from torch import nn
 
 import mlo
-from mlo.diagnostics import _PeakMemory
+from mlo.training.diagnostics import _PeakMemory
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import mlo
+from problems.evaluation.training import TrainNetwork
 from problems.nas import (
     DARTS,
     NOISE,
@@ -27,11 +28,10 @@ from problems.nas import (
     draw_cell,
     random_genotype,
 )
-from problems.nas.fan import Fan
+from problems.nas.grouped_edges import Fan
 from problems.nas.network import GenotypeEdge
 from problems.nas.operations import make_operation
 from problems.nas.skeleton import CellPlan
-from problems.training import TrainNetwork
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # benchmarks/ is not installed
 

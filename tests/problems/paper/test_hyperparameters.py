@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from mlo.config import defaults, validate
-from mlo.plain import merge
-from problems.evaluate_job import EvaluateJob
-from problems.lbt_job import LbtJob
+from mlo.options.config import defaults, validate
+from mlo.options.yaml_options import merge
+from problems.jobs.evaluate import EvaluateJob
+from problems.jobs.lbt import LbtJob
 from problems.paper.settings import PAPER_SPACES, Setting, benefit_options
 from problems.paper.tables import transfer_options
 

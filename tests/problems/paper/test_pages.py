@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mlo.compare import paired
+from mlo.reports.compare import paired
 from problems.paper.figures import Benefit, Figure3
 from problems.paper.pages import Comparison, comparison_table, result_table, spread, verdict
 from problems.paper.published import TABLE3, TABLE4

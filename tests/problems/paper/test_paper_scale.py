@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mlo.config import defaults, validate
-from mlo.plain import merge
-from problems.evaluate_job import EvaluateJob
-from problems.lbt_job import LbtJob
+from mlo.options.config import defaults, validate
+from mlo.options.yaml_options import merge
+from problems.jobs.evaluate import EvaluateJob
+from problems.jobs.lbt import LbtJob
 from problems.nas import PUBLISHED
 from problems.paper.settings import Setting
 from problems.paper.tables import transfer_options

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from mlo.config import defaults, validate
-from mlo.plain import merge
-from problems.evaluate_job import EvaluateJob
-from problems.lbt_job import LbtJob
+from mlo.options.config import defaults, validate
+from mlo.options.yaml_options import merge
+from problems.jobs.evaluate import EvaluateJob
+from problems.jobs.lbt import LbtJob
 from problems.paper.figures import Benefit, Figure3, Figure4
 from problems.paper.settings import Setting
 from problems.paper.tables import Table2, Table3, Table4, Table5, Table6

@@ -1,1 +1,0 @@
-"""Responses: how a cotangent of a lower problem's solution is pulled back through its training; a file a family."""

@@ -1,0 +1,1 @@
+"""One level: module, loss, data, the graph of reads, and what is checked of them."""

@@ -1,0 +1,1 @@
+"""Tensor utilities: vectors, random state, autocast, compilation, processes."""

@@ -1,0 +1,1 @@
+"""Typed options, YAML files, and the registry of names."""

@@ -1,0 +1,1 @@
+"""Comparisons of finished runs, and their tables and plots."""

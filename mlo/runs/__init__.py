@@ -1,0 +1,1 @@
+"""Jobs and run folders: stages, checkpoints, metrics, progress and cost."""

@@ -1,0 +1,1 @@
+"""One step of one level: loss, gradient, optimizer."""

@@ -1,0 +1,1 @@
+"""Many runs: grids of options, seeds, worker processes, experiments."""

@@ -1,0 +1,1 @@
+"""The engine: which level steps when, updates, checkpoints and diagnostics."""

@@ -1,0 +1,259 @@
+"""Is a hypergradient right, and what does each estimator cost: comparisons at an engine's present state."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import StringIO
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from mlo.errors import HypergradientError, MloError
+from mlo.hypergradient import Darts, Estimator, Exact, Forward, OneStep, Unrolled, build_estimator
+from mlo.ops.vectors import Vector, add, dot, norm
+from mlo.options import registry
+from mlo.options.config import Registered
+from mlo.training.engine import Engine
+
+EXACT = Unrolled()
+NOISY = 0.2  # relative error of a difference from which on it is warned of
+
+
+def check(engine: Engine, name: str | None = None, *, directions: int = 4, tolerance: float = 1e-5) -> None:
+    """Compare a hypergradient with finite differences of what it is the derivative of, as ``gradcheck`` does.
+
+    Everything is computed in float64 from copies: the loss of problem ``name`` after the next steps of the lower
+    problems, as a function of its parameters, against the engine's hypergradient, along random directions. Estimators
+    that approximate that derivative by design (more steps than they differentiate, a minimum rather than steps) fail.
+
+    Args:
+        engine: at any state; nothing of it changes.
+        name: the upper problem; None: the last in the engine's list.
+        directions: random directions that are compared.
+        tolerance: of the error relative to the derivative, both in the mean square over the directions.
+
+    Raises:
+        HypergradientError: if they differ, with both values along each direction.
+    """
+    top = _top(engine, name)
+    found = engine.hypergradient(top, torch.float64)
+    point = {n: engine.problems[top].module.get_parameter(n).detach().double() for n in found}
+    draw = torch.Generator().manual_seed(0)
+    step, rows = 1e-6 * max(1.0, norm(tuple(point.values())).item()), []
+    for _ in range(directions):
+        drawn = {n: torch.randn(p.shape, generator=draw, dtype=torch.float64).to(p.device) for n, p in point.items()}
+        size = norm(tuple(drawn.values()))
+        along = {n: d / size for n, d in drawn.items()}
+        ends = [
+            engine.objective(top, {n: p + sign * step * along[n] for n, p in point.items()}, torch.float64).item()
+            for sign in (1.0, -1.0)
+        ]
+        predicted = dot(tuple(found.values()), tuple(along.values())).item()
+        rows.append((predicted, (ends[0] - ends[1]) / (2 * step)))
+    error = math.hypot(*(predicted - measured for predicted, measured in rows))
+    scale = math.hypot(*(measured for _, measured in rows))  # both shrink alike with the number of parameters
+    rounding = 4 * torch.finfo(torch.float64).eps * abs(ends[0]) / step * math.sqrt(directions)  # of the differences
+    if error > tolerance * scale + rounding:
+        values = "\n".join(f"  {predicted:+.9e}  {measured:+.9e}" for predicted, measured in rows)
+        raise HypergradientError(
+            f"the hypergradient of {top!r} is not the derivative of its loss through the lower steps: off by "
+            f"{error / max(scale, 1e-300):.1e} of its size. Along random directions, estimated and measured:\n"
+            f"{values}\n"
+            f"It was taken by {_taken_by(engine, top)}. Of those that come with mlo, unrolled is exact, one_step "
+            "where a round has one step, and cg and its like at a minimum. If it is meant to be exact here, a loss is "
+            "not a pure function of the problems it reads (detach, no_grad, state kept between calls), or the "
+            "estimator is wrong"
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One estimator's hypergradient beside the exact one.
+
+    Attributes:
+        estimator: its registered name.
+        error: |estimate - exact| / |exact|; None if it could not be computed.
+        cosine: of the angle between them.
+        residual: what the estimator itself reports of how well it solved, the largest where it goes through several
+            problems; None of those that report none. Relative: to the right-hand side of cg and nystrom, to the series'
+            first term of neumann.
+        passes: forward passes of lower problems' modules, their next steps included.
+        milliseconds: wall-clock time of one hypergradient, the lower steps included; median of three.
+        peak: bytes of tensors alive at once beyond those before.
+        note: why there is none, or a warning.
+    """
+
+    estimator: str
+    error: float | None = None
+    cosine: float | None = None
+    residual: float | None = None
+    passes: int | None = None
+    milliseconds: float | None = None
+    peak: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What :func:`diagnose` found; printed, it is a table."""
+
+    rows: Sequence[Row]
+
+    def __str__(self) -> str:
+        table = Table("estimator", box=None, pad_edge=False)
+        for column in ("error", "cosine", "residual", "passes", "ms", "peak MB"):
+            table.add_column(column, justify="right")
+        table.add_column("note")
+        for row in self.rows:
+            numbers = [
+                _shown(row.error, "{:.2e}"),
+                _shown(row.cosine, "{:.4f}"),
+                _shown(row.residual, "{:.2e}"),
+                _shown(row.passes, "{}"),
+                _shown(row.milliseconds, "{:.1f}"),
+                _shown(None if row.peak is None else row.peak / 2**20, "{:.1f}"),
+            ]
+            table.add_row(row.estimator, *numbers, row.note)
+        console = Console(file=StringIO(), width=120)
+        console.print(table)
+        assert isinstance(console.file, StringIO)
+        return console.file.getvalue().rstrip()
+
+
+def diagnose(engine: Engine, name: str | None = None, estimators: Sequence[object] | None = None) -> Diagnosis:
+    """Each estimator's hypergradient at the present state beside the exact one, and what it costs.
+
+    The exact one is the derivative through all next steps of the lower problems, by double backward, in float64.
+
+    Args:
+        engine: at any state; nothing of it changes.
+        name: the upper problem; None: the last in the engine's list.
+        estimators: names or options; None: every registered one with its defaults.
+    """
+    top = _top(engine, name)
+    with _every(engine, EXACT) as exactly:
+        exact = tuple(exactly.hypergradient(top, torch.float64).values())
+    if isinstance(estimators, str):
+        estimators = [estimators]
+    asked = list(registry.entries(registry.ESTIMATORS)) if estimators is None else estimators
+    return Diagnosis([_row(engine, top, option, exact) for option in asked])
+
+
+def _row(engine: Engine, top: str, option: object, exact: Vector) -> Row:
+    title = option if isinstance(option, str) else str(option)
+    try:
+        with _every(engine, option) as one:
+            found = tuple(g.double() for g in one.hypergradient(top).values())
+            reports = one._gradients.latest.items()
+            residuals = [float(value) for name, value in reports if name.endswith("/residual")]
+            passes = sum(n for problem, kinds in one.passes.items() for n in kinds.values() if problem != top)
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                one.hypergradient(top)
+                if one.device.type == "cuda":
+                    torch.cuda.synchronize(one.device)
+                times.append(1e3 * (time.perf_counter() - start))
+            with _PeakMemory() as memory:
+                one.hypergradient(top)
+    except (MloError, RuntimeError, ValueError) as error:
+        return Row(title, note=str(error).partition("\n")[0])
+    cosine = (dot(found, exact) / (norm(found) * norm(exact))).item()
+    residual = max(residuals, key=lambda value: (math.isnan(value), value), default=None)
+    warning = _noise(engine, top, option, found)
+    return Row(title, _error(found, exact), cosine, residual, passes, median(times), memory.peak, warning)
+
+
+def _noise(engine: Engine, top: str, option: object, found: Vector) -> str:
+    """A warning if a difference is far from the same estimator with exact products."""
+    estimator = build_estimator(option)
+    product = getattr(estimator, "product", None)
+    if isinstance(estimator, Darts):
+        twin: Estimator = OneStep()
+    elif product is not None and not isinstance(product, Exact | Forward):
+        twin = estimator.model_copy(update={"product": Exact()})
+    else:
+        return ""
+    with _every(engine, twin) as one:
+        off = _error(found, tuple(one.hypergradient(top, torch.float64).values()))
+    return f"the difference itself is off by {off:.0%}: take product 'exact'" if off > NOISY else ""
+
+
+def _error(found: Vector, exact: Vector) -> float:
+    return (norm(add(found, exact, -1.0)) / norm(exact)).item()
+
+
+class _PeakMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside that are alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = self._alive = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(made):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen.add(key)
+        self._alive += size
+        self.peak = max(self.peak, self._alive)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self._alive -= size
+
+
+@contextmanager
+def _every(engine: Engine, option: object) -> Iterator[Engine]:
+    """An engine over the same problems that differentiates through all of them by one estimator."""
+    problems = list(engine.problems.values())
+    own = [problem.hypergradient for problem in problems]
+    try:
+        for problem in problems:
+            problem.hypergradient = None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the gradient of .* itself runs through")  # told of the engine
+            yield Engine(problems, option, inner_path=engine.inner_path, device=engine.device)
+    finally:
+        for problem, hypergradient in zip(problems, own, strict=True):
+            problem.hypergradient = hypergradient
+
+
+def _top(engine: Engine, name: str | None) -> str:
+    return name or engine.graph.names[-1]
+
+
+def _taken_by(engine: Engine, top: str) -> str:
+    """By which estimators a hypergradient goes through which problems."""
+    told = []
+    for lower in engine._plan.paths[top]:
+        kind = type(engine._plan.estimators[lower])
+        names = Registered(registry.ESTIMATORS).names(kind) or [kind.__name__]
+        told.append(f"{names[0]} through {engine.problems[lower].steps} step(s) of {lower!r}")
+    return " and ".join(told) or "no estimator"
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)

@@ -1,0 +1,138 @@
+"""Real updates, taken while losses and gradients are finite; on a card this is decided there, and read when known."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from mlo.errors import NonFiniteLossError
+from mlo.levels.problem import Problem
+from mlo.ops import distributed
+from mlo.ops.vectors import norm
+from mlo.steps.optimizer import clip
+
+ROUNDS_BEHIND = 2  # that several processes look back: by then a card has mostly sent what it was asked
+
+
+class Updater:
+    """Updates problems, and stops at a loss or gradient that is NaN or infinite, with the last good state in place.
+
+    On the CPU the loss is looked at before the update. On a card, looking would wait for it: there each update is
+    undone on the device unless all so far were finite, and the host learns of it a round or so later, from a
+    copy that it did not wait for. By then the counters (optimizer steps, schedulers, position in the data) have run
+    on; parameters, buffers and optimizer moments have not.
+    """
+
+    def __init__(self, device: torch.device, deferred: bool) -> None:
+        self._device = device
+        self._deferred = deferred
+        self._fine = torch.ones((), dtype=torch.bool, device=device)
+        self._round: list[tuple[str, int, Tensor]] = []
+        self._sent: deque[_Sent] = deque()
+
+    def update(
+        self, problem: Problem, loss: Tensor, gradients: Mapping[str, Tensor | None], buffers: Mapping[str, Tensor]
+    ) -> None:
+        """One real step of the problem's optimizer and scheduler, and its module's new buffers.
+
+        Raises:
+            NonFiniteLossError: on the CPU, before anything is changed.
+        """
+        sizes = [g.detach() for g in gradients.values() if g is not None]
+        if not self._deferred:
+            _check(problem.name, problem.steps_taken, [loss.item(), norm(sizes).item()])
+            _take_step(problem, gradients, buffers)
+            return
+        seen = torch.stack([loss.double(), norm(sizes).double()])
+        self._round.append((problem.name, problem.steps_taken, seen))
+        self._fine = self._fine & torch.isfinite(seen).all()
+        before = {id(tensor): tensor.detach().clone() for tensor in _tensors(problem, self._device)}
+        _take_step(problem, gradients, buffers)
+        with torch.no_grad():
+            for tensor in _tensors(problem, self._device):
+                old = before.get(id(tensor))
+                tensor.copy_(torch.where(self._fine, tensor, torch.zeros_like(tensor) if old is None else old))
+
+    def look(self) -> None:
+        """After a round: send its losses to the host, and check those of earlier rounds that have arrived.
+
+        Raises:
+            NonFiniteLossError: for the first loss that was not finite.
+        """
+        if self._round:
+            self._sent.append(_Sent(self._round, self._device))
+            self._round = []
+        while self._sent and self._is_due():
+            self._sent.popleft().check()
+
+    def _is_due(self) -> bool:
+        """Several processes all find a loss in the same round, whether or not it arrived earlier in some."""
+        return self._sent[0].arrived() if distributed.world() == 1 else len(self._sent) > ROUNDS_BEHIND
+
+    def wait(self) -> None:
+        """Check everything, waiting for the device; raises as :meth:`look` does."""
+        self.look()
+        while self._sent:
+            self._sent.popleft().check()
+
+
+class _Sent:
+    """The losses of one round on their way to the host."""
+
+    def __init__(self, losses: list[tuple[str, int, Tensor]], device: torch.device) -> None:
+        self._labels = [(name, step) for name, step, _ in losses]
+        values = torch.stack([seen for _, _, seen in losses])
+        on_card = device.type == "cuda"
+        self._values = torch.empty(values.shape, dtype=torch.float64, pin_memory=on_card)
+        self._values.copy_(values, non_blocking=True)
+        self._event = torch.cuda.Event() if on_card else None
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(device))
+
+    def arrived(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def check(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+        for (name, step), value in zip(self._labels, self._values.tolist(), strict=True):
+            _check(name, step, value)
+
+
+def _take_step(problem: Problem, gradients: Mapping[str, Tensor | None], buffers: Mapping[str, Tensor]) -> None:
+    for name, gradient in clip(problem, gradients).items():
+        problem.variables[name].grad = gradient
+    problem.optimizer.step()
+    for parameter in problem.variables.values():
+        parameter.grad = None
+    if buffers:
+        with torch.no_grad():
+            for name, buffer in problem.live_state().buffers.items():
+                buffer.copy_(buffers[name])
+    if problem.scheduler is not None:
+        problem.scheduler.step()
+    problem.steps_taken += 1
+
+
+def _tensors(problem: Problem, device: torch.device) -> Iterator[Tensor]:
+    """All of the problem's tensors that a step changes, where they are on the device."""
+    yield from problem.variables.values()
+    yield from problem.module.buffers()
+    for slots in problem.optimizer.state.values():
+        for value in slots.values():
+            if isinstance(value, Tensor) and value.device.type == device.type:
+                yield value
+
+
+def _check(name: str, step: int, seen: list[float]) -> None:
+    """``seen`` are the loss and the norm of its gradient."""
+    for what, value in zip(("loss", "gradient's norm"), seen, strict=True):
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"problem {name!r}: its {what} is {value} at its step {step + 1}; that step was not taken, and the "
+                "state before it stands. Lower the learning rate, set clip_norm, or look for bad values in the batch"
+            )

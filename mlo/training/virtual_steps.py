@@ -1,0 +1,150 @@
+"""The next steps of lower problems, taken virtually: states go in, states and records come out, nothing changes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from mlo.hypergradient.step import Record
+from mlo.levels.problem import Problem, State
+from mlo.ops.rng import replay
+from mlo.steps.evaluation import Evaluator
+from mlo.steps.gradient_functions import MicroBatch
+from mlo.steps.optimizer import COUNTERS, OptimizerState, optimizer_state, virtual_step
+from mlo.training.gradients import Gradients, Records
+from mlo.training.plan import Plan
+
+
+@contextmanager
+def looking_ahead(problems: Iterable[Problem], really: bool = True) -> Iterator[None]:
+    """Inside, the problems step, and are differentiated through, as where an upper one looks ahead (if ``really``)."""
+    seen = list(problems)
+    for problem in seen:
+        problem.looking_ahead = really
+    try:
+        yield
+    finally:
+        for problem in seen:
+            problem.looking_ahead = False
+
+
+class Rollout:
+    """Takes virtual steps for an engine."""
+
+    def __init__(self, plan: Plan, evaluator: Evaluator, gradients: Gradients) -> None:
+        self._plan = plan
+        self._evaluator = evaluator
+        self._gradients = gradients
+
+    def below(
+        self, top: str, due: Collection[str], states: Mapping[str, State], dtype: torch.dtype | None = None
+    ) -> tuple[dict[str, State], Records]:
+        """The states that the next steps of the problems below ``top`` lead to, and records of those steps.
+
+        Args:
+            due: the problems that step.
+            states: of all problems, to begin with.
+            dtype: of the floating-point tensors in ``states``, if it is another than the modules'.
+        """
+        reached, records = dict(states), Records()
+        names = self._plan.graph.names
+        below = [name for name in names[: names.index(top)] if name in due]
+        if self._plan.lookahead:  # other tops step by themselves, not below this one
+            below = [name for name in below if name not in self._plan.tops]
+        with replay(None, self._evaluator.device, self._evaluator.draws_outside(below)):
+            for position, name in enumerate(below):
+                self._steps(name, reached, records, [*below[position + 1 :], top], dtype)
+        return reached, records
+
+    def _steps(
+        self, name: str, states: dict[str, State], records: Records, later: Sequence[str], dtype: torch.dtype | None
+    ) -> None:
+        """A problem's steps of one round; recorded if a sweep of one of ``later`` will go through them."""
+        problem, estimator = self._evaluator.problems[name], self._plan.estimators[name]
+        targets, at = (
+            self._plan.targets(name, later),
+            cast_optimizer_state(optimizer_state(problem, copies=False), dtype),
+        )
+        recorded: list[Record] = []
+        step = taken = 0  # steps taken, and of these recorded
+        while (left := problem.steps_now - step) > 0:
+            keep = bool(targets) and estimator.records(left - 1)
+            count = self._gradients.at_once(name, states, taken, left) if keep else 0
+            batches = [cast_batches(problem.batches_ahead(step + i), dtype) for i in range(max(count, 1))]
+            if count and (several := self._at_once(name, states, batches, at, targets)) is not None:
+                record, states[name], at = several
+                recorded.append(record)
+                step, taken = step + count, taken + count
+                continue
+            before, was = states[name], at
+            onto = targets if keep and self._gradients.kept_for_pullback(name, taken, left - 1) else ()
+            stored = estimator.stored(before, was, taken) if keep and estimator.needs_before else (None, None)
+            seen = self._gradients.seen(name, states, stored[0]) if onto else states
+            gradient = self._gradients.of(name, seen, records, batches[0], "virtual", onto)
+            moved, at = virtual_step(problem, before.parameters, gradient.own, was)
+            if keep:
+                fresh = cast_batches(problem.batches_ahead(step + 1), dtype) if estimator.takes_fresh_batches else ()
+                recorded.append(gradient.record(problem, *stored, before, states, fresh))
+            states[name] = State({**before.parameters, **moved}, gradient.buffers)
+            step, taken = step + 1, taken + keep
+        for record in recorded:
+            record.after = states[name]
+        if targets:
+            records[name] = recorded
+
+    def _at_once(
+        self,
+        name: str,
+        states: Mapping[str, State],
+        batches: Sequence[tuple[Any, ...]],
+        at: OptimizerState,
+        targets: Collection[str],
+    ) -> tuple[Record, State, OptimizerState] | None:
+        """Several steps in one graph: their record, and what they led to; None if they can only be taken one by one."""
+        problem, before = self._evaluator.problems[name], states[name]
+        micro = MicroBatch(batches[-1][0], self._evaluator.capture(name))
+        taken = self._evaluator.segment(
+            name, states, [batch for (batch,) in batches], at.groups, at.slots, kind="virtual", through=targets
+        )
+        if taken is None:  # it may have drawn before it was given up
+            micro.randomness.restore(self._evaluator.device)
+            return None
+        moved = {v: end.detach().requires_grad_() for v, end in zip(problem.variables, taken.end, strict=True)}
+        after = State({**before.parameters, **moved}, taken.buffers)
+        reads = {read: states[read] for read in problem.node.reads}
+        record = Record(problem, before, after, None, at, (micro,), reads, segment=taken)
+        slots = {n: {k: v if v is None else v.detach() for k, v in slot.items()} for n, slot in taken.left.items()}
+        return record, after, OptimizerState(at.groups, slots)
+
+
+def cast_state(state: State, dtype: torch.dtype) -> State:
+    """A copy of the state with floating-point tensors of ``dtype``."""
+    parameters = {n: _cast(p.detach(), dtype).requires_grad_(p.requires_grad) for n, p in state.parameters.items()}
+    return State(parameters, {n: _cast(b, dtype) for n, b in state.buffers.items()})
+
+
+def cast_optimizer_state(at: OptimizerState, dtype: torch.dtype | None) -> OptimizerState:
+    """The moment with floating-point slots of ``dtype``; counters stay as they are."""
+    if dtype is None:
+        return at
+    slots = {
+        name: {k: _cast(v, dtype) if isinstance(v, Tensor) and k not in COUNTERS else v for k, v in s.items()}
+        for name, s in at.slots.items()
+    }
+    return OptimizerState(at.groups, slots)
+
+
+def cast_batches(batches: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
+    """The batches with floating-point tensors of ``dtype``."""
+    if dtype is None:
+        return batches
+    return tuple(tree_map_only(Tensor, lambda t: _cast(t, dtype), batch) for batch in batches)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

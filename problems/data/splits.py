@@ -1,0 +1,215 @@
+"""Which images are used for what: the options, and the disjoint parts that they make of a source."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from mlo import ConfigError
+from mlo.options.config import Config
+from problems.data.images import FilePixels, Part
+from problems.data.sources import Place, data_root, load_source, read_from
+
+STATISTICS_FROM = 2048  # images, where they must be decoded
+
+
+class Splits(NamedTuple):
+    """Parts of the data; train, validation, unlabeled and test are disjoint.
+
+    All are normalized by mean and deviation of each channel of the training images (of 2,048 of them where images are
+    decoded from files).
+
+    Attributes:
+        train: the weights learn from these.
+        validation: the architecture is judged by these.
+        unlabeled: images whose labels are not used.
+        test: seen by no training.
+        labeled: train and validation together, for the final training.
+        everything: all labeled images of the source but the test's, for the final training on the whole data set.
+    """
+
+    train: Part
+    validation: Part
+    unlabeled: Part
+    test: Part
+    labeled: Part
+    everything: Part
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images."""
+        return self.train.pixels.image_channels
+
+    @property
+    def classes(self) -> int:
+        """How many classes the labeled images have."""
+        return int(self.everything.labels.max()) + 1
+
+    @property
+    def image_size(self) -> int:
+        """Height of the images, in pixels."""
+        return self.train.pixels.shape[0]
+
+
+class Data(Config):
+    """Which images, and how many of them for what; sizes are drawn at random, each class in its share."""
+
+    source: str = Field(
+        "digits",
+        description="digits (scikit-learn's) | cifar10 | cifar100 | fashion_mnist | imagenet | the path of an .npz "
+        "file of images and labels | the path of a folder with train/ and test/ (or val/), one folder of files a class",
+    )
+    root: str | None = Field(None, description="folder where data sets lie; null: $MLO_DATA, or ~/.cache/mlo/data")
+    download: bool = Field(False, description="let torchvision download cifar10, cifar100 or fashion_mnist into root")
+    unlabeled_source: str | None = Field(
+        None, description="another source, for the unlabeled images; null: they are taken from source"
+    )
+    train_size: int | None = Field(
+        200, ge=1, description="labeled images that the networks learn from; null: those left over"
+    )
+    validation_size: int | None = Field(
+        200, ge=1, description="labeled images that the architecture is judged by; null: those left over"
+    )
+    unlabeled_size: int | None = Field(
+        800, ge=1, description="images whose labels are hidden; null: those left over, or all of unlabeled_source"
+    )
+    held_out_size: int | None = Field(
+        None, ge=1, description="labeled images that are the test instead of the source's own; null: its own"
+    )
+    test_size: int | None = Field(None, ge=1, description="test images to use; null: all of them")
+    image_size: int | None = Field(
+        None, ge=1, description="side in pixels to which images are resized; null: as they are, files to 224"
+    )
+    workers: int = Field(0, ge=0, description="processes that read batches of image files; 0: no other process")
+
+    @model_validator(mode="after")
+    def _other_source(self) -> Data:
+        root, other = data_root(self.root), self.unlabeled_source
+        if other is not None and read_from(other, root) == read_from(self.source, root):
+            raise ValueError(
+                f"unlabeled_source: {other} is the source itself, whose images would be labeled and unlabeled at "
+                "once; leave it out, and unlabeled images are drawn apart from the labeled ones"
+            )
+        return self
+
+    def splits(self, seed: int, device: torch.device | None = None) -> Splits:
+        """Load the images and draw the parts; what is left over is the test where the source has none of its own.
+
+        Args:
+            seed: of the drawing; the same seed draws the same parts.
+            device: where images of arrays are kept and cut into batches; None: the CPU.
+
+        Raises:
+            ConfigError: if a source is not there or not as it should be, or has too few images.
+        """
+        place = Place(data_root(self.root), self.download, self.image_size, device, self.workers)
+        labeled, test = load_source(self.source, place)
+        other = None if self.unlabeled_source is None else self._other(labeled, place)
+        parts, rest = self._draw(labeled, test is None, np.random.default_rng(seed))
+        left = parts.get("held_out_size", rest if test is None else rest[:0])
+        if len(left):
+            test = labeled.take(left)
+        assert test is not None
+        train, validation = (labeled.take(parts[option]) for option in ("train_size", "validation_size"))
+        if other is not None:
+            unlabeled = _some(other, self.unlabeled_size, "unlabeled_size", seed)
+        else:
+            unlabeled = labeled.take(parts["unlabeled_size"])
+        splits = Splits(
+            train=train,
+            validation=validation,
+            unlabeled=unlabeled,
+            test=_some(test, self.test_size, "test_size", seed),
+            labeled=labeled.take(np.concatenate([parts["train_size"], parts["validation_size"]])),
+            everything=labeled.take(np.setdiff1d(np.arange(len(labeled)), left)),
+        )
+        mean, deviation = train.statistics(STATISTICS_FROM if isinstance(train.pixels, FilePixels) else None)
+        return Splits(*(part.normalized(mean, deviation) for part in splits))
+
+    def _other(self, labeled: Part, place: Place) -> Part:
+        """The images of ``unlabeled_source``, in the shape of the labeled ones."""
+        place = place._replace(image_size=labeled.pixels.shape[0], option="data.unlabeled_source")
+        other = load_source(str(self.unlabeled_source), place).labeled
+        channels, given = labeled.pixels.image_channels, other.pixels.image_channels
+        if channels != given:
+            raise ConfigError(
+                f"data.unlabeled_source: the images of {self.unlabeled_source} have {given} channels, and those of "
+                f"{self.source} have {channels}; give a source with {channels}"
+            )
+        if labeled.pixels.shape != other.pixels.shape:
+            raise ConfigError(
+                f"data.unlabeled_source: the images of {self.source} are no squares, so those of "
+                f"{self.unlabeled_source} cannot be resized to them; give data.image_size"
+            )
+        return other
+
+    def _draw(
+        self, labeled: Part, test_is_left: bool, random: np.random.Generator
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Places of the images drawn from the labeled ones, by the option that says how many, and of those left."""
+        labels = labeled.labels.numpy()
+        parts: dict[str, np.ndarray] = {}
+        rest = np.arange(len(labels))
+        for option, size in self._sizes(len(labels), int(labels.max()) + 1, test_is_left).items():
+            parts[option], rest = _drawn(rest, size, labels, random)
+        return parts, rest
+
+    def _sizes(self, count: int, classes: int, test_is_left: bool) -> dict[str, int]:
+        """How many of ``count`` labeled images are drawn for what, in the order of drawing."""
+        asked = {"train_size": self.train_size, "validation_size": self.validation_size}
+        if self.unlabeled_source is None:
+            asked["unlabeled_size"] = self.unlabeled_size
+        if self.held_out_size is not None:
+            asked = {"held_out_size": self.held_out_size, **asked}
+            test_is_left = False
+        left_for = [option for option, size in asked.items() if size is None] + ["the test"] * test_is_left
+        if len(left_for) > 1:
+            raise ConfigError(
+                f"data: the images left over cannot be {' and '.join(left_for)} at once; "
+                f"write a number for {' and '.join(left_for[:-1])}"
+            )
+        given = {option: size for option, size in asked.items() if size is not None}
+        needed = sum(given.values())
+        if needed > count - classes * len(left_for):
+            must = f", and some must be left for {left_for[0]}" if left_for else ""
+            raise ConfigError(
+                f"data: {' + '.join(given)} = {needed}, but {self.source} has {count} images{must}; lower one"
+            )
+        sizes = {option: count - needed if size is None else size for option, size in asked.items()}
+        for option, size in sizes.items():
+            _check_classes(option, size, classes)
+        return sizes
+
+
+def _check_classes(option: str, size: int, classes: int) -> None:
+    if size < classes:
+        raise ConfigError(f"data: {option}={size} is less than one image for each of the {classes} classes; raise it")
+
+
+def _some(part: Part, size: int | None, option: str, seed: int) -> Part:
+    """So many images of a part, each class in its share; None: all."""
+    if size is None:
+        return part
+    if size > len(part):
+        raise ConfigError(f"data: {option}={size}, but there are {len(part)} images; lower it, or write null for all")
+    labels = part.labels.numpy()
+    _check_classes(option, size, len(np.unique(labels)))
+    return part.take(_drawn(np.arange(len(part)), size, labels, np.random.default_rng(seed))[0])
+
+
+def _drawn(
+    places: np.ndarray, size: int, labels: np.ndarray, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """``size`` of the places in random order, each class in its share (largest remainders first), and the others."""
+    order = random.permutation(places)
+    grouped = order[np.argsort(labels[order], kind="stable")]
+    counts = np.unique(labels[grouped], return_counts=True)[1]
+    sizes, remainders = np.divmod(counts * size, len(places))
+    largest = np.lexsort((random.random(len(counts)), -remainders))
+    sizes[largest[: size - sizes.sum()]] += 1
+    starts = np.cumsum(counts) - counts
+    chosen = np.arange(len(places)) - np.repeat(starts, counts) < np.repeat(sizes, counts)
+    return random.permutation(grouped[chosen]), np.sort(grouped[~chosen])

@@ -1,0 +1,1 @@
+"""The evaluation phase: training a discrete architecture from scratch."""

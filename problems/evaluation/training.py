@@ -1,0 +1,180 @@
+"""The evaluation phase: an architecture's network trained from scratch, and its error, size and cost."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, StepLR
+
+import mlo
+from mlo import ConfigError
+from mlo.options.config import Config
+from problems.data.augmentation import Augmentation
+from problems.data.images import Part
+from problems.data.splits import Splits
+from problems.nas import EvaluationNetwork, Genotype
+from problems.nas.counting import count
+from problems.search.search import AUTOCASTS, Precision, stem_for
+
+
+class Training(Config):
+    """How the network of an architecture is built and trained."""
+
+    channels: int = Field(8, ge=1, description="channels of the first cell (36 for CIFAR, 48 for ImageNet, in papers)")
+    cells: int = Field(3, ge=1, description="cells (20 for CIFAR, 14 for ImageNet)")
+    batch_size: int = Field(50, ge=2, description="images in a batch")
+    learning_rate: float = Field(0.05, gt=0, description="of SGD with momentum 0.9")
+    schedule: Literal["cosine", "exponential", "linear"] = Field(
+        "cosine",
+        description="of the learning rate: cosine to 0; exponential, x0.97 an epoch; linear to 0 after 5 epochs",
+    )
+    weight_decay: float = Field(3e-4, ge=0, description="of SGD")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="0.1 for ImageNet")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="last probability of dropping a path, growing from 0")
+    auxiliary: bool = Field(False, description="train with an auxiliary head (for images of 32x32 and up)")
+    augmentation: Augmentation = Field(Augmentation(), description="of the training images")
+    precision: Precision = Field("float32", description="of the loss, under autocast; the test is in float32")
+    images: Literal["labeled", "everything"] = Field(
+        "labeled", description="train on the search's train and validation images, or on all that have labels"
+    )
+
+    def check(self, splits: Splits) -> None:
+        """Raise ConfigError where the images are too small for the auxiliary head, before anything is trained."""
+        smallest = 32 if stem_for(splits.image_size) == "cifar" else 224
+        if self.auxiliary and splits.image_size < smallest:
+            raise ConfigError(
+                f"auxiliary: the head needs images of {smallest}x{smallest}, and these are {splits.image_size} high; "
+                "leave it out, or take larger images"
+            )
+
+    def network(self, genotype: Genotype, splits: Splits) -> EvaluationNetwork:
+        """The network that a genotype stands for."""
+        stem = stem_for(splits.image_size)
+        sizes = (self.channels, self.cells, splits.classes, splits.image_channels)
+        return EvaluationNetwork(genotype, *sizes, self.auxiliary, stem)
+
+    def engine(self, genotype: Genotype, splits: Splits, part: Part, steps: int, device: str) -> mlo.Engine:
+        """A training of `steps` steps on a part of the data, not begun."""
+        network = self.network(genotype, splits)
+        optimizer = SGD(network.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
+        problem = TrainNetwork(
+            "network",
+            module=network,
+            optimizer=optimizer,
+            scheduler=self._scheduler(optimizer, steps, max(1, len(part) // self.batch_size)),
+            data=part.batches(self.batch_size, self.augmentation),
+            clip_norm=5.0,
+            autocast=AUTOCASTS[self.precision],
+            total_steps=steps,
+            drop_path=self.drop_path,
+            label_smoothing=self.label_smoothing,
+        )
+        return mlo.Engine([problem], device=device)
+
+    def _scheduler(self, optimizer: SGD, steps: int, epoch: int) -> LRScheduler:
+        if self.schedule == "cosine":
+            return CosineAnnealingLR(optimizer, steps)
+        if self.schedule == "exponential":
+            return StepLR(optimizer, epoch, gamma=0.97)
+        return LambdaLR(optimizer, lambda step: linear_with_warmup(step, steps, epoch))
+
+    def judge(self, engine: mlo.Engine, splits: Splits, part: Part | None = None) -> dict[str, Any]:
+        """What is told of a trained network: errors in percent on a part, the test images by default, and its size.
+
+        "multiply_adds" are those of one image, "parameters" are without the auxiliary head.
+        """
+        network = engine.problems["network"].module
+        assert isinstance(network, EvaluationNetwork)
+        part = splits.test if part is None else part
+        size = splits.image_size
+        parameters, multiply_adds = count(network, (splits.image_channels, size, size))
+        return {
+            **errors(network, part, (1, 5) if splits.classes > 10 else (1,)),
+            "test_images": len(part),
+            "parameters": parameters,
+            "multiply_adds": multiply_adds,
+        }
+
+
+class FinalTraining(Training):
+    """The networks that the found architectures stand for, trained on train and validation images together."""
+
+    steps: int = Field(300, ge=1, description="training steps")
+
+
+def linear_with_warmup(step: int, steps: int, epoch: int, warm_epochs: int = 5) -> float:
+    """The factor of the learning rate in epochs of `epoch` steps: up over 5 epochs, down linearly, its end slower.
+
+    Of E epochs, e done: (e + 1)/5 in the first five, then (E - 5 - e)/(E - 5) and, in the last five, (E - e)/(5 (E -
+    5)) (the ImageNet schedule of Chen et al. 2019 and Xu et al. 2020, as in their code). Shorter trainings than 15
+    epochs are taken for one of 15.
+    """
+    epochs = max(15.0, steps / epoch)
+    done = float(int(step / steps * epochs + 1e-9))
+    if done < warm_epochs:
+        return (done + 1) / warm_epochs
+    if epochs - done > warm_epochs:
+        return (epochs - warm_epochs - done) / (epochs - warm_epochs)
+    return max(0.0, epochs - done) / ((epochs - warm_epochs) * warm_epochs)
+
+
+class TrainNetwork(mlo.Problem):
+    """An evaluation network trained by cross-entropy; a batch is (images, labels).
+
+    Args:
+        total_steps: steps in all; the probability of drop-path grows to ``drop_path`` over them (DARTS, section 3.2).
+        drop_path: its last probability.
+        auxiliary_weight: weight of the auxiliary head's loss.
+        label_smoothing: the part of the target that is spread over all classes.
+        **problem: see :class:`mlo.Problem`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        total_steps: int,
+        drop_path: float = 0.0,
+        auxiliary_weight: float = 0.4,
+        label_smoothing: float = 0.0,
+        **problem: Any,
+    ) -> None:
+        super().__init__(name, **problem)
+        self.total_steps = total_steps
+        self.drop_path = drop_path
+        self.auxiliary_weight = auxiliary_weight
+        self.label_smoothing = label_smoothing
+
+    def loss(self, batch: Any) -> Tensor:
+        """The training loss."""
+        images, labels = batch
+        logits, auxiliary = self(images, drop_path=self.drop_path * self.steps_taken / self.total_steps)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        if auxiliary is None:
+            return loss
+        return loss + self.auxiliary_weight * F.cross_entropy(auxiliary, labels, label_smoothing=self.label_smoothing)
+
+
+@torch.no_grad()
+def errors(network: EvaluationNetwork, part: Part, tops: tuple[int, ...] = (1,), size: int = 500) -> dict[str, float]:
+    """{"test_error": percent of the images whose label is not the network's first, "test_top5_error": not of its 5}.
+
+    The network is left in the mode that it was in.
+    """
+    device = next(network.parameters()).device
+    training = network.training
+    network.eval()
+    wrong = dict.fromkeys(tops, 0)
+    for images, labels in part.in_order(size):
+        ranked = network(images.to(device)).logits.topk(max(tops), dim=1).indices
+        hits = ranked == labels.to(device)[:, None]
+        for top in tops:
+            wrong[top] += int((~hits[:, :top].any(dim=1)).sum())
+    network.train(training)
+    names = {1: "test_error"} | {top: f"test_top{top}_error" for top in tops if top > 1}
+    return {names[top]: 100 * number / len(part) for top, number in wrong.items()}

@@ -1,0 +1,1 @@
+"""The jobs that `mlo run` starts: `lbt` and `evaluate`, and their report."""

@@ -1,0 +1,1 @@
+"""The search phase: its options, engine, students and early stop."""

@@ -1,0 +1,414 @@
+"""Compiled passes and products: the same numbers, the same random draws, and a clear line where it cannot be."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from analytic import NESTED_WITH_INNER_PATH, Smooth
+from brute_force import small_lbt
+from following import Attention
+from small_lbt import noisy_lbt
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+import mlo
+from mlo.ops import compiler as compiling
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+@pytest.fixture(autouse=True)
+def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace and differentiate as for compilation, but write no kernels, which takes most of the time."""
+    torch._dynamo.reset()
+    if "kernels" not in request.keywords:
+        monkeypatch.setitem(compiling._OPTIONS, "backend", "aot_eager")
+        monkeypatch.delitem(compiling._OPTIONS, "options")
+
+
+def engines(stack, estimator: object, **options: object) -> tuple[mlo.Engine, mlo.Engine]:
+    plain = mlo.Engine(stack(), estimator, device="cpu", **options)
+    return plain, mlo.Engine(stack(), estimator, compile=True, device="cpu", **options)
+
+
+def assert_same(plain: mlo.Engine, compiled: mlo.Engine, rounds: int) -> None:
+    """From the second round on all passes are compiled."""
+    for _ in range(rounds):
+        found = []
+        for engine in (plain, compiled):
+            torch.manual_seed(5)
+            found.append(engine.hypergradient("arch")["weights"])
+            engine.step()
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)
+    for one, other in zip(plain.problems.values(), compiled.problems.values(), strict=True):
+        torch.testing.assert_close(
+            dict(one.module.state_dict()), dict(other.module.state_dict()), rtol=1e-8, atol=1e-11
+        )
+    assert not compiled._evaluator._compiler.refused
+    assert compiled._evaluator._compiler._ran
+
+
+ESTIMATORS = [
+    "one_step",
+    "darts",
+    "unrolled",
+    {"kind": "unrolled", "graph_memory": 0.0},
+    {"kind": "one_step", "product": "one_sided"},
+    {"kind": "cg", "damping": 1.0, "iterations": 3},
+    {"kind": "penalty", "steps": 2},
+]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_compiled_and_not_give_the_same(estimator):
+    assert_same(*engines(lambda: small_lbt("adam", steps=2), estimator), rounds=2)
+
+
+@pytest.mark.parametrize("estimator", ["one_step", {"kind": "unrolled", "graph_memory": 0.0}], ids=str)
+def test_batch_norm_and_dropout_draw_and_move_as_without(estimator):
+    assert_same(*engines(lambda: noisy_lbt(student={"steps": 2}), estimator), rounds=2)
+
+
+def test_the_compiled_graph_of_a_step_serves_its_product():
+    engine = mlo.Engine(small_lbt("sgd"), "one_step", lookahead=True, compile=True, device="cpu")
+    engine.step()
+    before = {name: dict(passes) for name, passes in engine.passes.items()}
+    engine.step()
+    taken = {kind: n - before["student"].get(kind, 0) for kind, n in engine.passes["student"].items()}
+    assert taken == {"step": 1, "virtual": 1, "read": 1}, "the step's own graph serves its product"
+
+
+def test_a_resumed_run_compiles_where_the_other_did_and_ends_in_the_same_bits():
+    def engine() -> mlo.Engine:
+        stack = noisy_lbt(student={"steps": 2})
+        return mlo.Engine(stack, {"kind": "unrolled", "graph_memory": 0.0}, compile=True, device="cpu")
+
+    unbroken = engine()
+    torch.manual_seed(5)
+    unbroken.run(2)
+    saved = copy.deepcopy(unbroken.state_dict())
+    unbroken.step()
+    resumed = engine()
+    resumed.load_state_dict(saved)
+    resumed.step()
+    for one, other in zip(unbroken.problems.values(), resumed.problems.values(), strict=True):
+        for name, value in one.module.state_dict().items():
+            assert torch.equal(value, other.module.state_dict()[name])
+
+
+class Held(mlo.Problem):
+    """With a factor that is the user's to change between steps."""
+
+    factor = 1.0
+
+    def loss(self, batch, top):
+        return self.factor * (self(batch) - top(batch)).square().mean()
+
+
+class Wild(mlo.Problem):
+    def loss(self, batch, top):
+        distance = (self(batch) - top(batch)).square().mean()
+        return distance * 2 if distance.item() > 1e9 else distance
+
+
+class Drawn(mlo.Problem):
+    def loss(self, batch, top):
+        return (self(batch) - top(batch)).square().mean() * (1 + np.random.rand())
+
+
+class Top(mlo.Problem):
+    def loss(self, batch, low):
+        return low(batch).square().mean()
+
+
+def two_levels(
+    cls: type[mlo.Problem], steps: int = 1, module: type[nn.Module] | None = None, momentum: float = 0.0
+) -> list[mlo.Problem]:
+    torch.manual_seed(0)
+    data = [torch.randn(4, 3)]
+    one, two = nn.Linear(3, 2) if module is None else module(), nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.1, momentum=momentum)
+    low = cls("low", module=one, optimizer=optimizer, data=data, steps=steps)
+    return [low, Top("top", module=two, optimizer=torch.optim.SGD(two.parameters(), lr=0.1), data=data)]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("estimator", ["one_step", {"kind": "unrolled", "graph_memory": 0.0}], ids=str)
+def test_compiled_kernels_give_the_same(estimator):
+    plain, compiled = engines(lambda: two_levels(Held, steps=2), estimator)
+    for _ in range(3):
+        for engine in (plain, compiled):
+            engine.step()
+    torch.testing.assert_close(
+        compiled.problems["top"].module.weight, plain.problems["top"].module.weight, rtol=1e-10, atol=1e-13
+    )
+    assert not compiled._evaluator._compiler.refused
+
+
+def test_what_a_user_changes_meanwhile_counts():
+    plain, compiled = engines(lambda: two_levels(Held), "one_step")
+    for factor in (1.0, 1.0, 3.0, 0.5):
+        for engine in (plain, compiled):
+            engine.problems["low"].factor = factor
+            engine.step()
+        torch.testing.assert_close(compiled.losses, plain.losses)
+    torch.testing.assert_close(
+        compiled.problems["top"].module.weight, plain.problems["top"].module.weight, rtol=1e-10, atol=1e-13
+    )
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"), [(Wild, "data-dependent"), (Drawn, "draws from NumPy's or Python's random generator")]
+)
+def test_what_cannot_be_compiled_is_said_once_and_runs_as_it_is(cls, reason):
+    np.random.seed(0)
+    compiled = mlo.Engine(two_levels(cls), "one_step", compile=True, device="cpu")
+    with pytest.warns(UserWarning, match=f"'low' runs without compilation: .*{reason}") as told:
+        compiled.run(4)
+    ours = [str(one.message) for one in told if "without compilation" in str(one.message)]
+    assert len(ours) == 1
+    assert "\n" not in ours[0]
+    np.random.seed(0)
+    plain = mlo.Engine(two_levels(cls), "one_step", device="cpu")
+    plain.run(4)
+    torch.testing.assert_close(compiled.losses, plain.losses)
+    assert "top" not in compiled._evaluator._compiler.refused
+
+
+@pytest.mark.parametrize("steps", [7, 12])
+def test_several_steps_are_one_compiled_call_at_rates_and_factors_of_the_moment(steps):
+    """Five in one, perhaps five more, and two; from round to round a new learning rate compiles nothing again."""
+    plain, compiled = engines(lambda: two_levels(Held, steps=steps, momentum=0.9), "unrolled")
+    for round in range(12):
+        found = []
+        for engine in (plain, compiled):
+            engine.problems["low"].optimizer.param_groups[0]["lr"] = 0.1 / (1 + round)
+            engine.problems["low"].factor = 1.0 if round < 6 else 2.0
+            engine.step()
+            found.append(engine.hypergradient("top")["weight"])
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+    compiler = compiled._evaluator._compiler
+    assert ("low", compiling.STEPS) in {key[:2] for key in compiler._ran}
+    assert not compiler.refused
+    assert not compiler._failed
+    assert compiled.passes == plain.passes
+
+
+def same_in_each_round(plain: mlo.Engine, compiled: mlo.Engine) -> None:
+    for _ in range(3):
+        found = []
+        for engine in (plain, compiled):
+            engine.step()
+            found.append(engine.hypergradient("top")["weight"])
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+
+
+def test_steps_on_batches_of_several_forms_are_taken_one_by_one():
+    def stack() -> list[mlo.Problem]:
+        made = two_levels(Held, steps=5)
+        made[0].stream = mlo.levels.batches.open_stream([torch.randn(n, 3) for n in (4, 4, 3)], "low")
+        return made
+
+    plain, compiled = engines(stack, "unrolled")
+    same_in_each_round(plain, compiled)
+    assert ("low", compiling.STEPS) not in {key[:2] for key in compiled._evaluator._compiler._ran}
+
+
+def test_steps_whose_options_change_too_often_go_one_by_one_and_it_is_told():
+    plain, compiled = engines(lambda: two_levels(Held, steps=5), "unrolled")
+
+    def rounds() -> None:
+        for round in range(12):
+            found = []
+            for engine in (plain, compiled):
+                engine.problems["low"].optimizer.param_groups[0]["weight_decay"] = 0.01 * round
+                engine.step()
+                found.append(engine.hypergradient("top")["weight"])
+            torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+
+    with pytest.warns(UserWarning, match="'low': its steps are compiled one by one from now on") as told:
+        rounds()
+    assert len([warning for warning in told if "one by one" in str(warning.message)]) == 1
+    assert not compiled._evaluator._compiler.refused
+
+
+class Noised(mlo.Problem):
+    def loss(self, batch, top):
+        return (self(batch) - torch.rand(()) * top(batch)).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:problem '(low|top)' runs without compilation. no backward")
+@pytest.mark.parametrize("several", [False, True])
+def test_code_that_fails_after_it_has_drawn_gives_its_random_numbers_back(several, monkeypatch):
+    """Its forward runs, its backward cannot be compiled: single steps, or several as one, are then taken without."""
+
+    def fail(*_: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("no backward")
+
+    plain, compiled = engines(lambda: two_levels(Noised, steps=5), "unrolled")
+    found: list[Tensor] = []
+    if not several:
+        monkeypatch.setattr(compiling, "_compile_backward", fail)
+    for engine in (plain, compiled):
+        torch.manual_seed(3)
+        engine.step()
+    torch.testing.assert_close(compiled.losses, plain.losses)
+    monkeypatch.setattr(compiling, "_compile_backward", fail)
+    for engine in (plain, compiled):
+        torch.manual_seed(4)
+        found.append(engine.hypergradient("top")["weight"])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+    compiler = compiled._evaluator._compiler
+    assert [key[:2] for key in compiler._failed] == ([("low", compiling.STEPS)] if several else [])
+    assert "low" in compiler.refused
+
+
+def test_steps_with_large_graphs_are_compiled_one_by_one(monkeypatch):
+    monkeypatch.setattr("mlo.steps.evaluation.SMALL_GRAPH", 8)
+    _, compiled = engines(lambda: two_levels(Held, steps=5), "unrolled")
+    for _ in range(3):
+        compiled.step()
+        compiled.hypergradient("top")
+    assert {key[1] for key in compiled._evaluator._compiler._ran if key[0] == "low"} == {("low",)}
+
+
+@pytest.mark.kernels
+def test_compiled_kernels_of_several_steps_give_the_same():
+    plain, compiled = engines(lambda: two_levels(Held, steps=5, momentum=0.9), "unrolled")
+    same_in_each_round(plain, compiled)
+    assert ("low", compiling.STEPS) in {key[:2] for key in compiled._evaluator._compiler._ran}
+
+
+def with_graphs_of_one_memory(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Compile as for a card, CUDA graphs played by functions that write into one memory; what was compiled, and how."""
+    compile_really, seen = torch.compile, []
+
+    def compile(function, *, options, **others):
+        plain = compile_really(function, **others)
+        seen.append((function.__qualname__, bool(options.get("triton.cudagraphs"))))
+        memory: dict[object, list[object]] = {}
+
+        def replay(*arguments: object) -> object:
+            found, structure = tree_flatten(plain(*arguments))
+            held = memory.setdefault(structure, [f.clone() if isinstance(f, Tensor) else f for f in found])
+            for place, new in zip(held, found, strict=True):
+                if isinstance(place, Tensor):
+                    place.copy_(new)
+            return tree_unflatten(held, structure)
+
+        return replay if seen[-1][1] else plain
+
+    monkeypatch.setitem(compiling._OPTIONS, "options", {})
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr("mlo.training.engine.Compiler", lambda device: compiling.Compiler(torch.device("cuda")))
+    return seen
+
+
+@pytest.mark.parametrize("estimator", ["darts", {"kind": "unrolled", "graph_memory": 0.0}], ids=str)
+def test_what_a_cuda_graph_gives_outlives_its_next_replay(monkeypatch, estimator):
+    seen = with_graphs_of_one_memory(monkeypatch)
+    plain, compiled = engines(lambda: noisy_lbt(student={"steps": 2}), estimator)
+    assert_same(plain, compiled, rounds=2)
+    kept: list[list[object]] = [[], []]
+    for _ in range(3):
+        for found, engine in zip(kept, (plain, compiled), strict=True):
+            torch.manual_seed(5)
+            found += [engine.hypergradient("arch")["weights"], dict(engine.losses)]
+            engine.step()
+    torch.testing.assert_close(*kept, rtol=1e-9, atol=1e-13)
+    assert any(captured for _, captured in seen)
+    assert estimator == "darts" or not all(captured for _, captured in seen), "a graph is left behind there"
+
+
+def test_several_steps_as_one_leave_a_graph_and_are_not_captured(monkeypatch):
+    seen = with_graphs_of_one_memory(monkeypatch)
+    same_in_each_round(*engines(lambda: two_levels(Held, steps=5, momentum=0.9), "unrolled"))
+    assert ("segment_function.<locals>.run", False) in seen
+
+
+@pytest.mark.kernels
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("estimator", ["darts", "one_step", {"kind": "unrolled", "graph_memory": 0.0}], ids=str)
+def test_on_a_card_passes_are_replayed(estimator):
+    torch._dynamo.utils.counters.clear()
+    plain = mlo.Engine(noisy_lbt(student={"steps": 2}), estimator, device="cuda")
+    compiled = mlo.Engine(noisy_lbt(student={"steps": 2}), estimator, compile=True, device="cuda")
+    assert_same(plain, compiled, rounds=5)
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+class Between(mlo.Problem):
+    def loss(self, batch, one, two):
+        return (self(batch) - one(batch) * two(batch)).square().mean()
+
+
+def test_two_tops_over_one_low_problem_each_have_their_code():
+    def stack() -> list[mlo.Problem]:
+        torch.manual_seed(0)
+        made, data = [], [torch.randn(4, 3)]
+        for cls, name in ((Between, "low"), (Top, "one"), (Top, "two")):
+            module = nn.Linear(3, 2)
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+            made.append(cls(name, module=module, optimizer=optimizer, data=data, steps=2))
+        return made
+
+    plain, compiled = engines(stack, {"kind": "unrolled", "graph_memory": 0.0})
+    for _ in range(3):
+        for name in ("one", "two"):
+            found = [engine.hypergradient(name)["weight"] for engine in (plain, compiled)]
+            torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)
+        plain.step()
+        compiled.step()
+
+
+@pytest.mark.parametrize(
+    ("autocast", "in_products"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)]
+)
+def test_autocast_is_that_of_the_moment_in_steps_and_in_products(autocast, in_products):
+    """Compiled or not, the same roundings; other ones where a pass is in another precision."""
+    torch.set_default_dtype(torch.float32)  # autocast leaves double precision alone
+    options = {"kind": "unrolled", "graph_memory": 0.0, "product": {"kind": "exact", "autocast": in_products}}
+    plain, compiled = engines(lambda: two_levels(Held, steps=2), options)
+    for dtype in (None, None, autocast, None, autocast, autocast):
+        found = []
+        for engine in (plain, compiled):
+            engine.problems["low"].autocast = dtype
+            found.append(engine.hypergradient("top")["weight"])
+            engine.step()
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(compiled.losses, plain.losses, rtol=1e-5, atol=1e-7)
+    assert {key[-1] for key in compiled._evaluator._compiler._ran if key[0] == "low"} == {None, autocast}
+
+
+@pytest.mark.parametrize(
+    "estimator", ["one_step", {"kind": "unrolled", "graph_memory": 0.0}, {"kind": "cg", "damping": 1.0}], ids=str
+)
+@pytest.mark.parametrize("module", [Attention, lambda: parametrizations.weight_norm(nn.Linear(3, 2))])
+def test_attention_and_weight_norm_are_differentiated_twice(module, estimator):
+    plain, compiled = engines(lambda: two_levels(Held, steps=2, module=module), estimator)
+    for _ in range(3):
+        found = [engine.hypergradient("top")["weight"] for engine in (plain, compiled)]
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)
+        for engine in (plain, compiled):
+            engine.step()
+    assert compiled._evaluator._compiler._ran
+    assert not compiled._evaluator._compiler.refused
+
+
+def test_the_inner_path_counts():
+    """Gradients that run through lower steps are not compiled; those without are, and all the numbers are the same."""
+    made = Smooth.make(NESTED_WITH_INNER_PATH, settled=False)
+    plain, compiled = engines(lambda: made.problems(steps=2), "unrolled", inner_path=True)
+    for _ in range(3):
+        found = [engine.hypergradient("top")["value"] for engine in (plain, compiled)]
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)
+        for engine in (plain, compiled):
+            engine.step()
+    ran = {key[0] for key in compiled._evaluator._compiler._ran}
+    assert ran
+    assert not compiled._evaluator._compiler.refused

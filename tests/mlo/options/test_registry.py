@@ -1,0 +1,64 @@
+"""Names found through entry points, and what is said of those that are not."""
+
+import re
+
+import pytest
+
+from mlo.errors import ConfigError
+from mlo.options import registry
+
+GROUP = "mlo.problems"
+
+
+def test_a_registered_object_is_found_by_its_name(register):
+    register("apples", "class Apple: pass", {GROUP: {"apple": "apples:Apple"}})
+    assert "apple" in registry.entries(GROUP)
+    assert registry.load(GROUP, "apple").__name__ == "Apple"
+
+
+def test_entries_come_in_order_of_names_and_import_nothing(register):
+    register("raises", "raise RuntimeError('imported')", {"some.group": {"b": "raises:B", "a": "raises:A"}})
+    assert list(registry.entries("some.group")) == ["a", "b"]
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_and_all(register):
+    register("pears", "Pear = Plum = int", {"some.group": {"pear": "pears:Pear", "plum": "pears:Plum"}})
+    with pytest.raises(ConfigError, match=r"'paer' is not known among some.group; did you mean pear\? .*: pear, plum"):
+        registry.load("some.group", "paer")
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "told"),
+    [
+        (registry.ESTIMATORS, "central", "among mlo.products (--hypergradient.product central); there are: cg,"),
+        (registry.PROBLEMS, "table2", "among mlo.experiments (mlo reproduce table2); there are: evaluate, lbt"),
+    ],
+)
+def test_a_name_of_another_group_is_told_with_the_way_to_write_it(group, name, told):
+    with pytest.raises(ConfigError, match=re.escape(f"{name!r} is not known among {group}, but {told}")):
+        registry.load(group, name)
+
+
+def test_an_empty_group_says_that_nothing_is_there():
+    with pytest.raises(ConfigError, match="nothing is registered there; is the package installed"):
+        registry.load("no.such.group", "x")
+
+
+@pytest.mark.parametrize("source", ["raise ValueError('half installed')", "import no_such_module", "x = 1"])
+def test_what_cannot_be_loaded_is_an_error_that_names_the_package(register, source):
+    register("broken", source, {GROUP: {"broken": "broken:Job"}})
+    with pytest.raises(ConfigError, match=r"'broken' is registered in mlo.problems as broken:Job, .* reinstall"):
+        registry.load(GROUP, "broken")
+
+
+def test_two_packages_with_one_name_are_told_apart_by_neither(register):
+    register("first", "Job = int", {GROUP: {"twice": "first:Job"}})
+    register("second", "Job = str", {GROUP: {"twice": "second:Job"}})
+    with pytest.raises(ConfigError, match="for first:Job and for second:Job; uninstall"):
+        registry.load(GROUP, "twice")
+
+
+def test_a_package_seen_twice_on_the_path_is_one(register, monkeypatch):
+    site = register("once", "Job = int", {GROUP: {"once": "once:Job"}})
+    monkeypatch.syspath_prepend(f"{site}/../{site.name}")
+    assert registry.load(GROUP, "once") is int

@@ -1,0 +1,221 @@
+"""The main job as a user runs it: whole, on real digits, stopped by force and resumed, and with wrong options."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlo.training import checkpoint
+from problems.nas import Genotype
+
+SMALL = [
+    "--steps=6",
+    "--log-every=1",
+    "--checkpoint-every=2",
+    "--search.channels=1",
+    "--search.cells=3",
+    "--search.batch-size=16",
+    "--evaluation.steps=6",
+    "--evaluation.channels=2",
+    "--evaluation.cells=1",
+    "--data.train-size=40",
+    "--data.validation-size=40",
+    "--data.unlabeled-size=40",
+]
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "mlo", *map(str, words)]
+
+
+def final_states(run: Path) -> dict[str, dict]:
+    return {stage.name: checkpoint.load(max(stage.glob("step-*.pt"))) for stage in sorted((run / "stages").iterdir())}
+
+
+def assert_identical(one: object, other: object) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_identical(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        for mine, others in zip(one, other, strict=True):
+            assert_identical(mine, others)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "unbroken"
+    done = subprocess.run(
+        command("run", "lbt", *SMALL, "--output", run), capture_output=True, text=True, timeout=250, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_a_run_leaves_everything_that_shows_it(unbroken):
+    for name in ("genotype.json", "genotype-plain.json"):
+        Genotype.load(unbroken / name)
+    for method in ("lbt", "plain"):
+        result = json.loads((unbroken / "stages" / f"train-{method}" / "result.json").read_text())
+        assert 0 <= result["test_error"] <= 100
+        assert result["parameters"] > 100
+        lines = (unbroken / "stages" / f"search-{method}" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        for title in (
+            "normal-cell",
+            "reduction-cell",
+            "losses-of-the-search",
+            "mean-weight-of-each-operation",
+            "skip-connections-and-entropy",
+        ):
+            assert (unbroken / "figures" / f"{method}-{title}.png").read_bytes().startswith(b"\x89PNG")
+    losses = json.loads(lines[-1])
+    assert losses["teacher/loss"] > 0
+    assert sum(v for k, v in losses.items() if k.startswith("arch/normal/") and "entropy" not in k) == pytest.approx(1)
+    page = (unbroken / "report.html").read_text()
+    assert page.count("<svg") == 12
+    assert re.findall(r'(?:src|href)="((?!#|genotype)[^"]*)', page) == [], "the page is self-contained"
+    assert "pseudo_weight: 1.0" in page
+
+
+@pytest.mark.parametrize("stage", ["search-lbt", "search-plain"])
+def test_a_killed_run_resumes_to_the_same_bits(unbroken, command_line, tmp_path, stage):
+    run = tmp_path / "killed"
+    process = subprocess.Popen(command("run", "lbt", *SMALL, "--output", run), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(run.glob(f"stages/{stage}/step-*2.pt")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "report.html").exists()
+    assert not (run / "stages" / stage / "result.json").exists()
+    code, _, err = command_line("resume", run)
+    assert code == 0, err
+    assert_identical(final_states(run), final_states(unbroken))
+    for path in ("genotype.json", *(f"stages/{s}/metrics.jsonl" for s in final_states(run))):
+        assert (run / path).read_text() == (unbroken / path).read_text()
+
+
+def test_another_seed_is_another_run(unbroken, command_line, tmp_path):
+    code, _, err = command_line("run", "lbt", *SMALL, "--seed", 1, "--methods", "[lbt]", "--output", tmp_path / "other")
+    assert code == 0, err
+    one, other = (final_states(r)["search-lbt"]["problems"]["arch"]["module"] for r in (unbroken, tmp_path / "other"))
+    assert not torch.equal(one["normal"], other["normal"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--hypergradient", "neumann", "--judged-by", "student"],
+        ["--hypergradient", '{"kind": "cg", "damping": 1.0}', "--student-learns-from", "pseudo_labels"],
+        ["--hypergradient", "first_order", "--lookahead", "true"],
+        [
+            "--hypergradient",
+            "one_step",
+            "--pseudo-label-path",
+            "paper",
+            "--methods",
+            "[random, best_of_random, lbt]",
+            "--draws",
+            "2",
+        ],
+        ["--search.space", "p_darts", "--search.cells", "[3, 4, 3]", "--search.skip-dropout", "0.3"],
+        ["--search.space", "pc_darts", "--search.channels", "4", "--search.warmup", "1"],
+        ["--teacher-hypergradient", "first_order", "--search.operations", "[noise, skip_connect, sep_conv_3x3]"],
+        ["--student", "small_wide", "--search.augmentation.crop", "1"],
+    ],
+    ids=lambda words: words[1],
+)
+def test_options_reach_the_search(command_line, tmp_path, options):
+    words = (*SMALL, "--methods", "[lbt]", "--steps", 2, "--evaluation.steps", 2, *options)
+    code, _, err = command_line("run", "lbt", *words, "--output", tmp_path / "r")
+    assert code == 0, err
+    assert (tmp_path / "r" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--data.source", "digit"], "data.source: 'digit' is not there; did you mean digits"),
+        (["--data.unlabeled-size", 1700], "but digits has 1797 images"),
+        (["--data.train-size", 5], "train_size=5 is less than one image for each of the 10 classes"),
+        (["--hypergradent", "cg"], "did you mean hypergradient?"),
+        (["--steps", "many"], "steps"),
+        (["--student", "resnet19", "--methods", "[plain, lbt]"], "resnet18"),
+        (["--search.space", "pdarts"], "did you mean p_darts?"),
+        (["--search.cells", "[1, 2]"], "cells has 2 entries, but the search has 1 stage;"),
+        (["--evaluation.auxiliary"], "the head needs images of 32x32, and these are 8 high"),
+        (["--methods", "[lbt, dart]"], "dart"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_told_and_leave_nothing(command_line, tmp_path, options, told):
+    code, out, err = command_line("run", "lbt", *options, "--output", tmp_path / "r")
+    assert code in (1, 2)
+    assert told in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_sweep_tells_what_is_not_there_before_anything_runs(command_line, tmp_path):
+    grid = ["--grid.student", "[smal, small]", "--grid.data.source", "[digits, digit]", "--seeds", 2]
+    code, out, err = command_line("sweep", "lbt", *grid, "--output", tmp_path / "s")
+    assert (code, out) == (2, "")
+    assert "s/student=smal,data.source=digits,seed=0: 'smal' is not known as a student; did you mean small?" in err
+    assert "s/student=smal,data.source=digit,seed=0 (and 1 more): data.source: 'digit' is not there" in err
+    assert not (tmp_path / "s").exists()
+
+
+def test_images_of_ones_own_from_an_npz_file(command_line, tmp_path):
+    draw = np.random.default_rng(0)
+    arrays = {
+        f"{part}_{what}": draw.integers(0, 256, (120, 8, 8, 3), dtype=np.uint8)
+        if what == "images"
+        else np.arange(120) % 10
+        for part in ("train", "test")
+        for what in ("images", "labels")
+    }
+    np.savez(tmp_path / "mine.npz", **arrays)
+    own = ["--data.source", tmp_path / "mine.npz", "--methods", "[lbt]", "--steps", 2]
+    code, _, err = command_line("run", "lbt", *SMALL, *own, "--output", tmp_path / "r")
+    assert code == 0, err
+    del arrays["test_labels"]
+    np.savez(tmp_path / "cut.npz", **arrays)
+    _, _, err = command_line("run", "lbt", *SMALL, "--data.source", tmp_path / "cut.npz", "--output", tmp_path / "s")
+    assert "cut.npz has no test_labels" in err
+
+
+def test_the_graphs_are_those_of_the_methods_that_would_run(command_line):
+    lbt = [
+        "search-lbt:",
+        "level 3  arch  reads teacher (best response), student (best response)",
+        "level 2  student  reads teacher (best response), arch (input)",
+        "level 1  teacher  reads arch (input)",
+        "",
+    ]
+    plain = [
+        "search-plain:",
+        "level 2  arch  reads teacher (best response)",
+        "level 1  teacher  reads arch (input)",
+        "",
+    ]
+    assert command_line("graph", "lbt", "--methods", "[plain]")[1].splitlines()[:4] == plain
+    both = command_line("graph", "lbt")[1].splitlines()
+    assert both == [*lbt, "train-lbt, train-plain:", "level 1  network  reads nothing", "", *plain[:-1]]
