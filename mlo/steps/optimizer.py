@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,15 @@ from torch.optim import SGD, Optimizer
 from mlo.errors import ConfigError
 from mlo.levels.problem import Problem
 from mlo.ops.vectors import Vector, filled
-from mlo.steps import sgd
+from mlo.steps import adaptive, sgd
+from mlo.steps.adaptive import Formula, Group, formula_of
+from mlo.steps.clipping import clip, transpose_clip
 
 Tensors = Mapping[str, Tensor]
+Slots = Mapping[str, Mapping[str, Tensor]]
+NamedCotangents = tuple[
+    dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]
+]  # of gradients, variables, slots
 COUNTERS = frozenset(("step", "mu_product", "eta", "mu"))  # scalars in a state that only the number of steps moves
 
 
@@ -62,7 +68,7 @@ def virtual_step(
 ) -> tuple[dict[str, Tensor], OptimizerState]:
     """The optimizer's step from ``parameters`` and ``at``, without touching either; returns what it leads to."""
     with torch.no_grad():
-        moved, after = _step(problem, parameters, clip(problem, gradients), at, differentiable=False)
+        moved, after = _step(problem, parameters, clip(gradients, problem.clip_norm_now), at, differentiable=False)
     return {n: p.detach().requires_grad_() for n, p in moved.items()}, after
 
 
@@ -71,7 +77,7 @@ def differentiable_step(
 ) -> tuple[dict[str, Tensor], OptimizerState]:
     """Like :func:`virtual_step`, with the graph of all that it is given."""
     with torch.enable_grad():
-        return _step(problem, parameters, clip(problem, gradients), at, differentiable=True)
+        return _step(problem, parameters, clip(gradients, problem.clip_norm_now), at, differentiable=True)
 
 
 def _step(
@@ -85,6 +91,9 @@ def _step(
     if sgd.applies(problem, at.groups):
         moved, slots = sgd.step(sgd.hyperparameters(problem, at.groups), parameters, gradients, at.slots)
         return moved, OptimizerState(at.groups, slots)
+    formula = formula_of(problem.optimizer, at.groups)
+    if formula is not None:
+        return _formula_step(problem, formula, parameters, gradients, at)
     moved = {name: parameters[name].clone() for name in problem.variables}
     shadow = _shadow(problem, moved, gradients, at, differentiable=differentiable)
     default = torch.get_default_dtype()
@@ -95,6 +104,84 @@ def _step(
         torch.set_default_dtype(default)
     slots = {name: dict(shadow.state[tensor]) for name, tensor in moved.items() if tensor in shadow.state}
     return moved, OptimizerState(at.groups, slots)
+
+
+def _formula_step(
+    problem: Problem, formula: Formula, parameters: Tensors, gradients: Mapping[str, Tensor | None], at: OptimizerState
+) -> tuple[dict[str, Tensor], OptimizerState]:
+    moved = {name: parameters[name] for name in problem.variables}
+    slots = dict(at.slots)
+    for part in _parts(problem, formula, parameters, gradients, at):
+        stepped, state = adaptive.step(formula, part.group, part.counts, part.parameters, part.gradients, part.state)
+        moved.update(zip(part.names, stepped, strict=True))
+        counters = {count: torch.tensor(count, dtype=_counter_dtype()) for count in set(part.counts)}
+        for index, (name, count) in enumerate(zip(part.names, part.counts, strict=True)):
+            slots[name] = {"step": counters[count], **{key: tensors[index] for key, tensors in state.items()}}
+    return {n: p.clone() if p is parameters[n] else p for n, p in moved.items()}, OptimizerState(at.groups, slots)
+
+
+def _formula_pull(
+    problem: Problem,
+    formula: Formula,
+    parameters: Tensors,
+    gradients: Mapping[str, Tensor | None],
+    at: OptimizerState,
+    cotangent: Tensors,
+    slots: Mapping[str, Mapping[str, Tensor]],
+) -> NamedCotangents:
+    """Cotangents of gradients, parameters and slots before a step, from those of parameters and slots after it."""
+    to_gradients = {name: torch.zeros_like(c) for name, c in cotangent.items() if gradients[name] is None}
+    to_parameters, to_slots = dict(cotangent), {name: dict(slot) for name, slot in slots.items()}
+    for part in _parts(problem, formula, parameters, gradients, at):
+        after = {
+            key: [slots[n][key] if key in slots.get(n, {}) else torch.zeros_like(cotangent[n]) for n in part.names]
+            for key in part.state
+            if any(key in slots.get(name, {}) for name in part.names)
+        }
+        given = [cotangent[name] for name in part.names]
+        found, before, state = adaptive.transpose(
+            formula, part.group, part.counts, part.parameters, part.gradients, part.state, given, after
+        )
+        to_gradients.update(zip(part.names, found, strict=True))
+        to_parameters.update(zip(part.names, before, strict=True))
+        for index, name in enumerate(part.names):  # before the first step the state is zero, whatever came before
+            to_slots[name] = {key: tensors[index] for key, tensors in state.items() if name in at.slots}
+    return to_gradients, to_parameters, to_slots
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The variables of one parameter group that have a gradient, with the number of steps after this one."""
+
+    group: Group
+    names: list[str]
+    counts: list[float]
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    state: dict[str, list[Tensor]]
+
+
+def _parts(
+    problem: Problem, formula: Formula, parameters: Tensors, gradients: Mapping[str, Tensor | None], at: OptimizerState
+) -> Iterator[_Part]:
+    numbers = sgd.group_numbers(problem)
+    for number, group in enumerate(at.groups):
+        found = {n: g for n, g in gradients.items() if g is not None and numbers[n] == number}
+        if not found:
+            continue
+        names = list(found)
+        state = {
+            key: [at.slots[n][key] if n in at.slots else torch.zeros_like(parameters[n]) for n in names]
+            for key in formula.begin(group)
+        }
+        counters = {id(c): c for n in names if (c := at.slots.get(n, {}).get("step")) is not None}
+        values = dict(zip(counters, torch.stack([*counters.values()]).tolist(), strict=True)) if counters else {}
+        counts = [1.0 + values.get(id(at.slots.get(n, {}).get("step")), 0.0) for n in names]
+        yield _Part(group, names, counts, [parameters[n] for n in names], list(found.values()), state)
+
+
+def _counter_dtype() -> torch.dtype:
+    return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -111,6 +198,7 @@ def is_linear(problem: Problem) -> bool:
     return problem.clip_norm_now is None and sgd.applies(problem, problem.optimizer.param_groups)
 
 
+@torch.no_grad()
 def pull_through_step(
     problem: Problem,
     parameters: Tensors,
@@ -132,44 +220,54 @@ def pull_through_step(
             parameters and state before the step held fixed, and theirs are not to be used.
     """
     names = list(problem.variables)
-    if is_linear(problem):
-        if slots is None:
-            scales = sgd.scales(problem, at.groups, [n for n, g in gradients.items() if g is None], at.slots)
-            return StepCotangents(tuple(c * scale for c, scale in zip(cotangent, scales, strict=True)), (), {})
-        named = dict(zip(names, cotangent, strict=True))
-        of_gradient, of_parameters, of_slots = sgd.pull(problem, at.groups, gradients, at.slots, named, slots)
-        return StepCotangents(tuple(of_gradient.values()), tuple(of_parameters.values()), of_slots)
+    plain_sgd = sgd.applies(problem, at.groups)
+    if plain_sgd and slots is None and problem.clip_norm_now is None:
+        scales = sgd.scales(problem, at.groups, [n for n, g in gradients.items() if g is None], at.slots)
+        return StepCotangents(tuple(c * scale for c, scale in zip(cotangent, scales, strict=True)), (), {})
+    clipped, named = clip(gradients, problem.clip_norm_now), dict(zip(names, cotangent, strict=True))
+    if plain_sgd:
+        found = sgd.pull(problem, at.groups, clipped, at.slots, named, slots or {})
+    elif formula := formula_of(problem.optimizer, at.groups):
+        found = _formula_pull(problem, formula, parameters, clipped, at, named, slots or {})
+    else:
+        found = _general_pull(problem, parameters, clipped, at, named, slots)
+    to_gradients = transpose_clip(gradients, problem.clip_norm_now, found[0])
+    onto = tuple(to_gradients[name] for name in names)
+    return StepCotangents(onto, () if slots is None else tuple(found[1][name] for name in names), found[2])
+
+
+def _general_pull(
+    problem: Problem,
+    parameters: Tensors,
+    gradients: Mapping[str, Tensor | None],
+    at: OptimizerState,
+    cotangent: Tensors,
+    slots: Slots | None,
+) -> NamedCotangents:
+    """By running the optimizer's own step with a graph; without ``slots``, for the gradients alone."""
     leaves = {n: None if g is None else off_zero(g.detach()).requires_grad_() for n, g in gradients.items()}
     held = slots is None
-    start = {n: parameters[n].detach().requires_grad_(not held) for n in names}
+    start = {n: parameters[n].detach().requires_grad_(not held) for n in cotangent}
     state = OptimizerState(at.groups, {n: {k: _leaf(k, v, held) for k, v in s.items()} for n, s in at.slots.items()})
-    moved, after = differentiable_step(problem, start, leaves, state)
-    pairs = list(zip(moved.values(), cotangent, strict=True))
+    with torch.enable_grad():
+        moved, after = _step(problem, start, leaves, state, differentiable=True)
+    pairs = [(moved[n], c) for n, c in cotangent.items()]
     pairs += [(after.slots[n][k], c) for n, s in (slots or {}).items() for k, c in s.items()]
     stepped, given = zip(*((o, c) for o, c in pairs if o.requires_grad), strict=True)
     keys = [(n, k) for n, s in state.slots.items() for k, v in s.items() if isinstance(v, Tensor) and v.requires_grad]
     inputs = [leaf for leaf in leaves.values() if leaf is not None]
     others = [] if held else [*start.values(), *(state.slots[n][k] for n, k in keys)]
     found = iter(torch.autograd.grad(stepped, [*inputs, *others], given, allow_unused=True))
-    gradient = filled((None if leaves[n] is None else next(found) for n in names), cotangent)
-    if held:
-        return StepCotangents(gradient, (), {})
-    before = filled((next(found) for _ in names), cotangent)
-    pulled: dict[str, dict[str, Tensor]] = {}
+    like = tuple(cotangent.values())
+    to_gradients = dict(
+        zip(cotangent, filled((None if leaves[n] is None else next(found) for n in cotangent), like), strict=True)
+    )
+    to_parameters = {} if held else dict(zip(cotangent, filled((next(found) for _ in cotangent), like), strict=True))
+    to_slots: dict[str, dict[str, Tensor]] = {}
     for (name, key), value in zip(keys, found, strict=True):
         if value is not None:
-            pulled.setdefault(name, {})[key] = value
-    return StepCotangents(gradient, before, pulled)
-
-
-def clip(problem: Problem, gradients: Mapping[str, Tensor | None]) -> Mapping[str, Tensor | None]:
-    """The gradients, scaled down together so that their norm is at most the problem's ``clip_norm_now``."""
-    present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
-    if problem.clip_norm_now is None or not present:
-        return gradients
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in present.values()]))
-    scale = (problem.clip_norm_now / (norm + 1e-6)).clamp(max=1.0)
-    return {**gradients, **{name: gradient * scale for name, gradient in present.items()}}
+            to_slots.setdefault(name, {})[key] = value
+    return to_gradients, to_parameters, to_slots
 
 
 def check_differentiable(problem: Problem) -> None:

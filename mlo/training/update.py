@@ -13,7 +13,7 @@ from mlo.errors import NonFiniteLossError
 from mlo.levels.problem import Problem
 from mlo.ops import distributed
 from mlo.ops.vectors import norm
-from mlo.steps.optimizer import clip
+from mlo.steps.clipping import clip
 
 ROUNDS_BEHIND = 2  # that several processes look back: by then a card has mostly sent what it was asked
 
@@ -104,7 +104,7 @@ class _Sent:
 
 
 def _take_step(problem: Problem, gradients: Mapping[str, Tensor | None], buffers: Mapping[str, Tensor]) -> None:
-    for name, gradient in clip(problem, gradients).items():
+    for name, gradient in clip(gradients, problem.clip_norm_now).items():
         problem.variables[name].grad = gradient
     problem.optimizer.step()
     for parameter in problem.variables.values():
