@@ -51,6 +51,15 @@ def optimizer_state(problem: Problem, copies: bool = True) -> OptimizerState:
     return OptimizerState(groups, slots)
 
 
+def without_values(state: OptimizerState) -> OptimizerState:
+    """The same hyperparameters, and for each slot an empty tensor: which there are, but not what they hold."""
+    slots = {
+        name: {key: value.new_empty(0) if isinstance(value, Tensor) else value for key, value in slot.items()}
+        for name, slot in state.slots.items()
+    }
+    return OptimizerState(state.groups, slots)
+
+
 def moved_optimizer_state(at: OptimizerState, device: torch.device | None) -> OptimizerState:
     """A copy on another device; counters stay where they are."""
     slots = {

@@ -120,7 +120,9 @@ def _backwards(steps: Sequence[Step]) -> Iterator[Step]:
         for step in reversed(segment):
             yield step
             if step is not segment[0]:
+                assert step.record.optimizer_state is not None
                 step.record.before = None
+                step.record.optimizer_state = OptimizerState(step.record.optimizer_state.groups, {})
             if len(steps) > 1:  # one step's may serve another upper problem too; of many, memory counts
                 step.record.read_cache = step.record.base = step.record.graph = None
         record.before, record.optimizer_state = kept
