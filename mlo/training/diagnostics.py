@@ -135,7 +135,8 @@ class Diagnosis:
 def diagnose(engine: Engine, name: str | None = None, estimators: Sequence[object] | None = None) -> Diagnosis:
     """Each estimator's hypergradient at the present state beside the exact one, and what it costs.
 
-    The exact one is the derivative through all next steps of the lower problems, by double backward, in float64.
+    The exact one is the derivative through all next steps of the lower problems, by double backward, in float64. It
+    includes the inner paths of nested levels, whether or not the engine does.
 
     Args:
         engine: at any state; nothing of it changes.
@@ -143,7 +144,7 @@ def diagnose(engine: Engine, name: str | None = None, estimators: Sequence[objec
         estimators: names or options; None: every registered one with its defaults.
     """
     top = _top(engine, name)
-    with _every(engine, EXACT) as exactly:
+    with _every(engine, EXACT, inner_path=True) as exactly:
         exact = tuple(exactly.hypergradient(top, torch.float64).values())
     if isinstance(estimators, str):
         estimators = [estimators]
@@ -226,7 +227,7 @@ class _PeakMemory(TorchDispatchMode):
 
 
 @contextmanager
-def _every(engine: Engine, option: object) -> Iterator[Engine]:
+def _every(engine: Engine, option: object, inner_path: bool | None = None) -> Iterator[Engine]:
     """An engine over the same problems that differentiates through all of them by one estimator."""
     problems = list(engine.problems.values())
     own = [problem.hypergradient for problem in problems]
@@ -235,7 +236,8 @@ def _every(engine: Engine, option: object) -> Iterator[Engine]:
             problem.hypergradient = None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="the gradient of .* itself runs through")  # told of the engine
-            yield Engine(problems, option, inner_path=engine.inner_path, device=engine.device)
+            inner = engine.inner_path if inner_path is None else inner_path
+            yield Engine(problems, option, inner_path=inner, device=engine.device)
     finally:
         for problem, hypergradient in zip(problems, own, strict=True):
             problem.hypergradient = hypergradient

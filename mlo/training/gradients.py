@@ -86,8 +86,8 @@ class Gradient:
 
         Where the gradient itself is not kept, the loss gives it again.
         """
-        readers = [problem, *(records[0].problem for records in self.inner.values())]
-        names = {read for reader in readers for read in reader.node.reads} - {problem.name, *self.inner}
+        deeper = [read for records in self.inner.values() for read in records[0].reads]
+        names = {*problem.node.reads, *deeper} - {problem.name, *self.inner}
         return Record(
             problem,
             before,

@@ -81,11 +81,10 @@ class Plan:
                     "same lower steps, whose path cannot then be part of each; let it take 1"
                 )
             for low in lows:
-                if not self.estimators[low].needs_before or low in self.inner:
-                    kind = "is nested itself" if low in self.inner else "is not differentiated by its steps"
+                if not self.estimators[low].needs_before:
                     raise ConfigError(
-                        f"inner_path: {low!r}, below {middle!r}, {kind}; give it hypergradient='one_step' or "
-                        "'unrolled', or leave the inner path out"
+                        f"inner_path: {low!r}, below {middle!r}, is not differentiated by its steps; give it "
+                        "hypergradient='one_step' or 'unrolled', or leave the inner path out"
                     )
 
     def targets(self, lower: str, uppers: Collection[str]) -> tuple[str, ...]:
