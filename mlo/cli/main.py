@@ -242,7 +242,7 @@ def list_all() -> None:
 
 def _told(group: str, name: str) -> str:
     try:
-        return registry.summary(registry.load(group, name))
+        return registry.summary_of(group, name)
     except ConfigError as error:
         return f"(broken: {error})"
 
