@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -30,9 +30,14 @@ class Job(Config):
     Attributes:
         data_parallel: whether `torchrun -m mlo run NAME` may run it. Its engine then gives each process its share of
             every batch (`mlo.distributed.share`), and :meth:`run` writes and prints in the first one alone (`on_main`).
+        main_options: {heading: names of options} that `--help` shows; `--help-all` shows all. Without it, `--help`
+            shows the options that the class itself declares.
+        examples: command lines that `--help` shows, such as `mlo run NAME --steps 100`.
     """
 
     data_parallel: ClassVar[bool] = False
+    main_options: ClassVar[Mapping[str, Sequence[str]]] = {}
+    examples: ClassVar[Sequence[str]] = ()
 
     seed: int = Field(0, ge=0, description="where all randomness starts: the same seed gives the same run")
     device: str = Field(

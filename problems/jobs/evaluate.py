@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,19 @@ class EvaluateJob(Job):
     """The evaluation phase: an architecture's network trained from scratch and tested once, after its last step."""
 
     data_parallel: ClassVar[bool] = True
+    main_options: ClassVar[Mapping[str, Sequence[str]]] = {
+        "What is trained": ("genotype", "training.cells", "training.channels"),
+        "Images": ("data.source", "data.download"),
+        "Training": ("steps", "training.batch_size", "training.learning_rate", "training.images"),
+        "Run": ("seed", "device"),
+    }
+    examples: ClassVar[Sequence[str]] = (
+        "mlo run evaluate --genotype DARTS_V2",
+        "mlo run evaluate --genotype runs/MY_SEARCH/genotype.json --seed 1",
+        "mlo run evaluate --genotype PDARTS --data.source cifar10 --data.download --training.cells 20",
+        "mlo sweep evaluate --output runs/seeds --genotype DARTS_V2 --seeds 3",
+        "mlo graph evaluate --genotype DARTS_V2",
+    )
 
     steps: int = Field(300, ge=1, description="training steps")
     genotype: str = Field(

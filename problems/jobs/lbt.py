@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -31,6 +31,20 @@ STUDENT_TITLES = {"resnet18": "RN18", "resnet50": "RN50"}
 
 class LbtJob(Job):
     """Learning by Teaching: a teacher's architecture from how well it learns and teaches; beside it, plain DARTS."""
+
+    main_options: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Method": ("methods", "hypergradient", "student", "pseudo_weight", "student_weight"),
+        "Images": ("data.source", "data.download"),
+        "Search and final training": ("search.space", "search.cells", "steps", "evaluation.cells", "evaluation.steps"),
+        "Run": ("seed", "device"),
+    }
+    examples: ClassVar[Sequence[str]] = (
+        "mlo run lbt",
+        "mlo run lbt --methods '[lbt, random]' --student resnet18 --seed 1",
+        "mlo run lbt --data.source cifar10 --data.download --search.space pc_darts --steps 2000",
+        "mlo sweep lbt --output runs/weights --grid.student_weight '[0.5, 1, 2]' --seeds 3",
+        "mlo graph lbt --judged-by student",
+    )
 
     threads: int | None = Field(1, ge=1, description="CPU threads; null: torch's own choice. Small images want 1")
     steps: int = Field(60, ge=1, description="search rounds of a stage, each a step of every level")
@@ -82,6 +96,9 @@ class LbtJob(Job):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        twice = [method for method in self.methods if self.methods.count(method) > 1]
+        if twice:
+            raise ValueError(f"methods: {twice[0]} is given twice; give each method once")
         every = self.search.eigenvalue_every
         if every is not None and every % self.log_every:
             raise ValueError(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlo.cli.options import part_grid, read_grid
+from mlo.cli.options import read_grid, split_grid
 from mlo.errors import ConfigError
 from mlo.runs.run import Run
 from mlo.sweeps.grid import Planned, check, execute, grid, run_all
@@ -233,7 +233,7 @@ def test_the_values_of_a_grid_are_read_as_the_option_is(ridge, words, values):
 
 def test_grids_are_parted_from_other_options():
     words = ["--a", "1", "--grid.b", "[1, 2]", "--c", "--grid.d.e=[3]", "stray"]
-    assert part_grid(words) == (["--a", "1", "--c"], ["--b", "[1, 2]", "--d.e=[3]", "stray"])
+    assert split_grid(words) == (["--a", "1", "--c"], ["--b", "[1, 2]", "--d.e=[3]", "stray"])
 
 
 def test_all_faults_are_told_before_anything_runs(ridge, mlo):
@@ -301,10 +301,10 @@ def test_the_run_of_another_job_and_a_folder_planned_twice_are_refused(ridge, mo
         ([], "a sweep needs a folder for its runs: mlo sweep ridge --output DIR"),
         (["--output", "o", "--seed", "3"], "a sweep takes --seeds N"),
         (["--output", "o", "--grid.seed", "[1, 2]"], "a sweep takes --seeds N"),
-        (["--output", "o", "--grid.rate", "0.5"], '--grid.rate: "0.5" is no list of values; write --grid.rate'),
-        (["--output", "o", "--grid.rate"], "--grid.rate: has no values; write --grid.rate '[a, b]'"),
+        (["--output", "o", "--grid.rate", "0.5"], '--grid.rate: "0.5" is not a list of values; write --grid.rate'),
+        (["--output", "o", "--grid.rate"], "--grid.rate: has no value; write --grid.rate '[a, b]'"),
         (["--output", "o", "--grid.rate", "[1]", "--grid.rate", "[2]"], "--grid.rate: is given twice"),
-        (["--output", "o", "--grid.tags", "[a, b]"], "each value is a list itself; write --grid.tags '[[a], [a, b]]'"),
+        (["--output", "o", "--grid.tags", "[a, b]"], 'tags: "a" was given, but it should be [text, ...]'),
         (["--output", "o", "--grid.rat", "[1]"], "rat: unknown option; did you mean rate?"),
         (["--output", "o", "--one-core-each", "--workers", "5000"], "5000 workers, but"),
     ],
