@@ -113,7 +113,7 @@ def _class_docstring(entry: EntryPoint) -> str | None:
     spec, name = None, ""
     for part in entry.module.split("."):
         name = f"{name}.{part}".lstrip(".")
-        spec = PathFinder.find_spec(name, spec and spec.submodule_search_locations)
+        spec = PathFinder.find_spec(name, spec.submodule_search_locations if spec else None)
         if spec is None:
             return None
     source = Path(spec.origin if spec and spec.origin else "")

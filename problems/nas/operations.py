@@ -1,17 +1,12 @@
 """The candidate operations: those of the DARTS family, and one that is known to be bad, to test searches with."""
 
-import difflib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NONE = "none"
-"""The operation that contributes zero. It is a choice for the architecture, never a module."""
-
-NOISE = "noise"
-"""The operation that forgets its input: standard normal noise. Of no use to a network, and no part of `OPERATIONS`."""
+from problems.nas.operation_names import NOISE, explain_unknown
 
 
 class FactorizedReduce(nn.Module):
@@ -80,15 +75,6 @@ def make_operation(name: str, channels: int, stride: int, affine: bool) -> nn.Mo
     return _BUILDERS[name](channels, stride, affine)
 
 
-def explain_unknown(name: str) -> str:
-    """Say that `name` is no operation that can be built, with the nearest that is and all the others."""
-    valid = f"(valid: {', '.join(_BUILDERS)})"
-    if name == NONE:
-        return f"{NONE!r} stands for the absence of an edge, and cannot be chosen {valid}"
-    nearest = difflib.get_close_matches(name, _BUILDERS, n=1, cutoff=0.0)[0]
-    return f"{name!r} is not an operation; the nearest is {nearest!r} {valid}"
-
-
 def _depthwise(channels: int, kernel: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:
     padding = dilation * (kernel - 1) // 2
     return [
@@ -140,9 +126,3 @@ _BUILDERS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "dil_conv_5x5": _dilated(5),
     NOISE: _noise,
 }
-
-BUILDABLE: tuple[str, ...] = tuple(_BUILDERS)
-"""Every operation that has a module, by name: those that a genotype may hold, and a space beside "none"."""
-
-OPERATIONS: tuple[str, ...] = (NONE, *(name for name in BUILDABLE if name != NOISE))
-"""The eight operations of the DARTS search space, in its order."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
 
-from mlo.sweeps.experiment import Wanted
+from mlo import Wanted
 from problems.paper.experiment import FULL, SHRUNK, PaperExperiment
 from problems.paper.pages import Comparison, Seeds, column, comparison_table, markdown, seeds_table, spread, verdict
 from problems.paper.published import TRADE_OFFS

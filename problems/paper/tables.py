@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
 
-from mlo.sweeps.experiment import Wanted
+from mlo import Wanted
 from problems.paper import published
 from problems.paper.experiment import FULL, SHRUNK, PaperExperiment
 from problems.paper.pages import Comparison, Seeds, comparison_table, result_table, seeds_table, verdict

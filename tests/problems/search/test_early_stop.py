@@ -84,7 +84,7 @@ def test_a_round_is_looked_at_once(rising):
 
 
 def search(run: Run, before=lambda rounds: None) -> dict:
-    assert run.job._splits, "made once, before the stages, as in a run"
+    assert run.job.splits, "made once, before the stages, as in a run"
 
     def build():
         built = run.job.search_engine("plain")
