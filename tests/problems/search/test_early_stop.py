@@ -12,7 +12,7 @@ from problems.jobs.lbt import LbtJob
 from problems.jobs.report import eigenvalue_curve
 from problems.nas import architecture_loss, dominant_eigenvalue, stop_at
 from problems.search import early_stop
-from problems.search.early_stop import grown_sharp, sharpness
+from problems.search.early_stop import found_by, grown_sharp, sharpness
 
 FEW = ["avg_pool_3x3", "skip_connect", "max_pool_3x3"]  # cheap ones, to be fast
 RISING = [1.0] * 13 + [3.0] * 8  # the mean of 5 around 12 is 1.4, of 4 earlier 1.0
@@ -97,7 +97,7 @@ def search(run: Run, before=lambda rounds: None) -> dict:
         built.step = stepped
         return built
 
-    return run.stage("search", build, 30, lambda e: run.job._found("plain", e), grown_sharp)
+    return run.stage("search", build, 30, found_by, grown_sharp)
 
 
 def test_a_search_that_grew_sharp_ends_and_goes_back(rising, tmp_path):
