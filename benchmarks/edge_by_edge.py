@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from problems.nas.operations import NONE, make_operation
+from problems.nas.search_space import DARTS, ArchitectureLogits, CellKind, SearchSpace
 from problems.nas.skeleton import CellInputs, CellPlan, CifarStem, edge_stride, plan_cells, total
-from problems.nas.space import DARTS, ArchitectureLogits, CellKind, SearchSpace
 from problems.nas.supernet import Supernet
 
 Weights = tuple[Sequence[Sequence[Tensor]], Sequence[Tensor] | None]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import mlo
 from benchmarks.edge_by_edge import EdgeByEdge, load_edges
-from benchmarks.lbt_by_products import ByProducts
+from benchmarks.lbt_by_hand import ByProducts
 from benchmarks.measuring import SEARCH_SPACES, cpu_seconds, write_table
 from problems.lbt import ArchValidate, StudentTeach, TeacherTrain
 from problems.nas import Architecture, Supernet

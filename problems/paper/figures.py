@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from mlo.sweeps.experiment import Wanted
 from problems.paper.experiment import FULL, SHRUNK, PaperExperiment
 from problems.paper.pages import Comparison, Seeds, column, comparison_table, markdown, seeds_table, spread, verdict
-from problems.paper.published import TRADE_OFFS
+from problems.paper.reported_results import TRADE_OFFS
 from problems.paper.settings import Options, Setting, benefit_options
 
 

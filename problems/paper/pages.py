@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from mlo.reports.compare import paired
-from problems.paper.published import Reported, Row
+from problems.paper.reported_results import Reported, Row
 
 LEVEL = 0.05
 Measures = Mapping[str, Any]

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from matplotlib.figure import Figure
 
 from mlo.sweeps.experiment import Wanted
-from problems.paper import published
+from problems.paper import reported_results
 from problems.paper.experiment import FULL, SHRUNK, PaperExperiment
 from problems.paper.pages import Comparison, Seeds, comparison_table, result_table, seeds_table, verdict
-from problems.paper.published import Row
+from problems.paper.reported_results import Row
 from problems.paper.settings import Setting, imagenet_evaluation, together
 
 
@@ -57,19 +57,19 @@ class _Table(PaperExperiment):
 class Table2(_Table):
     """Table 2: every method with and without a student, on CIFAR-100."""
 
-    name, title, rows = "table2", "Table 2: CIFAR-100", published.TABLE2
+    name, title, rows = "table2", "Table 2: CIFAR-100", reported_results.TABLE2
 
 
 class Table3(_Table):
     """Table 3: every method with and without a student, on CIFAR-10."""
 
-    name, title, rows = "table3", "Table 3: CIFAR-10", published.TABLE3
+    name, title, rows = "table3", "Table 3: CIFAR-10", reported_results.TABLE3
 
 
 class Table4(_Table):
     """Table 4: architectures searched on CIFAR or ImageNet, evaluated on ImageNet."""
 
-    name, title, rows = "table4", "Table 4: ImageNet", published.TABLE4
+    name, title, rows = "table4", "Table 4: ImageNet", reported_results.TABLE4
     note = (
         "CIFAR-10 at 24x24 stands in for ImageNet at the laptop scale, and the networks are trained on 2,000 "
         "of its images. The cost is that of the search, which Tables 2 and 3 share."
@@ -129,12 +129,12 @@ class _Ablation(_Table):
 class Table5(_Ablation):
     """Table 5: judged by the student alone, or by the teacher too (first ablation)."""
 
-    name, title, rows = "table5", "Table 5: whose validation loss judges", published.TABLE5
+    name, title, rows = "table5", "Table 5: whose validation loss judges", reported_results.TABLE5
     note = "In the paper, the last row repeats the number of RN50 in Table 3 (2.61), where RN18 has 2.65."
 
 
 class Table6(_Ablation):
     """Table 6: the student learns from pseudo-labels alone, or from labels too (second ablation)."""
 
-    name, title, rows = "table6", "Table 6: what the student learns from", published.TABLE6
+    name, title, rows = "table6", "Table 6: what the student learns from", reported_results.TABLE6
     note = Table5.note

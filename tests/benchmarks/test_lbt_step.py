@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 import mlo
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks/ is not installed
-
 from benchmarks import lbt_step
-from benchmarks.lbt_by_products import ByProducts
+from benchmarks.lbt_by_hand import ByProducts
 
 EXACT = {"kind": "one_step", "product": "exact"}
 

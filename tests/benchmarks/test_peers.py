@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks/ is not installed
-
-from benchmarks.peers import report, where
+from benchmarks.peers import overhead, report
 from benchmarks.peers.catalogue import ESTIMATORS, REFERENCES, WORKLOADS, Case, cases
 from benchmarks.peers.libraries import build
 from benchmarks.peers.reference import flat, reference
@@ -31,7 +26,7 @@ def test_mlo_and_the_loop_by_hand_agree(workload: str, estimator: str) -> None:
 
 
 def test_the_pieces_of_the_unroll_can_be_timed() -> None:
-    found = {what.strip(): call() for what, call in where.pieces().items()}
+    found = {what.strip(): call() for what, call in overhead.pieces().items()}
     steps = "the steps, in one graph"
     torch.testing.assert_close(list(found[steps].end), found[f"by hand: {steps}"])
     torch.testing.assert_close(found["the walk back"][2], found["by hand: the walk back"])

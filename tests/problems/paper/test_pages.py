@@ -9,7 +9,7 @@ import pytest
 from mlo.reports.compare import paired
 from problems.paper.figures import Benefit, Figure3
 from problems.paper.pages import Comparison, comparison_table, result_table, spread, verdict
-from problems.paper.published import TABLE3, TABLE4
+from problems.paper.reported_results import TABLE3, TABLE4
 from problems.paper.tables import Table2, Table3, Table4, Table5
 
 

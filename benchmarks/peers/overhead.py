@@ -1,4 +1,4 @@
-"""Where time goes that is not arithmetic, in microseconds: `python -m benchmarks.peers.where`.
+"""Where time goes that is not arithmetic, in microseconds: `python -m benchmarks.peers.overhead`.
 
 First the tiny unroll, piece by piece, of a step; then rounds of meta-weight-net at a size where arithmetic is nothing.
 """

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from problems.paper import published
+from problems.paper import reported_results
 from problems.paper.figures import Benefit, Figure3, Figure4
-from problems.paper.published import Row
+from problems.paper.reported_results import Row
 from problems.paper.tables import Table4
 
 # a row: label as the paper has it, error, deviation, parameters, GPU-days; "-" where the paper gives none
@@ -73,14 +73,14 @@ def transcribed(text: str) -> list[tuple[str, list[float | None]]]:
 
 @pytest.mark.parametrize("table", CIFAR)
 def test_the_numbers_on_cifar_are_the_papers(table):
-    rows = [row for row in getattr(published, table) if row.reported is not None]
+    rows = [row for row in getattr(reported_results, table) if row.reported is not None]
     found = [(r.label, [r.reported.error, r.reported.deviation, r.reported.parameters, r.reported.cost]) for r in rows]
     assert found == transcribed(CIFAR[table])
     assert all(row.reported.top5_error is None for row in rows)
 
 
 def test_the_numbers_on_imagenet_are_the_papers():
-    rows = published.TABLE4
+    rows = reported_results.TABLE4
     found = [(r.label, [r.reported.error, r.reported.top5_error, r.reported.parameters, r.reported.cost]) for r in rows]
     assert found == transcribed(IMAGENET)
     assert all(row.reported.deviation is None for row in rows)
@@ -91,7 +91,7 @@ def test_the_numbers_on_imagenet_are_the_papers():
     [
         (row, data, row.label)
         for table, data in (("TABLE2", "cifar100"), ("TABLE3", "cifar10"))
-        for row in getattr(published, table)
+        for row in getattr(reported_results, table)
         if row.reported is not None
     ],
     ids=str,
@@ -102,7 +102,7 @@ def test_the_run_of_a_row_is_what_its_label_says(row: Row, data: str, name: str)
     assert (row.run.data, row.run.space, row.run.student) == (data, SPACES[inside[-1]], student)
 
 
-@pytest.mark.parametrize("row", published.TABLE4, ids=lambda row: row.label)
+@pytest.mark.parametrize("row", reported_results.TABLE4, ids=lambda row: row.label)
 def test_the_run_of_a_row_on_imagenet_is_what_its_label_says(row: Row):
     name, _, inside = row.label.partition("(")
     words = inside.removesuffix(")").split(", ")
@@ -116,7 +116,7 @@ def test_the_run_of_a_row_on_imagenet_is_what_its_label_says(row: Row):
         assert (searched.data, searched.space, searched.student) == (data.lower(), SPACES[space], student)
 
 
-@pytest.mark.parametrize("rows", [published.TABLE5, published.TABLE6])
+@pytest.mark.parametrize("rows", [reported_results.TABLE5, reported_results.TABLE6])
 def test_an_ablation_differs_from_the_full_method_by_what_its_label_says(rows):
     for row in rows:
         data = {"CIFAR-100": "cifar100", "CIFAR-10": "cifar10"}[row.label.split("(")[1].rstrip(")")]
@@ -145,11 +145,11 @@ def test_the_cost_of_a_transfer_is_that_of_its_search(tmp_path):
         results[key] = rows
     page, *_ = experiment.write("laptop", results, tmp_path)
     lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
-    for row in published.TABLE4:
+    for row in reported_results.TABLE4:
         (told, *_) = (line for line in lines if line.startswith(f"| {row.label} "))
         searched = row.run.key if row.searched is None else row.searched.key
         assert [cell.strip() for cell in told.strip("|").split("|")][4] == f"{costs[searched]:.0f} ± 0"
-    assert len({costs[row.searched.key] for row in published.TABLE4 if row.searched}) == 6
+    assert len({costs[row.searched.key] for row in reported_results.TABLE4 if row.searched}) == 6
 
 
 @pytest.mark.parametrize(
