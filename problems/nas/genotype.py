@@ -141,15 +141,15 @@ def _derive_cell(space: SearchSpace, weights: _Weights) -> CellGenotype:
     for edge, row in weights.items():
         operation = max(row, key=row.__getitem__)
         candidates[edge.node].append((row[operation], Choice(operation, edge.source)))
-    kept = (sorted(incoming, key=lambda pair: -pair[0])[:2] for incoming in candidates)
-    return tuple((first, second) for (_, first), (_, second) in kept)
+    strongest = (sorted(incoming, key=lambda pair: -pair[0])[:2] for incoming in candidates)
+    return tuple((first, second) for (_, first), (_, second) in strongest)
 
 
 def _limit_skips(space: SearchSpace, weights: _Weights, limit: int) -> None:
     """Set weights of skip-connections to zero until the derived cell has at most `limit` of them."""
     while True:
         cell = _derive_cell(space, weights)
-        skips = [Edge(source, node) for node, kept in enumerate(cell) for name, source in kept if name == _SKIP]
+        skips = [Edge(source, node) for node, choices in enumerate(cell) for name, source in choices if name == _SKIP]
         if len(skips) <= limit:
             return
         replaceable = [edge for edge in skips if weights[edge][_SKIP] > 0]

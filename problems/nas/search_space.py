@@ -164,7 +164,7 @@ class SearchSpace:
 
     def _narrow(self, kind: CellKind, logits: Tensor, drop: int) -> Choices:
         weights = self.mixture(kind, logits.detach().cpu().double()).operations.tolist()
-        kept = []
+        remaining = []
         for row, names in zip(weights, self.choices(kind), strict=True):
             if not 0 <= drop < len(names):
                 raise ValueError(
@@ -174,8 +174,8 @@ class SearchSpace:
             drop_none_first = len(names) - drop == 1
             rank = {name: (name != NONE or not drop_none_first, row[self.operations.index(name)]) for name in names}
             left = sorted(names, key=rank.__getitem__)[drop:]
-            kept.append(tuple(name for name in self.operations if name in left))
-        return tuple(kept)
+            remaining.append(tuple(name for name in self.operations if name in left))
+        return tuple(remaining)
 
 
 DARTS = SearchSpace(operations=OPERATIONS)
