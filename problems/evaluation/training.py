@@ -15,7 +15,7 @@ from mlo import ConfigError
 from problems.data.images import Part
 from problems.data.splits import Splits
 from problems.evaluation.options import Training
-from problems.nas import EvaluationNetwork, Genotype, count, stem_for
+from problems.nas import EvaluationNetwork, Genotype, size_of, stem_for
 from problems.search.levels import AUTOCASTS
 
 
@@ -74,7 +74,7 @@ def judge(engine: mlo.Engine, splits: Splits, part: Part | None = None) -> dict[
     assert isinstance(trained, EvaluationNetwork)
     part = splits.test if part is None else part
     size = splits.image_size
-    parameters, multiply_adds = count(trained, (splits.image_channels, size, size))
+    parameters, multiply_adds = size_of(trained, (splits.image_channels, size, size))
     return {
         **errors(trained, part, (1, 5) if splits.classes > 10 else (1,)),
         "test_images": len(part),

@@ -1,12 +1,12 @@
-"""The candidate operations by name, apart from their modules: spaces and genotypes are checked without torch."""
+"""The names of the candidate operations. They are apart from the modules so that options are checked without torch."""
 
 import difflib
 
 NONE = "none"
-"""The operation that contributes zero. It is a choice for the architecture, never a module."""
+"""The operation that contributes zero: it stands for the absence of an edge, and has no module."""
 
 NOISE = "noise"
-"""The operation that forgets its input: standard normal noise. Of no use to a network, and no part of `OPERATIONS`."""
+"""The operation that replaces its input with standard normal noise. It is useless, and not part of `OPERATIONS`."""
 
 BUILDABLE: tuple[str, ...] = (
     "max_pool_3x3",
@@ -18,16 +18,16 @@ BUILDABLE: tuple[str, ...] = (
     "dil_conv_5x5",
     NOISE,
 )
-"""Every operation that has a module: those that a genotype may hold, and a space beside "none"."""
+"""The names of all operations that have a module. Genotypes may contain these; search spaces also "none"."""
 
 OPERATIONS: tuple[str, ...] = (NONE, *(name for name in BUILDABLE if name != NOISE))
 """The eight operations of the DARTS search space, in its order."""
 
 
 def explain_unknown(name: str) -> str:
-    """Say that `name` is no operation that can be built, with the nearest that is and all the others."""
+    """The message for an operation that cannot be built: the nearest valid name, and all of them."""
     valid = f"(valid: {', '.join(BUILDABLE)})"
     if name == NONE:
-        return f"{NONE!r} stands for the absence of an edge, and cannot be chosen {valid}"
+        return f"{NONE!r} means the absence of an edge and cannot be used as an operation here {valid}"
     nearest = difflib.get_close_matches(name, BUILDABLE, n=1, cutoff=0.0)[0]
     return f"{name!r} is not an operation; the nearest is {nearest!r} {valid}"

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 import mlo
 from problems.data.splits import Splits
 from problems.lbt import ArchValidate, StudentInTurn, StudentTeach, TeacherTrain
-from problems.nas import Architecture, SearchSpace, Supernet, entropy, skips, stem_for
+from problems.nas import Architecture, SearchSpace, Supernet, count_skips, entropy, stem_for
 from problems.search.early_stop import Sharpness
 from problems.search.options import Search, each_stage
 
@@ -168,4 +168,4 @@ class _WatchedArchitecture(ArchValidate):
         watched = getattr(self.module, "sharpness", None)
         eigenvalue = watched.latest() if isinstance(watched, Sharpness) else None
         found |= {} if eigenvalue is None else {"eigenvalue": eigenvalue}
-        return found | {"skips": logits.normal.new_tensor(float(skips(self.space, logits)))}
+        return found | {"skips": logits.normal.new_tensor(float(count_skips(self.space, logits)))}
