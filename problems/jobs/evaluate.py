@@ -75,7 +75,7 @@ class EvaluateJob(Job):
     @cached_property
     def _splits(self) -> Splits:
         with distributed.main_first() if self.data.download else nullcontext():
-            return self.data.splits(self.seed, self.placed)
+            return self.data.splits(self.seed, self.torch_device)
 
 
 def find_genotype(name: str) -> Genotype:

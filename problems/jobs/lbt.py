@@ -259,7 +259,7 @@ class LbtJob(Job):
 
     @cached_property
     def _splits(self) -> Splits:
-        return self.data.splits(self.seed, self.placed)
+        return self.data.splits(self.seed, self.torch_device)
 
 
 def _kept(genotype: Genotype, operations: tuple[str, ...]) -> dict[str, int]:
