@@ -89,7 +89,7 @@ class EvaluateJob(Job):
     def splits(self) -> Splits:
         """The images, loaded at the first use."""
         with distributed.main_first() if self.data.download else nullcontext():
-            return self.data.splits(self.seed, self.placed)
+            return self.data.splits(self.seed, self.torch_device)
 
 
 def find_genotype(name: str) -> Genotype:

@@ -172,4 +172,4 @@ class LbtJob(Job):
     @cached_property
     def splits(self) -> Splits:
         """The images, loaded at the first use."""
-        return self.data.splits(self.seed, self.placed)
+        return self.data.splits(self.seed, self.torch_device)
