@@ -1,5 +1,6 @@
 """The command, as `mlo` and as `python -m mlo`."""
 
+import os
 import sys
 
 
@@ -30,4 +31,6 @@ def _command() -> str:
 
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path and sys.path and sys.path[0] in ("", os.getcwd()):
+        sys.path.append(sys.path.pop(0))  # installed packages come before files in the current folder
     main()

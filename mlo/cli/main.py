@@ -27,7 +27,7 @@ from mlo.ops import distributed
 from mlo.options import registry
 
 if TYPE_CHECKING:
-    from mlo.runs.run import Run
+    from mlo.runs.folder import RunFolder
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # what all errors of typer derive from, under no public name
 
@@ -73,9 +73,9 @@ def run(
     `mlo run NAME --help` shows the problem's main options, `mlo run NAME --help-all` all of them.
     """
     job = distributed.on_main(lambda: make_job(context, name, config, help, help_all))
-    from mlo.runs.run import Run
+    from mlo.runs.folder import RunFolder
 
-    created = Run.create(str(name), job, output)
+    created = RunFolder.create(str(name), job, output)
     try:
         _execute(created)
     except typer.Exit:
@@ -91,9 +91,9 @@ def resume(folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The f
     """Continue a stopped run from its last checkpoint."""
     if not folder.is_dir():
         raise ConfigError(f"{folder}: there is no such folder; give the folder of a run, such as runs/NAME-DATE-TIME")
-    from mlo.runs.run import Run
+    from mlo.runs.folder import RunFolder
 
-    _execute(Run.open(folder))
+    _execute(RunFolder.open(folder))
 
 
 @app.command(cls=JobCommand, context_settings=EXTRA_OPTIONS, add_help_option=False)
@@ -217,6 +217,7 @@ def reproduce(
     The same command again continues where it was stopped.
     """
     from mlo.sweeps import experiment as experiments
+    from mlo.sweeps.cost import cost
     from mlo.sweeps.grid import report_failures
 
     experiment = experiments.load_experiment(name)
@@ -224,14 +225,14 @@ def reproduce(
     planned = experiments.plan(experiment, scale, seeds or experiment.scales[scale], output)
     runs = [run for plans in planned.values() for run in plans]
     left = {key: [run for run in plans if not run.finished()] for key, plans in planned.items()}
-    print(f"{output / scale}: {experiments.standing(runs)}", flush=True)
+    print(f"{output / scale}: {experiments.status(runs)}", flush=True)
     with stoppable("the same command"):
         if any(left.values()):
             print("measuring a few rounds of each kind of run ...", flush=True)
-            print(f"what is left takes {experiments.cost(left, workers, one_core_each)}", flush=True)
+            print(f"what is left takes {cost(left, workers, one_core_each)}", flush=True)
         if estimate:
             return
-        failures = experiments.do(experiment, scale, planned, workers, one_core_each)
+        failures = experiments.run_planned(planned, workers, one_core_each)
     if report_failures(failures, len(runs)):
         print("no pages are written until all runs are finished", file=sys.stderr)
         raise typer.Exit(1)
@@ -275,11 +276,11 @@ def _summary(group: str, name: str) -> str:
         return f"(broken: {error})"
 
 
-def _execute(run: "Run") -> None:
-    with stoppable(f"{distributed.launcher()} resume {run.path}"):
-        run.execute()
+def _execute(folder: "RunFolder") -> None:
+    with stoppable(f"{distributed.launcher()} resume {folder.path}"):
+        folder.execute()
     if distributed.is_main():
-        print(f"finished: {run.path}")
+        print(f"finished: {folder.path}")
 
 
 def main() -> None:

@@ -7,10 +7,13 @@ so that the command line starts without it. In several, all call these functions
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlo.errors import ConfigError, MloError, ProcessError
@@ -49,9 +52,21 @@ def is_main() -> bool:
 
 
 def launcher() -> str:
-    """What a command of mlo begins with, to be run as this one was."""
-    each = os.environ.get("LOCAL_WORLD_SIZE", str(world()))
-    return "mlo" if world() == 1 else f"torchrun --nproc-per-node {each} -m mlo"
+    """What a command of mlo begins with so that a shell starts it in the way this process was started."""
+    if world() > 1:
+        return f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', world())} -m mlo"
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return f"{_in_a_shell(Path(sys.executable))} -m mlo"
+    return _in_a_shell(program) if program.stem == "mlo" and len(program.parts) > 1 else "mlo"
+
+
+def _in_a_shell(program: Path) -> str:
+    """The program's name where a shell finds this very program under it, else its path."""
+    found, path = shutil.which(program.name), os.path.abspath(program)
+    if found and os.path.abspath(found) == path:
+        return program.name
+    return shlex.quote(os.path.relpath(path) if path.startswith(os.getcwd() + os.sep) else path)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from mlo.errors import ConfigError
 from mlo.extras import explain_missing
+from mlo.options.shadowing import check_not_hidden
 
 PROBLEMS = "mlo.problems"
 ESTIMATORS = "mlo.estimators"
@@ -45,6 +46,7 @@ def load(group: str, name: str) -> Any:
             f"{name!r} is registered in {group} for {' and for '.join(targets)}; uninstall the package of one of them"
         )
     entry = entries(group)[name]
+    check_not_hidden(entry)
     try:
         return entry.load()
     except Exception as error:
@@ -113,7 +115,7 @@ def _class_docstring(entry: EntryPoint) -> str | None:
     spec, name = None, ""
     for part in entry.module.split("."):
         name = f"{name}.{part}".lstrip(".")
-        spec = PathFinder.find_spec(name, spec and spec.submodule_search_locations)
+        spec = PathFinder.find_spec(name, spec.submodule_search_locations if spec else None)
         if spec is None:
             return None
     source = Path(spec.origin if spec and spec.origin else "")

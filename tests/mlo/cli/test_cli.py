@@ -203,12 +203,12 @@ def test_resume_of_a_folder_of_runs_tells_which_are_in_it(mlo):
         Path("runs", run, "run.json").write_bytes(Path("runs/a/run.json").read_bytes())
     code, _, err = mlo("resume", "runs")
     assert code == 2
-    assert "runs: is no run folder, " in err
-    assert err.endswith(f"; runs in it are: runs/s/b, {', '.join(f'runs/t{n}' for n in range(7))} and 2 more\n")
+    assert "error: runs: not a run folder: " in err
+    assert err.endswith(f"; it contains the runs runs/s/b, {', '.join(f'runs/t{n}' for n in range(7))} and 2 more\n")
     (line,) = mlo("resume", "runs/s")[2].splitlines()
-    assert line.endswith("; runs in it are: runs/s/b")
+    assert line.endswith("; it contains the runs runs/s/b")
     Path("runs/a").rename("runs/s/a")
-    assert mlo("resume", "runs/s")[2].endswith("; runs in it are: runs/s/b, runs/s/a (finished)\n")
+    assert mlo("resume", "runs/s")[2].endswith("; it contains the runs runs/s/b, runs/s/a (finished)\n")
 
 
 def test_help_without_a_job_tells_the_commands(mlo):
