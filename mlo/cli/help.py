@@ -101,8 +101,8 @@ class JobCommand(TyperCommand):
     def shell_complete(self, ctx: Any, incomplete: str) -> Any:
         """Completions of the command's own options, and of the job's options and their values."""
         item = type(super().shell_complete(ctx, "--")[0])  # typer has no public name for it
-        found = [(word, meaning) for word, meaning in _completions(ctx, incomplete) if word.startswith(incomplete)]
-        return [*super().shell_complete(ctx, incomplete), *(item(word, help=meaning) for word, meaning in found)]
+        found = {word: meaning for word, meaning in _completions(ctx, incomplete) if word.startswith(incomplete)}
+        return [*super().shell_complete(ctx, incomplete), *(item(word, help=found[word]) for word in found)]
 
 
 def _completions(context: Context, incomplete: str) -> Iterator[tuple[str, str]]:

@@ -26,6 +26,6 @@ def check_not_hidden(entry: EntryPoint) -> None:
     found = file.parent if spec.submodule_search_locations else file
     if found.parent != INSTALLED:
         raise ConfigError(
-            f"{found} hides the package {package!r} of {DISTRIBUTION}, which is in {INSTALLED}; rename yours, or remove "
-            f"{found.parent} from PYTHONPATH"
+            f"{found} hides the package {package!r} of {DISTRIBUTION}, which is in {INSTALLED}; rename yours, or "
+            f"remove {found.parent} from PYTHONPATH"
         )

@@ -225,9 +225,11 @@ def _torchvision(options: LoadOptions, name: str, load: Callable[[bool], Any]) -
 
 
 def _absent(options: LoadOptions, name: str, looked: str) -> ConfigError:
+    data = {**CIFAR, "fashion_mnist": datasets.FashionMNIST}[name].__name__
     return ConfigError(
-        f"{options.named_by}: {name} was looked for in {looked} and is not there; write data.download: true, or say by "
-        "data.root (or $MLO_DATA) in which folder data sets lie"
+        f"{options.named_by}: {name} was looked for in {looked} and is not there; download it with `python -c "
+        f"\"from torchvision.datasets import {data}; {data}('{options.root}', download=True)\"` (a run can do so with "
+        "data.download: true), or name the folder that has it by data.root or the environment variable MLO_DATA"
     )
 
 

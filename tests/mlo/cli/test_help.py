@@ -73,13 +73,24 @@ def in_a_process(site, *words, **environment):
     return done.stdout, done.stderr
 
 
-def completed(site, line):
+def completion(line):
+    """The environment in which a shell asks for the completions at the end of a command line."""
+    number = str(len(line.split(" ")) - 1)
+    return {"COMP_WORDS": line, "COMP_CWORD": number, "_MLO_COMPLETE": "complete_bash"}
+
+
+@pytest.fixture
+def completed(light, mlo, monkeypatch):
     """The completions at the end of a command line."""
-    words = line.split(" ")
-    number = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_MLO_COMPLETE": "complete_bash"}
-    out, err = in_a_process(site, **number)
-    assert err == "imported: nothing\n"
-    return out.split()
+
+    def complete(line):
+        for name, value in completion(line).items():
+            monkeypatch.setenv(name, value)
+        code, out, err = mlo()
+        assert (code, err) == (0, "")
+        return out.split()
+
+    return complete
 
 
 def squeezed(text):
@@ -162,39 +173,37 @@ def test_help_of_our_jobs_is_one_screen(mlo, command, name):
     assert all(f"--{option.replace('_', '-')}" in out for option in mains)
 
 
-def test_completion_of_commands_and_names(light):
-    assert {"run", "resume", "sweep", "reproduce", "list"} <= set(completed(light, "mlo "))
-    assert completed(light, "mlo re") == ["resume", "reproduce"]
-    assert completed(light, "mlo run li") == ["light"]
-    assert completed(light, "mlo graph li") == ["light"]
-    assert {"table2", "table3"} <= set(completed(light, "mlo reproduce tab"))
+def test_completion_of_commands_and_names(completed):
+    assert {"run", "resume", "sweep", "reproduce", "list"} <= set(completed("mlo "))
+    assert completed("mlo re") == ["resume", "reproduce"]
+    assert completed("mlo run li") == ["light"]
+    assert completed("mlo graph li") == ["light"]
+    assert {"table2", "table3"} <= set(completed("mlo reproduce tab"))
 
 
-def test_completion_of_options_and_their_values(light):
-    assert completed(light, "mlo run light --start.") == ["--start.ridge", "--start.dropout"]
-    assert set(completed(light, "mlo run light --mode off --")) >= {
-        "--hypergradient",
-        "--log-every",
-        "--output",
-        "--help",
-    }
-    assert completed(light, "mlo run light --hypergradient nys") == ["nystrom"]
-    assert completed(light, "mlo run light --mode ") == ["on", "off"]
-    assert completed(light, "mlo run light --fast t") == ["true"]
-    assert completed(light, "mlo run light --mode off st") == []
-    assert completed(light, "mlo sweep light --grid.mo") == ["--grid.mode"]
-    assert completed(light, "mlo sweep light --mo") == ["--mode"]
-    assert completed(light, "mlo run light --grid.mo") == []
-    assert completed(light, "mlo run nothing --") == completed(light, "mlo run --")
+def test_completion_of_options_and_their_values(completed):
+    assert completed("mlo run light --start.") == ["--start.ridge", "--start.dropout"]
+    assert set(completed("mlo run light --mode off --")) >= {"--hypergradient", "--log-every", "--output", "--help"}
+    assert completed("mlo run light --hypergradient nys") == ["nystrom"]
+    assert completed("mlo run light --mode ") == ["on", "off"]
+    assert completed("mlo run light --fast t") == ["true"]
+    assert completed("mlo run light --mode off st") == []
+    assert completed("mlo sweep light --grid.mo") == ["--grid.mode"]
+    assert completed("mlo sweep light --mo") == ["--mode"]
+    assert completed("mlo run light --grid.mo") == []
+    assert completed("mlo run nothing --") == completed("mlo run --")
 
 
-def test_completion_below_a_choice_has_the_options_of_all_classes(light):
-    line = {
-        "COMP_WORDS": "mlo sweep light --grid.hypergradient.te",
-        "COMP_CWORD": "3",
-        "_MLO_COMPLETE": "complete_bash",
-    }
-    assert in_a_process(light, **line)[0].split() == ["--grid.hypergradient.terms"]
+def test_completion_below_a_choice_has_the_options_of_all_classes(completed):
+    assert completed("mlo sweep light --grid.hypergradient.te") == ["--grid.hypergradient.terms"]
+    assert completed("mlo run light --hypergradient.product.r") == ["--hypergradient.product.radius"]
+
+
+@pytest.mark.parametrize("line", ["mlo run l", "mlo run lbt --methods '[lbt]' --search.", "mlo sweep light --grid."])
+def test_completion_imports_no_torch(light, line):
+    out, err = in_a_process(light, **completion(line))
+    assert out
+    assert err == "imported: nothing\n"
 
 
 def test_the_script_for_a_shell_is_shown(light):
