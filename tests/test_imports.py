@@ -143,7 +143,8 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
 def test_a_public_name_that_needs_an_extra_names_the_command_that_installs_it():
     done = python(HIDE.format(hidden=["yaml"]) + "import mlo\nmlo.Experiment")
     last = done.stderr.splitlines()[-1]
-    assert last.endswith("mlo.Experiment needs pyyaml, which is not installed; install it with: pip install 'mlo-torch[cli]'")
+    expected = "mlo.Experiment needs pyyaml, which is not installed; install it with: pip install 'mlo-torch[cli]'"
+    assert last.endswith(expected)
 
 
 def test_a_missing_module_of_the_users_keeps_its_traceback():
