@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -167,3 +168,18 @@ def test_ctrl_c_while_the_command_starts_ends_it_with_one_line():
     program += "    if name == 'typer': raise KeyboardInterrupt\n    return real(name, *rest)\n"
     done = python(program + "builtins.__import__ = interrupted\n" + command("list"))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+def test_a_problems_py_in_the_current_folder_does_not_hide_ours(tmp_path):
+    (tmp_path / "problems.py").write_text("raise SystemExit('executed')")
+    words = [sys.executable, "-m", "mlo", "run", "evaluate", "--help"]
+    done = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run(
+        words, text=True, capture_output=True, timeout=120, env={**os.environ, "PYTHONPATH": tmp_path}
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "error: 'evaluate' is registered in mlo.problems as problems.jobs.evaluate:EvaluateJob"
+    )
+    assert f"{tmp_path / 'problems.py'} hides that package" in done.stderr
