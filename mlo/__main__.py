@@ -1,6 +1,5 @@
 """The command, as `mlo` and as `python -m mlo`."""
 
-import os
 import sys
 
 
@@ -31,6 +30,6 @@ def _command() -> str:
 
 
 if __name__ == "__main__":
-    if not sys.flags.safe_path and sys.path and sys.path[0] in ("", os.getcwd()):
-        sys.path.append(sys.path.pop(0))  # installed packages come before files in the current folder
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the current folder, which `mlo` does not search either: a problems.py in it would hide ours
     main()

@@ -1,4 +1,4 @@
-"""The command as a process: stopped while it starts, and beside modules that have the names of our packages."""
+"""The command as a process: stopped while it starts, and the command that continues it."""
 
 import os
 import shlex
@@ -7,8 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-import pytest
 
 from mlo.ops import distributed
 
@@ -38,28 +36,6 @@ def test_ctrl_c_while_a_job_is_imported_ends_with_one_line(register, tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30) == ("", "stopped\n")
     assert process.returncode == 130
-
-
-@pytest.mark.parametrize("name", ["problems.py", "problems/__init__.py"])
-def test_files_in_the_current_folder_do_not_hide_our_packages(tmp_path, name):
-    Path(tmp_path, name).parent.mkdir(exist_ok=True)
-    Path(tmp_path, name).write_text("raise SystemExit('executed')")
-    out, err = start("run", "evaluate", "--help", cwd=tmp_path).communicate(timeout=60)
-    assert err == ""
-    assert out.startswith("Usage: mlo run evaluate")
-
-
-@pytest.mark.parametrize("name", ["problems.py", "problems/__init__.py"])
-def test_a_module_that_hides_ours_is_an_error_that_names_both(tmp_path, name):
-    Path(tmp_path, name).parent.mkdir(exist_ok=True)
-    Path(tmp_path, name).write_text("raise SystemExit('executed')")
-    process = start("run", "evaluate", cwd=tmp_path, path=[tmp_path])
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (2, "")
-    (line,) = err.splitlines()
-    theirs = tmp_path / name.removesuffix("/__init__.py")
-    assert line.startswith(f"error: {theirs} hides the package 'problems' of mlo-torch, which is in ")
-    assert line.endswith(f"; rename yours, or remove {tmp_path} from PYTHONPATH")
 
 
 def test_the_command_that_continues_is_written_as_a_shell_finds_it(tmp_path, monkeypatch):
