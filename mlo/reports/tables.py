@@ -79,38 +79,46 @@ def table(
         rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
         head = [cell.replace("|", "\\|") for cell in head]
     if form == "text":
-        return fitted([group.label_parts for group in compared], rows, head, get_terminal_size((WIDTH, 24)).columns)
+        width = get_terminal_size((WIDTH, 24)).columns
+        return _fitted([group.label_parts for group in compared], rows, head, measure, width)
     text = tabulate(rows, head, tablefmt=STYLES[form], disable_numparse=True)
     return (text.replace("±", "$\\pm$") if form == "latex" else text) + "\n"
 
 
-def fitted(labels: Sequence[Sequence[str]], rows: Sequence[Sequence[str]], head: Sequence[str], width: int) -> str:
-    """A text table at most ``width`` columns wide, if single words fit.
+def _fitted(
+    labels: Sequence[Sequence[str]], rows: Sequence[Sequence[str]], head: Sequence[str], measure: str, width: int
+) -> str:
+    """A text table that is at most ``width`` columns wide, unless a single word is wider.
 
     Args:
         labels: the parts of each row's label.
-        rows: the cells, of which the first is the whole label.
+        rows: the cells; the first one is the whole label.
         head: the names of the columns.
+        measure: the column that stays even if it has the same value in all rows.
         width: the number of columns of the terminal.
     """
     whole = _plain(rows, head)
     if _fits(whole, width):
         return whole
-    same = [len({row[column] for row in rows}) == 1 < len(rows) for column in range(len(head))]
-    common = ", ".join(f"{name} {cell}" for name, cell, alike in zip(head, rows[0], same, strict=True) if alike)
+    same = [
+        name != measure and len({*cells}) == 1 < len(rows)
+        for name, cells in zip(head, zip(*rows, strict=True), strict=True)
+    ]
+    shared = [
+        f"{name} {cell}" for name, cell, alike in zip(head, rows[0], same, strict=True) if alike and cell != NOTHING
+    ]
+    note = "\n" + textwrap.fill(f"the same in all rows: {', '.join(shared)}", width) + "\n" if shared else ""
     kept = [column for column, alike in enumerate(same) if not alike]
     head, rows = [head[column] for column in kept], [[row[column] for column in kept] for row in rows]
-    note = textwrap.fill(f"the same in all rows: {common}", width) + "\n" if common else ""
     shorter = _plain(rows, head)
     if _fits(shorter, width):
-        return f"{shorter}\n{note}" if note else shorter
+        return shorter + note
     room = max(map(len, (row[0] for row in rows))) + width - max(map(len, shorter.splitlines()))
-    wrapped = [["\n".join(_wrap(parts, room)), *row[1:]] for parts, row in zip(labels, rows, strict=True)]
-    narrow = _plain(wrapped, head)
-    if _fits(narrow, width):
-        return f"{narrow}\n{note}" if note else narrow
-    blocks = [_block(parts, row[1:], head[1:], width) for parts, row in zip(labels, rows, strict=True)]
-    return "\n".join([*blocks, note] if note else blocks)
+    wrapped = _plain([["\n".join(_wrap(label, room)), *row[1:]] for label, row in zip(labels, rows, strict=True)], head)
+    if _fits(wrapped, width):
+        return wrapped + note
+    blocks = [_block(label, row[1:], head[1:], width) for label, row in zip(labels, rows, strict=True)]
+    return "\n".join(blocks) + note
 
 
 def _plain(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
