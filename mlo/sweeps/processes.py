@@ -164,7 +164,7 @@ class _Process:
         if code == STOPPED:
             return Failure("stopped by a signal from outside")
         if code < 0:
-            return Failure(f"killed by signal {-code} ({signal.Signals(-code).name})")
+            return Failure(f"killed by signal {-code} ({signal.strsignal(-code)})")
         with self._log.open("rb") as log:
             log.seek(self._output_start)
             output = log.read().decode(errors="replace")

@@ -69,7 +69,7 @@ def test_a_process_that_fails_or_dies_does_not_stop_the_others(command, tmp_path
         "fails": Failure("ValueError: that is no way\nto run"),
         "refused": Failure("rate: no\n  such: rate", refused=True),
         "quiet": Failure("exit code 3"),
-        "dies": Failure("killed by signal 9 (SIGKILL)"),
+        "dies": Failure("killed by signal 9 (Killed)"),
         "stopped": Failure("stopped by a signal from outside"),
         "other": None,
     }
