@@ -93,6 +93,7 @@ def test_a_run_leaves_everything_that_shows_it(unbroken):
     assert "pseudo_weight: 1.0" in page
 
 
+@pytest.mark.processes
 def test_a_run_killed_in_either_search_resumes_to_the_same_bits(unbroken, command_line, tmp_path):
     run = tmp_path / "killed"
     for stage, words in (("search-lbt", ["run", "lbt", *SMALL, "--output"]), ("search-plain", ["resume"])):
