@@ -1,4 +1,4 @@
-"""The workloads with this engine."""
+"""The workloads with mlo."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class _Run:
 
 
 class _Product:
-    """One exact product at the first step's start, from what an estimator sees of that step."""
+    """One exact product at the start of the first step, through the interface that estimators use."""
 
     def __init__(self, problems: list[mlo.Problem], task: Bilevel, compiled: bool) -> None:
         cpu, plan = torch.device("cpu"), Plan(problems, "one_step", False, False)
@@ -109,7 +109,7 @@ class _Product:
 
 
 def build(task: Task, estimator: str, compiled: bool = False) -> Runner:
-    """See :mod:`benchmarks.peers.libraries`. Lookahead is off: the peers have none."""
+    """See :mod:`benchmarks.peers.libraries`. Lookahead is off, since the other libraries do not have it."""
     problems, top = _teaching(task) if isinstance(task, Teaching) else _bilevel(task)
     engine = mlo.Engine(problems, OPTIONS[estimator], lookahead=False, compile=compiled, device="cpu")
     if estimator == "product" and isinstance(task, Bilevel):

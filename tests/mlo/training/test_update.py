@@ -24,7 +24,7 @@ def tensors(problem: mlo.Problem) -> list[torch.Tensor]:
     return [t.detach().clone() for t in [*problem.module.state_dict().values(), *moments]]
 
 
-def test_a_good_run_gives_the_same_bits(request):
+def test_a_good_run_is_the_same_to_the_bit(request):
     plain, guarded = noisy_lbt(), noisy_lbt()
     torch.manual_seed(1)
     mlo.Engine(plain, "one_step", device="cpu").run(5)
