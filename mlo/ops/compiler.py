@@ -36,6 +36,11 @@ class Compiler:
 
     Args:
         device: where the modules are.
+
+    Attributes:
+        ran: the functions that have run compiled.
+        failed: {function that could not be compiled, while others do the same: the reason}.
+        refused: {problem that runs without compilation: the reason}.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -48,8 +53,8 @@ class Compiler:
         torch._functorch.config.donated_buffer = False
         self._on_card = device.type == "cuda"
         self._compiled: dict[Key, Callable[..., Any]] = {}
-        self._ran: set[Key] = set()
-        self._failed: set[Key] = set()
+        self.ran: set[Key] = set()
+        self.failed: dict[Key, str] = {}
         self.refused: dict[str, str] = {}
 
     def __contains__(self, key: Key) -> bool:
@@ -78,16 +83,16 @@ class Compiler:
                 changes from call to call, it is warned of here.
         """
         problem = key[0]
-        if problem in self.refused or key in self._failed:
+        if problem in self.refused or key in self.failed:
             return None
         try:
             done = self._compiled[key](*arguments)
-            if key not in self._ran:
+            if key not in self.ran:
                 _compile_backward(done[1], arguments[0])
-                self._ran.add(key)
+                self.ran.add(key)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             if spare:
-                self._failed.add(key)
+                self.failed[key] = _reason(error)
                 if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
                     warnings.warn(
                         f"problem {problem!r}: its steps are compiled one by one from now on, not several as one, "

@@ -90,7 +90,7 @@ def test_clipping_can_be_left_out_of_what_is_seen_ahead():
 def test_a_loss_knows_whether_it_is_looked_at_ahead(estimator):
     found = engine(estimator=estimator)
     if estimator == "darts":
-        assert found._plan.lookahead
+        assert found.report().lookahead
     found.step()
     seen = found.problems["fit"].seen
     assert seen[-1] is False
