@@ -123,11 +123,11 @@ def known_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:  # whose message lists all that torch was ever built for
         raise ConfigError(f"device={device!r} cannot be used: there is no device of this name; {DEVICES}") from error
-    cards = torch.cuda.device_count() if found.type == "cuda" else 0
-    if found.type == "cuda" and (found.index or 0) >= cards:
+    gpus = torch.cuda.device_count() if found.type == "cuda" else 0
+    if found.type == "cuda" and (found.index or 0) >= gpus:
         built = "torch finds" if torch.backends.cuda.is_built() else "this build of torch cannot use them, so there are"
-        found_cards = f"{cards or 'no'} CUDA card{'s' * (cards != 1)}"
-        raise ConfigError(f"device={str(device)!r} cannot be used: {built} {found_cards} here; {DEVICES}")
+        count = f"{gpus or 'no'} CUDA GPU{'s' * (gpus != 1)}"
+        raise ConfigError(f"device={str(device)!r} cannot be used: {built} {count} here; {DEVICES}")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if found.type not in ("cpu", "cuda") and (
         accelerator is None or found.type != accelerator.type or (found.index or 0) >= torch.accelerator.device_count()
@@ -136,7 +136,7 @@ def known_device(device: str | torch.device) -> torch.device:
     return found
 
 
-DEVICES = "pass 'cpu', 'cuda' or 'cuda:1' for a card, or 'auto' for a card where there is one"
+DEVICES = "pass 'cpu', 'cuda' or 'cuda:1' for a GPU, or 'auto' for a GPU if there is one"
 
 
 def place(problems: Sequence[Problem], device: str | torch.device) -> torch.device:

@@ -112,7 +112,7 @@ def test_a_checkpoint_of_other_problems_is_refused(tmp_path):
     with pytest.raises(mlo.CheckpointError, match=r"of the problems \['other'\]"):
         engine.load_state_dict(renamed)
     state["problems"]["teacher"]["module"].pop("head.bias")
-    with pytest.raises(mlo.CheckpointError, match=r"'teacher' does not fit the checkpoint: (?s:.*)head\.bias"):
+    with pytest.raises(mlo.CheckpointError, match=r"'teacher' does not match the checkpoint: (?s:.*)head\.bias"):
         engine.load_state_dict(state)
 
 

@@ -298,7 +298,7 @@ def test_nothing_stands_in_after_a_loss_that_raises():
         with pytest.raises(ZeroDivisionError):
             call()
         assert torch.equal(torch.get_rng_state(), state)
-        assert all(p._stand is None for p in stack)
+        assert all(p._substitute is None for p in stack)
     assert stack[0].module.value.grad is None
 
 
