@@ -184,7 +184,9 @@ def test_a_loss_that_goes_backward_itself():
         return distance
 
     low = made(type("Low", (Low,), {"loss": loss}), "low")
-    with pytest.raises(mlo.GraphError, match=r"'low': the graph of its loss is gone .* without calling \.backward\(\)"):
+    with pytest.raises(
+        mlo.GraphError, match=r"'low': the graph of its loss is freed .* without calling \.backward\(\)"
+    ):
         engine(low, made(Top, "top")).step()
 
 
