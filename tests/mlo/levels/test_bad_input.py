@@ -376,7 +376,7 @@ def test_a_level_that_starts_before_the_one_it_is_differentiated_through():
 
 
 def test_something_that_is_no_problem():
-    with pytest.raises(mlo.ConfigError, match=r"is no mlo\.Problem"):
+    with pytest.raises(mlo.ConfigError, match=r"is not an mlo\.Problem"):
         engine(made(Low, "low"), object())
 
 
