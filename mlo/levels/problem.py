@@ -77,6 +77,8 @@ class Problem(ABC):
             ignored; for all other reads it is an error.
 
     Attributes:
+        steps_taken: number of real steps so far. Counters always hold their current value, even while an earlier step
+            is being differentiated.
         looking_ahead: True while a virtual step (lookahead) or its derivative is evaluated. A loss may use it to
             differ from the loss of the real step.
 
@@ -136,10 +138,10 @@ class Problem(ABC):
                 f"problem {name!r}: its optimizer holds none of its module's trainable parameters; "
                 "construct it as torch.optim.<class>(module.parameters(), ...) with the same module that you pass here"
             )
-        strangers = len(owned - {id(p) for p in module.parameters()})
-        if strangers:
+        foreign = len(owned - {id(p) for p in module.parameters()})
+        if foreign:
             raise ConfigError(
-                f"problem {name!r}: its optimizer holds {strangers} parameter(s) that are not of its module; give each "
+                f"problem {name!r}: its optimizer holds {foreign} parameter(s) that are not of its module; give each "
                 "problem its own optimizer, over the parameters of its module only"
             )
 
@@ -277,11 +279,11 @@ class Problem(ABC):
     def _refuse_other_optimizer(self, state: Mapping[str, Any]) -> None:
         """Raise an error for the state of another optimizer class, which torch would load and then fail on later."""
         mine = {option for group in self.optimizer.param_groups for option in group}
-        strange = [option for group in state["param_groups"] for option in group if option not in mine]
-        if strange:
+        unknown = [option for group in state["param_groups"] for option in group if option not in mine]
+        if unknown:
             raise CheckpointError(
                 f"problem {self.name!r}: the checkpoint is of another optimizer than {type(self.optimizer).__name__}: "
-                f"it has {', '.join(dict.fromkeys(strange))}; resume with the optimizer that the run started with"
+                f"it has {', '.join(dict.fromkeys(unknown))}; resume with the optimizer that the run started with"
             )
 
     def _other_buffers(self) -> dict[str, Tensor]:

@@ -141,7 +141,7 @@ class Gradients:
             records: the steps of the lower problems that the backward pass goes through.
             batches: what the loss is the mean over; one graph is alive at a time.
             kind: what the pass is for, as it is counted.
-            targets: what a later pullback of this very step will go onto, whose outputs are then remembered.
+            targets: what this step will later be pulled back onto; their outputs are then cached.
 
         Raises:
             GraphError: if no gradient reaches the problem's variables, or a declared read.
@@ -291,7 +291,7 @@ class Gradients:
         if self._plan.graph.is_upper(name) and not self._plan.paths[name]:
             return GraphError(
                 f"problem {name!r}: with first_order nothing is differentiated through lower problems, and its loss "
-                "does not depend directly on its own parameters; use another estimator, such as 'one_step'"
+                "does not depend directly on its own parameters; choose another estimator, such as 'one_step'"
             )
         return GraphError(
             f"problem {name!r}: no gradient of its loss reaches its own parameters; compute the loss from self(...), "

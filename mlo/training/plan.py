@@ -32,10 +32,10 @@ class Plan:
     def __init__(
         self, problems: Sequence[Problem], hypergradient: object, lookahead: bool | None, inner_path: bool
     ) -> None:
-        strange = [p for p in problems if not isinstance(p, Problem)]
-        if strange:
+        others = [p for p in problems if not isinstance(p, Problem)]
+        if others:
             raise ConfigError(
-                f"problems: {strange[0]!r} is not an mlo.Problem; pass a list of problems, lowest level first"
+                f"problems: {others[0]!r} is not an mlo.Problem; pass a list of problems, lowest level first"
             )
         _refuse_missing_batches(problems)
         self.graph = Graph([problem.node for problem in problems])
@@ -186,7 +186,7 @@ def _refuse_levels_in_processes(problems: Sequence[Problem]) -> None:
     for problem in problems if distributed.world() > 1 else ():
         for read in problem.node.reads:
             raise ConfigError(
-                f"problem {problem.name!r} reads {read!r}, but several processes can only train problems that read no "
+                f"problem {problem.name!r} reads {read!r}, but several processes can train only problems that read no "
                 "others: gradients are averaged over processes, cotangents of hypergradients are not. Run "
                 "it in one process, without torchrun"
             )

@@ -37,7 +37,7 @@ class Updater:
     def __init__(self, device: torch.device, deferred: bool) -> None:
         self._device = device
         self._deferred = deferred
-        self._fine = torch.ones((), dtype=torch.bool, device=device)
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._round: list[tuple[str, int, Tensor]] = []
         self._sent: deque[_Sent] = deque()
 
@@ -56,13 +56,13 @@ class Updater:
             return
         seen = torch.stack([loss.double(), norm(sizes).double()])
         self._round.append((problem.name, problem.steps_taken, seen))
-        self._fine = self._fine & torch.isfinite(seen).all()
+        self._finite = self._finite & torch.isfinite(seen).all()
         before = {id(tensor): tensor.detach().clone() for tensor in _tensors(problem, self._device)}
         _take_step(problem, gradients, buffers)
         with torch.no_grad():
             for tensor in _tensors(problem, self._device):
                 old = before.get(id(tensor))
-                tensor.copy_(torch.where(self._fine, tensor, torch.zeros_like(tensor) if old is None else old))
+                tensor.copy_(torch.where(self._finite, tensor, torch.zeros_like(tensor) if old is None else old))
 
     def look(self) -> None:
         """After a round: start copying its losses to the CPU, and check those of earlier rounds that have arrived.

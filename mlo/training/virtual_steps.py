@@ -102,14 +102,20 @@ class Rollout:
         name: str,
         states: Mapping[str, State],
         batches: Sequence[tuple[Any, ...]],
-        at: OptimizerState,
+        optimizer_state: OptimizerState,
         targets: Collection[str],
     ) -> tuple[Record, State, OptimizerState] | None:
         """Several steps in one graph: their record, and what they led to; None if they can only be taken one by one."""
         problem, before = self._evaluator.problems[name], states[name]
         micro = MicroBatch(batches[-1][0], self._evaluator.capture(name))
         taken = self._evaluator.segment(
-            name, states, [batch for (batch,) in batches], at.groups, at.slots, kind="virtual", through=targets
+            name,
+            states,
+            [batch for (batch,) in batches],
+            optimizer_state.groups,
+            optimizer_state.slots,
+            kind="virtual",
+            through=targets,
         )
         if taken is None:  # it may have drawn random numbers before it failed
             micro.randomness.restore(self._evaluator.device)
@@ -117,9 +123,9 @@ class Rollout:
         moved = {v: end.detach().requires_grad_() for v, end in zip(problem.variables, taken.end, strict=True)}
         after = State({**before.parameters, **moved}, taken.buffers)
         reads = {read: states[read] for read in problem.node.reads}
-        record = Record(problem, before, after, None, at, (micro,), reads, segment=taken)
+        record = Record(problem, before, after, None, optimizer_state, (micro,), reads, segment=taken)
         slots = {n: {k: v if v is None else v.detach() for k, v in slot.items()} for n, slot in taken.left.items()}
-        return record, after, OptimizerState(at.groups, slots)
+        return record, after, OptimizerState(optimizer_state.groups, slots)
 
 
 def cast_state(state: State, dtype: torch.dtype) -> State:

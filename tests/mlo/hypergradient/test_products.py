@@ -49,7 +49,7 @@ def test_a_one_sided_difference_costs_one_pass_and_uses_the_steps_own_gradient()
 
 
 def test_a_one_sided_difference_where_the_top_has_moved_meanwhile():
-    """With two steps of the top a round, the second goes through a frozen copy, and what was kept is taken anew."""
+    """With two steps of the top a round, the second goes through a frozen copy, with a new cache."""
     taken = []
     for product in ("exact", {"kind": "one_sided", "radius": 1e-6}):
         stack = small_lbt("momentum")

@@ -216,7 +216,7 @@ def test_a_parameter_that_is_frozen_in_mid_run_is_reported():
 
 CHANGES = {
     "weight norm": lambda module: parametrizations.weight_norm(module.one),
-    "weight norm of the second place of a tied weight": lambda module: parametrizations.weight_norm(module.two),
+    "weight norm of the second use of a tied weight": lambda module: parametrizations.weight_norm(module.two),
     "parametrized": lambda module: parametrize.register_parametrization(module.one, "weight", nn.Tanh()),
     "pruned": lambda module: prune.l1_unstructured(module.one, "weight", amount=0.5),
     "taken away": lambda module: setattr(module.one, "weight", None),

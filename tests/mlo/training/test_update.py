@@ -1,4 +1,4 @@
-"""Deferred checks for non-finite losses, as on a GPU, but run on the CPU: updates are undone, the error comes later."""
+"""The guard on a device that must not be waited for, driven here on the CPU: updates undone, the news later."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ def deferred_engine(stack: list[mlo.Problem]) -> mlo.Engine:
 
 
 def tensors(problem: mlo.Problem) -> list[torch.Tensor]:
-    state = [v for s in problem.optimizer.state.values() for k, v in s.items() if k != "step"]
-    return [t.detach().clone() for t in [*problem.module.state_dict().values(), *state]]
+    moments = [v for s in problem.optimizer.state.values() for k, v in s.items() if k != "step"]
+    return [t.detach().clone() for t in [*problem.module.state_dict().values(), *moments]]
 
 
-def test_a_good_run_is_bit_identical():
-    plain, deferred = noisy_lbt(), noisy_lbt()
+def test_a_good_run_is_the_same_to_the_bit():
+    plain, guarded = noisy_lbt(), noisy_lbt()
     torch.manual_seed(1)
     mlo.Engine(plain, "one_step", device="cpu").run(5)
     torch.manual_seed(1)
-    deferred_engine(deferred).run(5)
-    for one, other in zip(plain, deferred, strict=True):
+    deferred_engine(guarded).run(5)
+    for one, other in zip(plain, guarded, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
-def test_nothing_moves_after_a_bad_loss_and_its_step_is_reported():
+def test_nothing_moves_after_a_bad_loss_and_its_place_is_told():
     stack = noisy_lbt()
     engine = deferred_engine(stack)
     engine.run(2)
@@ -49,12 +49,12 @@ def test_nothing_moves_after_a_bad_loss_and_its_step_is_reported():
         engine._updater.wait()
 
 
-def test_a_bad_first_step_leaves_the_optimizer_state_at_zero():
+def test_the_first_step_ever_leaves_moments_at_zero():
     stack = noisy_lbt()
     stack[1].stream.peek()["labeled"][0].fill_(float("inf"))
     engine = deferred_engine(stack)
     with pytest.raises(mlo.NonFiniteLossError, match="'student'"):
         engine.step()
-    state = [v for s in stack[1].optimizer.state.values() for k, v in s.items() if k != "step"]
-    assert state
-    assert all(not v.any() for v in state)
+    moments = [v for s in stack[1].optimizer.state.values() for k, v in s.items() if k != "step"]
+    assert moments
+    assert all(not v.any() for v in moments)
