@@ -1,40 +1,47 @@
 """Distributed training with several processes, as started by torchrun: ranks, devices and collective operations.
 
-No other module uses torch.distributed. In a single process nothing here copies, sends or waits. With several processes,
-all must call these functions in the same order.
+No other module uses torch.distributed. In a single process nothing here copies, sends or waits, and nothing imports
+torch, so that the command line starts without it. With several processes, all must call these functions in the same
+order.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlo.errors import ConfigError, MloError, ProcessError
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 Value = TypeVar("Value")
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
-FOREVER = timedelta(
-    days=365
-)  # the first process may evaluate or write for long; if one fails, torchrun ends the others
+FOREVER = timedelta(days=365)  # the first process may evaluate for long; if one fails, torchrun ends the others
 _store: list[Any] = []  # the store of the process group
 
 
 def world() -> int:
     """Number of processes; 1 without a process group."""
+    if "torch.distributed" not in sys.modules:  # then nothing can have started a process group
+        return 1
+    import torch.distributed as dist
+
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """The rank of this process, from 0."""
-    return dist.get_rank() if world() > 1 else 0
+    if world() == 1:
+        return 0
+    import torch.distributed as dist
+
+    return dist.get_rank()
 
 
 def is_main() -> bool:
@@ -54,6 +61,10 @@ def processes() -> Iterator[None]:
     if any(name not in os.environ for name in ENVIRONMENT) or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
     store, number, count = next(rendezvous("env://"))
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
@@ -72,6 +83,8 @@ def own_device(device: str | torch.device) -> torch.device:
     Raises:
         ConfigError: if there are fewer GPUs than processes, or ``device`` is the GPU of another process.
     """
+    import torch
+
     device = torch.device(device)
     if world() == 1 or device.type != "cuda":
         return device
@@ -109,25 +122,34 @@ def share(size: int, what: str = "a batch") -> slice:
 
 def average(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The means of tensors over all processes, bit-identical in each. NaN or infinity in one process spreads to all."""
+    if world() == 1:
+        return list(tensors)
+    import torch.distributed as dist
 
     def mean(flat: Tensor) -> None:
         dist.all_reduce(flat)
         flat.div_(world())
 
-    return list(tensors) if world() == 1 else _as_one(tensors, mean)
+    return _as_one(tensors, mean)
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors of the first process, in all processes; the others pass tensors of the same shapes and dtypes."""
     if world() == 1:
         return list(tensors)
+    import torch
+    import torch.distributed as dist
+
     return _as_one(tensors, lambda flat: dist.broadcast(flat.view(torch.uint8), 0))
 
 
-@torch.no_grad()
 def follow_main(tensors: Sequence[Tensor]) -> None:
     """Set tensors to the values of the first process, in all processes."""
-    if world() > 1:
+    if world() == 1:
+        return
+    import torch
+
+    with torch.no_grad():
         for tensor, first in zip(tensors, copies(tensors), strict=True):
             tensor.copy_(first)
 
@@ -136,6 +158,9 @@ def any_of(flag: bool) -> bool:
     """Whether ``flag`` is True in any process."""
     if world() == 1:
         return flag
+    import torch
+    import torch.distributed as dist
+
     raised = torch.tensor(int(flag))
     with _together():
         dist.all_reduce(raised, dist.ReduceOp.MAX)
@@ -146,6 +171,8 @@ def gathered(value: Value) -> list[Value]:
     """The values of all processes, in the order of their ranks; they must be picklable."""
     if world() == 1:
         return [value]
+    import torch.distributed as dist
+
     values: list[Any] = [None] * world()
     with _together():
         dist.all_gather_object(values, value)
@@ -156,6 +183,8 @@ def on_main(function: Callable[[], Value]) -> Value:
     """Call ``function`` in the first process only; return its result, or raise its error, in all processes."""
     if world() == 1:
         return function()
+    import torch.distributed as dist
+
     found: list[Any] = [None, None]
     if is_main():
         try:
@@ -202,6 +231,8 @@ def tells(error: MloError) -> bool:
 
 def _as_one(tensors: Sequence[Tensor], act: Callable[[Tensor], object]) -> list[Tensor]:
     """Apply ``act``, in place, to one flat tensor per dtype; return the parts in the shapes of ``tensors``."""
+    import torch
+
     found = list(tensors)
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         indices = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]

@@ -1,4 +1,4 @@
-"""The pages: the right numbers in the right rows, and honest words about them."""
+"""The pages: each row has its numbers, and the text about significance agrees with the tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from mlo.reports.compare import paired
 from problems.paper.figures import Benefit, Figure3
 from problems.paper.pages import Comparison, comparison_table, result_table, spread, verdict
-from problems.paper.published import TABLE3, TABLE4
+from problems.paper.reported_results import TABLE3, TABLE4
 from problems.paper.tables import Table2, Table3, Table4, Table5
 
 
@@ -33,7 +33,7 @@ def cells(table: str, label: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_a_row_has_its_own_numbers_and_the_papers_beside():
+def test_a_row_has_its_own_numbers_and_those_of_the_paper():
     found = {row.label: seeds(50.0 + n, 52.0 + n) for n, row in enumerate(TABLE3)}
     laptop = cells(result_table(TABLE3, found, "laptop"), "LBT(RN50, P-DARTS)")
     n = [row.label for row in TABLE3].index("LBT(RN50, P-DARTS)")
@@ -49,7 +49,7 @@ def test_imagenet_has_top_5_errors():
     assert cells(result_table(TABLE4, found, "laptop"), "LBT(RN50, P-DARTS, CIFAR100)")[-3] == "24.2 / 7.1"
 
 
-def test_each_method_is_compared_with_the_same_without_a_student():
+def test_each_method_is_compared_to_the_same_without_a_student():
     pairs = Table3().comparisons()
     assert len(pairs) == 8
     assert Comparison("LBT(RN18, PC-DARTS)", "PC-DARTS") in pairs
@@ -57,7 +57,7 @@ def test_each_method_is_compared_with_the_same_without_a_student():
     assert Table5().comparisons()[0] == Comparison("Student + teacher (CIFAR-100)", "Student only (CIFAR-100)")
 
 
-def test_differences_are_by_seed_and_the_verdict_is_what_they_say():
+def test_differences_are_paired_by_seed_and_the_verdict_agrees_with_them():
     found = {"a": seeds(1, 2, 3, 4, 5), "b": seeds(3.1, 4, 5, 6, 7), "c": seeds(1.1, 1.9, 3.1, 3.9, 5.0)}
     test = paired({n: float(n + 1) for n in range(5)}, {0: 3.1, **{n: n + 3.0 for n in range(1, 5)}})
     row = cells(comparison_table([Comparison("a", "b")], found), "a")
@@ -68,9 +68,9 @@ def test_differences_are_by_seed_and_the_verdict_is_what_they_say():
         "b": seeds(*(n + 2.1 + n / 9 for n in range(1, 9))),
         "c": seeds(1.1, 1.9, 3.1, 3.9, 5.1, 5.9, 7.1, 7.9),
     }
-    said = verdict([Comparison("a", "b"), Comparison("c", "a")], found)
-    assert "Of these 2 differences, those with p of at most 0.05: a has a lower error." in said
-    assert "cannot be below" not in said
+    text = verdict([Comparison("a", "b"), Comparison("c", "a")], found)
+    assert "Of these 2 differences, those with p of at most 0.05: a has a lower error." in text
+    assert "cannot be below" not in text
     assert "b has a higher error" in verdict([Comparison("b", "a")], found)
     assert "at most 0.05: none." in verdict([Comparison("c", "a")], found)
 
