@@ -41,6 +41,8 @@ class Compiler:
         device: the device of the modules.
 
     Attributes:
+        ran: the compiled functions that have run.
+        failed: {function that cannot be compiled, but whose work others do: reason}.
         refused: {problem that cannot be compiled: reason}.
     """
 
@@ -54,8 +56,8 @@ class Compiler:
         torch._functorch.config.donated_buffer = False
         self._on_gpu = device.type == "cuda"
         self._compiled: dict[Key, Callable[..., Any]] = {}
-        self._ran: set[Key] = set()
-        self._failed: set[Key] = set()
+        self.ran: set[Key] = set()
+        self.failed: dict[Key, str] = {}
         self.refused: dict[str, str] = {}
 
     def __contains__(self, key: Key) -> bool:
@@ -85,16 +87,16 @@ class Compiler:
                 reason is that the function was recompiled too often.
         """
         problem = key[0]
-        if problem in self.refused or key in self._failed:
+        if problem in self.refused or key in self.failed:
             return None
         try:
             done = self._compiled[key](*arguments)
-            if key not in self._ran:
+            if key not in self.ran:
                 _compile_backward(done[1], arguments[0])
-                self._ran.add(key)
+                self.ran.add(key)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             if spare:
-                self._failed.add(key)
+                self.failed[key] = _reason(error)
                 if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
                     warnings.warn(
                         f"problem {problem!r}: its steps are compiled one by one from now on, not several together, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +55,7 @@ class Evaluator:
         self.passes: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.graph_bytes: dict[str, int] = {}
         self.dependences: set[tuple[str, str]] = set()
-        self._compiler = compiler
+        self.compiler = compiler
         self._searched: set[str] = set()
         self._torch_only: set[str] = set()
 
@@ -66,6 +66,16 @@ class Evaluator:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned."""
         self._torch_only, self.graph_bytes = set(state["torch_only"]), dict(state["graph_bytes"])
+
+    def compilation(self, name: str) -> tuple[tuple[str, ...], dict[str, str]]:
+        """The compiled functions of a problem that have run so far, and {function that cannot be compiled: reason}."""
+        if self.compiler is None:
+            return (), {}
+        ran = {_described(key) for key in self.compiler.ran if key[0] == name}
+        failed = {_described(key): reason for key, reason in self.compiler.failed.items() if key[0] == name}
+        if name in self.compiler.refused:
+            failed["everything"] = self.compiler.refused[name]
+        return tuple(sorted(ran)), failed
 
     def draws_outside(self, names: Collection[str]) -> bool:
         """Whether the loss of one of these may draw from NumPy's or Python's generators: until it has not, once."""
@@ -156,7 +166,7 @@ class Evaluator:
         """
         reads = [read for read in of if read != name]
         through = {*options.pop("through", ()), *reads}
-        if self._compiler is not None:
+        if self.compiler is not None:
             compiled = {"kind": kind, "through": through, "keep_graph": keep_graph, "scale": scale, **options}
             done = self._compiled(name, states, batch, of, **compiled)
             if done is not None:
@@ -282,19 +292,19 @@ class Evaluator:
         groups: sgd.Groups,
     ) -> Any:
         """A segment by compiled code; None if it cannot be."""
-        assert self._compiler is not None
+        assert self.compiler is not None
         aliased, forms = zip(*map(_aliased, batches), strict=True)
         if any(form != forms[0] for form in forms):
             return None
-        full = (name, len(batches), *key)
-        if full not in self._compiler:
-            self._compiler.add(full, function, leaves_graph=True)
+        full = (name, f"{len(batches)} steps as one", *key, None)
+        if full not in self.compiler:
+            self.compiler.add(full, function, leaves_graph=True)
         rates = tuple({**group, "lr": torch.tensor(group["lr"], dtype=torch.float64)} for group in groups)
-        return self._compiler.call(full, parameters, buffers, aliased, slots, rates, spare=True)
+        return self.compiler.call(full, parameters, buffers, aliased, slots, rates, spare=True)
 
     def _compiles(self, name: str, states: Mapping[str, State]) -> bool:
         """Whether passes of a problem are compiled if possible; not in an evaluation in another precision."""
-        return self._compiler is not None and name not in self._compiler.refused and not self._recast(name, states)
+        return self.compiler is not None and name not in self.compiler.refused and not self._recast(name, states)
 
     def _compiled(
         self,
@@ -315,12 +325,13 @@ class Evaluator:
         read_cache: ReadCache | None = None,  # what is compiled shares nothing with other evaluations
     ) -> Pass | None:
         """:meth:`differentiate`, or :meth:`product` with a ``vector``, by compiled code; None if it cannot be."""
-        problem, compiler = self.problems[name], self._compiler
+        problem, compiler = self.problems[name], self.compiler
         known = name in self._torch_only and (name in self.graph_bytes or not keep_graph)  # by a pass without
         if compiler is None or moving or not known or not self._compiles(name, states):
             return None
         lowered = problem.autocast if autocast else None
-        key = (name, tuple(of), tuple(second), tuple(sorted(through)), keep_graph, lowered)
+        what = "product" if second else "gradient with its graph" if keep_graph else "gradient"
+        key = (name, what, tuple(of), tuple(second), tuple(sorted(through)), lowered)
         if key not in compiler:
             reads = tuple((read, read in through) for read in problem.node.reads)
             first, then = (tuple((n, v) for n in names for v in self.problems[n].variables) for names in (of, second))
@@ -362,14 +373,14 @@ class Evaluator:
             return
         reason = f"its loss uses {', '.join(strays)} directly, which is treated as a constant"
         warnings.warn(f"problem {name!r}: {reason}; call the problem, or use its .params[name]", stacklevel=2)
-        if self._compiler is not None:
-            self._compiler.refuse(name, reason)
+        if self.compiler is not None:
+            self.compiler.refuse(name, reason)
 
     def _note_draws(self, name: str, before: tuple[Any, Any]) -> None:
         if same_outside(before, outside_state()):
             self._torch_only.add(name)
-        elif self._compiler is not None and name not in self._compiler.refused:
-            self._compiler.refuse(name, "its loss draws from NumPy's or Python's random generator; use torch's")
+        elif self.compiler is not None and name not in self.compiler.refused:
+            self.compiler.refuse(name, "its loss draws from NumPy's or Python's random generator; use torch's")
 
     def _recast(self, name: str, states: Mapping[str, State]) -> bool:
         """Whether a problem is evaluated in another precision than its own."""
@@ -380,6 +391,12 @@ class Evaluator:
         """The problem's autocast, or none at all; an engine is in none."""
         dtype = problem.autocast if wanted else None
         return nullcontext() if dtype is None else lowered(self.device.type, dtype)
+
+
+def _described(key: Sequence[Hashable]) -> str:
+    """What a compiled function computes, which its key begins with, and in which precision, with which it ends."""
+    what, lowered = key[1], key[-1]
+    return f"{what} in {str(lowered).removeprefix('torch.')}" if lowered is not None else str(what)
 
 
 def _leaves(parameters: Mapping[str, Tensor], wanted: bool) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from mlo.steps.optimizer import optimizer_state
 from mlo.training.checkpoint import of_this_process, with_other_processes
 from mlo.training.gradients import Gradient, Gradients, Records
 from mlo.training.plan import Plan, place
+from mlo.training.report import EngineReport, engine_report
 from mlo.training.update import Updater
 from mlo.training.virtual_steps import Rollout, cast_batches, cast_state, looking_ahead
 
@@ -100,6 +101,14 @@ class Engine:
     def pullbacks(self) -> Mapping[str, int]:
         """{problem: how often a cotangent was pulled back through it}."""
         return self._gradients.pullbacks
+
+    def report(self) -> EngineReport:
+        """How this engine trains each problem: its estimator, what is recorded, what is compiled; print it to read it.
+
+        It takes no step and changes nothing. What is learned on the way (memory of graphs, loss scales, what can be
+        compiled) is there once the steps that show it were taken.
+        """
+        return engine_report(self._plan, self._evaluator, self._gradients, self.inner_path)
 
     def run(self, steps: int, callbacks: Iterable[Callback] = ()) -> None:
         """Take ``steps`` rounds. After each, call every callback with the engine."""

@@ -61,8 +61,8 @@ def test_darts_is_one_step_by_central_difference_with_lookahead():
     found = darts.hypergradient("arch")["weights"]
     same = mlo.Engine(stack, {"kind": "one_step", "product": {"kind": "central", "radius": 0.02}}, device="cpu")
     assert torch.equal(found, same.hypergradient("arch")["weights"])
-    assert darts._plan.lookahead
-    assert not same._plan.lookahead
+    assert darts.report().lookahead
+    assert not same.report().lookahead
 
 
 def test_a_scheduled_learning_rate_is_the_one_of_the_step():

@@ -10,6 +10,7 @@ from analytic import Point
 from torch import Tensor, nn
 
 import mlo
+from mlo.steps.evaluation import Evaluator
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -167,6 +168,8 @@ def test_a_buffer_computed_from_a_parameter_keeps_no_graph():
     made = engine(Setting(follow, calls=torch.ones(1)))
     made.hypergradient("top")
     made.step()
-    evaluated = made._evaluator.evaluate("low", made._live_states(), None, kind="virtual", through=("top",))
+    states = {name: problem.live_state() for name, problem in made.problems.items()}
+    evaluator = Evaluator(made.problems, made.device)
+    evaluated = evaluator.evaluate("low", states, None, kind="virtual", through=("top",))
     assert not evaluated.buffers["calls"].requires_grad
     assert not made.problems["low"].module.calls.requires_grad

@@ -115,7 +115,7 @@ def test_float16_gradients_neither_vanish_nor_overflow(factor, estimator):
     assert (found - expected).norm() < 0.05 * expected.norm()
     engine.run(3)
     assert all(p.isfinite().all() for problem in problems for p in problem.variables.values())
-    scale = engine._gradients.scales["teacher"].value
+    scale = engine.report().problems["teacher"].loss_scale
     assert scale == 2.0**16 if factor < 1 else scale < 2.0**16 if factor > 1 else True
 
 
@@ -137,14 +137,15 @@ def test_the_scale_grows_after_many_passes_and_is_part_of_the_state():
     assert not scale.accepts([torch.ones(3), torch.tensor([torch.inf])])
     assert scale == LossScale(2.0, 0)
     engine = mlo.Engine(halves(1e4), "one_step", device="cpu")
-    before = dict(engine._gradients.scales)
+    before = engine.state_dict()["scales"]
     engine.hypergradient("arch")
-    assert engine._gradients.scales == before
+    assert engine.state_dict()["scales"] == before
     engine.run(2)
     resumed = mlo.Engine(halves(1e4), "one_step", device="cpu")
     resumed.load_state_dict(engine.state_dict())
-    assert resumed._gradients.scales == engine._gradients.scales
-    assert resumed._gradients.scales["teacher"].passes == 2
+    (value, passes), scales = engine.state_dict()["scales"]["teacher"], resumed.state_dict()["scales"]
+    assert scales == engine.state_dict()["scales"]
+    assert (resumed.report().problems["teacher"].loss_scale, passes) == (value, 2)
 
 
 def test_a_step_that_is_recomputed_has_the_scale_that_it_was_taken_with():
@@ -165,7 +166,7 @@ def test_a_pass_that_is_repeated_draws_the_same_numbers():
         for low in problems[:2]:
             low.autocast = torch.float16
         engine = mlo.Engine(problems, "one_step", device="cpu")
-        engine._gradients.scales = {low.name: LossScale(scale) for low in problems[:2]}
+        engine.load_state_dict({**engine.state_dict(), "scales": {low.name: [scale, 0] for low in problems[:2]}})
         torch.manual_seed(1)
         engine.step()
         return {name: problem.module.state_dict() for name, problem in engine.problems.items()}

@@ -110,7 +110,7 @@ def test_a_weight_that_one_process_reaches_moves_in_both_and_one_that_none_reach
 
 def test_a_bad_loss_in_one_process_ends_both_in_the_same_round(seen):
     for first, second in zip(*(process["bad_loss"] for process in seen), strict=True):
-        assert first["told"].startswith("problem 'classify': its loss is nan at its step 3")
+        assert first["error"].startswith("problem 'classify': its loss is nan at its step 3")
         assert same(first, second)
         assert all(torch.equal(first["after"][name], value) for name, value in first["before"].items())
 

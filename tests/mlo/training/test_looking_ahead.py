@@ -90,7 +90,7 @@ def test_clipping_can_be_left_out_of_virtual_steps():
 def test_a_loss_knows_whether_it_is_in_a_virtual_step(estimator):
     found = engine(estimator=estimator)
     if estimator == "darts":
-        assert found._plan.lookahead
+        assert found.report().lookahead
     found.step()
     seen = found.problems["fit"].seen
     assert seen[-1] is False

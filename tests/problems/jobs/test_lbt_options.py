@@ -81,10 +81,14 @@ def test_the_supernet_has_the_size_asked_for():
         ({"student_learns_from": "pseudo_labels"}, lambda e: set(e.problems["student"].stream.peek()), {"unlabeled"}),
         ({"pseudo_label_path": "paper"}, lambda e: e.problems["student"].node.held, ("arch",)),
         ({}, lambda e: e.problems["student"].node.held, ()),
-        ({"lookahead": False}, lambda e: e._plan.lookahead, False),
-        ({}, lambda e: e._plan.lookahead, True),
-        ({"hypergradient": "cg"}, lambda e: type(e._plan.estimators["teacher"]).__name__, "ConjugateGradient"),
-        ({"hypergradient": "cg", "lookahead": True}, lambda e: e._plan.lookahead, True),
+        ({"lookahead": False}, lambda e: e.report().lookahead, False),
+        ({}, lambda e: e.report().lookahead, True),
+        (
+            {"hypergradient": "cg"},
+            lambda e: type(e.report().problems["teacher"].estimator).__name__,
+            "ConjugateGradient",
+        ),
+        ({"hypergradient": "cg", "lookahead": True}, lambda e: e.report().lookahead, True),
     ],
     ids=lambda value: None if callable(value) else str(value),
 )
