@@ -95,7 +95,7 @@ def own_device(device: str | torch.device) -> torch.device:
             f"start one process per GPU (torchrun --nproc-per-node {gpus}), or write device: cpu"
         )
     if device.index not in (None, number):
-        raise ConfigError(f"device: {device} was given, but each of several processes has its own card; write auto")
+        raise ConfigError(f"device: {device} was given, but each of several processes has its own GPU; write auto")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 

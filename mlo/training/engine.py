@@ -24,7 +24,7 @@ from mlo.steps.evaluation import Evaluator
 from mlo.steps.optimizer import optimizer_state
 from mlo.training.checkpoint import of_this_process, with_other_processes
 from mlo.training.gradients import Gradient, Gradients, Records
-from mlo.training.plan import Plan, place
+from mlo.training.plan import Plan, move_to
 from mlo.training.report import EngineReport, engine_report
 from mlo.training.update import Updater
 from mlo.training.virtual_steps import Rollout, cast_batches, cast_state, looking_ahead
@@ -79,7 +79,7 @@ class Engine:
         self._plan = Plan(problems, hypergradient, lookahead, inner_path)
         self.inner_path = inner_path
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
-        self.device = place(problems, device)
+        self.device = move_to(problems, device)
         self.rounds = 0
         self.losses: dict[str, Tensor] = {}
         self._evaluator = Evaluator(self.problems, self.device, Compiler(self.device) if compile else None)
@@ -141,7 +141,7 @@ class Engine:
         for position, name in enumerate(rest):
             self._real_steps(name, states, records, [n for n in rest[position + 1 :] if self._plan.paths[n]])
         self.rounds += 1
-        self._updater.look()
+        self._updater.check_arrived()
 
     @outside_autocast
     def hypergradient(self, name: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

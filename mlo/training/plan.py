@@ -145,7 +145,7 @@ def known_device(device: str | torch.device) -> torch.device:
 DEVICES = "pass 'cpu', 'cuda' or 'cuda:1' for a GPU, or 'auto' for a GPU if there is one"
 
 
-def place(problems: Sequence[Problem], device: str | torch.device) -> torch.device:
+def move_to(problems: Sequence[Problem], device: str | torch.device) -> torch.device:
     """Move modules, optimizer states and data streams to ``device``; "auto" is a CUDA GPU if there is one.
 
     In a distributed run each process has its own GPU, and all start with the parameters and buffers of the first one.

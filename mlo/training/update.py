@@ -64,7 +64,7 @@ class Updater:
                 old = before.get(id(tensor))
                 tensor.copy_(torch.where(self._finite, tensor, torch.zeros_like(tensor) if old is None else old))
 
-    def look(self) -> None:
+    def check_arrived(self) -> None:
         """After a round: start copying its losses to the CPU, and check those of earlier rounds that have arrived.
 
         Raises:
@@ -81,8 +81,8 @@ class Updater:
         return self._sent[0].arrived() if distributed.world() == 1 else len(self._sent) > ROUNDS_BEHIND
 
     def wait(self) -> None:
-        """Synchronize with the device and check all losses; raises like :meth:`look`."""
-        self.look()
+        """Synchronize with the device and check all losses; raises like :meth:`check_arrived`."""
+        self.check_arrived()
         while self._sent:
             self._sent.popleft().check()
 
