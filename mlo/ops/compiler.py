@@ -27,9 +27,8 @@ SMALL_GRAPH = 2**18  # bytes: steps with a larger autograd graph than this are f
 _OPTIONS: dict[str, Any] = {
     "fullgraph": True,
     "isolate_recompiles": True,
-    "options": {
-        "fallback_random": True
-    },  # the same random numbers as in eager mode, since a pass may be repeated there
+    # the same random numbers as in eager mode, since a pass may be repeated there
+    "options": {"fallback_random": True},
 }
 _CAPTURED = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}  # used while shapes do not change
 

@@ -17,9 +17,8 @@ from mlo.ops.vectors import Vector, filled
 from mlo.steps import sgd
 
 Tensors = Mapping[str, Tensor]
-COUNTERS = frozenset(
-    ("step", "mu_product", "eta", "mu")
-)  # scalars in optimizer states that depend only on the number of steps
+# scalars in optimizer states that depend only on the number of steps
+COUNTERS = frozenset(("step", "mu_product", "eta", "mu"))
 
 
 @dataclass(frozen=True)

@@ -62,13 +62,10 @@ def check(engine: Engine, name: str | None = None, *, directions: int = 4, toler
         ]
         predicted = dot(tuple(found.values()), tuple(along.values())).item()
         rows.append((predicted, (ends[0] - ends[1]) / (2 * step)))
+    # error and scale shrink alike with the number of parameters; rounding is that of the differences
     error = math.hypot(*(predicted - measured for predicted, measured in rows))
-    scale = math.hypot(
-        *(measured for _, measured in rows)
-    )  # error and scale shrink alike with the number of parameters
-    rounding = (
-        4 * torch.finfo(torch.float64).eps * abs(ends[0]) / step * math.sqrt(directions)
-    )  # rounding error of the differences
+    scale = math.hypot(*(measured for _, measured in rows))
+    rounding = 4 * torch.finfo(torch.float64).eps * abs(ends[0]) / step * math.sqrt(directions)
     if error > tolerance * scale + rounding:
         values = "\n".join(f"  {predicted:+.9e}  {measured:+.9e}" for predicted, measured in rows)
         raise HypergradientError(
@@ -243,9 +240,8 @@ def _every(engine: Engine, option: object) -> Iterator[Engine]:
         for problem in problems:
             problem.hypergradient = None
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="the gradient of .* itself runs through"
-            )  # the engine itself has warned already
+            # the engine itself has warned already
+            warnings.filterwarnings("ignore", message="the gradient of .* itself runs through")
             yield Engine(problems, option, inner_path=engine.inner_path, device=engine.device)
     finally:
         for problem, hypergradient in zip(problems, own, strict=True):

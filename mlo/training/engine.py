@@ -103,10 +103,10 @@ class Engine:
         return self._gradients.pullbacks
 
     def report(self) -> EngineReport:
-        """How this engine trains each problem: its estimator, what is recorded, what is compiled; print it to read it.
+        """A printable report: for each problem its estimator, its recorded steps, and what runs compiled.
 
-        It takes no step and changes nothing. What is learned on the way (memory of graphs, loss scales, what can be
-        compiled) is there once the steps that show it were taken.
+        It changes nothing. Some entries (memory of graphs, loss scales, what can be compiled) are only known after the
+        first rounds.
         """
         return engine_report(self._plan, self._evaluator, self._gradients, self.inner_path)
 
