@@ -141,7 +141,7 @@ def test_a_loss_may_read_one_problem_and_then_another():
     )
 
 
-def test_a_read_without_a_gradient_is_an_error_unless_it_is_said_so():
+def test_a_read_without_a_gradient_is_an_error_unless_declared():
     with pytest.raises(mlo.GraphError, match="reads 'other', but no gradient flows"):
         in_turn(sometimes="fit").step()
     with pytest.raises(mlo.GraphError, match="sometimes='oter' is not among what its loss reads"):
