@@ -30,4 +30,6 @@ def _command() -> str:
 
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the current folder, which `mlo` does not search either: a problems.py in it would hide ours
     main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -143,9 +144,8 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
 def test_a_public_name_that_needs_an_extra_names_the_command_that_installs_it():
     done = python(HIDE.format(hidden=["yaml"]) + "import mlo\nmlo.Experiment")
     last = done.stderr.splitlines()[-1]
-    assert last.endswith(
-        "mlo.Experiment needs pyyaml, which is not installed; install it with: pip install 'mlo-torch[cli]'"
-    )
+    expected = "mlo.Experiment needs pyyaml, which is not installed; install it with: pip install 'mlo-torch[cli]'"
+    assert last.endswith(expected)
 
 
 def test_a_missing_module_of_the_users_keeps_its_traceback():
@@ -168,3 +168,18 @@ def test_ctrl_c_while_the_command_starts_ends_it_with_one_line():
     program += "    if name == 'typer': raise KeyboardInterrupt\n    return real(name, *rest)\n"
     done = python(program + "builtins.__import__ = interrupted\n" + command("list"))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+def test_a_problems_py_in_the_current_folder_does_not_hide_ours(tmp_path):
+    (tmp_path / "problems.py").write_text("raise SystemExit('executed')")
+    words = [sys.executable, "-m", "mlo", "run", "evaluate", "--help"]
+    done = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run(
+        words, text=True, capture_output=True, timeout=120, env={**os.environ, "PYTHONPATH": tmp_path}
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "error: 'evaluate' is registered in mlo.problems as problems.jobs.evaluate:EvaluateJob"
+    )
+    assert f"{tmp_path / 'problems.py'} hides that package" in done.stderr

@@ -2,7 +2,9 @@
 
 import ast
 import difflib
+import json
 import platform
+import sys
 from collections.abc import Iterable
 from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points, version
@@ -35,16 +37,10 @@ def load(group: str, name: str) -> Any:
     """The object registered under a name in an entry-point group.
 
     Raises:
-        ConfigError: the name is not registered, is registered twice for different objects, or cannot be imported.
+        ConfigError: the name is not registered, is registered twice for different objects, cannot be imported, or
+            another package hides the one that it is in.
     """
-    targets = sorted({entry.value for entry in entry_points(group=group, name=name)})
-    if not targets:
-        raise ConfigError(unknown(name, entries(group), f"among {group}{_elsewhere(name)}"))
-    if len(targets) > 1:
-        raise ConfigError(
-            f"{name!r} is registered in {group} for {' and for '.join(targets)}; uninstall the package of one of them"
-        )
-    entry = entries(group)[name]
+    entry = _entry(group, name)
     try:
         return entry.load()
     except Exception as error:
@@ -54,6 +50,45 @@ def load(group: str, name: str) -> Any:
             or f"{name!r} is registered in {group} as {entry.value}, which cannot be loaded "
             f"({type(error).__name__}: {error}); repair or reinstall the package that registers it"
         ) from error
+
+
+def _entry(group: str, name: str) -> EntryPoint:
+    """The entry of a name, checked as :func:`load` says as far as that is possible without importing it."""
+    targets = sorted({entry.value for entry in entry_points(group=group, name=name)})
+    if not targets:
+        raise ConfigError(unknown(name, entries(group), f"among {group}{_elsewhere(name)}"))
+    if len(targets) > 1:
+        raise ConfigError(
+            f"{name!r} is registered in {group} for {' and for '.join(targets)}; uninstall the package of one of them"
+        )
+    entry = entries(group)[name]
+    hiding = _hiding(entry)
+    if hiding:
+        raise ConfigError(
+            f"{name!r} is registered in {group} as {entry.value}, but {hiding} hides that package; rename that file or "
+            "folder, or take it off PYTHONPATH"
+        )
+    return entry
+
+
+def _hiding(entry: EntryPoint) -> str | None:
+    """A file that would be imported instead of the entry's own package, because it is earlier on sys.path; else None.
+
+    The entry's own package is below the folder that its distribution is installed in, or, if it is editable, below the
+    project's folder.
+    """
+    package = entry.module.partition(".")[0]
+    specs = [PathFinder.find_spec(package, [folder]) for folder in sys.path]
+    files = list(dict.fromkeys(spec.origin for spec in specs if spec and spec.origin))
+    if entry.dist is None or len(files) < 2:
+        return None
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname  # takes long to import
+
+    url = json.loads(entry.dist.read_text("direct_url.json") or "{}").get("url", "")
+    folders = [Path(str(entry.dist.locate_file(""))), *([Path(url2pathname(urlsplit(url).path))] if url else [])]
+    own = [file for file in files if any(Path(file).is_relative_to(folder) for folder in folders)]
+    return files[0] if own and files[0] not in own else None
 
 
 def _elsewhere(name: str) -> str:
@@ -100,8 +135,7 @@ def summary_of(group: str, name: str) -> str:
     Raises:
         ConfigError: as :func:`load`, where the object has to be loaded.
     """
-    targets = {entry.value for entry in entry_points(group=group, name=name)}
-    found = _class_docstring(entries(group)[name]) if len(targets) == 1 else None
+    found = _class_docstring(_entry(group, name))
     return summary(load(group, name)) if found is None else found.partition("\n")[0]
 
 

@@ -105,3 +105,20 @@ def test_an_entry_that_needs_an_extra_names_the_command_that_installs_it(registe
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(ConfigError, match=r"'pictures' needs scikit-learn, .* pip install 'mlo-torch\[lbt\]'$"):
         registry.load(GROUP, "pictures")
+
+
+def test_a_file_that_hides_the_registered_package_is_an_error_and_is_not_executed(register, monkeypatch, tmp_path):
+    register("plums", "class Plum:\n    'A plum.'", {"some.group": {"plum": "plums:Plum"}})
+    hiding = tmp_path / "mine" / "plums.py"
+    hiding.parent.mkdir()
+    hiding.write_text("raise SystemExit('executed')")
+    monkeypatch.syspath_prepend(hiding.parent)
+    for found in (registry.load, registry.summary_of):
+        with pytest.raises(ConfigError, match=f"'plum' .* as plums:Plum, but {hiding} hides that package; rename"):
+            found("some.group", "plum")
+
+
+def test_a_package_may_register_what_another_one_has(register):
+    register("melons", "Melon = int", {})
+    register("stand", "", {"some.group": {"melon": "melons:Melon"}})
+    assert registry.load("some.group", "melon") is int
