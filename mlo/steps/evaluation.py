@@ -60,15 +60,15 @@ class Evaluator:
         self._torch_only: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found out of the losses, by which later passes are taken one way or another."""
+        """What is known about the losses, and decides how later passes are run."""
         return {"torch_only": sorted(self._torch_only), "graph_bytes": dict(self.graph_bytes)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
+        """Continue from what :meth:`state_dict` returned."""
         self._torch_only, self.graph_bytes = set(state["torch_only"]), dict(state["graph_bytes"])
 
     def compilation(self, name: str) -> tuple[tuple[str, ...], dict[str, str]]:
-        """What of a problem runs compiled so far, and {what cannot be compiled: the reason}."""
+        """The compiled functions of a problem that have run so far, and {function that cannot be compiled: reason}."""
         if self.compiler is None:
             return (), {}
         ran = {_described(key) for key in self.compiler.ran if key[0] == name}
@@ -134,7 +134,7 @@ class Evaluator:
                 elif isinstance(batch, Tensor):
                     error.add_note(
                         f"(the batch of problem {name!r} is a tensor of shape {tuple(batch.shape)}: each item of its "
-                        "data is one; write data=[(x, y)] for one batch of two tensors)"
+                        "data is one batch; write data=[(x, y)] for one batch of two tensors)"
                     )
                 raise
             if outside is not None and randomness is None:
@@ -183,11 +183,11 @@ class Evaluator:
             gradients: dict[Tensor, Tensor] = {}
             if name not in self._searched and not states[name].live:
                 self._searched.add(name)
-                self._tell_strays(name, evaluation.loss, states)
+                self._warn_of_strays(name, evaluation.loss, states)
             if not all(tensor.requires_grad for tensor in inputs):
                 raise GraphError(
                     f"problem {name!r}: a parameter that its optimizer held at the start no longer requires gradients; "
-                    "freeze parameters before the problem is made, or give them a group with a learning rate of 0"
+                    "freeze parameters before the problem is made, or put them in a group with learning rate 0"
                 )
             if inputs and evaluation.loss.requires_grad:
                 loss = evaluation.loss if scale == 1.0 else evaluation.loss * scale
@@ -206,8 +206,8 @@ class Evaluator:
             if "backward through the graph a second time" not in str(error):
                 raise
             raise GraphError(
-                f"problem {name!r}: the graph of its loss is gone before its gradient is taken; return it without "
-                "calling .backward() on it, and compute it anew from the batch, with nothing kept from an earlier call"
+                f"problem {name!r}: the graph of its loss is freed before its gradient is computed; return it without "
+                "calling .backward() on it, and compute all of it in the call, without tensors from earlier calls"
             ) from error
 
     def product(
@@ -303,7 +303,7 @@ class Evaluator:
         return self.compiler.call(full, parameters, buffers, aliased, slots, rates, spare=True)
 
     def _compiles(self, name: str, states: Mapping[str, State]) -> bool:
-        """Whether passes of a problem are compiled, if they can be; not for a look in another precision."""
+        """Whether passes of a problem are compiled if possible; not in an evaluation in another precision."""
         return self.compiler is not None and name not in self.compiler.refused and not self._recast(name, states)
 
     def _compiled(
@@ -340,7 +340,7 @@ class Evaluator:
         names = (name, *problem.node.reads)
         wanted = {*of, *second}
         parameters: dict[str, Mapping[str, Tensor]] = {
-            # where no graph stays, of one kind, so that a module's own parameters and copies have one code
+            # without a kept graph, pass fresh leaves, so that live parameters and copies share one compiled function
             n: states[n].parameters if keep_graph else _leaves(states[n].parameters, n in wanted)
             for n in names
         }
@@ -363,15 +363,15 @@ class Evaluator:
         add_to(gradients, [states[n].parameters[v] for n in second or of for v in self.problems[n].variables], found)
         return Pass(loss, unscaled(gradients, scale), after)
 
-    def _tell_strays(self, name: str, loss: Tensor, states: Mapping[str, State]) -> None:
-        """Warn of a loss that goes to a module's own parameters, past those that the evaluation put in its place."""
+    def _warn_of_strays(self, name: str, loss: Tensor, states: Mapping[str, State]) -> None:
+        """Warn of a loss that uses a module's own parameters instead of the substituted ones."""
         used = {id(p) for state in states.values() for p in state.parameters.values()}
         named = [(n, v, p) for n, problem in self.problems.items() for v, p in problem.variables.items()]
         own = {id(p): f"{v!r} of the module of {n!r}" for n, v, p in named}
         strays = sorted(own[i] for i in leaves_of(loss) if i in own and i not in used)
         if not strays:
             return
-        reason = f"its loss uses {', '.join(strays)} directly, which counts as a constant"
+        reason = f"its loss uses {', '.join(strays)} directly, which is treated as a constant"
         warnings.warn(f"problem {name!r}: {reason}; call the problem, or use its .params[name]", stacklevel=2)
         if self.compiler is not None:
             self.compiler.refuse(name, reason)
@@ -380,10 +380,10 @@ class Evaluator:
         if same_outside(before, outside_state()):
             self._torch_only.add(name)
         elif self.compiler is not None and name not in self.compiler.refused:
-            self.compiler.refuse(name, "its loss draws from NumPy's or Python's random generator; draw from torch's")
+            self.compiler.refuse(name, "its loss draws from NumPy's or Python's random generator; use torch's")
 
     def _recast(self, name: str, states: Mapping[str, State]) -> bool:
-        """Whether a problem is looked at in another precision than it has."""
+        """Whether a problem is evaluated in another precision than its own."""
         variables = self.problems[name].variables.items()
         return any(states[name].parameters[n].dtype != p.dtype for n, p in variables)
 
@@ -409,7 +409,7 @@ def _leaf(value: Any) -> Any:
 
 
 def _aliased(batch: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The batch with other tensors of the same memory, lest code be for batches that are one, and its form."""
+    """The batch with aliases of its tensors, so that compiled code does not depend on shared batches, and its form."""
     parts, structure = tree_flatten(batch)
     form = tuple((p.shape, p.dtype) if isinstance(p, Tensor) else type(p) for p in parts)
     return tree_unflatten([p.detach() if isinstance(p, Tensor) else p for p in parts], structure), (structure, *form)

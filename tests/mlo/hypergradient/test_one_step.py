@@ -24,7 +24,7 @@ def test_agrees_with_brute_force(optimizer, lookahead, rounds, device):
 
 @pytest.mark.parametrize("lookahead", [False, True])
 def test_the_step_that_the_top_takes_is_along_that_hypergradient(lookahead):
-    """Recorded real steps (no lookahead) and virtual ones give the same: Adam's moment shows the gradient it got."""
+    """Recorded real steps (no lookahead) and virtual ones give the same: Adam's first moment shows the gradient."""
     stack = small_lbt("momentum")
     engine = mlo.Engine(stack, "one_step", lookahead=lookahead, device="cpu")
     for _ in range(3):

@@ -144,7 +144,7 @@ def test_steps_in_one_graph_take_each_groups_options_and_move_buffers():
     mlo.check(engine)
 
 
-def test_a_parameter_frozen_later_is_told_where_steps_are_in_one_graph_too():
+def test_a_parameter_frozen_later_is_reported_where_steps_are_in_one_graph_too():
     stack = small_lbt("sgd", steps=5)
     engine = mlo.Engine(stack, "unrolled", device="cpu")
     engine.run(2)

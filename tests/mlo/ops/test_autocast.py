@@ -158,8 +158,8 @@ def test_a_step_that_is_recomputed_has_the_scale_that_it_was_taken_with():
     torch.testing.assert_close(*found, rtol=1e-5, atol=0)
 
 
-def test_a_pass_that_is_taken_again_draws_the_same_numbers():
-    """As if the scale had been right at once."""
+def test_a_pass_that_is_repeated_draws_the_same_numbers():
+    """The result is as if the scale had been right at the first attempt."""
 
     def trained(scale: float) -> dict[str, torch.Tensor]:
         problems = noisy_lbt()
@@ -174,7 +174,7 @@ def test_a_pass_that_is_taken_again_draws_the_same_numbers():
     torch.testing.assert_close(trained(2.0**40), trained(2.0**8), rtol=1e-3, atol=1e-4)
 
 
-def test_a_loss_that_is_not_finite_is_told_and_not_taken_again_for_ever():
+def test_a_loss_that_is_not_finite_raises_and_is_not_repeated_for_ever():
     problems = halves(1.0)
     problems[0].stream.peek()[0].fill_(torch.inf)
     with pytest.raises(mlo.NonFiniteLossError, match="teacher"):
@@ -231,7 +231,7 @@ HALF, FULL = torch.bfloat16, torch.float32
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.filterwarnings("ignore:the gradient of 'mid' itself runs through 'low'")
 def test_every_kind_of_pass_is_under_its_own_autocast(every, product, in_products, inner_path, accumulate):
-    """Steps, virtual steps and those that are recomputed as the problem has it; products as they are told."""
+    """Real, virtual and recomputed steps use the autocast of the problem; products use their own option."""
     seen: dict[tuple[str, str], set[torch.dtype]] = defaultdict(set)
     torch.manual_seed(0)
     stack = [
@@ -245,11 +245,11 @@ def test_every_kind_of_pass_is_under_its_own_autocast(every, product, in_product
         for problem in stack:
             problem.passes = engine.passes
         engine.run(2)
-    told = HALF if in_products else FULL
+    expected = HALF if in_products else FULL
     expected = {
         **{(name, kind): {HALF} for name in ("low", "mid") for kind in ("step", "virtual")},
-        ("low", "product"): {told, HALF} if inner_path else {told},  # its steps are part of the loss of mid
-        ("mid", "product"): {told},
+        ("low", "product"): {expected, HALF} if inner_path else {expected},  # its steps are part of the loss of mid
+        ("mid", "product"): {expected},
         ("top", "step"): {FULL},
     }
     if every == 2:

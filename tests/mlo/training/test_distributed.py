@@ -146,7 +146,7 @@ def test_each_process_has_the_gpu_of_its_number(monkeypatch):
     assert distributed.own_device("cuda") == torch.device("cuda", 1)
     assert chosen == [1]
     assert distributed.own_device("cpu") == torch.device("cpu")
-    with pytest.raises(mlo.ConfigError, match="each of several processes has its own card; write auto"):
+    with pytest.raises(mlo.ConfigError, match="each of several processes has its own GPU; write auto"):
         distributed.own_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(mlo.ConfigError, match="torchrun --nproc-per-node 2"):

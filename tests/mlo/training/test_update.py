@@ -20,18 +20,18 @@ def updater(monkeypatch: pytest.MonkeyPatch) -> Updater:
 
 
 def tensors(problem: mlo.Problem) -> list[torch.Tensor]:
-    moments = [v for s in problem.optimizer.state.values() for k, v in s.items() if k != "step"]
-    return [t.detach().clone() for t in [*problem.module.state_dict().values(), *moments]]
+    state = [v for s in problem.optimizer.state.values() for k, v in s.items() if k != "step"]
+    return [t.detach().clone() for t in [*problem.module.state_dict().values(), *state]]
 
 
-def test_a_good_run_is_the_same_to_the_bit(request):
-    plain, guarded = noisy_lbt(), noisy_lbt()
+def test_a_good_run_is_bit_identical(request):
+    plain, deferred = noisy_lbt(), noisy_lbt()
     torch.manual_seed(1)
     mlo.Engine(plain, "one_step", device="cpu").run(5)
     request.getfixturevalue("updater")
     torch.manual_seed(1)
-    mlo.Engine(guarded, "one_step", device="cpu").run(5)
-    for one, other in zip(plain, guarded, strict=True):
+    mlo.Engine(deferred, "one_step", device="cpu").run(5)
+    for one, other in zip(plain, deferred, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
@@ -42,24 +42,24 @@ def test_nothing_moves_after_a_bad_loss_and_the_error_names_its_step(updater):
     good = tensors(stack[0])
     batches = [stack[0].stream.peek(i) for i in range(3)]
     batches[0][0].fill_(float("nan"))
-    updater.look = lambda: None  # as while a GPU has not sent its losses yet
+    updater.check_arrived = lambda: None  # as while a GPU has not sent its losses yet
     engine.step()
     engine.step()
     kept = [tensors(problem) for problem in stack]
     assert all(torch.equal(a, b) for a, b in zip(kept[0], good, strict=True))
     assert all(t.isfinite().all() for part in kept for t in part)
-    del updater.look
+    del updater.check_arrived
     with pytest.raises(mlo.NonFiniteLossError, match="'teacher': its loss is nan at its step 3"):
         updater.wait()
 
 
 @pytest.mark.usefixtures("updater")
-def test_the_first_step_ever_leaves_moments_at_zero():
+def test_a_bad_first_step_leaves_the_optimizer_state_at_zero():
     stack = noisy_lbt()
     stack[1].stream.peek()["labeled"][0].fill_(float("inf"))
     engine = mlo.Engine(stack, "one_step", device="cpu")
     with pytest.raises(mlo.NonFiniteLossError, match="'student'"):
         engine.step()
-    moments = [v for s in stack[1].optimizer.state.values() for k, v in s.items() if k != "step"]
-    assert moments
-    assert all(not v.any() for v in moments)
+    state = [v for s in stack[1].optimizer.state.values() for k, v in s.items() if k != "step"]
+    assert state
+    assert all(not v.any() for v in state)
