@@ -132,7 +132,7 @@ def in_one_sweep(task: Task, product: str) -> Callable[[], None]:
 
 
 def _rows(counts: Sequence[Counter[str]], seconds: Mapping[str, Sequence[float]]) -> Iterator[str]:
-    yield "| | each product by itself | one sweep | one-sided | exact |"
+    yield "| | each product by itself | one backward pass | one-sided | exact |"
     yield "| --- | --- | --- | --- | --- |"
     for name in ("teacher", "student"):
         for key, label in ((name, f"passes of the {name}"), (f"{name} images", "images in them")):
