@@ -13,15 +13,19 @@ from mlo.files import write_atomic
 from mlo.sweeps.experiment import Experiment
 from problems.paper.pages import Seeds
 
-SHRUNK = (
-    "This is the laptop scale: images of 12x12, 1,000 training, 1,000 validation and 4,000 unlabeled ones, supernets "
-    "of 4 channels and 3 cells searched for 50 rounds (P-DARTS: 3, 4 and 5 cells, 25 rounds each), networks of 8 "
-    "channels and 3 cells trained for 300 steps on the 2,000 labeled images and tested on 5,000. The students are "
-    "small convolutional networks: of 24,000 weights where the paper has ResNet-18 (RN18), and a wider one where it "
-    "has ResNet-50 (RN50). Fashion-MNIST stands in for CIFAR-100, and held-out images of the same set for the "
-    "unlabeled ones of the other CIFAR. "
+SHRUNK = """These are results at the laptop scale, which is much smaller than the paper's:
+
+- Data: images of 12x12, of which 1,000 are for training, 1,000 for validation and 4,000 without labels. Fashion-MNIST
+  replaces CIFAR-100. The unlabeled images are from the same data set, not from the other CIFAR.
+- Search: supernets of 4 channels and 3 cells, for 50 rounds (P-DARTS: 3, 4 and 5 cells, for 25 rounds each).
+- Test: networks of 8 channels and 3 cells, trained for 300 steps on the 2,000 labeled images and tested on 5,000.
+- Students: a convolutional network of 24,000 weights replaces ResNet-18 (RN18), and a wider one ResNet-50 (RN50)."""
+FULL = "These are results at the paper's scale."
+NOTATION = (
+    "LBT(RN18, DARTS-2nd) is Learning by Teaching with a ResNet-18 as the student, over the search that second-order "
+    "DARTS uses; DARTS-2nd is the same search without a student."
 )
-FULL = "This is the paper's scale. "
+SPREAD = "Numbers are mean ± standard deviation over seeds."
 
 
 class PaperExperiment(Experiment):
@@ -30,13 +34,14 @@ class PaperExperiment(Experiment):
     scales: ClassVar[Mapping[str, int]] = {"laptop": 5, "paper": 10}
     name: ClassVar[str]
     title: ClassVar[str]
+    about: ClassVar[str]
 
     def write(self, scale: str, results: Mapping[str, Mapping[int, Mapping[str, Any]]], folder: Path) -> list[Path]:
         """Write the page, and what pictures it has, into the folder."""
         found = {key: {seed: _only(rows) for seed, rows in seeds.items()} for key, seeds in results.items()}
         sections, pictures = self.sections(scale, found)
         command = f"mlo reproduce {self.name} --scale {scale}"
-        told = ["# " + self.title, *sections, f"The command that makes it:\n\n```sh\n{command}\n```"]
+        told = ["# " + self.title, self.about, *sections, f"This command makes the page:\n\n```sh\n{command}\n```"]
         page = folder / f"{self.name}.md"
         write_atomic(page, "\n\n".join(told) + "\n")
         paths = [page]

@@ -62,17 +62,19 @@ def test_differences_are_by_seed_and_the_verdict_is_what_they_say():
     test = paired({n: float(n + 1) for n in range(5)}, {0: 3.1, **{n: n + 3.0 for n in range(1, 5)}})
     row = cells(comparison_table([Comparison("a", "b")], found), "a")
     assert row[2:] == ["-2.02", f"{test.low:+.2f} to {test.high:+.2f}", f"{test.p:.3f}", "5"]
-    assert "none. With 5 seeds p cannot be below 0.062" in verdict([Comparison("a", "b"), Comparison("c", "a")], found)
+    assert "p is at most 0.05 for none of these 2 differences. With 5 seeds, p is at least 0.062" in verdict(
+        [Comparison("a", "b"), Comparison("c", "a")], found
+    )
     found = {
         "a": seeds(*range(1, 9)),
         "b": seeds(*(n + 2.1 + n / 9 for n in range(1, 9))),
         "c": seeds(1.1, 1.9, 3.1, 3.9, 5.1, 5.9, 7.1, 7.9),
     }
     said = verdict([Comparison("a", "b"), Comparison("c", "a")], found)
-    assert "Of these 2 differences, those with p of at most 0.05: a has a lower error." in said
-    assert "cannot be below" not in said
+    assert "p is at most 0.05 for 1 of these 2 differences: a has a lower error." in said
+    assert "p is at least" not in said
     assert "b has a higher error" in verdict([Comparison("b", "a")], found)
-    assert "at most 0.05: none." in verdict([Comparison("c", "a")], found)
+    assert "for none of these 1 differences." in verdict([Comparison("c", "a")], found)
 
 
 @pytest.mark.parametrize("kind", [Table2, Table3, Table4, Figure3, Benefit])
