@@ -22,8 +22,8 @@ SHRUNK = """These are results at the laptop scale, which is much smaller than th
 - Students: a convolutional network of 24,000 weights replaces ResNet-18 (RN18), and a wider one ResNet-50 (RN50)."""
 FULL = "These are results at the paper's scale."
 NOTATION = (
-    "LBT(RN18, DARTS-2nd) is Learning by Teaching with a ResNet-18 as the student, over the search that second-order "
-    "DARTS uses; DARTS-2nd is the same search without a student."
+    "LBT(RN18, DARTS-2nd) is Learning by Teaching with a ResNet-18 as the student and the search of second-order "
+    "DARTS; DARTS-2nd is that search without a student."
 )
 SPREAD = "Numbers are mean ± standard deviation over seeds."
 

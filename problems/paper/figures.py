@@ -43,6 +43,7 @@ class _TradeOff(PaperExperiment):
         told = [
             SHRUNK if scale == "laptop" else FULL,
             f"{SPREAD} The error is that on 5,000 labeled images that neither search nor training used. {NOTATION}",
+            DIFFERENCES,
             f"![error against {self.symbol}]({self.name}.png)",
         ]
         titles = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10"}
@@ -63,7 +64,7 @@ class _TradeOff(PaperExperiment):
             pairs = [Comparison(label, one) for label in labels if label != one]
             body = [[label, spread(column(seeds, "test_error"))] for label, seeds in labels.items()]
             told += [f"## {title}", markdown(body, ["", "error, %"])]
-            told += [DIFFERENCES, comparison_table(pairs, labels), "Each seed:", seeds_table(list(labels), labels)]
+            told += [comparison_table(pairs, labels), "Each seed:", seeds_table(list(labels), labels)]
         return told, {f"{self.name}.png": figure}
 
 

@@ -13,9 +13,9 @@ from problems.paper.published import Reported, Row
 
 LEVEL = 0.05
 DIFFERENCES = (
-    "The next table compares pairs of methods, seed by seed. A negative difference means that the method has a lower "
-    'error than the one in the column "against". The interval is a bootstrap interval of the mean difference, and p is '
-    "that of an exact sign-flip permutation test."
+    "Tables with a column of differences compare two methods, seed by seed. A negative difference means that the "
+    'method has a lower error than the one in the column "against". The interval is a bootstrap interval of the mean '
+    "difference, and p is that of an exact sign-flip permutation test."
 )
 Measures = Mapping[str, Any]
 Seeds = Mapping[int, Measures]

@@ -88,3 +88,11 @@ def test_the_page_opens_with_where_mlo_wins_and_where_it_does_not() -> None:
     assert "slower than another one for `unrolled` on hyper-cleaning of a tiny network (1.20; higher 0.80)." in said
     assert "without compiling, `mlo` takes 1.20 to 1.20 times as long" in said
     assert report.summary({case: row for case, row in rows.items() if case.library in ("hand", "mlo")}) == ""
+
+
+def test_the_documented_page_has_the_words_that_the_report_writes() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text()
+    begin, end = report.HEAD.index("## How to read"), report.HEAD.index("| name")
+    assert report.HEAD[begin:end] in text
+    assert report.TARGETS_HEAD in text
+    assert text.endswith(report.TAIL)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from mlo.reports.compare import paired
-from problems.paper.figures import Benefit, Figure3
-from problems.paper.pages import Comparison, comparison_table, result_table, spread, verdict
+from problems.paper.experiment import SHRUNK
+from problems.paper.figures import SETTING, Benefit, Figure3, Figure4
+from problems.paper.pages import DIFFERENCES, Comparison, comparison_table, result_table, spread, verdict
 from problems.paper.published import TABLE3, TABLE4
-from problems.paper.tables import Table2, Table3, Table4, Table5
+from problems.paper.tables import Table2, Table3, Table4, Table5, Table6
 
 
 def measures(error: float, **more: object) -> dict[str, object]:
@@ -90,8 +92,22 @@ def test_a_page_is_written_from_the_results_of_its_runs(tmp_path, kind):
     json.dumps(results)
     page, *pictures = experiment.write("laptop", results, tmp_path)
     text = page.read_text()
-    assert text.startswith(f"# {experiment.title}")
+    assert text.startswith(f"# {experiment.title}\n\n{experiment.about}\n\n")
     assert f"mlo reproduce {experiment.name} --scale laptop" in text
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
     assert text.count("](") == len(pictures)
     assert "seed 3" in text
+
+
+@pytest.mark.parametrize("kind", [Table2, Table3, Table4, Table5, Table6, Figure3, Figure4, Benefit])
+def test_the_documented_page_has_the_words_that_the_experiment_writes(kind):
+    experiment = kind()
+    text = (Path(__file__).parents[3] / "docs" / "experiments" / f"{experiment.name}.md").read_text()
+    assert text.startswith(f"# {experiment.title}\n\n{experiment.about}\n\n")
+    for words in (
+        SETTING if kind is Benefit else SHRUNK,
+        DIFFERENCES,
+        f"mlo reproduce {experiment.name} --scale laptop",
+    ):
+        assert words in text
+    assert getattr(experiment, "note", "") in text
