@@ -137,6 +137,7 @@ class _Race(NamedTuple):
     ours: float
     theirs: float
     peer: str
+    overlap: bool
 
     def __str__(self) -> str:
         return f"{self.name} ({self.ours:.2f}; {self.peer} {self.theirs:.2f})"
@@ -145,13 +146,20 @@ class _Race(NamedTuple):
 def _races(rows: Rows) -> Iterator[_Race]:
     for workload, estimators in ESTIMATORS.items():
         for estimator in estimators:
-            ratios = {c.library: r["ratio"] for c, r in rows.items()
-                      if (c.workload, c.estimator) == (workload, estimator) and "failed" not in r}  # fmt: skip
-            others = {library: ratio for library, ratio in ratios.items() if library not in ("mlo", "compiled", "hand")}
-            if "mlo" in ratios and others:
-                eager, best = ratios["mlo"], min(others, key=others.__getitem__)
-                ours, peer = min(eager, ratios.get("compiled", eager)), TITLES[best].split()[0]
-                yield _Race(f"`{estimator}` on {NAMES[workload]}", eager, ours, others[best], peer)
+            found = {c.library: r for c, r in rows.items()
+                     if (c.workload, c.estimator) == (workload, estimator) and "failed" not in r}  # fmt: skip
+            ours = [found[library] for library in ("mlo", "compiled") if library in found]
+            others = [library for library in found if library not in ("mlo", "compiled", "hand")]
+            if ours and others:
+                best, peer = min(ours, key=_ratio), min(others, key=lambda library: _ratio(found[library]))
+                (low, high), (peer_low, peer_high) = best["quartiles"], found[peer]["quartiles"]
+                overlap = low <= peer_high and peer_low <= high
+                name, fastest = f"`{estimator}` on {NAMES[workload]}", TITLES[peer].split()[0]
+                yield _Race(name, _ratio(ours[0]), _ratio(best), _ratio(found[peer]), fastest, overlap)
+
+
+def _ratio(row: Row) -> float:
+    return float(row["ratio"])
 
 
 def summary(rows: Rows) -> str:
@@ -164,9 +172,12 @@ def summary(rows: Rows) -> str:
     said += "comparisons" + "".join([", most clearly for ", " and ".join(map(str, won[:2]))] if won else [])
     lost = " and ".join(map(str, races[len(won) :]))
     said += f"; it is slower than another one for {lost}." if lost else "."
+    close = sum(race.overlap for race in won)
+    if close:
+        said += f" In {close} of the {len(won)}, the quartiles overlap, so the lead may be noise."
     eager = [race.eager for race in races]
     return (
-        f"{said}\nThe numbers are CPU times relative to a loop written by hand; without compiling, `mlo` takes "
+        f"{said}\nThe numbers are CPU times relative to a loop written by hand. Without compiling, `mlo` takes "
         f"{min(eager):.2f} to {max(eager):.2f} times as long as that loop."
     )
 
