@@ -1,4 +1,4 @@
-"""The rows as a page of Markdown; knows no torch."""
+"""Writes the rows as a page of Markdown. Does not import torch."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def summary(rows: Rows) -> str:
 
 
 def line(row: Row) -> str:
-    """A row, shortly, as it is measured."""
+    """One line about a row, to print after its measurement."""
     if "failed" in row:
         return str(row["failed"])
     memory = f", {row['peak_mb'] - row['baseline_mb']:.0f} MB over {row['baseline_mb']:.0f}" if "peak_mb" in row else ""
@@ -220,7 +220,7 @@ def _cells(library: str, estimator: str, row: Row) -> str:
 
 
 def _targets(rows: Rows) -> Iterator[str]:
-    """What this engine is to reach, and where it does not."""
+    """A table of the targets for mlo, and which are met."""
     checks = list(_checks(rows))
     if checks:
         yield "## mlo against its targets\n"

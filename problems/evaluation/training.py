@@ -18,7 +18,7 @@ from problems.data.augmentation import Augmentation
 from problems.data.images import Part
 from problems.data.splits import Splits
 from problems.nas import EvaluationNetwork, Genotype
-from problems.nas.counting import count
+from problems.nas.network_size import size_of
 from problems.search.search import AUTOCASTS, Precision, stem_for
 
 
@@ -92,7 +92,7 @@ class Training(Config):
         assert isinstance(network, EvaluationNetwork)
         part = splits.test if part is None else part
         size = splits.image_size
-        parameters, multiply_adds = count(network, (splits.image_channels, size, size))
+        parameters, multiply_adds = size_of(network, (splits.image_channels, size, size))
         return {
             **errors(network, part, (1, 5) if splits.classes > 10 else (1,)),
             "test_images": len(part),

@@ -1,4 +1,4 @@
-"""`mlo reproduce figure3, figure4, benefit`: the trade-offs, and a setting in which teaching should help."""
+"""`mlo reproduce figure3`, `figure4` and `benefit`: the trade-offs, and a setting in which teaching should help."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from matplotlib.figure import Figure
 
 from mlo.sweeps.experiment import Wanted
-from problems.paper.experiment import FULL, NOTATION, SHRUNK, SPREAD, PaperExperiment
+from problems.paper.experiment import NOTATION, SPREAD, PaperExperiment, scale_note
 from problems.paper.pages import (
     DIFFERENCES,
     Comparison,
@@ -20,7 +20,7 @@ from problems.paper.pages import (
     spread,
     verdict,
 )
-from problems.paper.published import TRADE_OFFS
+from problems.paper.reported_results import TRADE_OFFS
 from problems.paper.settings import Options, Setting, benefit_options
 
 
@@ -33,15 +33,15 @@ class _TradeOff(PaperExperiment):
         return Setting(data, "darts2", "rn18", held_out=True, **options)
 
     def runs(self, scale: str) -> Mapping[str, Wanted]:
-        """A run for each value on each data set."""
+        """One run for each value of the option, on each data set."""
         every = [self._run(data, value) for data in ("cifar100", "cifar10") for value in TRADE_OFFS]
         return {run.key: Wanted("lbt", run.options(scale)) for run in every}
 
     def sections(self, scale: str, found: Mapping[str, Seeds]) -> tuple[list[str], dict[str, Figure]]:
-        """The curve of each data set, as a picture and as numbers."""
+        """The curve for each data set, as a picture and as numbers."""
         figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-        told = [
-            SHRUNK if scale == "laptop" else FULL,
+        parts = [
+            scale_note(scale),
             f"{SPREAD} The error is that on 5,000 labeled images that neither search nor training used. {NOTATION}",
             DIFFERENCES,
             f"![error against {self.symbol}]({self.name}.png)",
@@ -63,9 +63,9 @@ class _TradeOff(PaperExperiment):
             one = f"{self.symbol} = 1"
             pairs = [Comparison(label, one) for label in labels if label != one]
             body = [[label, spread(column(seeds, "test_error"))] for label, seeds in labels.items()]
-            told += [f"## {title}", markdown(body, ["", "error, %"])]
-            told += [comparison_table(pairs, labels), "Each seed:", seeds_table(list(labels), labels)]
-        return told, {f"{self.name}.png": figure}
+            parts += [f"## {title}", markdown(body, ["", "error, %"]), comparison_table(pairs, labels)]
+            parts += ["Each seed:", seeds_table(list(labels), labels)]
+        return parts, {f"{self.name}.png": figure}
 
 
 class Figure3(_TradeOff):
@@ -102,10 +102,10 @@ SETTING = """The setting:
 
 
 class Benefit(PaperExperiment):
-    """A setting of ours in which a benefit of teaching should show: few labels, a bad operation, 10 paired seeds."""
+    """Our own setting in which teaching should help: few labels, a useless operation, 10 paired seeds."""
 
     scales: ClassVar[Mapping[str, int]] = {"laptop": 10}
-    name, title = "benefit", "Where a benefit of teaching should show"
+    name, title = "benefit", "Where teaching should help"
     about = (
         "This experiment is ours, not the paper's. It is built so that teaching should help if it helps anywhere: "
         "the search has few labels but many unlabeled images, and one of the operations is harmful. The question is "
@@ -122,11 +122,11 @@ class Benefit(PaperExperiment):
     }
 
     def runs(self, scale: str) -> Mapping[str, Wanted]:
-        """A run for each label."""
+        """One run for each label."""
         return {key: Wanted("lbt", options) for key, options in self.labels.values()}
 
     def sections(self, scale: str, found: Mapping[str, Seeds]) -> tuple[list[str], dict[str, Figure]]:
-        """What was searched, what came out, and the tests."""
+        """The setting, the results and the tests."""
         by_label = {label: found[key] for label, (key, _) in self.labels.items()}
         measures = {
             "noise": "noise edges of 16",
@@ -141,7 +141,7 @@ class Benefit(PaperExperiment):
         lbt = [label for label in by_label if label.startswith("LBT")]
         pairs = [Comparison(label, "DARTS-2nd") for label in lbt]
         pairs_random = [Comparison(label, "random") for label in by_label if label != "random"]
-        told = [
+        parts = [
             SETTING,
             f"{SPREAD} The student's part is the norm of the student's part of the architecture's gradient, divided by "
             "that of the teacher's part, at the end of the search with its initial learning rates. \"LBT, student "
@@ -155,4 +155,4 @@ class Benefit(PaperExperiment):
             "Each seed:",
             seeds_table(list(by_label), by_label),
         ]
-        return told, {}
+        return parts, {}

@@ -29,7 +29,7 @@ from problems.nas import (
     StemName,
     Supernet,
 )
-from problems.nas.search_diagnostics import entropy, skips
+from problems.nas.search_diagnostics import count_skips, entropy
 from problems.search.early_stop import Sharpness
 
 SPACES = {"darts": DARTS, "pc_darts": PC_DARTS, "p_darts": P_DARTS}
@@ -274,4 +274,4 @@ class _WatchedArchitecture(ArchValidate):
         watched = getattr(self.module, "sharpness", None)
         eigenvalue = watched.latest() if isinstance(watched, Sharpness) else None
         found |= {} if eigenvalue is None else {"eigenvalue": eigenvalue}
-        return found | {"skips": logits.normal.new_tensor(float(skips(self.space, logits)))}
+        return found | {"skips": logits.normal.new_tensor(float(count_skips(self.space, logits)))}

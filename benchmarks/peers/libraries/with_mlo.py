@@ -1,4 +1,4 @@
-"""The workloads with this engine."""
+"""The workloads with mlo."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ class _Run:
 
 
 class _Product:
-    """One exact product at the first step's start, from what an estimator sees of that step."""
+    """One exact product at the start of the first step, through the interface that estimators use."""
 
     def __init__(self, engine: mlo.Engine, task: Bilevel) -> None:
         self._task, self._evaluator = task, engine._evaluator
         engine.problems["model"].steps = 1
         self._record = engine._next("weights", {}, None)[1]["model"][0]
-        self._record.graph = self._record.read_cache = None  # as if it were of an earlier step
+        self._record.graph = self._record.read_cache = None  # as for an earlier step
 
     def gradient(self) -> list[Tensor]:
         loss = Step(self._record, ("weights",), self._evaluator).before()
@@ -100,7 +100,7 @@ class _Product:
 
 
 def build(task: Task, estimator: str, compiled: bool = False) -> Runner:
-    """See :mod:`benchmarks.peers.libraries`. Lookahead is off: the peers have none."""
+    """See :mod:`benchmarks.peers.libraries`. Lookahead is off, since the other libraries do not have it."""
     problems, top = _teaching(task) if isinstance(task, Teaching) else _bilevel(task)
     engine = mlo.Engine(problems, OPTIONS[estimator], lookahead=False, compile=compiled, device="cpu")
     if estimator == "product" and isinstance(task, Bilevel):

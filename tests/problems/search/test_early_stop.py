@@ -10,7 +10,7 @@ from mlo.options.config import parse
 from mlo.runs.run import Run
 from problems.jobs.lbt import LbtJob
 from problems.jobs.report import eigenvalue_curve
-from problems.nas import architecture_loss, dominant_eigenvalue, stop_at
+from problems.nas import architecture_loss, dominant_eigenvalue, early_stop_epoch
 from problems.search import early_stop
 from problems.search.early_stop import grown_sharp, sharpness
 
@@ -103,8 +103,8 @@ def search(run: Run, before=lambda rounds: None) -> dict:
 def test_a_search_that_grew_sharp_ends_and_goes_back(rising, tmp_path):
     run = Run.create("lbt", job(search={"eigenvalue_every": 1}), tmp_path / "run")
     found = search(run)
-    entries = next(n for n in range(len(RISING)) if stop_at(RISING[:n]) is not None)
-    earlier = stop_at(RISING[:entries])
+    entries = next(n for n in range(len(RISING)) if early_stop_epoch(RISING[:n]) is not None)
+    earlier = early_stop_epoch(RISING[:entries])
     assert (entries, earlier) == (17, 10)
     assert found == {**rising[earlier], "search_rounds": entries, "architecture_of_round": earlier + 1}
     assert rising[earlier] != rising[-1]
