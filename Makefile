@@ -26,7 +26,7 @@ lint: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/pip
 	@echo "Installing mlo and what it needs into $(VENV) (PyTorch is large: minutes, the first time)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[lbt]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import mlo
 from problems.data.images import Images
-from problems.data.splits import Data
+from problems.data.options import Data
 
 ROUNDS, STEPS, FINAL = 150, 20, 1500
 ESTIMATORS: dict[str, object] = {

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from problems.nas.operations import NONE, make_operation
+from problems.nas.operation_names import NONE
+from problems.nas.operations import make_operation
 from problems.nas.search_space import DARTS, ArchitectureLogits, CellKind, SearchSpace
 from problems.nas.skeleton import CellInputs, CellPlan, CifarStem, edge_stride, plan_cells, total
 from problems.nas.supernet import Supernet

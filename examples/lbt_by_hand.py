@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import mlo
-from problems.data.splits import Data
+from problems.data.options import Data
 from problems.lbt import ArchValidate, StudentTeach, TeacherTrain
 from problems.search.students import small_student
 

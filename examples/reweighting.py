@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mlo
-from problems.data.splits import Data
+from problems.data.options import Data
 
 
 class Weights(nn.Module):

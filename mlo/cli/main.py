@@ -16,8 +16,8 @@ from mlo.ops import distributed
 from mlo.options import registry
 
 if TYPE_CHECKING:
+    from mlo.runs.folder import RunFolder
     from mlo.runs.job import Job
-    from mlo.runs.run import Run
 
 app = typer.Typer(
     help="Multi-level optimization: run a problem, go on with a run, compare runs, see what there is.",
@@ -67,25 +67,25 @@ def run(
     """Run a problem: mlo run NAME [--option VALUE]...  (mlo run NAME --help lists the options)."""
     job = distributed.on_main(lambda: _job(context, name, config, help))
     if job:
-        from mlo.runs.run import Run
+        from mlo.runs.folder import RunFolder
 
-        made = Run.create(str(name), job, output)
+        folder = RunFolder.create(str(name), job, output)
         try:
-            _go(made)
+            _go(folder)
         except typer.Exit:
             raise
         except Exception:
             if distributed.is_main():
-                made.discard()
+                folder.discard()
             raise
 
 
 @app.command()
 def resume(folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of the run.")]) -> None:
     """Go on with a run that was stopped, from its last checkpoint."""
-    from mlo.runs.run import Run
+    from mlo.runs.folder import RunFolder
 
-    _go(Run.open(folder))
+    _go(RunFolder.open(folder))
 
 
 @app.command(context_settings=OPEN, add_help_option=False)
@@ -196,6 +196,7 @@ def reproduce(
     The same command goes on where it was stopped.
     """
     from mlo.sweeps import experiment as experiments
+    from mlo.sweeps.cost import cost
     from mlo.sweeps.grid import report_failures
 
     experiment = experiments.load_experiment(name)
@@ -203,14 +204,14 @@ def reproduce(
     planned = experiments.plan(experiment, scale, seeds or experiment.scales[scale], output)
     runs = [run for plans in planned.values() for run in plans]
     left = {key: [run for run in plans if not run.finished()] for key, plans in planned.items()}
-    print(f"{output / scale}: {experiments.standing(runs)}", flush=True)
+    print(f"{output / scale}: {experiments.status(runs)}", flush=True)
     with _stoppable("the same command"):
         if any(left.values()):
             print("measuring a few rounds of each kind of run ...", flush=True)
-            print(f"what is to do takes {experiments.cost(left, workers, one_core_each)}", flush=True)
+            print(f"what is to do takes {cost(left, workers, one_core_each)}", flush=True)
         if estimate:
             return
-        failures = experiments.do(experiment, scale, planned, workers, one_core_each)
+        failures = experiments.run_planned(planned, workers, one_core_each)
     if report_failures(failures, len(runs)):
         print("no page is written from a part of the runs", file=sys.stderr)
         raise typer.Exit(1)
@@ -242,7 +243,7 @@ def list_all() -> None:
 
 def _told(group: str, name: str) -> str:
     try:
-        return registry.summary(registry.load(group, name))
+        return registry.summary_of(group, name)
     except ConfigError as error:
         return f"(broken: {error})"
 
@@ -283,11 +284,11 @@ def _merged(model: "type[Job]", config: Path | None, given: Mapping[str, Any]) -
     return dict(merge(merge(defaults(model), read_yaml(config) if config else {}), given))
 
 
-def _go(run: "Run") -> None:
-    with _stoppable(f"{distributed.launcher()} resume {run.path}"):
-        run.execute()
+def _go(folder: "RunFolder") -> None:
+    with _stoppable(f"{distributed.launcher()} resume {folder.path}"):
+        folder.execute()
     if distributed.is_main():
-        print(f"finished: {run.path}")
+        print(f"finished: {folder.path}")
 
 
 @contextmanager

@@ -1,23 +1,23 @@
 """Several processes that train together, as torchrun starts them: who this one is, and what all of them agree on.
 
-No other module knows torch.distributed. In one process nothing here copies, sends or waits. In several, all call
-these functions in the same order.
+No other module knows torch.distributed. In one process nothing here copies, sends or waits, and nothing imports torch,
+so that the command line starts without it. In several, all call these functions in the same order.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlo.errors import ConfigError, MloError, ProcessError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Value = TypeVar("Value")
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
@@ -27,12 +27,20 @@ _store: list[Any] = []  # of the process group
 
 def world() -> int:
     """How many processes train together; 1 without a process group."""
+    if "torch.distributed" not in sys.modules:  # then nothing can have started a process group
+        return 1
+    import torch.distributed as dist
+
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """The number of this process among them, from 0."""
-    return dist.get_rank() if world() > 1 else 0
+    if world() == 1:
+        return 0
+    import torch.distributed as dist
+
+    return dist.get_rank()
 
 
 def is_main() -> bool:
@@ -52,6 +60,10 @@ def processes() -> Iterator[None]:
     if any(name not in os.environ for name in ENVIRONMENT) or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
     store, number, count = next(rendezvous("env://"))
     cards = torch.cuda.is_available() and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if cards else "gloo"
@@ -70,6 +82,8 @@ def own_device(device: str | torch.device) -> torch.device:
     Raises:
         ConfigError: if there are fewer cards than processes, or another card is named.
     """
+    import torch
+
     device = torch.device(device)
     if world() == 1 or device.type != "cuda":
         return device
@@ -102,25 +116,34 @@ def share(size: int, what: str = "a batch") -> slice:
 
 def average(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The means of tensors over all processes, the same to the bit in each; what is not finite in one is so in all."""
+    if world() == 1:
+        return list(tensors)
+    import torch.distributed as dist
 
     def mean(flat: Tensor) -> None:
         dist.all_reduce(flat)
         flat.div_(world())
 
-    return list(tensors) if world() == 1 else _as_one(tensors, mean)
+    return _as_one(tensors, mean)
 
 
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The first process's tensors, in all; those of the other processes say of what form they are."""
     if world() == 1:
         return list(tensors)
+    import torch
+    import torch.distributed as dist
+
     return _as_one(tensors, lambda flat: dist.broadcast(flat.view(torch.uint8), 0))
 
 
-@torch.no_grad()
 def follow_main(tensors: Sequence[Tensor]) -> None:
     """Set tensors, in all, to what the first process has."""
-    if world() > 1:
+    if world() == 1:
+        return
+    import torch
+
+    with torch.no_grad():
         for tensor, first in zip(tensors, copies(tensors), strict=True):
             tensor.copy_(first)
 
@@ -129,6 +152,9 @@ def any_of(flag: bool) -> bool:
     """Whether the flag is up in any of all processes."""
     if world() == 1:
         return flag
+    import torch
+    import torch.distributed as dist
+
     up = torch.tensor(int(flag))
     with _together():
         dist.all_reduce(up, dist.ReduceOp.MAX)
@@ -139,6 +165,8 @@ def gathered(value: Value) -> list[Value]:
     """The values of all processes, by their numbers; anything that can be pickled."""
     if world() == 1:
         return [value]
+    import torch.distributed as dist
+
     values: list[Any] = [None] * world()
     with _together():
         dist.all_gather_object(values, value)
@@ -149,6 +177,8 @@ def on_main(function: Callable[[], Value]) -> Value:
     """What ``function`` returns in the first process, which alone calls it, or raises there; in all processes."""
     if world() == 1:
         return function()
+    import torch.distributed as dist
+
     found: list[Any] = [None, None]
     if is_main():
         try:
@@ -195,6 +225,8 @@ def tells(error: MloError) -> bool:
 
 def _as_one(tensors: Sequence[Tensor], act: Callable[[Tensor], object]) -> list[Tensor]:
     """``act`` on one vector of all tensors of a dtype, in place, and what comes of each."""
+    import torch
+
     found = list(tensors)
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         places = [place for place, tensor in enumerate(tensors) if tensor.dtype == dtype]

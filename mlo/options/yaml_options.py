@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mlo.errors import ConfigError
 
 KIND = "kind"
@@ -56,6 +54,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if the file is not there, is no YAML, or holds something else than a mapping or nothing.
     """
+    import yaml  # here, because options are also checked where there are no files, with the core alone installed
+
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -70,25 +70,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text, where 1e-3 is a number too."""
-    return yaml.load(text, Loader=_Loader)
+    import yaml
 
+    from mlo.options.yaml_loader import Loader
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but for numbers like 1e-3, which it takes for text, and names given twice, of which it takes one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping; an error if a name is there twice."""
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is given twice", node.start_mark)
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+    return yaml.load(text, Loader=Loader)
 
 
 def shown(value: object) -> str:

@@ -13,8 +13,8 @@ from scipy import stats
 from mlo.errors import ConfigError
 from mlo.options import registry
 from mlo.options.yaml_options import flat, of_any_seed, read_yaml
+from mlo.runs.folder import read_results, run_info
 from mlo.runs.job import Results
-from mlo.runs.run import about, read_results
 
 MIN_PAIRS = 3
 CONFIDENCE = 0.95
@@ -101,7 +101,7 @@ def load(folders: Iterable[Path]) -> list[Result]:
         options = flat(read_yaml(path / "config.yaml"))
         seed = options.pop("seed", 0)
         options = {name: of_any_seed(value, seed) for name, value in options.items()}
-        results.append(Result(path, {"job": about(path)[0], **options}, seed, rows))
+        results.append(Result(path, {"job": run_info(path)[0], **options}, seed, rows))
     if not results:
         raise ConfigError(f"{', '.join(told)}: no finished run; `mlo resume RUN_DIR` finishes one that was stopped")
     return results

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import StringIO
 from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -28,6 +26,7 @@ from mlo.options.config import Registered
 from mlo.training.engine import Engine
 
 EXACT = Unrolled()
+WIDTH = 120  # characters of a line of a printed table
 NOISY = 0.2  # relative error of a difference from which on it is warned of
 
 
@@ -112,12 +111,10 @@ class Diagnosis:
     rows: Sequence[Row]
 
     def __str__(self) -> str:
-        table = Table("estimator", box=None, pad_edge=False)
-        for column in ("error", "cosine", "residual", "passes", "ms", "peak MB"):
-            table.add_column(column, justify="right")
-        table.add_column("note")
-        for row in self.rows:
-            numbers = [
+        lines = [["estimator", "error", "cosine", "residual", "passes", "ms", "peak MB"]]
+        lines += [
+            [
+                row.estimator,
                 _shown(row.error, "{:.2e}"),
                 _shown(row.cosine, "{:.4f}"),
                 _shown(row.residual, "{:.2e}"),
@@ -125,11 +122,17 @@ class Diagnosis:
                 _shown(row.milliseconds, "{:.1f}"),
                 _shown(None if row.peak is None else row.peak / 2**20, "{:.1f}"),
             ]
-            table.add_row(row.estimator, *numbers, row.note)
-        console = Console(file=StringIO(), width=120)
-        console.print(table)
-        assert isinstance(console.file, StringIO)
-        return console.file.getvalue().rstrip()
+            for row in self.rows
+        ]
+        first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+        table = []
+        for (name, *numbers), note in zip(lines, ["note", *(row.note for row in self.rows)], strict=True):
+            cells = [name.ljust(first), *(text.rjust(width) for text, width in zip(numbers, others, strict=True)), ""]
+            columns = "  ".join(cells)
+            wrapped = textwrap.wrap(note, max(20, WIDTH - len(columns)))
+            table += [columns + line for line in wrapped[:1]] or [columns]
+            table += [" " * len(columns) + line for line in wrapped[1:]]
+        return "\n".join(line.rstrip() for line in table)
 
 
 def diagnose(engine: Engine, name: str | None = None, estimators: Sequence[object] | None = None) -> Diagnosis:

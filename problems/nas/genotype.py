@@ -1,15 +1,19 @@
 """Genotypes (discrete architectures): validation, JSON files, the rule that derives them from logits, random ones."""
 
+from __future__ import annotations
+
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from torch import Tensor
 
-from problems.nas.operations import BUILDABLE, NONE, explain_unknown
+from problems.nas.operation_names import BUILDABLE, NONE, explain_unknown
 from problems.nas.search_space import ArchitectureLogits, CellKind, Edge, SearchSpace
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Choice(NamedTuple):
@@ -167,6 +171,7 @@ def random_genotype(space: SearchSpace, generator: torch.Generator) -> Genotype:
 
     "none" is never drawn. The generator must be a CPU generator; the same seed gives the same genotype.
     """
+    import torch
 
     def draw(count: int) -> int:
         return int(torch.randint(count, (), generator=generator))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from problems.nas.grouped_convolutions import GroupedConvolutions, GroupedFactorizedReduce, ScaledNorm, pixels_of
-from problems.nas.operations import NOISE, NONE
+from problems.nas.operation_names import NOISE, NONE
 
 
 def _average_pool(features: Tensor, size: int, stride: int, padding: int) -> Tensor:

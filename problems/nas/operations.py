@@ -1,17 +1,12 @@
 """The candidate operations: those of the DARTS space, and noise, a useless one for testing searches."""
 
-import difflib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NONE = "none"
-"""The operation that contributes zero: it stands for the absence of an edge, and has no module."""
-
-NOISE = "noise"
-"""The operation that replaces its input with standard normal noise. It is useless, and not part of `OPERATIONS`."""
+from problems.nas.operation_names import NOISE, explain_unknown
 
 
 class FactorizedReduce(nn.Module):
@@ -85,15 +80,6 @@ def make_operation(name: str, channels: int, stride: int, affine: bool) -> nn.Mo
     return _BUILDERS[name](channels, stride, affine)
 
 
-def explain_unknown(name: str) -> str:
-    """The message for an operation that cannot be built: the nearest valid name, and all of them."""
-    valid = f"(valid: {', '.join(_BUILDERS)})"
-    if name == NONE:
-        return f"{NONE!r} means the absence of an edge and cannot be used as an operation here {valid}"
-    nearest = difflib.get_close_matches(name, _BUILDERS, n=1, cutoff=0.0)[0]
-    return f"{name!r} is not an operation; the nearest is {nearest!r} {valid}"
-
-
 def _depthwise(channels: int, kernel: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:
     padding = dilation * (kernel - 1) // 2
     return [
@@ -145,9 +131,3 @@ _BUILDERS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "dil_conv_5x5": _dilated(5),
     NOISE: _noise,
 }
-
-BUILDABLE: tuple[str, ...] = tuple(_BUILDERS)
-"""The names of all operations that have a module. Genotypes may contain these; search spaces also "none"."""
-
-OPERATIONS: tuple[str, ...] = (NONE, *(name for name in BUILDABLE if name != NOISE))
-"""The eight operations of the DARTS search space, in its order."""

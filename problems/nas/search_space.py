@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
-from torch import Tensor
+from problems.nas.operation_names import BUILDABLE, NOISE, NONE, OPERATIONS, explain_unknown
 
-from problems.nas.operations import BUILDABLE, NOISE, NONE, OPERATIONS, explain_unknown
+if TYPE_CHECKING:  # options are checked against a space, without loading torch
+    from torch import Tensor
 
 CellKind = Literal["normal", "reduce"]
 Choices = tuple[tuple[str, ...], ...]
@@ -133,6 +133,8 @@ class SearchSpace:
         dropped = [[name not in names for name in self.operations] for names in self.choices(kind)]
         if not any(map(any, dropped)):
             return operations
+        import torch
+
         return operations.masked_fill(torch.tensor(dropped, device=logits.device), float("-inf"))
 
     def mixture(self, kind: CellKind, logits: Tensor) -> Mixture:
@@ -144,6 +146,8 @@ class SearchSpace:
         weights = self.operation_logits(kind, logits).softmax(dim=-1)
         if not self.edge_weights:
             return Mixture(weights, None)
+        import torch
+
         incoming = logits[:, -1].split([node + 2 for node in range(self.nodes)])
         edges = torch.cat([part.softmax(dim=0) for part in incoming])
         return Mixture(weights * edges[:, None], edges)

@@ -89,6 +89,11 @@ StemName = Literal["cifar", "imagenet"]
 _STEMS: dict[str, type[CifarStem] | type[ImageNetStem]] = {"cifar": CifarStem, "imagenet": ImageNetStem}
 
 
+def stem_for(image_size: int) -> StemName:
+    """The stem for images of this height: ImageNet's, which quarters and then halves them, above 64 pixels."""
+    return "cifar" if image_size <= 64 else "imagenet"
+
+
 def make_stem(name: StemName, image_channels: int, channels: int) -> Stem:
     """Build a stem for `channels` channels in the first cell. Raises ValueError for an unknown name."""
     if name not in _STEMS:

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
 
+from mlo import Experiment
 from mlo.files import write_atomic
-from mlo.sweeps.experiment import Experiment
 from problems.paper.pages import Seeds
 
 LAPTOP_NOTE = """These are results at the laptop scale, which is much smaller than the paper's:

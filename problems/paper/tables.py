@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
 
-from mlo.sweeps.experiment import Wanted
+from mlo import Wanted
 from problems.paper import reported_results
 from problems.paper.experiment import NOTATION, SPREAD, PaperExperiment, scale_note
 from problems.paper.pages import DIFFERENCES, Comparison, Seeds, comparison_table, result_table, seeds_table, verdict

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 import mlo
 from mlo.options.config import parse
-from problems.jobs.lbt import LbtJob, student_part
+from problems.jobs.lbt import LbtJob
+from problems.jobs.lbt_stages import student_part
 from problems.lbt import ArchValidate, StudentInTurn, TeacherTrain
-from problems.search.search import Repeated, cosine
+from problems.search.levels import Repeated, cosine
 
 ROUNDS, CLIP, MOMENTUM, DECAY, ADAM = 2, 0.05, 0.9, 3e-2, 0.05
 RATES = [0.3, 0.2]  # learning rates of teacher and student in each round

@@ -145,7 +145,7 @@ def test_all_faults_are_told_at_once_and_nothing_is_written(mlo):
         (["run", "ridge", "--hypergradient", "nuemann"], "did you mean neumann?"),
         (["run", "ridge", "--config", "none.yaml"], "none.yaml: cannot be read"),
         (["run", "--rate", "3", "ridge"], "the name comes first: mlo run NAME --rate"),
-        (["resume", "nowhere"], "nowhere: is no run folder"),
+        (["resume", "nowhere"], "nowhere: not a run folder"),
         (["graph", "rigde"], "did you mean ridge?"),
     ],
 )
@@ -193,12 +193,12 @@ def test_resume_of_a_folder_of_runs_tells_which_are_in_it(mlo):
         Path("runs", run, "run.json").write_bytes(Path("runs/a/run.json").read_bytes())
     code, _, err = mlo("resume", "runs")
     assert code == 2
-    assert "runs: is no run folder, " in err
-    assert err.endswith(f"; runs in it are: runs/s/b, {', '.join(f'runs/t{n}' for n in range(7))} and 2 more\n")
+    assert "error: runs: not a run folder: " in err
+    assert err.endswith(f"; it contains the runs runs/s/b, {', '.join(f'runs/t{n}' for n in range(7))} and 2 more\n")
     (line,) = mlo("resume", "runs/s")[2].splitlines()
-    assert line.endswith("; runs in it are: runs/s/b")
+    assert line.endswith("; it contains the runs runs/s/b")
     Path("runs/a").rename("runs/s/a")
-    assert mlo("resume", "runs/s")[2].endswith("; runs in it are: runs/s/b, runs/s/a (finished)\n")
+    assert mlo("resume", "runs/s")[2].endswith("; it contains the runs runs/s/b, runs/s/a (finished)\n")
 
 
 def test_help_of_a_job_tells_every_option(mlo):

@@ -7,13 +7,15 @@ import json
 import pytest
 import torch
 
-from mlo.runs.run import Run
+from mlo.runs.folder import RunFolder
 from problems.data.images import Part
-from problems.data.splits import Data
-from problems.evaluation.training import FinalTraining
-from problems.jobs.lbt import LbtJob, student_part
+from problems.data.options import Data
+from problems.evaluation.options import FinalTraining
+from problems.evaluation.training import judge
+from problems.jobs.lbt import LbtJob
+from problems.jobs.lbt_stages import draw_engine, judge_draw, student_part
 from problems.nas import DARTS, PUBLISHED, EvaluationNetwork, Genotype, Supernet, random_genotype
-from problems.search.search import Search
+from problems.search.options import Search
 
 DATA = Data(train_size=40, validation_size=50, unlabeled_size=60)
 SPLITS = Data(train_size=40, validation_size=50, unlabeled_size=60).splits(seed=0)
@@ -110,7 +112,7 @@ def test_a_network_is_judged_on_the_test_images():
     network = engine.problems["network"].module.eval()
     test = SPLITS.test.load()
     wrong = network(test.images).logits.argmax(1) != test.labels
-    result = job()._judge(engine)
+    result = judge(engine, job().splits)
     assert result["test_error"] == pytest.approx(100 * wrong.float().mean().item(), abs=1e-4)
     assert result["parameters"] == sum(p.numel() for p in network.parameters())
     assert result["test_images"] == len(test.labels)
@@ -120,13 +122,13 @@ def test_random_draws_are_judged_on_the_validation_images_and_trained_on_the_oth
     chooses = job(
         methods=("best_of_random",), draws=3, evaluation=FinalTraining(steps=3, channels=2, cells=1), page=False
     )
-    engine = chooses.draw_engine(PUBLISHED["DARTS_V2"])
+    engine = draw_engine(chooses, PUBLISHED["DARTS_V2"])
     assert among(engine.problems["network"].stream.next()[0], SPLITS.train)
     network = engine.problems["network"].module.eval()
     validation = SPLITS.validation.load()
     wrong = network(validation.images).logits.argmax(1) != validation.labels
-    assert chooses._judge_draw(engine) == pytest.approx(100 * wrong.float().mean().item(), abs=1e-4)
-    run = Run.create("lbt", chooses, tmp_path / "run")
+    assert judge_draw(chooses, engine) == pytest.approx(100 * wrong.float().mean().item(), abs=1e-4)
+    run = RunFolder.create("lbt", chooses, tmp_path / "run")
     run.execute()
     judged = [json.loads((run.path / f"stages/draw-{n}/result.json").read_text()) for n in (1, 2, 3)]
     drawn = torch.Generator().manual_seed(0)

@@ -5,14 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from problems.nas.operations import NONE, OPERATIONS, FactorizedReduce, make_operation
+from problems.nas.operation_names import BUILDABLE, NONE, OPERATIONS
+from problems.nas.operations import FactorizedReduce, make_operation
 
-BUILDABLE = [name for name in OPERATIONS if name != NONE]
+USEFUL = [name for name in OPERATIONS if name != NONE]
 
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("name", BUILDABLE)
+@pytest.mark.parametrize("name", USEFUL)
 def test_an_operation_keeps_the_channels_and_divides_the_resolution_by_its_stride(name, stride, affine):
     operation = make_operation(name, 4, stride, affine)
     for size in (8, 7):
@@ -20,7 +21,7 @@ def test_an_operation_keeps_the_channels_and_divides_the_resolution_by_its_strid
         assert output.shape == (2, 4, -(-size // stride), -(-size // stride))
 
 
-@pytest.mark.parametrize("name", BUILDABLE)
+@pytest.mark.parametrize("name", USEFUL)
 def test_only_evaluation_operations_have_affine_batch_norms(name):
     for affine in (True, False):
         norms = [m for m in make_operation(name, 4, 2, affine).modules() if isinstance(m, nn.BatchNorm2d)]
@@ -58,4 +59,8 @@ def test_factorized_reduce_reads_every_pixel_of_an_even_image_and_pads_an_odd_on
 def test_the_error_for_an_unknown_operation_lists_the_valid_ones(name, answer):
     with pytest.raises(ValueError, match=answer) as error:
         make_operation(name, 4, 1, affine=True)
-    assert all(valid in str(error.value) for valid in BUILDABLE)
+    assert all(valid in str(error.value) for valid in USEFUL)
+
+
+def test_every_name_that_is_buildable_has_a_module():
+    assert all(isinstance(make_operation(name, 4, 1, affine=True), nn.Module) for name in BUILDABLE)

@@ -15,7 +15,8 @@ from mlo.options.config import parse
 from problems import nas
 from problems.jobs.lbt import LbtJob
 from problems.nas import Architecture, ArchitectureLogits
-from problems.search.search import Search, skip_dropout_at
+from problems.search.levels import skip_dropout_at
+from problems.search.options import Search
 
 TINY = {"train_size": 40, "validation_size": 50, "unlabeled_size": 60}
 
