@@ -12,7 +12,7 @@ WORKLOADS = {
     "mwn": "(a) Meta-weight-net: MLP 784-256-10, batch 100, one round (a step of the model, a step of the weight net)",
     "clean512": "(b) Hyper-cleaning: MLP 784-256-10, N = 512 sample weights, T = 20 steps of SGD, one hypergradient",
     "clean8192": "(b) Hyper-cleaning: MLP 784-256-10, N = 8192 sample weights, T = 36 steps of SGD, one hypergradient",
-    "lbt": "(c) LBT's V: two small convolutional networks with batch norm and an architecture, one round of the three",
+    "lbt": "(c) LBT: two small convolutional networks with batch norm and an architecture, one round of all levels",
     "tiny": "(d) Hyper-cleaning: MLP 16-16-10, N = 32 sample weights, T = 20 steps of SGD, one hypergradient",
 }
 

@@ -13,15 +13,19 @@ from mlo import Experiment
 from mlo.files import write_atomic
 from problems.paper.pages import Seeds
 
-LAPTOP_NOTE = (
-    "This is the laptop scale: 12x12 images, of which 1,000 are for training, 1,000 for validation and 4,000 "
-    "unlabeled. Supernets have 4 channels and 3 cells and are searched for 50 rounds (P-DARTS: 3, 4 and 5 cells, 25 "
-    "rounds each). The networks found have 8 channels and 3 cells; they are trained for 300 steps on the 2,000 labeled "
-    "images and tested on 5,000. Students are small convolutional networks: one with 24,000 weights instead of "
-    "ResNet-18 (RN18), and a wider one instead of ResNet-50 (RN50). Fashion-MNIST replaces CIFAR-100, and other images "
-    "of the same data set replace the unlabeled images of the other CIFAR data set. "
+LAPTOP_NOTE = """These are results at the laptop scale, which is much smaller than the paper's:
+
+- Data: images of 12x12, of which 1,000 are for training, 1,000 for validation and 4,000 without labels. Fashion-MNIST
+  replaces CIFAR-100. The unlabeled images are from the same data set, not from the other CIFAR.
+- Search: supernets of 4 channels and 3 cells, for 50 rounds (P-DARTS: 3, 4 and 5 cells, for 25 rounds each).
+- Test: networks of 8 channels and 3 cells, trained for 300 steps on the 2,000 labeled images and tested on 5,000.
+- Students: a convolutional network of 24,000 weights replaces ResNet-18 (RN18), and a wider one ResNet-50 (RN50)."""
+PAPER_NOTE = "These are results at the paper's scale."
+NOTATION = (
+    "LBT(RN18, DARTS-2nd) is Learning by Teaching with a ResNet-18 as the student and the search of second-order "
+    "DARTS; DARTS-2nd is that search without a student."
 )
-PAPER_NOTE = "This is the paper's scale. "
+SPREAD = "Numbers are mean ± standard deviation over seeds."
 
 
 def scale_note(scale: str) -> str:
@@ -35,13 +39,14 @@ class PaperExperiment(Experiment):
     scales: ClassVar[Mapping[str, int]] = {"laptop": 5, "paper": 10}
     name: ClassVar[str]
     title: ClassVar[str]
+    about: ClassVar[str]
 
     def write(self, scale: str, results: Mapping[str, Mapping[int, Mapping[str, Any]]], folder: Path) -> list[Path]:
         """Write the page and its pictures into the folder, and return their paths."""
         found = {key: {seed: _only(rows) for seed, rows in seeds.items()} for key, seeds in results.items()}
         sections, pictures = self.sections(scale, found)
         command = f"mlo reproduce {self.name} --scale {scale}"
-        parts = ["# " + self.title, *sections, f"This page is written by\n\n```sh\n{command}\n```"]
+        parts = ["# " + self.title, self.about, *sections, f"This command makes the page:\n\n```sh\n{command}\n```"]
         page = folder / f"{self.name}.md"
         write_atomic(page, "\n\n".join(parts) + "\n")
         paths = [page]

@@ -8,8 +8,18 @@ from typing import Any, ClassVar
 from matplotlib.figure import Figure
 
 from mlo import Wanted
-from problems.paper.experiment import PaperExperiment, scale_note
-from problems.paper.pages import Comparison, Seeds, column, comparison_table, markdown, seeds_table, spread, verdict
+from problems.paper.experiment import NOTATION, SPREAD, PaperExperiment, scale_note
+from problems.paper.pages import (
+    DIFFERENCES,
+    Comparison,
+    Seeds,
+    column,
+    comparison_table,
+    markdown,
+    seeds_table,
+    spread,
+    verdict,
+)
 from problems.paper.reported_results import TRADE_OFFS
 from problems.paper.settings import Options, Setting, benefit_options
 
@@ -31,9 +41,9 @@ class _TradeOff(PaperExperiment):
         """The curve for each data set, as a picture and as numbers."""
         figure = Figure(figsize=(8.4, 3.4), layout="constrained")
         parts = [
-            f"{scale_note(scale)}The method is LBT(RN18, DARTS-2nd), with the other trade-off at 1. The error is "
-            f"measured on 5,000 labeled images that neither search nor training uses. In the paper's figure the error "
-            f"is lowest at {self.symbol} = 1 on both data sets.",
+            scale_note(scale),
+            f"{SPREAD} The error is that on 5,000 labeled images that neither search nor training used. {NOTATION}",
+            DIFFERENCES,
             f"![error against {self.symbol}]({self.name}.png)",
         ]
         titles = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10"}
@@ -54,7 +64,7 @@ class _TradeOff(PaperExperiment):
             pairs = [Comparison(label, one) for label in labels if label != one]
             body = [[label, spread(column(seeds, "test_error"))] for label, seeds in labels.items()]
             parts += [f"## {title}", markdown(body, ["", "error, %"]), comparison_table(pairs, labels)]
-            parts += [seeds_table(list(labels), labels)]
+            parts += ["Each seed:", seeds_table(list(labels), labels)]
         return parts, {f"{self.name}.png": figure}
 
 
@@ -62,12 +72,33 @@ class Figure3(_TradeOff):
     """Figure 3: the error against lambda, the weight of the pseudo-labels."""
 
     name, title, option, symbol = "figure3", "Figure 3: the weight of the pseudo-labels", "pseudo_weight", "λ"
+    about = (
+        "This page reproduces Figure 3 of the Learning by Teaching paper: the test error of LBT(RN18, DARTS-2nd) "
+        "against λ, the weight of the pseudo-labels in the student's loss, with γ = 1. In the paper, λ = 1 has the "
+        "lowest error on both data sets."
+    )
 
 
 class Figure4(_TradeOff):
     """Figure 4: the error against gamma, the weight of the student's validation loss."""
 
     name, title, option, symbol = "figure4", "Figure 4: the weight of the student", "student_weight", "γ"
+    about = (
+        "This page reproduces Figure 4 of the Learning by Teaching paper: the test error of LBT(RN18, DARTS-2nd) "
+        "against γ, the weight of the student's validation loss in the architecture's loss, with λ = 1. In the "
+        "paper, γ = 1 has the lowest error on both data sets."
+    )
+
+
+SETTING = """The setting:
+
+- Data: CIFAR-10 at 12x12. The search sees 100 training and 100 validation images with labels, and 8,000 without.
+- Search: 100 rounds. The architecture's gradient leads through one training step of each network, with exact second
+  derivatives. Four operations compete on each edge: 3x3 max pooling, the identity, 3x3 separable convolution, and
+  noise. Noise replaces its input by normal noise (as in space S4 of Zela et al. 2020), so it is of no use.
+- Test: each network is trained for 300 steps on all 50,000 training images with their labels, and tested on 5,000 test
+  images. Differences in error therefore come from the architecture.
+- All methods use the same seeds, and so the same images."""
 
 
 class Benefit(PaperExperiment):
@@ -75,6 +106,12 @@ class Benefit(PaperExperiment):
 
     scales: ClassVar[Mapping[str, int]] = {"laptop": 10}
     name, title = "benefit", "Where teaching should help"
+    about = (
+        "This experiment is ours, not the paper's. It is built so that teaching should help if it helps anywhere: "
+        "the search has few labels but many unlabeled images, and one of the operations is harmful. The question is "
+        "whether Learning by Teaching (LBT) then finds better architectures than the same search without a student "
+        "(DARTS-2nd), and avoids the harmful operation."
+    )
     labels: ClassVar[Mapping[str, tuple[str, Options]]] = {
         "random": ("benefit-random", benefit_options("random")),
         "best of 4 random": ("benefit-best_of_random", benefit_options("best_of_random")),
@@ -105,17 +142,12 @@ class Benefit(PaperExperiment):
         pairs = [Comparison(label, "DARTS-2nd") for label in lbt]
         pairs_random = [Comparison(label, "random") for label in by_label if label != "random"]
         parts = [
-            "CIFAR-10, resized to 12x12. The search uses 100 labeled images for training, 100 for validation, and "
-            "8,000 unlabeled images. Four operations compete on each edge: 3x3 max pooling, the identity, 3x3 "
-            "separable convolution, and noise, which replaces its input with normal noise and is useless (as in space "
-            "S4 of Zela et al. 2020). A search takes 100 rounds, with exact one-step hypergradients. Each network "
-            "found is then trained for 300 steps on all 50,000 training images with their labels, and tested on 5,000 "
-            "test images, so that the networks differ only in their architecture. All methods use the same seeds, and "
-            "so the same images.",
+            SETTING,
+            f"{SPREAD} The student's part is the norm of the student's part of the architecture's gradient, divided by "
+            "that of the teacher's part, at the end of the search with its initial learning rates. \"LBT, student "
+            "alone\" leaves the teacher's part out, as if γ were infinite.",
             markdown(body, ["found by", "error, %", *measures.values()]),
-            "The student's part is the norm of the student's part of the architecture gradient, divided by the norm of "
-            "the teacher's part, at the end of the search and with the initial learning rates. The last row leaves out "
-            "the teacher's part, which is the limit of large γ.",
+            DIFFERENCES,
             comparison_table(pairs, by_label),
             verdict(pairs, by_label),
             "Against a random architecture of the same space:",

@@ -12,6 +12,11 @@ from mlo.reports.compare import paired
 from problems.paper.reported_results import Reported, Row
 
 LEVEL = 0.05
+DIFFERENCES = (
+    "Tables with a column of differences compare two methods, seed by seed. A negative difference means that the "
+    'method has a lower error than the one in the column "against". The interval is a bootstrap interval of the mean '
+    "difference, and p is that of an exact sign-flip permutation test."
+)
 Measures = Mapping[str, Any]
 Seeds = Mapping[int, Measures]
 
@@ -82,10 +87,11 @@ def verdict(comparisons: Sequence[Comparison], found: Mapping[str, Seeds]) -> st
     significant = [(c, test) for c, test in tests if test.p is not None and test.mean is not None and test.p <= LEVEL]
     findings = [f"{c.label} has a {'lower' if (test.mean or 0) < 0 else 'higher'} error" for c, test in significant]
     pairs = min(test.n for _, test in tests)
-    text = f"Of these {len(tests)} differences, those with p of at most {LEVEL}: {'; '.join(findings) or 'none'}."
+    text = f"p is at most {LEVEL} for {len(findings) or 'none'} of these {len(tests)} differences"
+    text += f": {'; '.join(findings)}." if findings else "."
     if 2 / 2**pairs > LEVEL:
-        text += f" With {pairs} seeds p cannot be below {2 / 2**pairs:.2g}, so no single difference can be significant."
-    return text + " Bootstrap intervals of so few differences are somewhat too narrow."
+        text += f" With {pairs} seeds, p is at least {2 / 2**pairs:.2g}, so no single difference can be significant."
+    return text + " With so few seeds, the bootstrap intervals are somewhat too narrow."
 
 
 def seeds_table(labels: Sequence[str], found: Mapping[str, Seeds]) -> str:

@@ -9,14 +9,28 @@ from matplotlib.figure import Figure
 
 from mlo import Wanted
 from problems.paper import reported_results
-from problems.paper.experiment import PaperExperiment, scale_note
-from problems.paper.pages import Comparison, Seeds, comparison_table, result_table, seeds_table, verdict
+from problems.paper.experiment import NOTATION, SPREAD, PaperExperiment, scale_note
+from problems.paper.pages import DIFFERENCES, Comparison, Seeds, comparison_table, result_table, seeds_table, verdict
 from problems.paper.reported_results import Row
 from problems.paper.settings import Setting, imagenet_evaluation, merge_all
+
+REPORTED = "The columns on the right are the numbers in the paper."
+REPEATED = "In the paper, the last row has the number of RN50 in Table 3 (2.61); RN18 has 2.65 there."
+
+
+def every_method(table: str, data: str) -> str:
+    """Describe the page of Table 2 or 3."""
+    return (
+        f"This page reproduces Table {table} of the Learning by Teaching (LBT) paper: the test error, on {data}, of "
+        f"architectures found with and without a student. {NOTATION} DARTS-1st is DARTS of first order, and P-DARTS "
+        'and PC-DARTS are other searches. "Random" is an architecture drawn at random, and "best of 4 random" the '
+        "one of four with the lowest validation error."
+    )
 
 
 class _Table(PaperExperiment):
     rows: ClassVar[Sequence[Row]]
+    laptop_data: ClassVar[str] = ""
     note: ClassVar[str] = ""
 
     def runs(self, scale: str) -> Mapping[str, Wanted]:
@@ -40,7 +54,9 @@ class _Table(PaperExperiment):
         """The table, the paired tests, and the error of each seed."""
         by_label = {row.label: found[self.key(row)] for row in self.rows}
         pairs = self.comparisons()
-        parts = [scale_note(scale) + self.note, result_table(self.rows, by_label, scale)]
+        parts = [scale_note(scale) + (self.laptop_data if scale == "laptop" else "")]
+        parts += [" ".join(filter(None, [SPREAD, REPORTED, self.note]))]
+        parts += [result_table(self.rows, by_label, scale), DIFFERENCES]
         parts += [comparison_table(pairs, by_label), verdict(pairs, by_label)]
         if "random" in by_label:
             parts += [
@@ -58,22 +74,26 @@ class Table2(_Table):
     """Table 2: every method with and without a student, on CIFAR-100."""
 
     name, title, rows = "table2", "Table 2: CIFAR-100", reported_results.TABLE2
+    about = every_method("2", "CIFAR-100")
 
 
 class Table3(_Table):
     """Table 3: every method with and without a student, on CIFAR-10."""
 
     name, title, rows = "table3", "Table 3: CIFAR-10", reported_results.TABLE3
+    about = every_method("3", "CIFAR-10")
 
 
 class Table4(_Table):
     """Table 4: architectures searched on CIFAR or ImageNet, evaluated on ImageNet."""
 
     name, title, rows = "table4", "Table 4: ImageNet", reported_results.TABLE4
-    note = (
-        "At the laptop scale CIFAR-10 at 24x24 replaces ImageNet, and the networks are trained on 2,000 of its images. "
-        "The cost is that of the search, which is shared with Tables 2 and 3."
+    about = (
+        "This page reproduces Table 4 of the Learning by Teaching (LBT) paper: architectures searched on CIFAR or on "
+        f"ImageNet, trained and tested on ImageNet. {NOTATION} The last name in brackets is the data of the search."
     )
+    laptop_data = "\n- ImageNet: CIFAR-10 at 24x24 replaces it, and the networks are trained on 2,000 of its images."
+    note = "The search on CIFAR and its cost are those of Tables 2 and 3."
 
     def runs(self, scale: str) -> Mapping[str, Wanted]:
         """The searches on CIFAR, the evaluations of the architectures they find, and the searches on ImageNet."""
@@ -130,11 +150,21 @@ class Table5(_Ablation):
     """Table 5, the first ablation: only the student's validation loss, or the teacher's as well."""
 
     name, title, rows = "table5", "Table 5: which validation loss judges the architecture", reported_results.TABLE5
-    note = "In the paper the last row has the number that Table 3 gives for RN50 (2.61); RN18 has 2.65 there."
+    about = (
+        "This page reproduces Table 5 of the Learning by Teaching (LBT) paper, its first ablation: is the "
+        "architecture judged by the student's validation loss alone, or by the teacher's too? All rows are LBT(RN18, "
+        "DARTS-2nd): the student is a ResNet-18, the search that of second-order DARTS."
+    )
+    note = REPEATED
 
 
 class Table6(_Ablation):
     """Table 6, the second ablation: the student learns only from pseudo-labels, or from labels as well."""
 
     name, title, rows = "table6", "Table 6: what the student learns from", reported_results.TABLE6
-    note = Table5.note
+    about = (
+        "This page reproduces Table 6 of the Learning by Teaching (LBT) paper, its second ablation: does the student "
+        "learn from the teacher's pseudo-labels alone, or from human labels too? All rows are LBT(RN18, DARTS-2nd): "
+        "the student is a ResNet-18, the search that of second-order DARTS."
+    )
+    note = REPEATED

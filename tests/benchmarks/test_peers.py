@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -71,3 +73,28 @@ def test_the_page_shows_failures_and_missed_targets() -> None:
     page = report.page(rows, {"cpu": "a CPU", "python": "3"})
     assert "| Betty 0.2.1 | `KeyError: 'params'` |" in page
     assert "| tiny, `unrolled`: time over the hand-written loop | 1.10 | 1.20 | missed |" in page
+
+
+def test_the_page_opens_with_where_mlo_wins_and_where_it_does_not() -> None:
+    ratios = {"hand": 1.0, "mlo": 1.2, "compiled": 0.5, "torchopt": 0.9, "higher": 0.8}
+
+    def row(library: str) -> dict[str, object]:
+        return {"ratio": ratios[library], "quartiles": [ratios[library] - 0.17, ratios[library] + 0.17]}
+
+    rows = {case: row(case.library) for case in cases("mwn") if case.library in ratios}
+    rows |= {Case("tiny", library, "unrolled"): row(library) for library in ("hand", "mlo", "higher")}
+    rows[Case("tiny", "betty", "unrolled")] = {"failed": "KeyError: 'params'"}
+    said = report.summary(rows)
+    assert "the fastest library in 3 of 4 comparisons, most clearly for `cg` on meta-weight-net (0.50; Torch" in said
+    assert "slower than another one for `unrolled` on hyper-cleaning of a tiny network (1.20; higher 0.80)." in said
+    assert "In 1 of the 3, the quartiles overlap" in said
+    assert "Without compiling, `mlo` takes 1.20 to 1.20 times as long" in said
+    assert report.summary({case: row for case, row in rows.items() if case.library in ("hand", "mlo")}) == ""
+
+
+def test_the_documented_page_has_the_words_that_the_report_writes() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text()
+    begin, end = report.HEAD.index("## How to read"), report.HEAD.index("| name")
+    assert report.HEAD[begin:end] in text
+    assert report.TARGETS_HEAD in text
+    assert text.endswith(report.TAIL)
