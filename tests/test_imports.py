@@ -125,7 +125,7 @@ def test_an_unknown_name_is_an_attribute_error():
     ("words", "hidden", "said"),
     [
         ("--help", "typer", "`mlo` needs typer, EXTRA[cli]'"),
-        ("list", "rich", "`mlo list` needs rich, EXTRA[cli]'"),
+        ("list", "yaml", "`mlo list` needs pyyaml, EXTRA[cli]'"),
         ("run lbt", "sklearn", "`mlo run lbt` needs scikit-learn, EXTRA[lbt]'"),
         ("run lbt", "torchvision", "`mlo run lbt` needs torchvision, EXTRA[lbt]'"),
         ("run lbt --steps 1", "jinja2", "`mlo run lbt` needs jinja2, EXTRA[lbt]'"),
