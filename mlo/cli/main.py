@@ -1,5 +1,6 @@
 """The command `mlo`: run, resume, sweep, compare, reproduce, list, graph."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,7 @@ from mlo.cli.arguments import (
     merged,
 )
 from mlo.cli.help import JobCommand, complete_names
-from mlo.cli.options import read_grid, read_options, split_grid
+from mlo.cli.options import read_sweep
 from mlo.cli.stopping import StoppableCommands, stoppable
 from mlo.errors import ConfigError, MloError
 from mlo.files import write_atomic
@@ -122,8 +123,7 @@ def sweep(
     model = job_class(context, name, help, help_all)
     if output is None:
         raise ConfigError(f"a sweep needs a folder for its runs: mlo sweep {name} --output DIR ...")
-    words, grid_words = split_grid(context.args)
-    given, values = read_options(model, words), read_grid(model, grid_words)
+    given, values = read_sweep(model, context.args)
     if "seed" in {**given, **values}:
         raise ConfigError("--seed: a sweep takes --seeds N instead, and runs each combination with the seeds 0 to N-1")
     from mlo.reports.compare import groups, load, measures
@@ -183,10 +183,9 @@ def compare(
         raise ConfigError(f"{error.filename}: cannot be written ({error.strerror}); give another name") from error
     if not output:
         print(text, end="")
+    stream = sys.stdout if output else sys.stderr  # a table on standard output may be piped into another program
     for file in filter(None, (output, plot)):
-        print(
-            f"written: {file}", file=sys.stdout if output else sys.stderr
-        )  # standard output may be piped into another program
+        print(f"written: {file}", file=stream)
 
 
 @app.command()
@@ -277,7 +276,7 @@ def _summary(group: str, name: str) -> str:
 
 
 def _execute(folder: "RunFolder") -> None:
-    with stoppable(f"{distributed.launcher()} resume {folder.path}"):
+    with stoppable(f"{distributed.launcher()} resume {shlex.quote(str(folder.path))}"):
         folder.execute()
     if distributed.is_main():
         print(f"finished: {folder.path}")

@@ -1,7 +1,7 @@
 """Reads `--nested.option VALUE` on the command line into plain data."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -12,6 +12,8 @@ from mlo.errors import ConfigError
 from mlo.options.config import Config, options, parts, type_text
 from mlo.options.yaml_options import KIND, merge, nested, parse_yaml, shown
 
+GRID = "grid."
+
 
 def read_options(model: type[Config], words: Sequence[str]) -> dict[str, Any]:
     """The nested mapping for the `--option VALUE`, `--option=VALUE` and `--switch` (true) of a command line.
@@ -20,42 +22,35 @@ def read_options(model: type[Config], words: Sequence[str]) -> dict[str, Any]:
         ConfigError: if a word is neither an option nor a value, an option is given twice, a value is not valid YAML,
             or an option that is not a switch has no value.
     """
-    fields = _fields(model)
-    values = {path: _value(path, text, fields.get(path, [])) for path, text in _pairs(words).items()}
-    data: dict[str, Any] = {}
-    # a section before its options, and the name of a choice before the options of the chosen class
-    for path in sorted(values, key=lambda path: (path.count("."), path.rpartition(".")[2] != KIND)):
-        data = merge(data, nested(path.split("."), values[path]))
-    return data
+    return _nest(model, _pairs(words))
 
 
-def split_grid(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of a command line without its `--grid.OPTION LIST`, and those as `--OPTION LIST`."""
-    others: list[str] = []
-    grid: list[str] = []
-    into = others
-    for word in words:
-        if word.startswith("--"):
-            into = grid if word.startswith("--grid.") else others
-        into.append(word.replace("--grid.", "--", 1) if into is grid else word)
-    return others, grid
-
-
-def read_grid(model: type[Config], words: Sequence[str]) -> dict[str, list[Any]]:
-    """{dotted name: its values} for words `--option '[a, b]'`; each value is read as that of the option would be.
+def read_sweep(model: type[Config], words: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """The options that all runs have, as :func:`read_options`, and {dotted name: values} of each `--grid.OPTION LIST`.
 
     Raises:
-        ConfigError: as :func:`read_options`, and if an option has no list of values.
+        ConfigError: as :func:`read_options`, and if an option in the grid has no list of values.
     """
-    fields = _fields(model)
+    pairs = _pairs(words)
+    lists = {path.removeprefix(GRID): pairs.pop(path) for path in list(pairs) if path.startswith(GRID)}
     grid: dict[str, list[Any]] = {}
-    for path, text in _pairs(words, "grid.").items():
+    fields = _fields(model)
+    for path, text in lists.items():
         items = _items(text or "")
         if not items:
             given = "has no value" if text is None else f"{shown(text)} is not a list of values"
-            raise ConfigError(f"--grid.{path}: {given}; write --grid.{path} '[a, b]'")
+            raise ConfigError(f"--{GRID}{path}: {given}; write --{GRID}{path} '[a, b]'")
         grid[path] = [_value(path, item, fields.get(path, [])) for item in items]
-    return grid
+    return _nest(model, pairs), grid
+
+
+def _nest(model: type[Config], pairs: Mapping[str, str | None]) -> dict[str, Any]:
+    fields = _fields(model)
+    data: dict[str, Any] = {}
+    # a section before its options, and the name of a choice before the options of the chosen class
+    for path in sorted(pairs, key=lambda path: (path.count("."), path.rpartition(".")[2] != KIND)):
+        data = merge(data, nested(path.split("."), _value(path, pairs[path], fields.get(path, []))))
+    return data
 
 
 def _items(text: str) -> list[str]:
@@ -70,7 +65,7 @@ def _items(text: str) -> list[str]:
     ]
 
 
-def _pairs(words: Sequence[str], prefix: str = "") -> dict[str, str | None]:
+def _pairs(words: Sequence[str]) -> dict[str, str | None]:
     """{dotted name: text of the value} of the options among the words; None where no value follows."""
     found: dict[str, str | None] = {}
     waiting = list(words)
@@ -83,7 +78,7 @@ def _pairs(words: Sequence[str], prefix: str = "") -> dict[str, str | None]:
         if not equals and waiting and not waiting[0].startswith("--"):
             value = waiting.pop(0)
         if path in found:
-            raise ConfigError(f"--{prefix}{path}: is given twice, as {found[path]} and as {value}; give it once")
+            raise ConfigError(f"--{path}: is given twice, as {found[path]} and as {value}; give it once")
         found[path] = value
     return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlo.cli.options import read_grid, split_grid
+from mlo.cli.options import read_sweep
 from mlo.errors import ConfigError
 from mlo.runs.folder import RunFolder
 from mlo.sweeps.grid import Planned, check, grid, run_all
@@ -177,12 +177,15 @@ def test_different_values_have_different_folders(tmp_path):
 def test_the_values_of_a_grid_are_read_as_the_option_is(ridge, words, values):
     if "null" in words[-1]:
         values = {"label": ["1", None, "a, b", "[x]"]}
-    assert read_grid(ridge.RidgeJob, words) == values
+    first, *rest = words
+    assert read_sweep(ridge.RidgeJob, [first.replace("--", "--grid."), *rest]) == ({}, values)
 
 
-def test_grids_are_separated_from_other_options():
-    words = ["--a", "1", "--grid.b", "[1, 2]", "--c", "--grid.d.e=[3]", "stray"]
-    assert split_grid(words) == (["--a", "1", "--c"], ["--b", "[1, 2]", "--d.e=[3]", "stray"])
+def test_grids_are_separated_from_other_options(ridge):
+    words = ["--rate", "1", "--grid.steps", "[1, 2]", "--label", "3", "--grid.start.ridge=[3]"]
+    assert read_sweep(ridge.RidgeJob, words) == ({"rate": 1, "label": "3"}, {"steps": [1, 2], "start.ridge": [3]})
+    with pytest.raises(ConfigError, match="'stray' is not an option"):
+        read_sweep(ridge.RidgeJob, [*words, "stray"])
 
 
 def test_all_errors_are_reported_before_anything_runs(ridge, mlo):
