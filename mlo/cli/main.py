@@ -292,7 +292,7 @@ def main() -> None:
                 print(f"error: {error.format_message()}", file=sys.stderr)
             sys.exit(2)
         except MloError as error:
-            if distributed.tells(error):
+            if distributed.prints_error(error):
                 where = "" if distributed.is_main() else f" in process {distributed.rank()}"
                 print(f"error{where}: {error}", file=sys.stderr, flush=True)
             sys.exit(2 if isinstance(error, ConfigError) else 1)

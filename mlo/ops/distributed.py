@@ -228,7 +228,7 @@ def main_first() -> Iterator[None]:
             any_of(False)
 
 
-def tells(error: MloError) -> bool:
+def prints_error(error: MloError) -> bool:
     """Whether this process should print the error: it is the first one, or its error differs from the first one's."""
     if not _store:
         return True
