@@ -18,6 +18,7 @@ import mlo
 from benchmarks.peers.by_hand import combined, leaves, mlp
 from benchmarks.peers.libraries import build, with_mlo
 from benchmarks.peers.workloads import Bilevel, make
+from mlo.steps.evaluation import Evaluator
 from mlo.steps.optimizer import optimizer_state
 
 
@@ -41,7 +42,8 @@ def pieces() -> dict[str, Callable[[], object]]:
     engine = mlo.Engine(problems, "unrolled", lookahead=False, device="cpu")
     engine.hypergradient(top)
     hand = build("hand", make("tiny"), "unrolled")
-    model, evaluator, states = engine.problems["model"], engine._evaluator, engine._live_states()
+    model, evaluator = engine.problems["model"], Evaluator(engine.problems, engine.device)
+    states = {name: problem.live_state() for name, problem in engine.problems.items()}
     batches, at = [model.batches_ahead(n)[0] for n in range(task.steps)], optimizer_state(model, copies=False)
     hyper = list(task.weights.parameters())
 

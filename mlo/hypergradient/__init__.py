@@ -1,4 +1,4 @@
-"""Hypergradients: one backward pass, in which each pullback is an estimator times a curvature product."""
+"""Hypergradients: a backward pass over the levels, made of estimators and curvature products."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class _Options(Config):
 
 
 def build_estimator(value: object) -> Estimator:
-    """The estimator that a name, a mapping {"kind": name, **options} or an estimator itself stands for.
+    """The estimator given by a registered name, a mapping {"kind": name, **options}, or an :class:`Estimator`.
 
     Raises:
-        ConfigError: if the name is not registered (the message lists those that are) or an option does not fit.
+        ConfigError: if the name is not registered (the message lists those that are), or an option is invalid.
     """
     given = {"hypergradient": value}
     try:
@@ -58,5 +58,8 @@ def build_estimator(value: object) -> Estimator:
     except ValidationError as error:
         raise ConfigError("; ".join(explain(error, _Options, given))) from error
     if not isinstance(built, Estimator):
-        raise ConfigError(f"hypergradient: {value!r} is a {type(built).__name__}, which is no mlo.Estimator")
+        raise ConfigError(
+            f"hypergradient: {value!r} is a {type(built).__name__}, not an mlo.Estimator; pass the name of one, a "
+            "mapping {'kind': name, ...}, or an mlo.Estimator"
+        )
     return built

@@ -246,9 +246,9 @@ class TestJob:
         assert (teacher.clip_norm, student.clip_norm) == (5.0, 5.0)
         assert [level.clip_ahead for level in (teacher, student)] == [False, False]
         assert student.node.held == ("arch",)
-        assert engine._plan.lookahead
+        assert engine.report().lookahead
         assert not job(pseudo_label_path="full").search_engine("lbt").problems["student"].node.held
-        assert job(hypergradient="one_step").search_engine("lbt")._plan.lookahead
+        assert job(hypergradient="one_step").search_engine("lbt").report().lookahead
 
     def test_both_learning_rates_are_the_teachers_schedule(self):
         engine = job().search_engine("lbt")

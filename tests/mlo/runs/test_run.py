@@ -240,7 +240,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(job, tmp_pa
     taken = []
     result = train(RunFolder.open(path), taken.append)
     assert (result, metrics(path), taken[0]) == (*unbroken, 5)
-    assert "step-000000010.pt: this is no checkpoint that can be read" in capsys.readouterr().err
+    assert "step-000000010.pt: this file is not a readable checkpoint" in capsys.readouterr().err
 
 
 def test_a_stage_does_not_depend_on_the_stages_before_it(job, tmp_path, unbroken):

@@ -110,7 +110,7 @@ def test_a_weight_that_one_process_reaches_moves_in_both_and_one_that_none_reach
 
 def test_a_bad_loss_in_one_process_ends_both_in_the_same_round(seen):
     for first, second in zip(*(process["bad_loss"] for process in seen), strict=True):
-        assert first["told"].startswith("problem 'classify': its loss is nan at its step 3")
+        assert first["error"].startswith("problem 'classify': its loss is nan at its step 3")
         assert same(first, second)
         assert all(torch.equal(first["after"][name], value) for name, value in first["before"].items())
 
@@ -146,7 +146,7 @@ def test_each_process_has_the_card_of_its_number(monkeypatch):
     assert distributed.own_device("cuda") == torch.device("cuda", 1)
     assert chosen == [1]
     assert distributed.own_device("cpu") == torch.device("cpu")
-    with pytest.raises(mlo.ConfigError, match="each of several processes has its own card; write auto"):
+    with pytest.raises(mlo.ConfigError, match="each of several processes has its own GPU; write auto"):
         distributed.own_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(mlo.ConfigError, match="torchrun --nproc-per-node 2"):

@@ -32,6 +32,7 @@ SMALL = [
     "--data.validation-size=40",
     "--data.unlabeled-size=40",
 ]
+NO_PAGE = "--page=false"
 
 
 def command(*words: object) -> list[str]:
@@ -92,19 +93,20 @@ def test_a_run_leaves_everything_that_shows_it(unbroken):
     assert "pseudo_weight: 1.0" in page
 
 
-@pytest.mark.parametrize("stage", ["search-lbt", "search-plain"])
-def test_a_killed_run_resumes_to_the_same_bits(unbroken, command_line, tmp_path, stage):
+@pytest.mark.processes
+def test_a_run_killed_in_either_search_resumes_to_the_same_bits(unbroken, command_line, tmp_path):
     run = tmp_path / "killed"
-    process = subprocess.Popen(command("run", "lbt", *SMALL, "--output", run), stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not list(run.glob(f"stages/{stage}/step-*2.pt")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (run / "report.html").exists()
-    assert not (run / "stages" / stage / "result.json").exists()
+    for stage, words in (("search-lbt", ["run", "lbt", *SMALL, "--output"]), ("search-plain", ["resume"])):
+        process = subprocess.Popen(command(*words, run), stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while not list(run.glob(f"stages/{stage}/step-*2.pt")):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (run / "report.html").exists()
+        assert not (run / "stages" / stage / "result.json").exists()
     code, _, err = command_line("resume", run)
     assert code == 0, err
     assert_identical(final_states(run), final_states(unbroken))
@@ -113,7 +115,8 @@ def test_a_killed_run_resumes_to_the_same_bits(unbroken, command_line, tmp_path,
 
 
 def test_another_seed_is_another_run(unbroken, command_line, tmp_path):
-    code, _, err = command_line("run", "lbt", *SMALL, "--seed", 1, "--methods", "[lbt]", "--output", tmp_path / "other")
+    words = [*SMALL, "--evaluation.steps=1", NO_PAGE, "--seed", 1, "--methods", "[lbt]"]
+    code, _, err = command_line("run", "lbt", *words, "--output", tmp_path / "other")
     assert code == 0, err
     one, other = (final_states(r)["search-lbt"]["problems"]["arch"]["module"] for r in (unbroken, tmp_path / "other"))
     assert not torch.equal(one["normal"], other["normal"])
@@ -122,9 +125,9 @@ def test_another_seed_is_another_run(unbroken, command_line, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--hypergradient", "neumann", "--judged-by", "student"],
-        ["--hypergradient", '{"kind": "cg", "damping": 1.0}', "--student-learns-from", "pseudo_labels"],
-        ["--hypergradient", "first_order", "--lookahead", "true"],
+        ["--hypergradient", "neumann", "--judged-by", "student", NO_PAGE],
+        ["--hypergradient", '{"kind": "cg", "damping": 1.0}', "--student-learns-from", "pseudo_labels", NO_PAGE],
+        ["--hypergradient", "first_order", "--lookahead", "true", NO_PAGE],
         [
             "--hypergradient",
             "one_step",
@@ -138,7 +141,7 @@ def test_another_seed_is_another_run(unbroken, command_line, tmp_path):
         ["--search.space", "p_darts", "--search.cells", "[3, 4, 3]", "--search.skip-dropout", "0.3"],
         ["--search.space", "pc_darts", "--search.channels", "4", "--search.warmup", "1"],
         ["--teacher-hypergradient", "first_order", "--search.operations", "[noise, skip_connect, sep_conv_3x3]"],
-        ["--student", "small_wide", "--search.augmentation.crop", "1"],
+        ["--student", "small_wide", "--search.augmentation.crop", "1", NO_PAGE],
     ],
     ids=lambda words: words[1],
 )
@@ -146,7 +149,8 @@ def test_options_reach_the_search(command_line, tmp_path, options):
     words = (*SMALL, "--methods", "[lbt]", "--steps", 2, "--evaluation.steps", 2, *options)
     code, _, err = command_line("run", "lbt", *words, "--output", tmp_path / "r")
     assert code == 0, err
-    assert (tmp_path / "r" / "report.html").exists()
+    Genotype.load(tmp_path / "r" / "genotype.json")
+    assert (tmp_path / "r" / "report.html").exists() == (NO_PAGE not in options)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +197,7 @@ def test_images_of_ones_own_from_an_npz_file(command_line, tmp_path):
         for what in ("images", "labels")
     }
     np.savez(tmp_path / "mine.npz", **arrays)
-    own = ["--data.source", tmp_path / "mine.npz", "--methods", "[lbt]", "--steps", 2]
+    own = ["--data.source", tmp_path / "mine.npz", "--methods", "[lbt]", "--steps", 2, NO_PAGE]
     code, _, err = command_line("run", "lbt", *SMALL, *own, "--output", tmp_path / "r")
     assert code == 0, err
     del arrays["test_labels"]

@@ -81,10 +81,14 @@ def test_the_supernet_has_the_size_asked_for():
         ({"student_learns_from": "pseudo_labels"}, lambda e: set(e.problems["student"].stream.peek()), {"unlabeled"}),
         ({"pseudo_label_path": "paper"}, lambda e: e.problems["student"].node.held, ("arch",)),
         ({}, lambda e: e.problems["student"].node.held, ()),
-        ({"lookahead": False}, lambda e: e._plan.lookahead, False),
-        ({}, lambda e: e._plan.lookahead, True),
-        ({"hypergradient": "cg"}, lambda e: type(e._plan.estimators["teacher"]).__name__, "ConjugateGradient"),
-        ({"hypergradient": "cg", "lookahead": True}, lambda e: e._plan.lookahead, True),
+        ({"lookahead": False}, lambda e: e.report().lookahead, False),
+        ({}, lambda e: e.report().lookahead, True),
+        (
+            {"hypergradient": "cg"},
+            lambda e: type(e.report().problems["teacher"].estimator).__name__,
+            "ConjugateGradient",
+        ),
+        ({"hypergradient": "cg", "lookahead": True}, lambda e: e.report().lookahead, True),
     ],
     ids=lambda value: None if callable(value) else str(value),
 )
@@ -137,8 +141,8 @@ def test_random_draws_are_judged_on_the_validation_images_and_trained_on_the_oth
 
 
 def test_the_students_part_is_what_gamma_adds():
-    engine = job(hypergradient="one_step").search_engine("lbt")
-    engine.run(30)
+    engine = job(hypergradient="one_step", steps=5).search_engine("lbt")
+    engine.run(4)
     groups = [engine.problems[name].optimizer.param_groups[0] for name in ("teacher", "student")]
     decayed = groups[0]["lr"]
     assert decayed < 0.03

@@ -96,7 +96,7 @@ def test_first_order_leaves_out_the_teacher_alone():
     engine.run(2)
     passes = engine.passes
     assert sum(passes["student"].values()) > 2, "the student is differentiated through"
-    assert engine._plan.lookahead is False
+    assert engine.report().lookahead is False
     gradients = []
     for weight in (0.0, 1.0):
         engine.problems["arch"].student_weight = weight
