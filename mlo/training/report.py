@@ -1,4 +1,4 @@
-"""A report on an engine: how it trains each problem, and what it has learned about compiling it."""
+"""The report on an engine: how it trains each problem, and what of it runs compiled."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ class ProblemReport:
     Attributes:
         name: the problem's name.
         level: 1 for the lowest.
-        steps: steps that it takes in a round.
-        looks_ahead: whether it steps on virtual (lookahead) steps of the problems below it.
+        steps: number of steps in a round.
+        looks_ahead: whether it steps after virtual (lookahead) steps of the problems below it.
         through: the lower problems that its hypergradient goes through, highest level first; empty for a problem that
             steps on the plain gradient of its loss.
         inner: the lower problems whose steps are part of its curvature (``Engine(..., inner_path=True)``).
-        estimator: how hypergradients are taken through it, with its options; None if none goes through it.
+        estimator: the estimator with which it is differentiated through, with its options; None if it is not.
         recorded: how many of its steps in a round are recorded for these hypergradients.
         graph_bytes: memory of the graph of one of its gradients; None until such a graph was first kept.
-        loss_scale: what its loss is multiplied by under float16; None in other precisions, and before the first step.
+        loss_scale: the factor by which its loss is multiplied under float16; None in other precisions and before the
+            first step.
         compiled: what runs compiled so far: "gradient", "gradient with its graph" (which its curvature products need),
             "product", "5 steps as one"; under autocast with the precision, as in "gradient in bfloat16".
         not_compiled: {what cannot be compiled: the reason}; "everything" for a problem that runs without compilation.
@@ -51,7 +52,7 @@ class ProblemReport:
     def __str__(self) -> str:
         lines = [f"level {self.level}  {self.name}: {_count(self.steps, 'step')} a round"]
         if self.through:
-            ahead = ", on virtual steps of the problems below" if self.looks_ahead else ""
+            ahead = ", after virtual steps of the problems below" if self.looks_ahead else ""
             lines.append(f"hypergradient through {', '.join(self.through)}{ahead}")
         if self.inner:
             lines.append(f"its curvature includes the steps of {', '.join(self.inner)}")
@@ -69,11 +70,11 @@ class ProblemReport:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What :meth:`mlo.Engine.report` returns; print it to read it.
+    """The result of :meth:`mlo.Engine.report`. ``print`` shows it as text.
 
     Attributes:
-        device: where the problems are trained.
-        lookahead: whether the top problems step on virtual steps of the others.
+        device: the device of the problems.
+        lookahead: whether the top problems step after virtual steps of the others.
         inner_path: as the engine was given.
         compile: as the engine was given.
         problems: {name: its report}, lowest level first.
@@ -92,7 +93,7 @@ class EngineReport:
 
 
 def engine_report(plan: Plan, evaluator: Evaluator, gradients: Gradients, inner_path: bool) -> EngineReport:
-    """The report on an engine that is made of these parts."""
+    """The report on the engine with these parts."""
     return EngineReport(
         device=evaluator.device,
         lookahead=plan.lookahead,
