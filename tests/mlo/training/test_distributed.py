@@ -80,13 +80,13 @@ def test_two_processes_train_as_one_on_the_whole_batch(seen, dtype, tolerance):
             assert torch.equal(value, seen[0][dtype][name])
 
 
-def test_buffers_are_the_first_processs_in_all(seen):
+def test_buffers_of_the_first_process_are_in_all(seen):
     first, second = (process["normalized"] for process in seen)
     assert same(first, second)
     assert first["2.running_mean"].any()
 
 
-def test_a_resumed_training_goes_on_to_the_bit_in_each_process(seen):
+def test_a_resumed_training_ends_in_the_same_bits_in_each_process(seen):
     for process in seen:
         unbroken, resumed = process["resumed"]
         assert same(unbroken, resumed)
@@ -137,7 +137,7 @@ def test_a_job_that_does_not_share_out_its_batches_is_refused(mlo, monkeypatch):
     assert not Path("here").exists()
 
 
-def test_each_process_has_the_card_of_its_number(monkeypatch):
+def test_each_process_has_the_gpu_of_its_number(monkeypatch):
     chosen = []
     monkeypatch.setattr(distributed, "world", lambda: 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -153,7 +153,7 @@ def test_each_process_has_the_card_of_its_number(monkeypatch):
         distributed.own_device("cuda")
 
 
-def test_a_stopped_evaluation_goes_on_to_the_bits_of_an_unbroken_one(tmp_path):
+def test_a_stopped_and_resumed_evaluation_ends_in_the_bits_of_an_unbroken_one(tmp_path):
     stage = tmp_path / "stopped" / "stages" / "train"
     stopped = torchrun(tmp_path, "-m", "mlo", *RUN, "--output", "stopped")
     while not ((stage / "metrics.jsonl").exists() and (stage / "metrics.jsonl").stat().st_size):

@@ -154,7 +154,7 @@ def test_options_reach_the_search(command_line, tmp_path, options):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--data.source", "digit"], "data.source: 'digit' is not there; did you mean digits"),
         (["--data.unlabeled-size", 1700], "but digits has 1797 images"),
@@ -169,16 +169,16 @@ def test_options_reach_the_search(command_line, tmp_path, options):
     ],
     ids=str,
 )
-def test_wrong_options_are_told_and_leave_nothing(command_line, tmp_path, options, told):
+def test_wrong_options_are_reported_and_leave_nothing(command_line, tmp_path, options, message):
     code, out, err = command_line("run", "lbt", *options, "--output", tmp_path / "r")
     assert code in (1, 2)
-    assert told in err
+    assert message in err
     assert "Traceback" not in err
     assert out == ""
     assert not (tmp_path / "r").exists()
 
 
-def test_a_sweep_tells_what_is_not_there_before_anything_runs(command_line, tmp_path):
+def test_a_sweep_reports_what_is_not_there_before_anything_runs(command_line, tmp_path):
     grid = ["--grid.student", "[smal, small]", "--grid.data.source", "[digits, digit]", "--seeds", 2]
     code, out, err = command_line("sweep", "lbt", *grid, "--output", tmp_path / "s")
     assert (code, out) == (2, "")
