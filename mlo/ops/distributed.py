@@ -53,7 +53,7 @@ def is_main() -> bool:
 
 
 def launcher() -> str:
-    """What a command of mlo begins with so that a shell starts it in the way this process was started."""
+    """How a command of mlo starts in a shell if launched like this process: "mlo", or torchrun and its options."""
     if world() > 1:
         return f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', world())} -m mlo"
     program = Path(sys.argv[0])

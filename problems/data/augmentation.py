@@ -38,8 +38,8 @@ def make_transforms(augmentation: Augmentation, image_channels: int, shape: tupl
     """The transforms of images of ``image_channels`` channels and ``shape`` (H, W).
 
     Raises:
-        ConfigError: if jitter is asked for and the images have other than 1 or 3 channels, or the border or the
-            cutout is larger than the images.
+        ConfigError: if there is jitter and the images do not have 1 or 3 channels, or if the border or the cutout is
+            larger than the images.
     """
     if augmentation.jitter and image_channels not in (1, 3):
         raise ConfigError(
@@ -131,7 +131,7 @@ class CutoutEach(v2.Transform):  # type: ignore[misc]
 
 
 class Each(v2.Transform):  # type: ignore[misc]
-    """A transform of one image, done to each of (B, C, H, W) with draws of its own."""
+    """Applies a transform of one image to each image of (B, C, H, W), with separate random draws."""
 
     def __init__(self, one: v2.Transform) -> None:
         super().__init__()

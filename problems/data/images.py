@@ -130,7 +130,7 @@ class Part:
         labels: (N,) of int64, on the CPU.
         rows: (N,), where in ``pixels`` they are.
         mean, deviation: (C,), taken out of each channel's values in [0, 1] when images are read.
-        workers: processes that read batches; 0 reads them where they are asked for.
+        workers: processes that read batches; with 0, the main process reads them.
     """
 
     pixels: Pixels

@@ -144,7 +144,7 @@ def _faults(arrays: dict[str, np.ndarray], part: str) -> list[str]:
 
 
 def _in_memory(images: torch.Tensor, labels: torch.Tensor, options: LoadOptions) -> Part:
-    """A part of images (N, C, H, W), resized once, with antialiasing, where a size is asked for."""
+    """A part of images (N, C, H, W), resized once, with antialiasing, if ``options`` have a size."""
     size = options.image_size
     if size is not None and images.shape[2:] != (size, size):
         images = torch.cat([v2.functional.resize(some, [size, size], antialias=True) for some in images.split(1000)])
@@ -214,7 +214,7 @@ def _cifar(name: str, options: LoadOptions) -> Source:
 
 
 def _torchvision(options: LoadOptions, name: str, load: Callable[[bool], Any]) -> list[Any]:
-    """Training and test set of torchvision; what goes wrong is told as a ConfigError."""
+    """Training and test set from torchvision; its errors are raised as ConfigError."""
     try:
         return [load(train) for train in (True, False)]
     except (RuntimeError, OSError, EOFError) as error:

@@ -55,14 +55,15 @@ class Splits(NamedTuple):
 
 
 def load_splits(data: Data, seed: int, device: torch.device | None = None) -> Splits:
-    """Load the images and draw the parts; what is left over is the test where the source has none of its own.
+    """Load the images and split them at random; images left over are the test images if the source has none.
 
     Args:
-        seed: of the drawing; the same seed draws the same parts.
-        device: where images of arrays are kept and cut into batches; None: the CPU.
+        data: the options.
+        seed: the same seed gives the same parts.
+        device: the device that images from arrays are kept on; None: the CPU.
 
     Raises:
-        ConfigError: if a source is not there or not as it should be, or has too few images.
+        ConfigError: if a source is missing or invalid, or has too few images.
     """
     options = LoadOptions(data_root(data.root), data.download, data.image_size, device, data.workers)
     labeled, test = load_source(data.source, options)
@@ -152,7 +153,7 @@ def _check_classes(option: str, size: int, classes: int) -> None:
 
 
 def _some(part: Part, size: int | None, option: str, seed: int) -> Part:
-    """So many images of a part, each class in its share; None: all."""
+    """``size`` images of a part, with the classes in their proportions; None: all."""
     if size is None:
         return part
     if size > len(part):
@@ -165,7 +166,7 @@ def _some(part: Part, size: int | None, option: str, seed: int) -> Part:
 def _drawn(
     positions: np.ndarray, size: int, labels: np.ndarray, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``size`` of the positions in random order, each class in its share (largest remainders first), and the others."""
+    """``size`` of the positions in random order, with the classes in their proportions, and the other positions."""
     order = random.permutation(positions)
     grouped = order[np.argsort(labels[order], kind="stable")]
     counts = np.unique(labels[grouped], return_counts=True)[1]

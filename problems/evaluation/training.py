@@ -20,7 +20,7 @@ from problems.search.levels import AUTOCASTS
 
 
 def check_images(training: Training, splits: Splits) -> None:
-    """Raise ConfigError where the images are too small for the auxiliary head, before anything is trained."""
+    """Raise a ConfigError if the images are too small for the auxiliary head."""
     smallest = 32 if stem_for(splits.image_size) == "cifar" else 224
     if training.auxiliary and splits.image_size < smallest:
         raise ConfigError(
@@ -30,7 +30,7 @@ def check_images(training: Training, splits: Splits) -> None:
 
 
 def network(training: Training, genotype: Genotype, splits: Splits) -> EvaluationNetwork:
-    """The network that a genotype stands for."""
+    """The network of a genotype."""
     stem = stem_for(splits.image_size)
     sizes = (training.channels, training.cells, splits.classes, splits.image_channels)
     return EvaluationNetwork(genotype, *sizes, training.auxiliary, stem)
@@ -39,7 +39,7 @@ def network(training: Training, genotype: Genotype, splits: Splits) -> Evaluatio
 def training_engine(
     training: Training, genotype: Genotype, splits: Splits, part: Part, steps: int, device: str
 ) -> mlo.Engine:
-    """A training of `steps` steps on a part of the data, not begun."""
+    """The engine of a training of `steps` steps on a part of the data."""
     built = network(training, genotype, splits)
     optimizer = SGD(built.parameters(), lr=training.learning_rate, momentum=0.9, weight_decay=training.weight_decay)
     problem = TrainNetwork(
@@ -66,9 +66,9 @@ def _scheduler(training: Training, optimizer: SGD, steps: int, epoch: int) -> LR
 
 
 def judge(engine: mlo.Engine, splits: Splits, part: Part | None = None) -> dict[str, Any]:
-    """What is told of a trained network: errors in percent on a part, the test images by default, and its size.
+    """The results of a trained network: its errors in percent on a part (by default the test images), and its size.
 
-    "multiply_adds" are those of one image, "parameters" are without the auxiliary head.
+    "multiply_adds" counts those for one image; "parameters" leaves out the auxiliary head.
     """
     trained = engine.problems["network"].module
     assert isinstance(trained, EvaluationNetwork)

@@ -74,7 +74,7 @@ def sharpness(engine: mlo.Engine) -> Sharpness | None:
 
 
 def grown_sharp(engine: mlo.Engine) -> bool:
-    """Look, and tell whether the search is to end: the ``stop`` of :meth:`mlo.Run.stage`."""
+    """Take the eigenvalue if it is due; whether the search should end (the ``stop`` of :meth:`mlo.Run.stage`)."""
     watched = sharpness(engine)
     if watched is None:
         return False

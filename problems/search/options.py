@@ -25,7 +25,8 @@ class Search(Config):
 
     space: Literal["darts", "pc_darts", "p_darts"] = Field("darts", description="the search space")
     operations: tuple[str, ...] | None = Field(
-        None, description="the operations that compete, and noise where a bad one is wanted; null: the space's eight"
+        None,
+        description="the candidate operations, noise among them as a useless one; null: the space's eight",
     )
     partial: int | None = Field(
         None, ge=1, description="K, operations see 1/K of the channels; null: the space's own (4 for pc_darts)"
@@ -40,15 +41,16 @@ class Search(Config):
     )
     warmup: int = Field(0, ge=0, description="rounds of each stage before the architecture's first step")
     batch_size: int = Field(50, ge=2, description="images in a batch, of each kind")
-    learning_rate: float = Field(0.05, gt=0, description="of teacher and student, decaying by a cosine")
-    last_learning_rate: float = Field(0.001, ge=0, description="what it decays to")
+    learning_rate: float = Field(0.05, gt=0, description="of teacher and student; it decays along a cosine")
+    last_learning_rate: float = Field(0.001, ge=0, description="learning rate at the end of the decay")
     architecture_learning_rate: float = Field(0.01, gt=0, description="of the architecture's Adam")
     architecture_clip: float | None = Field(
-        None, gt=0, description="the norm its gradient is clipped to (5 in P-DARTS)"
+        None, gt=0, description="norm to which the architecture's gradient is clipped (5 in P-DARTS)"
     )
     augmentation: Augmentation = Field(Augmentation(), description="of all images in the search")
     precision: Precision = Field(
-        "float32", description="of all losses, under autocast; curvature products stay in float32 unless they are told"
+        "float32",
+        description="autocast type of all losses; curvature products stay in float32 by default",
     )
     eigenvalue_every: int | None = Field(
         None,
@@ -97,11 +99,11 @@ class Search(Config):
 
     @property
     def stages(self) -> int:
-        """How many there are."""
+        """The number of stages."""
         return len(self._drops) + 1
 
     def stage_space(self, found: list[ArchitectureLogits]) -> SearchSpace:
-        """The space of a stage, of the logits that the stages before it found."""
+        """The space of a stage, given the logits that the stages before it found."""
         space = self.first_space
         for logits, drop in zip(found, self._drops, strict=False):
             space = space.narrow(logits, drop)
@@ -109,5 +111,5 @@ class Search(Config):
 
 
 def each_stage(value: Any, stages: int) -> tuple[Any, ...]:
-    """The value of each stage, of an option that is one value for all or a tuple with one for each."""
+    """The values for all stages of an option that has one value for all, or a tuple with one for each."""
     return value if isinstance(value, tuple) else (value,) * stages

@@ -67,7 +67,7 @@ def test_a_printed_report_is_read_from_the_top_level_down():
     assert lines == [
         "device='cpu', lookahead=True, inner_path=False, compile=False",
         "level 3  arch: 1 step a round",
-        "    hypergradient through student, teacher, on virtual steps of the problems below",
+        "    hypergradient through student, teacher, after virtual steps of the problems below",
         "level 2  student: 2 steps a round",
         "    differentiated by Darts(radius=0.01), with 1 recorded step a round",
         "level 1  teacher: 2 steps a round",
