@@ -161,7 +161,7 @@ def test_a_stopped_evaluation_goes_on_to_the_bits_of_an_unbroken_one(tmp_path):
         time.sleep(0.02)  # a busy wait would take a core from the processes
     stopped.send_signal(signal.SIGTERM)
     _, err = stopped.communicate(timeout=400)
-    assert err.count("stopped; go on with: torchrun --nproc-per-node 2 -m mlo resume stopped") == 1, err
+    assert err.count("stopped; continue with: torchrun --nproc-per-node 2 -m mlo resume stopped") == 1, err
     (saved,) = stage.glob("*.pt")  # because of the signal, for none else was due
     assert saved.stem < f"step-{STEPS:09}"
     resumed, unbroken = (
