@@ -133,7 +133,10 @@ def test_a_job_that_does_not_share_out_its_batches_is_refused(mlo, monkeypatch):
     for words in (["run", "ridge", "--output", "here"], ["list"]):
         code, out, err = mlo(*words)
         assert (code, out) == (2, "")
-        assert "start it without torchrun: mlo run ridge" in err or "torchrun is for `run` and `resume`" in err
+        assert (
+            "start it without torchrun: mlo run ridge" in err
+            or "torchrun can start `mlo run` and `mlo resume` only" in err
+        )
     assert not Path("here").exists()
 
 
