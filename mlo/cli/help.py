@@ -26,7 +26,8 @@ def job_help(context: Context, name: str, model: type[Job], every: bool) -> str:
     """
     command = f"mlo {context.info_name} {name}"
     page = context.make_formatter()
-    page.write_usage(command, "[--OPTION VALUE]...")
+    grid = "--output DIR [--grid.OPTION LIST]... " if context.info_name == "sweep" else ""
+    page.write_usage(command, f"{grid}[--OPTION VALUE]...")
     page.write_paragraph()
     page.write_text((inspect.getdoc(model) or "") if every else registry.summary(model))
     for title, found in _all_sections(model) if every else _main_sections(model):

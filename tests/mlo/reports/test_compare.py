@@ -361,7 +361,7 @@ def test_the_command_writes_new_files_only(mlo, finished):
     for words in (["--output", "table.md"], ["--plot", "p.png"]):
         code, _, err = mlo("compare", "runs", *words)
         assert code == 2
-        assert "is there already, and nothing is written over" in err
+        assert "already exists and is not overwritten" in err
     assert Path("table.md").read_text() == before
     assert "error: difference" in mlo("compare", "runs")[1]
 

@@ -54,7 +54,7 @@ def test_an_experiment_is_reproduced_with_one_command(dropout, mlo, same_process
     assert code == 0, err
     assert out.startswith("out/small: 4 runs: 0 finished, 0 started, 4 not started\nmeasuring")
     assert re.search(
-        r"what is to do takes about \d+ s on 1 process \(0\.01 CPU-hours\)\n4 of 4 runs are finished\n", out
+        r"what is left takes about \d+ s on 1 process \(0\.01 CPU-hours\)\n4 of 4 runs are finished\n", out
     )
     page = Path("out/small/pages/dropout/page.md")
     assert out.endswith(f"page: {page}\n")
@@ -74,14 +74,14 @@ def test_no_page_is_written_if_a_run_failed(dropout, mlo, same_process):
     assert "0 of 2 runs are finished" in out
     for rate in ("0.0", "0.5"):
         assert f"failed: out/broken/dropout-{rate}/seed-0: RuntimeError: nothing came of it" in err
-    assert "no page is written from a part of the runs" in err
+    assert "no pages are written until all runs are finished" in err
     assert not Path("out/broken/pages").exists()
 
 
 def test_estimate_prints_only_the_cost(dropout, mlo, same_process):
     code, out, _ = mlo("reproduce", "dropout", "--estimate")
     assert code == 0
-    assert "what is to do takes about" in out
+    assert "what is left takes about" in out
     assert not Path("runs").exists()
 
 

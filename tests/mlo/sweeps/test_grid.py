@@ -125,7 +125,7 @@ def test_a_stopped_sweep_continues_with_the_same_command(ridge, mlo, tmp_path):
     threading.Thread(target=interrupt, daemon=True).start()
     code, _, err = mlo(*words)
     assert code == 130
-    assert "stopped; go on with: the same command" in err
+    assert "stopped; continue with: the same command" in err
     saved = [int(path.stem.removeprefix("step-")) for path in metrics.parent.glob("*.pt")]
     assert any(step % 50 for step in saved)  # a checkpoint was written because of the signal
     assert not (metrics.parent / "result.json").exists()

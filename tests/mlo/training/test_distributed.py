@@ -133,7 +133,10 @@ def test_a_job_that_does_not_share_out_its_batches_is_refused(mlo, monkeypatch):
     for words in (["run", "ridge", "--output", "here"], ["list"]):
         code, out, err = mlo(*words)
         assert (code, out) == (2, "")
-        assert "start it without torchrun: mlo run ridge" in err or "torchrun is for `run` and `resume`" in err
+        assert (
+            "start it without torchrun: mlo run ridge" in err
+            or "torchrun can start `mlo run` and `mlo resume` only" in err
+        )
     assert not Path("here").exists()
 
 
@@ -161,7 +164,7 @@ def test_a_stopped_and_resumed_evaluation_ends_in_the_bits_of_an_unbroken_one(tm
         time.sleep(0.02)  # a busy wait would take a core from the processes
     stopped.send_signal(signal.SIGTERM)
     _, err = stopped.communicate(timeout=400)
-    assert err.count("stopped; go on with: torchrun --nproc-per-node 2 -m mlo resume stopped") == 1, err
+    assert err.count("stopped; continue with: torchrun --nproc-per-node 2 -m mlo resume stopped") == 1, err
     (saved,) = stage.glob("*.pt")  # because of the signal, for none else was due
     assert saved.stem < f"step-{STEPS:09}"
     resumed, unbroken = (

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from mlo import ConfigError
 from mlo.runs.folder import RunFolder
 from problems.data.images import Part
 from problems.data.options import Data
@@ -30,6 +31,11 @@ def among(images: torch.Tensor, part: Part) -> bool:
     """Whether all these images are of that part."""
     known = part.load().images
     return all((known == image).flatten(1).all(1).any() for image in images)
+
+
+def test_a_method_given_twice_is_an_error():
+    with pytest.raises(ConfigError, match=r"^LbtJob: methods: lbt is given twice; give each method once$"):
+        job(methods=["lbt", "plain", "lbt"])
 
 
 def test_each_level_gets_the_images_meant_for_it():
