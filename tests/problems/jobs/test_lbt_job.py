@@ -18,21 +18,28 @@ import torch
 from mlo.training import checkpoint
 from problems.nas import Genotype
 
-SMALL = [
-    "--steps=6",
-    "--log-every=1",
-    "--checkpoint-every=2",
-    "--search.channels=1",
-    "--search.cells=3",
-    "--search.batch-size=16",
-    "--evaluation.steps=6",
-    "--evaluation.channels=2",
-    "--evaluation.cells=1",
-    "--data.train-size=40",
-    "--data.validation-size=40",
-    "--data.unlabeled-size=40",
-]
+SMALL = {
+    "steps": 6,
+    "log-every": 1,
+    "checkpoint-every": 2,
+    "search.channels": 1,
+    "search.cells": 3,
+    "search.batch-size": 16,
+    "evaluation.steps": 6,
+    "evaluation.channels": 2,
+    "evaluation.cells": 1,
+    "data.train-size": 40,
+    "data.validation-size": 40,
+    "data.unlabeled-size": 40,
+}
 NO_PAGE = "--page=false"
+
+
+def small(*words: object) -> list[str]:
+    """The words of a small run's options, but for those that ``words`` give."""
+    own = [str(word) for word in words]
+    given = {word.partition("=")[0] for word in own}
+    return [*(f"--{name}={value}" for name, value in SMALL.items() if f"--{name}" not in given), *own]
 
 
 def command(*words: object) -> list[str]:
@@ -61,7 +68,7 @@ def assert_identical(one: object, other: object) -> None:
 def unbroken(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "unbroken"
     done = subprocess.run(
-        command("run", "lbt", *SMALL, "--output", run), capture_output=True, text=True, timeout=250, check=False
+        command("run", "lbt", *small(), "--output", run), capture_output=True, text=True, timeout=250, check=False
     )
     assert done.returncode == 0, done.stderr
     return run
@@ -96,7 +103,7 @@ def test_a_run_leaves_everything_that_shows_it(unbroken):
 @pytest.mark.processes
 def test_a_run_killed_in_either_search_resumes_to_the_same_bits(unbroken, command_line, tmp_path):
     run = tmp_path / "killed"
-    for stage, words in (("search-lbt", ["run", "lbt", *SMALL, "--output"]), ("search-plain", ["resume"])):
+    for stage, words in (("search-lbt", ["run", "lbt", *small(), "--output"]), ("search-plain", ["resume"])):
         process = subprocess.Popen(command(*words, run), stderr=subprocess.PIPE)
         deadline = time.monotonic() + 120
         while not list(run.glob(f"stages/{stage}/step-*2.pt")):
@@ -115,7 +122,7 @@ def test_a_run_killed_in_either_search_resumes_to_the_same_bits(unbroken, comman
 
 
 def test_another_seed_is_another_run(unbroken, command_line, tmp_path):
-    words = [*SMALL, "--evaluation.steps=1", NO_PAGE, "--seed", 1, "--methods", "[lbt]"]
+    words = small("--evaluation.steps=1", NO_PAGE, "--seed", 1, "--methods", "[lbt]")
     code, _, err = command_line("run", "lbt", *words, "--output", tmp_path / "other")
     assert code == 0, err
     one, other = (final_states(r)["search-lbt"]["problems"]["arch"]["module"] for r in (unbroken, tmp_path / "other"))
@@ -146,7 +153,8 @@ def test_another_seed_is_another_run(unbroken, command_line, tmp_path):
     ids=lambda words: words[1],
 )
 def test_options_reach_the_search(command_line, tmp_path, options):
-    words = (*SMALL, "--methods", "[lbt]", "--steps", 2, "--evaluation.steps", 2, *options)
+    methods = [] if "--methods" in options else ["--methods=[lbt]"]
+    words = small("--steps=2", "--evaluation.steps=2", *methods, *options)
     code, _, err = command_line("run", "lbt", *words, "--output", tmp_path / "r")
     assert code == 0, err
     Genotype.load(tmp_path / "r" / "genotype.json")
@@ -197,12 +205,12 @@ def test_images_of_ones_own_from_an_npz_file(command_line, tmp_path):
         for what in ("images", "labels")
     }
     np.savez(tmp_path / "mine.npz", **arrays)
-    own = ["--data.source", tmp_path / "mine.npz", "--methods", "[lbt]", "--steps", 2, NO_PAGE]
-    code, _, err = command_line("run", "lbt", *SMALL, *own, "--output", tmp_path / "r")
+    own = ["--data.source", tmp_path / "mine.npz", "--methods", "[lbt]", NO_PAGE]
+    code, _, err = command_line("run", "lbt", *small("--steps=2", *own), "--output", tmp_path / "r")
     assert code == 0, err
     del arrays["test_labels"]
     np.savez(tmp_path / "cut.npz", **arrays)
-    _, _, err = command_line("run", "lbt", *SMALL, "--data.source", tmp_path / "cut.npz", "--output", tmp_path / "s")
+    _, _, err = command_line("run", "lbt", *small(), "--data.source", tmp_path / "cut.npz", "--output", tmp_path / "s")
     assert "cut.npz has no test_labels" in err
 
 
