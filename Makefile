@@ -1,13 +1,15 @@
 # make lbt    set up .venv, then search an architecture with Learning by Teaching
-# make test   set up .venv, then run every check and every test
+# make test   set up .venv, then run the checks and the tests (ARGS: more options of pytest)
+# make test-slow   run the tests that `make test` leaves out: the rest of large matrices
 # make lint   the checks alone
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help lbt test lint
+.PHONY: help lbt test test-slow lint
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -17,7 +19,11 @@ lbt: $(VENV)/.installed
 
 test: lint
 	@echo "== tests"
-	@$(BIN)/pytest -q $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	@echo "== slow tests"
+	@$(PYTEST) -m slow $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@echo "== ruff" && $(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
@@ -26,7 +32,7 @@ lint: $(VENV)/.installed-dev
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/pip
 	@echo "Installing mlo and what it needs into $(VENV) (PyTorch is large: minutes, the first time)"
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[lbt]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip

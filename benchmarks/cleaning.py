@@ -1,11 +1,11 @@
-"""Hyper-cleaning on digits: which training labels are wrong, found by each estimator; the table in docs/cleaning.md.
+"""Hyper-cleaning on digits: each estimator finds wrong training labels. Prints the table of docs/cleaning.md.
 
     OMP_NUM_THREADS=1 python benchmarks/cleaning.py --validation 100 --seeds 5
 
-Half of 600 training labels are replaced by another class. Each training image has a weight, trained for 150 rounds on
-the loss of clean validation images through 20 steps of a classifier a round; then a new classifier is trained with the
-weights that came of it. Beside it: all weights alike, the right labels alone (an oracle), and the validation images
-alone. Prints the table as Markdown.
+Half of 600 training labels are replaced with a wrong class. Each training image has a weight. The weights are trained
+for 150 rounds on the loss of clean validation images, through 20 steps of a classifier in each round; then a new
+classifier is trained with these weights. For comparison: equal weights, only the right labels (an oracle), and only
+the validation images. Prints the table as Markdown.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import mlo
 from problems.data.images import Images
-from problems.data.splits import Data
+from problems.data.options import Data
 
 ROUNDS, STEPS, FINAL = 150, 20, 1500
 ESTIMATORS: dict[str, object] = {
@@ -43,45 +43,45 @@ class Weights(nn.Module):
         self.logits = nn.Parameter(torch.zeros(count))
 
     def forward(self) -> Tensor:
-        """All weights, (N,)."""
+        """Return all weights, (N,)."""
         return self.logits.sigmoid()
 
 
 def fitting_loss(logits: Tensor, labels: Tensor, weights: Tensor, parameters: list[Tensor]) -> Tensor:
-    """The weighted cross-entropy with a small ridge."""
-    ridge = sum((p.square().sum() for p in parameters), torch.zeros(()))
-    return (weights * F.cross_entropy(logits, labels, reduction="none")).mean() + 1e-3 * ridge
+    """The weighted cross-entropy plus a small L2 penalty."""
+    penalty = sum((p.square().sum() for p in parameters), torch.zeros(()))
+    return (weights * F.cross_entropy(logits, labels, reduction="none")).mean() + 1e-3 * penalty
 
 
 class Fit(mlo.Problem):
-    """The classifier, on the weighted training images."""
+    """The lower level: the classifier, trained on the weighted training images."""
 
     def loss(self, batch: Images, weights: mlo.Problem) -> Tensor:
         """See :func:`fitting_loss`."""
         return fitting_loss(self(batch.images), batch.labels, weights(), list(self.params.values()))
 
 
-class Judge(mlo.Problem):
-    """The weights, on the clean validation images."""
+class Validate(mlo.Problem):
+    """The upper level: the weights, trained on the clean validation images."""
 
     def loss(self, batch: Images, classifier: mlo.Problem) -> Tensor:
         """The validation loss."""
         return F.cross_entropy(classifier(batch.images), batch.labels)
 
 
-def learned(model: nn.Module, noisy: Images, validation: Images, estimator: object) -> Tensor:
-    """The weights that an estimator arrives at."""
+def learn_weights(model: nn.Module, noisy: Images, validation: Images, estimator: object) -> Tensor:
+    """Train the weights with an estimator."""
     weights = Weights(len(noisy.labels))
     problems = [
         Fit("classifier", module=model, optimizer=torch.optim.SGD(model.parameters(), 0.3), data=[noisy], steps=STEPS),
-        Judge("weights", module=weights, optimizer=torch.optim.Adam(weights.parameters(), 0.1), data=[validation]),
+        Validate("weights", module=weights, optimizer=torch.optim.Adam(weights.parameters(), 0.1), data=[validation]),
     ]
     mlo.Engine(problems, estimator, device="cpu").run(ROUNDS)
     return weights().detach()
 
 
 def accuracy(model: nn.Module, train: Images, weights: Tensor, test: Images) -> float:
-    """Test accuracy of a classifier trained with these weights."""
+    """Train a classifier with these weights, and return its test accuracy."""
     optimizer = torch.optim.SGD(model.parameters(), 0.3)
     for _ in range(FINAL):
         optimizer.zero_grad()
@@ -90,15 +90,15 @@ def accuracy(model: nn.Module, train: Images, weights: Tensor, test: Images) -> 
     return float((model(test.images).argmax(1) == test.labels).float().mean())
 
 
-def found(weights: Tensor, wrong: Tensor) -> float:
-    """The F1 score of weights below a half as a sign of wrong labels."""
+def f1_score(weights: Tensor, wrong: Tensor) -> float:
+    """The F1 score of finding wrong labels by a weight below 0.5."""
     flagged = weights < 0.5
     hits = float((flagged & wrong).sum())
     return 2 * hits / max(float(flagged.sum() + wrong.sum()), 1.0)
 
 
 def one_seed(make: Callable[[], nn.Module], validation: int, seed: int) -> dict[str, tuple[float, float | None]]:
-    """{row: (accuracy, F1)} of one seed."""
+    """Return {row: (accuracy, F1 score)} for one seed."""
     torch.manual_seed(seed)
     unlabeled = 600 - min(validation, 590)
     data = Data(source="digits", train_size=600, validation_size=validation, unlabeled_size=unlabeled).splits(seed)
@@ -111,17 +111,17 @@ def one_seed(make: Callable[[], nn.Module], validation: int, seed: int) -> dict[
         "right labels alone (oracle)": (accuracy(make(), noisy, (~wrong).float(), test), None),
     }
     for name, estimator in ESTIMATORS.items():
-        weights = learned(make(), noisy, clean, estimator)
-        rows[name] = (accuracy(make(), noisy, weights, test), found(weights, wrong))
+        weights = learn_weights(make(), noisy, clean, estimator)
+        rows[name] = (accuracy(make(), noisy, weights, test), f1_score(weights, wrong))
     alone = accuracy(make(), clean, torch.ones(validation), test)
     return {**rows, "validation images alone": (alone, None)}
 
 
 def main() -> None:
-    """Run all and print the table."""
+    """Run all seeds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--validation", type=int, default=100, help="clean validation images")
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
+    parser.add_argument("--validation", type=int, default=100, help="number of clean validation images")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, starting at 0")
     options = parser.parse_args()
     tables = {m: [one_seed(make, options.validation, s) for s in range(options.seeds)] for m, make in MODELS.items()}
     print("| | " + " | ".join(MODELS) + " |\n|" + " --- |" * (len(MODELS) + 1))

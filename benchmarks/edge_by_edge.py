@@ -1,4 +1,4 @@
-"""The supernet written edge by edge, as its definition has it: the reference that the fast one is compared with."""
+"""The supernet written edge by edge, as it is defined: the reference for the fast one."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from problems.nas.operations import NONE, make_operation
+from problems.nas.operation_names import NONE
+from problems.nas.operations import make_operation
+from problems.nas.search_space import DARTS, ArchitectureLogits, CellKind, SearchSpace
 from problems.nas.skeleton import CellInputs, CellPlan, CifarStem, edge_stride, plan_cells, total
-from problems.nas.space import DARTS, ArchitectureLogits, CellKind, SearchSpace
 from problems.nas.supernet import Supernet
 
 Weights = tuple[Sequence[Sequence[Tensor]], Sequence[Tensor] | None]
-"""A row of operations an edge, and the edges', where they have weights."""
+"""The weights of the operations of each edge, and the weights of the edges if the space has them."""
 
 
 class MixedEdge(nn.ModuleDict):
-    """One edge: the sum of `operations` applied to a state, each times its weight (DARTS, equation 2).
+    """One edge: the weighted sum of `operations` applied to a state (DARTS, equation 2).
 
-    "none" contributes zero, so it is left out of the sum; its weight still takes its share of the softmax. Of K parts
-    of the channels, the operations see the first, and the result is shuffled in K groups (PC-DARTS, section 3.1).
+    "none" contributes zero, so it is left out of the sum, but its logit still counts in the softmax. With partial
+    channels, operations see the first of K parts of the channels, and the result is shuffled in K groups (PC-DARTS,
+    section 3.1).
     """
 
     def __init__(self, operations: tuple[str, ...], channels: int, stride: int, partial: int) -> None:
@@ -30,7 +32,7 @@ class MixedEdge(nn.ModuleDict):
         self.operations, self.stride, self.partial = operations, stride, partial
 
     def forward(self, features: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Mix the operations by `weights`, one scalar an operation."""
+        """Mix the operations by `weights`, one scalar for each."""
         rest = None
         if self.partial > 1:
             features, *others = features.chunk(self.partial, dim=1)
@@ -42,7 +44,7 @@ class MixedEdge(nn.ModuleDict):
 
 
 class MixedCell(nn.Module):
-    """A cell in which each node is the sum of the mixed edges from all earlier states; the nodes are concatenated."""
+    """A cell in which each node sums the mixed edges from all earlier states; its output concatenates the nodes."""
 
     def __init__(self, space: SearchSpace, plan: CellPlan) -> None:
         super().__init__()
@@ -59,7 +61,7 @@ class MixedCell(nn.Module):
         ]
 
     def forward(self, before: Tensor, last: Tensor, weights: Weights) -> Tensor:
-        """Map the outputs of the two cells before to this cell's, nodes x channels wide; `weights` one row an edge."""
+        """Map the outputs of the two previous cells to this cell's output, nodes x channels wide."""
         states: list[Tensor] = self.inputs(before, last)
         operations, edges = weights
         for incoming in self.rows:
@@ -71,7 +73,7 @@ class MixedCell(nn.Module):
 
 
 class EdgeByEdge(nn.Module):
-    """The same network as :class:`problems.nas.Supernet`, with CIFAR's stem and no dropout."""
+    """The same network as :class:`problems.nas.Supernet`, with the CIFAR stem and without dropout."""
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class EdgeByEdge(nn.Module):
         self.classifier = nn.Linear(space.nodes * plans[-1].channels, classes)
 
     def forward(self, images: Tensor, weights: ArchitectureLogits) -> Tensor:
-        """Return the class logits, (N, classes), under the architecture logits that `Architecture()` returns."""
+        """Map images and the logits of an `Architecture` to class logits, (N, classes)."""
         kinds: tuple[CellKind, CellKind] = ("normal", "reduce")
         mixtures = {kind: self._weights(kind, logits) for kind, logits in zip(kinds, weights, strict=True)}
         before, last = self.stem(images)
@@ -99,13 +101,13 @@ class EdgeByEdge(nn.Module):
         return logits
 
     def _weights(self, kind: CellKind, logits: Tensor) -> Weights:
-        """Take the matrix apart once, rather than by an indexing operation in each cell."""
+        """Compute the weights and split them into scalars once, instead of indexing in each cell."""
         space, count = self.space, len(self.space.operations)
         if space.choices(kind) == (space.operations,) * len(space.edges):
             operations = [row.unbind() for row in logits[:, :count].softmax(dim=-1).unbind()]
         else:
             columns = [[space.operations.index(name) for name in names] for names in space.choices(kind)]
-            operations = [row[kept].softmax(dim=0).unbind() for row, kept in zip(logits, columns, strict=True)]
+            operations = [row[chosen].softmax(dim=0).unbind() for row, chosen in zip(logits, columns, strict=True)]
         if not space.edge_weights:
             return operations, None
         nodes = [[row for row, edge in enumerate(space.edges) if edge.node == node] for node in range(space.nodes)]
@@ -113,5 +115,5 @@ class EdgeByEdge(nn.Module):
 
 
 def load_edges(net: EdgeByEdge, supernet: Supernet) -> None:
-    """Give the edge-by-edge network the weights and statistics of a supernet."""
+    """Copy the weights and running statistics of a supernet into the edge-by-edge network."""
     net.load_state_dict(net.state_dict() | supernet.edge_tensors())

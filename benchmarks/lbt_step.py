@@ -1,13 +1,17 @@
-"""A step of Learning by Teaching in one sweep, and with each product by itself: the table in docs/search_spaces.md.
+"""A step of Learning by Teaching by the engine and by hand: the table in docs/search_spaces.md.
 
     python -m benchmarks.lbt_step
 
-One thread; CPU time, all in turns in one process, the median of the rounds. A step is one of the architecture, through
-virtual steps of teacher and student, then one of the teacher and one of the student: a DARTS supernet, ResNet-18 (3x3
-stem without stride, no max-pool) as student, batches of 8 images of 32x32. By hand, products are central differences;
-in one sweep they are these, or one-sided ones, or exact. The supernet has the paper's 16 channels and 8 cells, edge by
-edge, contiguous, as it is usually written, and as this package has it; and this with 4 channels and 4 cells, where the
-student takes most of the time.
+The engine computes the hypergradient in one backward pass over the levels; by hand each product is computed
+separately. CPU time on one thread: all candidates take turns in one process, and the table shows the median over
+rounds.
+
+A step consists of a step of the architecture, through virtual steps of teacher and student, a step of the teacher, and
+a step of the student. The teacher is a DARTS supernet, the student a ResNet-18 (3x3 stem without stride, no max-pool),
+and batches have 8 images of 32x32. By hand, products are central differences; the engine takes central differences,
+one-sided differences, or exact products. The supernet has the paper's 16 channels and 8 cells, once written edge by
+edge with contiguous tensors, as usual, and once as in this package; the latter also with 4 channels and 4 cells, where
+the student takes most of the time.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from torch import Tensor, nn
 
 import mlo
 from benchmarks.edge_by_edge import EdgeByEdge, load_edges
-from benchmarks.lbt_by_products import ByProducts
+from benchmarks.lbt_by_hand import LbtByHand
 from benchmarks.measuring import SEARCH_SPACES, cpu_seconds, write_table
 from problems.lbt import ArchValidate, StudentTeach, TeacherTrain
 from problems.nas import Architecture, Supernet
@@ -31,7 +35,7 @@ STEP, MOMENTUM, DECAY = 0.025, 0.9, 3e-4
 
 
 class Task(NamedTuple):
-    """The three networks and the batches: for training, for validation (images, labels), and images without labels."""
+    """The three networks and three batches: (images, labels) for training and validation, and unlabeled images."""
 
     teacher: nn.Module
     student: nn.Module
@@ -41,14 +45,14 @@ class Task(NamedTuple):
     unlabeled: Tensor
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Of teacher, student and architecture."""
+        """The optimizers of teacher, student and architecture."""
         networks = self.teacher, self.student
         sgd = [torch.optim.SGD(n.parameters(), lr=STEP, momentum=MOMENTUM, weight_decay=DECAY) for n in networks]
         return [*sgd, torch.optim.Adam(self.architecture.parameters(), 3e-4, (0.5, 0.999), weight_decay=1e-3)]
 
 
 def resnet18() -> nn.Module:
-    """The paper's first student, for images of 32x32."""
+    """The first student of the paper, for images of 32x32."""
     return make_student("resnet18", 3, 10, 32)
 
 
@@ -60,7 +64,7 @@ def make_task(
     batch: int = 8,
     size: int = 32,
 ) -> Task:
-    """The same weights and images at each call."""
+    """Make a task; each call gives the same weights and images."""
     torch.manual_seed(0)
     supernet = Supernet(channels=channels, cells=cells)
     teacher: nn.Module = supernet
@@ -74,7 +78,7 @@ def make_task(
 
 
 def problems(task: Task, held: tuple[str, ...] = ("arch",), **arch: Any) -> list[mlo.Problem]:
-    """The three levels; by default the pseudo-labels' direct dependence is left out, as in (9) to (12)."""
+    """The three levels. By default the direct dependence of the pseudo-labels is left out, as in (9) to (12)."""
     of_teacher, of_student, of_architecture = task.optimizers()
     taught = {"labeled": [task.training], "unlabeled": [task.unlabeled]}
     return [
@@ -85,13 +89,13 @@ def problems(task: Task, held: tuple[str, ...] = ("arch",), **arch: Any) -> list
 
 
 class Passes:
-    """Forward passes, and images in them, of a task's networks while it counts."""
+    """Counts the forward passes of a task's networks, and the images in them."""
 
     def __init__(self, task: Task) -> None:
         self._networks = {"teacher": task.teacher, "student": task.student}
 
     def of(self, step: Callable[[], object]) -> Counter[str]:
-        """{network: passes, network + " images": images} of one step."""
+        """Run one step; return {network: passes, network + " images": images}."""
         counts: Counter[str] = Counter()
 
         def counting(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -113,33 +117,33 @@ PRODUCTS = ("central", "one_sided", "exact")
 
 
 def table(rounds: int, supernets: Mapping[str, dict[str, Any]] = SUPERNETS) -> str:
-    """Measure, and write the rows."""
+    """Measure, and return the table in Markdown."""
     torch.set_num_threads(1)
     counts: list[Counter[str]] = []
     seconds = {}
     for label, options in supernets.items():
         tasks = [make_task(**options) for _ in range(1 + len(PRODUCTS))]
-        steps = [ByProducts(tasks[0]).step, *map(in_one_sweep, tasks[1:], PRODUCTS)]
+        steps = [LbtByHand(tasks[0]).step, *map(engine_step, tasks[1:], PRODUCTS)]
         counts = [Passes(task).of(step) for task, step in zip(tasks, steps, strict=True)]
         seconds[label] = cpu_seconds(steps, rounds)
     return "\n".join(_rows(counts, seconds))
 
 
-def in_one_sweep(task: Task, product: str) -> Callable[[], None]:
-    """The engine's step, with these products."""
+def engine_step(task: Task, product: str) -> Callable[[], None]:
+    """A step of the engine with one kind of product."""
     estimator = {"kind": "one_step", "product": product}
     return mlo.Engine(problems(task), estimator, lookahead=True, device="cpu").step
 
 
 def _rows(counts: Sequence[Counter[str]], seconds: Mapping[str, Sequence[float]]) -> Iterator[str]:
-    yield "| | each product by itself | one sweep | one-sided | exact |"
+    yield "| | each product by itself | one backward pass | one-sided | exact |"
     yield "| --- | --- | --- | --- | --- |"
     for name in ("teacher", "student"):
         for key, label in ((name, f"passes of the {name}"), (f"{name} images", "images in them")):
             yield f"| {label} | {' | '.join(str(count[key]) for count in counts)} |"
-    for label, (by_itself, *indirect) in seconds.items():
-        ratios = (f"{time:.2f} s: {time / by_itself:.2f}" for time in indirect)
-        yield f"| CPU time, {label} | {by_itself:.2f} s | {' | '.join(ratios)} |"
+    for label, (by_hand, *engines) in seconds.items():
+        ratios = (f"{time:.2f} s: {time / by_hand:.2f}" for time in engines)
+        yield f"| CPU time, {label} | {by_hand:.2f} s | {' | '.join(ratios)} |"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""CPU time of candidates taken in turns, and the table of a benchmark in the page that shows it."""
+"""CPU times of candidates, and writing a benchmark's table into a page of the documentation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEARCH_SPACES = Path(__file__).resolve().parents[1] / "docs" / "search_spaces.md
 
 
 def cpu_seconds(candidates: list[Callable[[], object]], rounds: int) -> list[float]:
-    """The median CPU time of each, taken in turns after one round to warm up."""
+    """Return the median CPU time of each candidate. They take turns, after one warm-up round."""
     times: list[list[float]] = [[] for _ in candidates]
     for _ in range(rounds + 1):
         for own, candidate in zip(times, candidates, strict=True):
@@ -24,9 +24,16 @@ def cpu_seconds(candidates: list[Callable[[], object]], rounds: int) -> list[flo
 
 
 def write_table(description: str | None, table: Callable[[int], str], page: Path, mark: str) -> None:
-    """A benchmark's command: measure, print the table and put it into the page, between `<!-- mark -->` and an end."""
+    """The command of a benchmark: measure, print the table, and replace the one in the page.
+
+    Args:
+        description: shown by --help.
+        table: maps a number of rounds to the table in Markdown.
+        page: the file with the table, between the lines `<!-- mark -->` and `<!-- end -->`.
+        mark: the mark of the table.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="of which the median is taken")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds to take the median of")
     rows = table(parser.parse_args().rounds)
     print(rows)
     text = page.read_text(encoding="utf-8")

@@ -1,11 +1,12 @@
-"""The supernet against the same one edge by edge, in CPU time and operators: the table in docs/search_spaces.md.
+"""The supernet against one written edge by edge, in CPU time and operators: the table in docs/search_spaces.md.
 
     python -m benchmarks.supernet
 
-One thread; CPU time, the two in turns in one process, the median of the rounds. A search step is one architecture step
-of second-order DARTS (two gradients, and the product with the Hessian as a central difference of two more, or exactly)
-and one weight step, in plain torch for both. The images are contiguous; "channels last" is the supernet edge by edge
-with its weights and the images in that format.
+CPU time on one thread: all candidates take turns in one process, and the table shows the median over rounds. A search
+step is one architecture step of second-order DARTS and one weight step, in plain PyTorch for all candidates. The
+architecture step takes two gradients and a Hessian-vector product, which is exact or a central difference of two more
+gradients. Images are contiguous, except for "its channels last": the supernet edge by edge with weights and images in
+the channels-last format.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Weights = dict[str, Tensor]
 
 
 class Search:
-    """One supernet in search: its weights, an architecture, a training and a validation batch."""
+    """A search with one supernet: an architecture, a training batch and a validation batch."""
 
     def __init__(self, net: nn.Module, memory_format: torch.memory_format = torch.contiguous_format) -> None:
         self.net = net.to(memory_format=memory_format)
@@ -37,20 +38,20 @@ class Search:
         self.batches = [(torch.randn(8, 3, 32, 32).to(memory_format=memory_format), torch.arange(8)) for _ in range(2)]
 
     def loss(self, weights: Weights, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The cross-entropy under these weights."""
+        """The cross-entropy with these weights."""
         images, labels = batch
         return F.cross_entropy(functional_call(self.net, weights, (images, self.architecture())), labels)
 
     def weight_step(self) -> None:
-        """One SGD step of the weights."""
+        """Take one SGD step of the weights."""
         weights = dict(self.net.named_parameters())
         gradient = torch.autograd.grad(self.loss(weights, self.batches[0]), [*weights.values()])
         with torch.no_grad():
-            for weight, slope in zip(weights.values(), gradient, strict=True):
-                weight.sub_(STEP * (slope + DECAY * weight))
+            for weight, derivative in zip(weights.values(), gradient, strict=True):
+                weight.sub_(STEP * (derivative + DECAY * weight))
 
     def architecture_gradient(self, exact: bool) -> list[Tensor]:
-        """Through one virtual SGD step; the product with the Hessian exact or as a difference (DARTS, section 2.3)."""
+        """The gradient through a virtual SGD step, with an exact or a central-difference product (DARTS, 2.3)."""
         weights, alphas = dict(self.net.named_parameters()), list(self.architecture.parameters())
         training = self.loss(weights, self.batches[0])
         gradient = torch.autograd.grad(training, [*weights.values()], create_graph=exact)
@@ -72,25 +73,25 @@ class Search:
 
 
 class OperatorCount(TorchDispatchMode):
-    """How many operators are dispatched."""
+    """Counts the operators that are dispatched."""
 
     count = 0
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count, and go on."""
+        """Count the operator and run it."""
         self.count += 1
         return operator(*args, **(kwargs or {}))
 
 
 def operators(search: Search) -> int:
-    """Those of one forward pass."""
+    """The number of operators of one forward pass."""
     with OperatorCount() as counter:
         search.loss({}, search.batches[0])
     return counter.count
 
 
 def table(rounds: int) -> str:
-    """Measure, and write the rows."""
+    """Measure, and return the table in Markdown."""
     torch.set_num_threads(1)
     supernet = Supernet()
     nets = [EdgeByEdge(), EdgeByEdge(), supernet]

@@ -1,9 +1,9 @@
-"""Learning by Teaching composed by hand, from networks, data and an architecture of one's own.
+"""Learning by Teaching with your own networks, data and architecture.
 
     python examples/lbt_by_hand.py
 
-The teacher is a convolutional network whose layer mixes three kernels sizes; the architecture is the mixture. The
-three losses come from problems/lbt.py, everything else is here.
+The teacher is a convolutional network with one layer that mixes three kernel sizes; the architecture is the mixture.
+The three losses come from problems/lbt.py; everything else is in this file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import mlo
-from problems.data.splits import Data
+from problems.data.options import Data
 from problems.lbt import ArchValidate, StudentTeach, TeacherTrain
 from problems.search.students import small_student
 
@@ -29,7 +29,7 @@ class Mixture(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A network that takes the architecture with its images."""
+    """A network that is called with images and the mixture."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Teacher(nn.Module):
 
 
 def main(steps: int = 100) -> dict[str, float]:
-    """Search for ``steps`` rounds; returns the mixture found."""
+    """Search for ``steps`` rounds, and return the mixture found."""
     torch.manual_seed(0)
     data = Data(source="digits", train_size=200, validation_size=200, unlabeled_size=800).splits(seed=0)
     labeled, unlabeled = data.train.batches(50), data.unlabeled.batches(50)

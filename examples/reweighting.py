@@ -1,9 +1,9 @@
-"""Data reweighting: find the training images whose labels are wrong, from a few that are right.
+"""Data reweighting: find wrong training labels with the help of a few correct ones.
 
     python examples/reweighting.py
 
-Half of the training labels are flipped. Each training image has a weight, the upper level, trained on the loss of 100
-clean validation images through the training of a linear classifier, the lower level.
+Half of the training labels are wrong. The lower level trains a linear classifier on weighted training images. The upper
+level trains the weights, one for each image, on the classifier's loss on 100 validation images with correct labels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mlo
-from problems.data.splits import Data
+from problems.data.options import Data
 
 
 class Weights(nn.Module):
@@ -28,7 +28,7 @@ class Weights(nn.Module):
 
 
 class Fit(mlo.Problem):
-    """The classifier, on the weighted training images."""
+    """The lower level: the classifier, trained on the weighted training images."""
 
     def loss(self, batch: tuple[Tensor, Tensor], weights: mlo.Problem) -> Tensor:
         images, labels = batch
@@ -37,8 +37,8 @@ class Fit(mlo.Problem):
         return (weights() * losses).mean() + penalty
 
 
-class Judge(mlo.Problem):
-    """The weights, on the clean validation images."""
+class Validate(mlo.Problem):
+    """The upper level: the weights, trained on the validation images."""
 
     def loss(self, batch: tuple[Tensor, Tensor], classifier: mlo.Problem) -> Tensor:
         images, labels = batch
@@ -46,7 +46,7 @@ class Judge(mlo.Problem):
 
 
 def main(steps: int = 150, hypergradient: object = "neumann") -> float:
-    """Train for ``steps`` rounds; returns the area under the ROC curve of the weights as detectors of right labels."""
+    """Train for ``steps`` rounds; return the area under the ROC curve for detecting right labels by their weight."""
     torch.manual_seed(0)
     data = Data(source="digits", train_size=600, validation_size=100, unlabeled_size=500).splits(seed=0)
     train, validation, test = (part.load() for part in (data.train, data.validation, data.test))
@@ -63,7 +63,7 @@ def main(steps: int = 150, hypergradient: object = "neumann") -> float:
                 data=[(train.images, labels)],
                 steps=20,
             ),
-            Judge(
+            Validate(
                 "weights",
                 module=weights,
                 optimizer=torch.optim.Adam(weights.parameters(), lr=0.1),
@@ -76,7 +76,7 @@ def main(steps: int = 150, hypergradient: object = "neumann") -> float:
     found = weights()
     area = float((found[right][:, None] > found[~right][None]).float().mean())
     accuracy = float((model(test.images.to(engine.device)).argmax(1).cpu() == test.labels).float().mean())
-    print(f"a right label outweighs a wrong one in {100 * area:.1f} % of pairs; test accuracy {100 * accuracy:.1f} %")
+    print(f"right labels have the larger weight in {100 * area:.1f} % of pairs; test accuracy {100 * accuracy:.1f} %")
     return area
 
 

@@ -1,22 +1,72 @@
 """Multi-level optimization in PyTorch: problems that read each other's solutions, and their hypergradients."""
 
-from mlo.errors import CheckpointError, ConfigError, GraphError, HypergradientError, MloError, NonFiniteLossError
-from mlo.hypergradient import Estimator, Product
-from mlo.levels.problem import Problem
-from mlo.training.diagnostics import check, diagnose
-from mlo.training.engine import Engine
+from typing import TYPE_CHECKING
+
+from mlo.lazy import lazy_names
+
+if TYPE_CHECKING:  # the same names as in lazy_names below, for editors and type checkers
+    from mlo.errors import (
+        CheckpointError,
+        ConfigError,
+        GraphError,
+        HypergradientError,
+        MloError,
+        NonFiniteLossError,
+        ProcessError,
+    )
+    from mlo.hypergradient.estimators.base import Estimator, Pulled
+    from mlo.hypergradient.products import Product, ProductOption
+    from mlo.levels.problem import Problem
+    from mlo.ops import distributed
+    from mlo.options.config import Config, EstimatorOption
+    from mlo.runs.job import Job
+    from mlo.runs.run import Run
+    from mlo.sweeps.experiment import Experiment, Wanted
+    from mlo.training import checkpoint
+    from mlo.training.diagnostics import check, diagnose
+    from mlo.training.engine import Engine
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "mlo.errors": "CheckpointError ConfigError GraphError HypergradientError MloError NonFiniteLossError "
+            "ProcessError",
+            "mlo.hypergradient.estimators.base": "Estimator Pulled",
+            "mlo.hypergradient.products": "Product ProductOption",
+            "mlo.levels.problem": "Problem",
+            "mlo.ops.distributed": "",
+            "mlo.options.config": "Config EstimatorOption",
+            "mlo.runs.job": "Job",
+            "mlo.runs.run": "Run",
+            "mlo.sweeps.experiment": "Experiment Wanted",
+            "mlo.training.checkpoint": "",
+            "mlo.training.diagnostics": "check diagnose",
+            "mlo.training.engine": "Engine",
+        },
+    )
 
 __all__ = [
     "CheckpointError",
+    "Config",
     "ConfigError",
     "Engine",
     "Estimator",
+    "EstimatorOption",
+    "Experiment",
     "GraphError",
     "HypergradientError",
+    "Job",
     "MloError",
     "NonFiniteLossError",
     "Problem",
+    "ProcessError",
     "Product",
+    "ProductOption",
+    "Pulled",
+    "Run",
+    "Wanted",
     "check",
+    "checkpoint",
     "diagnose",
+    "distributed",
 ]

@@ -1,29 +1,29 @@
-"""What can go wrong that a user can mend: one small family of exceptions."""
+"""The exceptions that mlo raises for mistakes a user can correct."""
 
 
 class MloError(Exception):
-    """Base of every error that mlo raises on purpose; its text names the fault, the place and the remedy."""
+    """Base class of all errors that mlo raises on purpose. The message says what is wrong, where, and what to write."""
 
 
 class GraphError(MloError):
-    """The problems do not fit together: a name, a read or a gradient is missing or in the wrong place."""
+    """The problems do not form a valid graph: a name, a read or a gradient is missing or wrong."""
 
 
 class ConfigError(MloError):
-    """An option, an optimizer, a data source or a file is not what is needed."""
+    """An option, an optimizer, a data source or a file is invalid."""
 
 
 class CheckpointError(MloError):
-    """A checkpoint cannot be written, read or fitted to the run that asks for it."""
+    """A checkpoint cannot be written, cannot be read, or does not match the run."""
 
 
 class HypergradientError(MloError):
-    """A hypergradient is not the derivative that it should be."""
+    """A hypergradient differs from the derivative that it should be equal to."""
 
 
 class ProcessError(MloError):
-    """Another of the processes that train together has ended."""
+    """Another process of a distributed run has ended."""
 
 
 class NonFiniteLossError(MloError):
-    """A loss came out as NaN or infinity; the step was not taken."""
+    """A loss or its gradient is NaN or infinite. The step was not taken."""

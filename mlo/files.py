@@ -1,31 +1,32 @@
-"""Files that are there whole or not at all."""
+"""Writing a file so that it is there whole or not at all."""
 
 import os
 from pathlib import Path
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file, on the disk when this returns; a crash at any moment leaves the old file or the new one.
+    """Write a file and flush it to the disk. A crash at any moment leaves either the old file or the new one.
 
-    It goes to a file beside it, which is flushed to the disk and then renamed.
+    The content goes to a temporary file in the same folder, which is flushed and then renamed.
 
     Raises:
-        OSError: if the disk does not take it; the old file stands.
+        OSError: if it cannot be written; the old file stays.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except OSError as error:
-        error.filename = str(path)  # the file that was asked for
+        error.filename = str(path)  # the name that the caller knows
         raise
     finally:
-        beside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        temporary.unlink(missing_ok=True)
+    if hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder, and needs no flush of it
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -1,8 +1,8 @@
-"""Learning by Teaching: a teacher learns, teaches a student by pseudo-labels, and its architecture follows from both.
+"""Learning by Teaching: a teacher learns, teaches a student with pseudo-labels, and both judge its architecture.
 
-The three levels of "Learning by Teaching, with Application to Neural Architecture Search", each as one would train it
-alone. The graph is in the signatures: the teacher reads the architecture, the student reads both, and the
-architecture is judged by the teacher and the student.
+The three levels of "Learning by Teaching, with Application to Neural Architecture Search", each written as if it were
+trained alone. The parameter names of each `loss` say what it reads: the teacher reads the architecture, the student
+reads the teacher and the architecture, and the architecture reads the teacher and the student.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import mlo
 class TeacherTrain(mlo.Problem):
     """Level 1, the teacher learns: min_W L(W, A; D_t^tr), the cross-entropy on the teacher's training data.
 
-    Its module maps (images, architecture) to logits (N, classes); a batch is (images, labels).
+    The module maps (images, architecture) to logits of shape (N, classes). A batch is (images, labels).
     """
 
     def loss(self, batch: Any, arch: mlo.Problem) -> Tensor:
-        """The teacher's training loss, W after equation (4)."""
+        """The teacher's training loss; one step on it gives W' of equation (4)."""
         images, labels = batch
         return F.cross_entropy(self(images, arch()), labels)
 
@@ -32,12 +32,12 @@ class TeacherTrain(mlo.Problem):
 class StudentTeach(mlo.Problem):
     """Level 2, the teacher teaches: min_S L(S; D_s^tr) + lambda L(S; D_pl(D_u, W)), equation (5).
 
-    Its module maps images to logits (N, classes). A batch is {"labeled": (images, labels), "unlabeled": images}, or
-    {"unlabeled": images} to learn from pseudo-labels alone (the second ablation); images and labels side by side are
-    taken for "unlabeled" too, the labels left aside. Labeled and unlabeled images go through the student as one batch.
+    The module maps images to logits of shape (N, classes). A batch is {"labeled": (images, labels), "unlabeled":
+    images}, or {"unlabeled": images} to learn from pseudo-labels only (the second ablation). "unlabeled" may also be
+    a pair (images, labels), whose labels are ignored. Labeled and unlabeled images go through the student as one batch.
 
-    The pseudo-labels are the teacher's probabilities. They depend on the architecture by the teacher's weights and
-    directly; ``held=("arch",)`` leaves the direct dependence out, as equations (9) to (12) do.
+    The pseudo-labels are the teacher's probabilities. They depend on the architecture both through the teacher's
+    weights and directly. ``held=("arch",)`` ignores the direct dependence, as equations (9) to (12) do.
 
     Args:
         pseudo_weight: lambda, the weight of the pseudo-labeled images.
@@ -62,17 +62,17 @@ class StudentTeach(mlo.Problem):
 
 
 class StudentInTurn(mlo.Problem):
-    """Level 2 as the authors' later code has it: a step on the pseudo-labeled images, then one on the labeled ones.
+    """Level 2 as in the authors' later code: a step on the pseudo-labeled images, then a step on the labeled ones.
 
-    What the architecture looks ahead at is one step on both together, without clipping, in which the pseudo-labels are
-    the teacher's most probable classes, while their derivative is that of its probabilities.
+    The virtual (lookahead) step of the architecture's hypergradient is different: one step on both together, without
+    clipping. Its pseudo-labels are the teacher's most probable classes, with the derivative of its probabilities.
 
-    A batch is as for :class:`StudentTeach`; both steps of a round should see the same one.
+    Batches are those of :class:`StudentTeach`; both steps of a round should use the same batch.
 
     Args:
         pseudo_weight: lambda, the weight of the pseudo-labeled images.
-        labeled: whether there are labeled images; without, a round has one step.
-        **problem: see :class:`mlo.Problem`; counts of steps are given by this one.
+        labeled: whether there are labeled images. Without them a round has one step.
+        **problem: see :class:`mlo.Problem`. `steps`, `steps_ahead` and `clip_ahead` are set by this class.
     """
 
     def __init__(self, name: str, *, pseudo_weight: float = 1.0, labeled: bool = True, **problem: Any) -> None:
@@ -80,7 +80,7 @@ class StudentInTurn(mlo.Problem):
         self.pseudo_weight = pseudo_weight
 
     def loss(self, batch: Any, teacher: mlo.Problem, arch: mlo.Problem) -> Tensor:
-        """The loss of the student's next step, or of the one that is looked at ahead."""
+        """The loss of the student's next real step, or of its virtual step."""
         if not self.looking_ahead and self.steps_taken % self.steps == 1:
             return self._labeled(batch)
         unlabeled = batch["unlabeled"]
@@ -104,15 +104,15 @@ def _hard(probabilities: Tensor) -> Tensor:
 class ArchValidate(mlo.Problem):
     """Level 3, the teacher re-learns: min_A L(W, A; D_t^val) + gamma L(S; D_s^val), equation (6).
 
-    Its module takes nothing and returns the architecture that the teacher is called with. A batch is (images,
-    labels), or {"teacher": (images, labels), "student": (images, labels)} where the two are validated on data of
-    their own. ``reads={"teacher": None}`` judges by the student alone (the first ablation); ``reads={"student":
-    None}``, over a :class:`TeacherTrain`, is DARTS.
+    The module takes no arguments and returns the architecture that the teacher is called with. A batch is (images,
+    labels), or {"teacher": (images, labels), "student": (images, labels)} to validate the two on different data.
+    ``reads={"teacher": None}`` uses only the student's validation loss (the first ablation). ``reads={"student":
+    None}`` with a :class:`TeacherTrain` is DARTS.
 
     Args:
         student_weight: gamma, the weight of the student's validation loss.
-        in_turn: take the two terms for two steps, the teacher's and then the student's, each at virtual steps of its
-            own and on a batch of its own, rather than their sum for one (the authors' later code).
+        in_turn: whether to take two steps, on the teacher's term and then on the student's, each with its own virtual
+            steps and its own batch, instead of one step on their sum (as in the authors' later code).
         **problem: see :class:`mlo.Problem`.
     """
 

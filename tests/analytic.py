@@ -1,8 +1,8 @@
 """Analytic multi-level problems, listed once: quadratics on every shape of graph, and their closed form.
 
-A problem's variables t minimize t'At/2 + t'(b + sum_r B_r x_r), so its solution is -A^-1 (b + sum_r B_r x_r), which the
-closed form differentiates by itself, with torch.linalg.solve and nothing of mlo. ``Smooth`` adds terms whose curvature
-changes from place to place.
+A problem's variables t minimize t'At/2 + t'(b + sum_r B_r x_r), so its solution is -A^-1 (b + sum_r B_r x_r). The
+closed form differentiates it with torch.linalg.solve, without mlo. ``Smooth`` adds terms whose curvature changes from
+point to point.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class Smooth(Quadratics):
 
 
 def _problem_class(quadratics: Quadratics, name: str) -> type[mlo.Problem]:
-    """A problem class whose loss has the signature that the shape asks for."""
+    """A problem class whose loss has the signature of the shape."""
     reads = quadratics.shape.reads[name]
 
     def evaluate(self: mlo.Problem, problems: dict[str, mlo.Problem]) -> Tensor:

@@ -16,9 +16,18 @@ from mlo.cli import main as cli
 torch.set_num_threads(1)
 
 
+LONG = ("slow", "kernels", "processes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with long tests come first: with several workers, none is left alone with one of them at the end."""
+    long = {item.path for item in items if any(item.get_closest_marker(name) for name in LONG)}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where to compute; the same tests run on a card where there is one."""
+    """The device of the tests: a GPU if there is one."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device here")
     return torch.device(request.param)

@@ -1,4 +1,4 @@
-"""Two levels of layers, the lower one following the upper, and a module of attention to put in a layer's place."""
+"""Two levels of layers, the lower one following the upper, and an attention module that can replace a layer."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -108,12 +109,12 @@ def partly_reached():
     return list(module.state_dict().values())
 
 
-def bad_loss(deferred):
-    """What is told of a NaN in the second process alone at step 3, and the weights before and after."""
+def bad_loss(defers):
+    """What is reported of a NaN in the second process alone at step 3, and the weights before and after."""
     torch.manual_seed(0)
     classify = problem(network())
-    engine = mlo.Engine(classify, device="cpu")
-    engine._updater = Updater(CPU, deferred=deferred)
+    with patch("mlo.training.engine.Updater", lambda device, deferred: Updater(CPU, deferred=defers)):
+        engine = mlo.Engine(classify, device="cpu")
     engine.run(2)
     before = {name: value.clone() for name, value in classify.module.state_dict().items()}
     if not distributed.is_main():
@@ -121,7 +122,7 @@ def bad_loss(deferred):
     try:
         engine.run(4)
     except mlo.NonFiniteLossError as error:
-        return {"told": str(error), "rounds": engine.rounds, "before": before, "after": classify.module.state_dict()}
+        return {"error": str(error), "rounds": engine.rounds, "before": before, "after": classify.module.state_dict()}
     return None
 
 
@@ -162,7 +163,7 @@ def main(folder):
             "normalized": normalized(),
             "resumed": resumed(),
             "partly_reached": partly_reached(),
-            "bad_loss": [bad_loss(deferred) for deferred in (False, True)],
+            "bad_loss": [bad_loss(defers) for defers in (False, True)],
             "two_levels": two_levels(),
             "of_the_first": of_the_first(),
         }

@@ -1,1 +1,1 @@
-"""The same workloads through mlo, hand-written torch loops and other libraries: error, CPU time, peak memory."""
+"""The same workloads with mlo, hand-written PyTorch loops and other libraries: error, CPU time, peak memory."""

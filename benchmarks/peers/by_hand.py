@@ -1,4 +1,4 @@
-"""The hand-written loops of the two-level workloads: plain torch, as a careful researcher writes them."""
+"""Hand-written loops of the two-level workloads, in plain PyTorch, as a careful researcher would write them."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Vector = Sequence[Tensor]
 
 
 def mlp(parameters: Vector, images: Tensor) -> Tensor:
-    """The model, written out."""
+    """The forward pass of the model, written out."""
     first, first_bias, second, second_bias = parameters
     return F.linear(F.relu(F.linear(images, first, first_bias)), second, second_bias)
 
 
 def leaves(parameters: Vector) -> list[Tensor]:
-    """Copies to be differentiated for."""
+    """Detached copies that require gradients."""
     return [p.detach().clone().requires_grad_() for p in parameters]
 
 
 def combined(a: Vector, b: Vector, scale: float) -> list[Tensor]:
-    """``a + scale * b``."""
+    """Return ``a + scale * b``."""
     return [x.add(y, alpha=scale) for x, y in zip(a, b, strict=True)]
 
 
@@ -37,23 +37,23 @@ def dot(a: Vector, b: Vector) -> float:
 
 
 class Cleaning:
-    """The hypergradient for the sample weights after T steps of SGD, always from the same start."""
+    """Hyper-cleaning: the hypergradient of the sample weights after T steps of SGD, always from the same start."""
 
     def __init__(self, task: Bilevel, estimator: str) -> None:
         self._task = task
         self._start = [p.detach() for p in task.model.parameters()]
         self._hyper = list(task.weights.parameters())
-        ways = {"unrolled": self._unrolled, "kept": self._unrolled, "recomputed": self._recomputed}
-        self._of = (ways | {"product": self._product}).get(estimator) or self._implicit
+        methods = {"unrolled": self._unrolled, "kept": self._unrolled, "recomputed": self._recomputed}
+        self._compute = (methods | {"product": self._product}).get(estimator) or self._implicit
         self._solve = {"cg": conjugate_gradient, "neumann": neumann}.get(estimator)
 
     def gradient(self) -> list[Tensor]:
         """The hypergradient."""
-        return self._of()
+        return self._compute()
 
     def round(self) -> None:
-        """What is timed."""
-        self._of()
+        """One round, which is timed."""
+        self._compute()
 
     def _lower(self, p: Vector) -> Tensor:
         return self._task.lower_loss(lambda x: mlp(p, x), self._task.weights, p, self._task.lower[0])
@@ -85,7 +85,7 @@ class Cleaning:
         return total
 
     def _product(self) -> list[Tensor]:
-        """The product of the lower loss's curvature at the start with the upper loss's gradient there."""
+        """The curvature product of the lower loss at the start, with the vector :meth:`Bilevel.direction`."""
         p = leaves(self._start)
         v = self._task.direction(p)
         g = torch.autograd.grad(self._lower(p), p, create_graph=True)
@@ -102,7 +102,7 @@ class Cleaning:
 
 
 class Reweighting:
-    """Meta-weight-net: a step of the model by SGD with momentum, then one of the weight net by Adam."""
+    """Meta-weight-net: one SGD step of the model with momentum, then one Adam step of the weight net."""
 
     def __init__(self, task: Bilevel, estimator: str) -> None:
         self._task = task
@@ -115,13 +115,13 @@ class Reweighting:
         self._solve = {"cg": conjugate_gradient, "neumann": neumann}.get(estimator)
 
     def round(self) -> None:
-        """What is timed."""
+        """One round, which is timed."""
         self.gradient()
         self._optimizer.step()
         self._optimizer.zero_grad()
 
     def gradient(self) -> list[Tensor]:
-        """The model's next step, and the hypergradient after it."""
+        """Take the model's next step, and return the hypergradient after it."""
         lower, upper = next(self._batches)
         one_step = self._estimator == "one_step"
         before = leaves(self._p) if one_step else self._p
@@ -143,7 +143,7 @@ class Reweighting:
         return list(found)
 
     def _difference(self, before: Vector, v: Vector, batch: Batch) -> list[Tensor]:
-        """DARTS, equations 7 and 8: the step's derivative is -lr, times a product by a central difference."""
+        """DARTS, equations 7 and 8: -lr times a curvature product, by a central difference."""
         size = dot(v, v) ** 0.5
         with torch.no_grad():
             above, below = ([p.requires_grad_() for p in combined(before, v, s * RADIUS / size)] for s in (1.0, -1.0))
@@ -162,14 +162,14 @@ Solver = Callable[[Callable[[Vector], Vector], Vector, float], Vector]
 
 
 def implicit(loss: Tensor, p: Vector, hyper: Vector, v: Vector, solve: Solver, lr: float) -> list[Tensor]:
-    """The implicit function theorem; the gradient's graph is built once."""
+    """The implicit function theorem, with a graph of the gradient that all products share."""
     g = torch.autograd.grad(loss, p, create_graph=True)
     z = solve(lambda u: torch.autograd.grad(g, p, u, retain_graph=True), v, lr)
     return [-x for x in torch.autograd.grad(g, hyper, z)]
 
 
 def conjugate_gradient(matvec: Callable[[Vector], Vector], v: Vector, lr: float) -> Vector:
-    """Ten iterations."""
+    """Solve by ten iterations of conjugate gradient."""
     z: Vector = [torch.zeros_like(x) for x in v]
     r = d = v
     size = dot(r, r)
@@ -183,7 +183,7 @@ def conjugate_gradient(matvec: Callable[[Vector], Vector], v: Vector, lr: float)
 
 
 def neumann(matvec: Callable[[Vector], Vector], v: Vector, lr: float) -> Vector:
-    """Ten terms."""
+    """Approximate the solution by ten terms of the Neumann series."""
     total = term = v
     for _ in range(ITERATIONS - 1):
         term = combined(term, matvec(term), -lr)

@@ -1,4 +1,4 @@
-"""The hand-written loops of LBT's V: plain torch, as a careful researcher writes them."""
+"""Hand-written loops of Learning by Teaching, in plain PyTorch, as a careful researcher would write them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Vector = Sequence[Tensor]
 
 
 class Teach:
-    """A step of the teacher, one of the student, one of the architecture."""
+    """A round: one step of the teacher, one of the student, one of the architecture."""
 
     def __init__(self, task: Teaching, estimator: str) -> None:
         self._task = task
-        self._of = {"darts": self._by_differences, "one_step": self._by_products}[estimator]
+        self._compute = {"darts": self._by_differences, "one_step": self._by_products}[estimator]
         self._mix = task.arch.mix
         self._optimizer = torch.optim.Adam([self._mix], lr=task.upper_lr)
         self._teacher, self._student = list(task.teacher.parameters()), list(task.student.parameters())
@@ -32,18 +32,18 @@ class Teach:
         self._batches = zip(*(itertools.cycle(part) for part in parts), strict=False)
 
     def round(self) -> None:
-        """What is timed."""
+        """One round, which is timed."""
         self.gradient()
         self._optimizer.step()
         self._optimizer.zero_grad()
 
     def gradient(self) -> list[Tensor]:
-        """The two lower steps, and the architecture's gradient after them."""
-        self._mix.grad = self._of()
+        """Take the two lower steps, and return the architecture gradient after them."""
+        self._mix.grad = self._compute()
         return [self._mix.grad]
 
     def _by_differences(self) -> Tensor:
-        """In place, as DARTS does it; the student's two differences share the pseudo-labels."""
+        """By finite differences, in place as in DARTS; the student's two points share the pseudo-labels."""
         task, teacher, student, mix = self._task, self._task.teacher, self._task.student, self._mix
         data, labeled, unlabeled, validation = next(self._batches)
         teacher_before = _step(self._steps[0], self._teacher, task.teacher_loss(teacher, mix.detach(), data))
@@ -87,7 +87,7 @@ class Teach:
         return (found[0] - found[1]) * (-self._task.lr * size / (2 * RADIUS))
 
     def _by_products(self) -> Tensor:
-        """All three losses in one graph, the steps in it."""
+        """By autograd, through one graph with all three losses and both steps."""
         task, mix = self._task, self._mix
         data, labeled, unlabeled, validation = next(self._batches)
         teacher = self._stepped(0, task.teacher, self._teacher, lambda run: task.teacher_loss(run, mix, data))
@@ -101,18 +101,18 @@ class Teach:
             torch._foreach_copy_(self._student, list(student.parameters.values()))
         return gradient
 
-    def _stepped(self, index: int, module: nn.Module, parameters: Vector, loss: object) -> _Moved:
-        """The module after one step of SGD with momentum, differentiably."""
+    def _stepped(self, index: int, module: nn.Module, parameters: Vector, loss: object) -> _WithParameters:
+        """The module after one differentiable step of SGD with momentum."""
         names = [name for name, _ in module.named_parameters()]
-        found = torch.autograd.grad(loss(_Moved(module, dict(zip(names, parameters, strict=True)))), parameters,
-                                    create_graph=True)  # fmt: skip
+        start = _WithParameters(module, dict(zip(names, parameters, strict=True)))
+        found = torch.autograd.grad(loss(start), parameters, create_graph=True)
         last = self._buffers[index]
         buffers = found if last is None else combined(found, last, self._task.momentum)
         self._buffers[index] = [b.detach() for b in buffers]
-        return _Moved(module, dict(zip(names, combined(parameters, buffers, -self._task.lr), strict=True)))
+        return _WithParameters(module, dict(zip(names, combined(parameters, buffers, -self._task.lr), strict=True)))
 
 
-class _Moved:
+class _WithParameters:
     """A module with other parameters."""
 
     def __init__(self, module: nn.Module, parameters: dict[str, Tensor]) -> None:
@@ -123,7 +123,7 @@ class _Moved:
 
 
 def _step(optimizer: torch.optim.Optimizer, parameters: Vector, loss: Tensor) -> list[Tensor]:
-    """A step of the optimizer; the parameters before it."""
+    """Take a step of the optimizer, and return the parameters before it."""
     before = [p.detach().clone() for p in parameters]
     for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
         p.grad = g

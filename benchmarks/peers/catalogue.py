@@ -1,22 +1,22 @@
-"""What is measured: workloads, estimators, and what each library is asked for; knows no torch."""
+"""The workloads, estimators and libraries that are measured. Does not import torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-#: products of the implicit estimators, and the terms of the series
+#: the number of products of the implicit estimators, and of terms of the series
 ITERATIONS = 10
 
-#: {workload: what it is, in a line}
+#: {workload: its description}
 WORKLOADS = {
     "mwn": "(a) Meta-weight-net: MLP 784-256-10, batch 100, one round (a step of the model, a step of the weight net)",
     "clean512": "(b) Hyper-cleaning: MLP 784-256-10, N = 512 sample weights, T = 20 steps of SGD, one hypergradient",
     "clean8192": "(b) Hyper-cleaning: MLP 784-256-10, N = 8192 sample weights, T = 36 steps of SGD, one hypergradient",
-    "lbt": "(c) LBT's V: two small convolutional networks with batch norm and an architecture, one round of the three",
+    "lbt": "(c) LBT: two small convolutional networks with batch norm and an architecture, one round of all levels",
     "tiny": "(d) Hyper-cleaning: MLP 16-16-10, N = 32 sample weights, T = 20 steps of SGD, one hypergradient",
 }
 
-#: {estimator: what its hypergradient is compared with, computed by plain autograd in float64}
+#: {estimator: the reference that its hypergradient is compared to}; see reference.py
 REFERENCES = {
     "darts": "one_step",
     "one_step": "one_step",
@@ -48,7 +48,7 @@ TITLES = {
     "boat": "BOAT 1.1.1",
 }
 
-#: {library: estimators that it has}; what is not here is not asked of it
+#: {library: the estimators it has}
 OFFERED = {
     "hand": ("one_step", "darts", "cg", "neumann", "unrolled", "kept", "recomputed", "product"),
     "mlo": ("one_step", "darts", "cg", "neumann", "unrolled", "kept", "recomputed", "product"),
@@ -59,7 +59,7 @@ OFFERED = {
     "boat": ("one_step", "darts", "cg", "neumann", "unrolled"),
 }
 
-#: {(workload, library): why it cannot be said there at all}
+#: {(workload, library): why the library cannot express the workload}
 REFUSED = {("lbt", "boat"): "two levels only"}
 
 
@@ -73,12 +73,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As a file name."""
+        """The name of the row's file."""
         return f"{self.workload}-{self.estimator}-{self.library}"
 
 
 def cases(workload: str | None = None, library: str | None = None) -> list[Case]:
-    """All rows, or those of one workload or of one library beside the hand-written loop."""
+    """All rows, or only those of one workload or one library."""
     return [
         Case(w, lib, estimator)
         for w in WORKLOADS

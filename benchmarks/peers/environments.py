@@ -1,4 +1,4 @@
-"""A virtual environment for each peer: its own files in it, torch shared with the interpreter that runs this."""
+"""A virtual environment for each library. It has the library's own files, and shares torch with this interpreter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-#: {library: what pip installs for it, without dependencies}; a library that is not here needs no environment
+#: {library: what pip installs for it, without dependencies}; other libraries need no environment
 REQUIREMENTS = {
     "betty": ("betty-ml==0.2.1",),
     "torchopt": ("torchopt==0.7.3", "optree==0.17.0", "graphviz==0.21"),
@@ -17,10 +17,10 @@ REQUIREMENTS = {
 
 
 def interpreter(library: str, folder: Path) -> Path:
-    """The interpreter to run ``library`` with; its environment in ``folder`` is made if it is not there.
+    """Return the interpreter for ``library``, and create its environment in ``folder`` if needed.
 
     Raises:
-        RuntimeError: if pip cannot install it, with the last line that it said.
+        RuntimeError: if pip cannot install the library, with the last line of its output.
     """
     if library not in REQUIREMENTS:
         return Path(sys.executable)
@@ -31,18 +31,18 @@ def interpreter(library: str, folder: Path) -> Path:
         return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
     _share_packages(python)
-    # betty-ml declares Python below 3.11, and runs on 3.11
+    # betty-ml requires Python < 3.11, but works with 3.11
     words = ["install", "--quiet", "--disable-pip-version-check", "--no-deps", "--ignore-requires-python"]
     found = subprocess.run([str(python), "-m", "pip", *words, *REQUIREMENTS[library]], capture_output=True, text=True)
     if found.returncode:
-        said = [line for line in found.stderr.splitlines() if line.strip()] or ["pip failed"]
-        raise RuntimeError(said[-1])
+        lines = [line for line in found.stderr.splitlines() if line.strip()] or ["pip failed"]
+        raise RuntimeError(lines[-1])
     done.write_text(wanted, encoding="utf-8")
     return python
 
 
 def _share_packages(python: Path) -> None:
-    """Let the environment see the packages of the running interpreter, after its own."""
+    """Make the packages of this interpreter visible in the environment, after its own."""
     code = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
     own = subprocess.run([str(python), "-c", code], check=True, capture_output=True, text=True).stdout.strip()
     shared = sysconfig.get_paths()["purelib"]

@@ -1,4 +1,4 @@
-"""The hypergradients by brute force: plain autograd, in float64, of the very steps that the estimators stand for."""
+"""Reference hypergradients by brute force: plain autograd, in float64, through the steps that the estimators define."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Params = dict[str, Tensor]
 
 
 def reference(workload: str, kind: str, size: str = "full") -> Tensor:
-    """The first hypergradient of the workload, flat; ``kind`` is one of :data:`catalogue.REFERENCES`."""
+    """The first hypergradient of the workload as one vector; ``kind`` is a value of :data:`catalogue.REFERENCES`."""
     task: Task = make(workload, size, torch.float64)
     if isinstance(task, Teaching):
         return _teaching(task)
@@ -25,7 +25,7 @@ def reference(workload: str, kind: str, size: str = "full") -> Tensor:
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
-    """All of them in a row, in float64."""
+    """Concatenate the tensors to one float64 vector."""
     return torch.cat([t.detach().double().flatten() for t in tensors])
 
 
@@ -46,14 +46,14 @@ def _upper(task: Bilevel, parameters: Params) -> Tensor:
 def _unrolled(task: Bilevel) -> Tensor:
     hyper = dict(task.weights.named_parameters())
     parameters: Params = dict(task.model.named_parameters())
-    for _ in range(task.steps):  # a first step with momentum is one without
+    for _ in range(task.steps):  # in the first step momentum has no effect
         found = torch.autograd.grad(_lower(task, parameters, hyper), list(parameters.values()), create_graph=True)
         parameters = {n: p - task.lr * g for (n, p), g in zip(parameters.items(), found, strict=True)}
     return flat(list(torch.autograd.grad(_upper(task, parameters), list(hyper.values()))))
 
 
 def _product(task: Bilevel) -> Tensor:
-    """Forward over reverse, at the start."""
+    """The curvature product at the start, by forward-over-reverse differentiation."""
     hyper = {n: p.detach() for n, p in task.weights.named_parameters()}
     parameters = {n: p.detach() for n, p in task.model.named_parameters()}
     along = dict(zip(parameters, task.direction(parameters.values()), strict=True))
@@ -63,7 +63,7 @@ def _product(task: Bilevel) -> Tensor:
 
 
 def _implicit(task: Bilevel, kind: str) -> Tensor:
-    """CG or a series of as many products, by forward over reverse, on one flat vector."""
+    """CG or the Neumann series, with forward-over-reverse products on one vector."""
     hyper = {n: p.detach() for n, p in task.weights.named_parameters()}
     parameters = {n: p.detach() for n, p in task.model.named_parameters()}
     for _ in range(task.steps):
@@ -87,7 +87,7 @@ def _implicit(task: Bilevel, kind: str) -> Tensor:
 
 
 def _krylov(product: object, target: Tensor) -> Tensor:
-    """The best solution (in energy) of the Krylov space: what conjugate gradient is, by a basis and a small solve."""
+    """What conjugate gradient computes: the best solution (in energy) in the Krylov space, by a direct solve."""
     basis: list[Tensor] = []
     images: list[Tensor] = []
     vector = target / target.norm()
@@ -102,7 +102,7 @@ def _krylov(product: object, target: Tensor) -> Tensor:
     space, image = torch.stack(basis, 1), torch.stack(images, 1)
     small = space.T @ image
     if torch.linalg.eigvalsh((small + small.T) / 2).min() <= 0:
-        raise ValueError("the lower Hessian is not positive definite here: raise RIDGE")
+        raise ValueError("the Hessian of the lower loss is not positive definite; increase RIDGE in workloads.py")
     return space @ torch.linalg.solve(small, space.T @ target)
 
 

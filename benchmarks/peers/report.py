@@ -1,9 +1,9 @@
-"""The rows as a page of Markdown; knows no torch."""
+"""Writes the rows as a page of Markdown. Does not import torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.peers.catalogue import ESTIMATORS, LIBRARIES, REFERENCES, TITLES, WORKLOADS, Case
 
@@ -18,15 +18,15 @@ HEADINGS = {
     "unrolled": "Unrolled",
     "kept": "Unrolled, with memory for the graphs of all steps",
     "product": "One exact curvature product, by itself",
-    "recomputed": "Unrolled, each step's graph built again on the way back",
+    "recomputed": "Unrolled, each step recomputed in the backward pass",
 }
 
 COMPARED_WITH = {
     "one_step": "float64 autograd through the step",
     "unrolled": "float64 autograd through all steps",
-    "product": "forward over reverse in float64",
+    "product": "forward-over-reverse differentiation in float64",
     "cg": "ten iterations in float64, by a Krylov basis and a direct solve",
-    "neumann": "ten terms in float64, by forward over reverse",
+    "neumann": "ten terms in float64, by forward-over-reverse differentiation",
 }
 
 TIME_TARGETS = {"mwn": 1.05, "clean512": 1.05, "clean8192": 1.05, "lbt": 1.05, "tiny": 1.1}
@@ -35,27 +35,76 @@ LBT_TARGET = 1.5
 COMPILED_TARGETS = {"clean512": 0.95, "tiny": 0.45}
 PRODUCT_TARGET = 0.7
 
-HEAD = """# Benchmarks beside other libraries
+HEAD = """# Benchmarks against other libraries
 
-Made by `python -m benchmarks.peers` ([how it measures](../benchmarks/README.md)) with torch {torch} and Python
-{python} on one thread of an {cpu}; mlo at {revision}.
+{summary}
 
-- **time**: CPU time over that of the hand-written loop of the same estimator, the two run in turn in one process; the
-  median of the pairs, with the quartiles. "Itself" is that loop measured as if it were a library: how far from 1.00
-  noise alone goes. The milliseconds are of the library's own blocks; rows were measured at different times, so compare
-  the ratios of rows, and not these.
-- **error**: relative error of the first hypergradient, in float32, against plain autograd in float64; **cosine** of
+This page compares the time, memory and error of `mlo` with those of other libraries for bilevel optimization, and
+with loops written by hand in plain PyTorch. `python -m benchmarks.peers` made it with torch {torch} and Python
+{python}, on one thread of an {cpu}; mlo at {revision} (a + after a revision means uncommitted changes). GPUs were not
+measured. [The benchmarks' own page](../benchmarks/README.md) describes how it measures.
+
+## How to read the tables
+A *hypergradient* is the gradient of an upper loss through the training of a lower problem; an *estimator* is a way to
+compute it ([Which estimator?](estimators.md) describes them). Each table is about one workload and one estimator. In
+every workload, a network is trained in the lower problem, and the upper problem learns something that this training
+uses: weights of the training samples in (a), (b) and (d), an architecture in (c). LBT is [Learning by
+Teaching](lbt.md).
+
+| name | workload |
+| --- | --- |
+{workloads}
+
+Rows:
+
+- **by hand** is the loop that a careful researcher would write for this estimator alone.
+- **mlo, compiled** is the engine with `compile=True`, with the seconds that compiling took.
+
+Columns:
+
+- **time**: CPU time, divided by that of the loop by hand. The two run in turn in one process; the number is the
+  median over the pairs, with the quartiles in brackets. "Itself" is the loop by hand measured as if it were a
+  library: its distance from 1.00 is noise. Differences within the quartiles may be noise too. In the tables on
+  recomputed steps, "of the unroll" marks times divided by that of the unroll by hand that recomputes nothing.
+- **ms**: milliseconds of the library alone. Rows were measured at different times, so compare their ratios, not
+  these.
+- **error**: relative error of the first hypergradient, in float32, against plain autograd in float64. **Cosine**: of
   the angle between the two.
-- **peak**: memory of a fresh process over one that imports torch, makes the data and steps an optimizer ({baseline}
-  MB), the library's own import included; absolute in brackets. Freed blocks go back to the system at once; **default**
-  is the same with malloc as it is, which keeps them, and says how much of the heap ends up as holes.
-
-Betty's `darts` leaves out the learning rate and takes its difference after the step, and its `cg` as released is not
-conjugate gradient: their times are of something cheaper or else, as their errors show.
-
-"The fastest peer" is met where mlo, compiled or not, takes less time. A + after a revision: with changes that were not
-committed.
+- **peak**: peak memory of a fresh process, minus that of a process that only imports torch, makes the data and steps
+  an optimizer ({baseline} MB); in brackets, the whole process. Importing the library counts. Freed memory goes back
+  to the system at once. It was not measured for compiled rows, since the compiler itself needs more.
+- **default**: the same with malloc's default settings, which keep freed memory. The excess is lost to holes in the
+  heap.
 """
+
+TAIL = """## Explanations
+- **Compiling** helps most where time goes into Python and small operations. It takes seconds to minutes in each run,
+  so it pays over thousands of rounds.
+- **Without compiling**, the arithmetic is that of the loop by hand. What is added is Python around each loss and each
+  hypergradient, a check that gradients are finite, and a copy of the weights before each step that is differentiated.
+  The Python does not grow with the network, so it shows most in (d).
+- **(b) with N = 8192, unrolled.** By default, `mlo` keeps at most 16 MiB of the steps' autograd graphs
+  (`graph_memory`) and recomputes the other steps in the backward pass, which takes more time and less memory. With
+  memory for all graphs it takes about the time of the loop by hand; that is the table after it.
+- **Memory.** In the other workloads, the peak of `mlo` is above that of the loop by hand by nearly the same amount.
+- **Betty's `darts`** leaves out the learning rate and takes its difference after the step; its `cg`, as released, is
+  not conjugate gradient. Their errors show this. Their times are of another computation; that of `darts` is cheaper.
+- [Where the time goes](../benchmarks/README.md#where-the-time-goes) has the measurements behind these explanations.
+"""
+
+TARGETS_HEAD = """"The fastest peer" is the fastest other library; `mlo` meets the target if it takes less time,
+compiled or not.
+
+| what | target | measured | |
+| --- | --- | --- | --- |"""
+
+NAMES = {
+    "mwn": "meta-weight-net",
+    "clean512": "hyper-cleaning with N = 512",
+    "clean8192": "hyper-cleaning with N = 8192",
+    "lbt": "LBT",
+    "tiny": "hyper-cleaning of a tiny network",
+}
 
 
 def page(rows: Rows, machine: Mapping[str, str]) -> str:
@@ -65,18 +114,76 @@ def page(rows: Rows, machine: Mapping[str, str]) -> str:
     baseline = f"{min(baselines):.0f} to {max(baselines):.0f}"
     revisions = sorted({row["revision"] for row in rows.values() if row.get("revision")})
     head = HEAD.format(
-        torch=torch, baseline=baseline, revision=", ".join(revisions) or "an unknown revision", **machine
+        torch=torch,
+        baseline=baseline,
+        revision=", ".join(revisions) or "an unknown revision",
+        summary=summary(rows),
+        workloads="\n".join(f"| `{name}` | {title} |" for name, title in WORKLOADS.items()),
+        **machine,
     )
     parts = [head, *_targets(rows)]
     for workload, title in WORKLOADS.items():
         tables = [t for e in ESTIMATORS[workload] if (t := _table(rows, workload, e))]
         if tables:
             parts += [f"## {title}\n", *tables]
-    return "\n".join(parts)
+    return "\n".join([*parts, TAIL])
+
+
+class _Race(NamedTuple):
+    """Ratios on one workload and estimator: mlo's, its better one, compiled or not, and the fastest other library's."""
+
+    name: str
+    eager: float
+    ours: float
+    theirs: float
+    peer: str
+    overlap: bool
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.ours:.2f}; {self.peer} {self.theirs:.2f})"
+
+
+def _races(rows: Rows) -> Iterator[_Race]:
+    for workload, estimators in ESTIMATORS.items():
+        for estimator in estimators:
+            found = {c.library: r for c, r in rows.items()
+                     if (c.workload, c.estimator) == (workload, estimator) and "failed" not in r}  # fmt: skip
+            ours = [found[library] for library in ("mlo", "compiled") if library in found]
+            others = [library for library in found if library not in ("mlo", "compiled", "hand")]
+            if ours and others:
+                best, peer = min(ours, key=_ratio), min(others, key=lambda library: _ratio(found[library]))
+                (low, high), (peer_low, peer_high) = best["quartiles"], found[peer]["quartiles"]
+                overlap = low <= peer_high and peer_low <= high
+                name, fastest = f"`{estimator}` on {NAMES[workload]}", TITLES[peer].split()[0]
+                yield _Race(name, _ratio(ours[0]), _ratio(best), _ratio(found[peer]), fastest, overlap)
+
+
+def _ratio(row: Row) -> float:
+    return float(row["ratio"])
+
+
+def summary(rows: Rows) -> str:
+    """Where mlo is the fastest library and where it is not, in a sentence; empty without rows of other libraries."""
+    races = sorted(_races(rows), key=lambda race: race.ours / race.theirs)
+    won = [race for race in races if race.ours < race.theirs]
+    if not races:
+        return ""
+    said = f"On one CPU thread, `mlo` (compiled where that helps) is the fastest library in {len(won)} of {len(races)} "
+    said += "comparisons" + "".join([", most clearly for ", " and ".join(map(str, won[:2]))] if won else [])
+    lost = " and ".join(map(str, races[len(won) :]))
+    said += f"; it is slower than another one for {lost}." if lost else "."
+    close = sum(race.overlap for race in won)
+    if close:
+        said += f" In {close} of the {len(won)}, the quartiles overlap, so the lead may be noise."
+    eager = [race.eager for race in races]
+    return (
+        f"{said}\nThe numbers are CPU times relative to a loop written by hand. Without compiling, `mlo` takes "
+        f"{min(eager):.2f} to {max(eager):.2f} times as long as that loop."
+    )
 
 
 def line(row: Row) -> str:
-    """A row, shortly, as it is measured."""
+    """One line about a row, to print after its measurement."""
     if "failed" in row:
         return str(row["failed"])
     memory = f", {row['peak_mb'] - row['baseline_mb']:.0f} MB over {row['baseline_mb']:.0f}" if "peak_mb" in row else ""
@@ -113,11 +220,11 @@ def _cells(library: str, estimator: str, row: Row) -> str:
 
 
 def _targets(rows: Rows) -> Iterator[str]:
-    """What this engine is to reach, and where it does not."""
+    """A table of the targets for mlo, and which are met."""
     checks = list(_checks(rows))
     if checks:
         yield "## mlo against its targets\n"
-        yield "| what | asked | found | |\n| --- | --- | --- | --- |"
+        yield TARGETS_HEAD
         yield "\n".join(
             f"| {what} | {asked} | {found} | {'met' if met else 'missed'} |" for what, asked, found, met in checks
         )

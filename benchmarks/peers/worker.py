@@ -1,4 +1,4 @@
-"""One measurement in a process of its own; writes a JSON file. Run by ``python -m benchmarks.peers``."""
+"""One measurement in its own process; writes a JSON file. ``python -m benchmarks.peers`` runs it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from benchmarks.peers.libraries import Runner, build
 from benchmarks.peers.reference import flat, reference
 from benchmarks.peers.workloads import make
 
-BLOCK = 0.05  # CPU seconds of one loop, at least, before the other has its turn
-LIMIT = 12.0  # CPU seconds after which no further pair of blocks is begun, once there are three
+BLOCK = 0.05  # minimum CPU seconds of one loop before the other has its turn
+LIMIT = 12.0  # CPU seconds after which no new pair of blocks starts, if there are at least three
 
 
-def compared(case: Case, size: str, stored: Path) -> dict[str, Any]:
-    """The error of the first hypergradient in float32, and the time over the hand-written loop's."""
+def measure_time(case: Case, size: str, stored: Path) -> dict[str, Any]:
+    """The error of the first hypergradient in float32, and the time relative to the hand-written loop."""
     runner = build(case.library, make(case.workload, size), case.estimator)
     found, exact = flat(runner.gradient()), torch.load(stored)
     result: dict[str, Any] = {
@@ -35,24 +35,24 @@ def compared(case: Case, size: str, stored: Path) -> dict[str, Any]:
     hand = build("hand", make(case.workload, size), "unrolled" if beside_unroll else case.estimator)
     hand.gradient()
     if case.library == "compiled":
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(3):
             runner.round()
-        result["compile_seconds"] = time.perf_counter() - begun
+        result["compile_seconds"] = time.perf_counter() - start
     return result | _timed(runner, hand, 11 if size == "full" else 3)
 
 
 def _timed(runner: Runner, hand: Runner, pairs: int) -> dict[str, Any]:
-    """Both in turn, in blocks; the median of the pairs' ratios."""
+    """Run both in turn, in blocks; return the median of the ratios of the pairs."""
     runner.round()
     hand_round = _seconds(hand.round, 1)
     if hand_round < BLOCK:
         hand_round = _seconds(hand.round, 3)
     count = max(1, round(BLOCK / hand_round))
     ratios, ours, theirs = [], [], []
-    begun = time.process_time()
+    start = time.process_time()
     for pair in range(pairs):
-        if pair >= 3 and time.process_time() - begun > LIMIT:
+        if pair >= 3 and time.process_time() - start > LIMIT:
             break
         if pair % 2:
             mine, other = _seconds(runner.round, count), _seconds(hand.round, count)
@@ -74,16 +74,16 @@ def _timed(runner: Runner, hand: Runner, pairs: int) -> dict[str, Any]:
 
 def _seconds(call: Callable[[], object], count: int) -> float:
     gc.collect()
-    begun = time.process_time()
+    start = time.process_time()
     for _ in range(count):
         call()
-    return (time.process_time() - begun) / count
+    return (time.process_time() - start) / count
 
 
-def remembered(case: Case, size: str) -> dict[str, Any]:
-    """The process's peak memory after some rounds, in MB; case.library "none" makes the data and ends there.
+def measure_memory(case: Case, size: str) -> dict[str, Any]:
+    """The peak memory of the process after some rounds, in MB. For case.library "none", only the data is made.
 
-    An optimizer is made and stepped first in all of them: torch loads its compiler with the first one, which takes
+    An optimizer takes a step first in every case, since torch loads its compiler with the first optimizer, which needs
     over 100 MB.
     """
     task = make(case.workload, size)
@@ -105,7 +105,7 @@ def _peak() -> float:
 
 
 def main() -> None:
-    """Measure what the arguments say."""
+    """Do the measurement that the arguments describe."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("workload", "library", "estimator", "mode", "size"):
         parser.add_argument(name)
@@ -119,10 +119,10 @@ def main() -> None:
             torch.save(reference(case.workload, REFERENCES[case.estimator], options.size), options.stored)
             found: dict[str, Any] = {}
         elif options.mode == "memory":
-            found = remembered(case, options.size)
+            found = measure_memory(case, options.size)
         else:
-            found = compared(case, options.size, options.stored)
-    except Exception as error:  # noqa: BLE001  a library that crashes is a result
+            found = measure_time(case, options.size, options.stored)
+    except Exception as error:  # noqa: BLE001  a crash of a library is a result
         lines = str(error).strip().splitlines() or [""]
         found = {"failed": f"{type(error).__name__}: {lines[0]}"}
     found["torch"] = torch.__version__

@@ -1,4 +1,4 @@
-"""Data, networks and losses of the workloads: seeded, synthetic, the same for every library."""
+"""Synthetic, seeded data, and the networks and losses of the workloads, the same for every library."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]
-RIDGE = 1.0  # makes the lower Hessian of the reweighted MLP positive definite, so that the implicit methods apply
-RADIUS = 0.01  # of the central differences, as DARTS has it
+RIDGE = 1.0  # L2 penalty: makes the lower Hessian of the reweighted MLP positive definite, as implicit methods need
+RADIUS = 0.01  # radius of the central differences, as in DARTS
 
 
 class SampleWeights(nn.Module):
@@ -25,12 +25,12 @@ class SampleWeights(nn.Module):
         self.logits = nn.Parameter(0.5 * torch.randn(count))
 
     def forward(self) -> Tensor:
-        """All weights, between 0 and 1."""
+        """Return all weights, in (0, 1)."""
         return self.logits.sigmoid()
 
 
 class WeightNet(nn.Module):
-    """Meta-weight-net: from a sample's loss to its weight."""
+    """Meta-weight-net: maps the loss of a sample to its weight."""
 
     reads_losses = True
 
@@ -45,12 +45,12 @@ class WeightNet(nn.Module):
 
 @dataclass
 class Bilevel:
-    """A model fitted to weighted samples, and the weights judged by it on clean ones.
+    """A model is trained on weighted samples, and the weights on the loss of the model on clean samples.
 
     Attributes:
-        steps: steps of the model for one hypergradient.
-        trains: whether a round goes on from the last one and steps the weights too (meta-weight-net); otherwise it
-            is one hypergradient, always from the same start.
+        steps: the number of steps of the model for one hypergradient.
+        trains: whether a round continues from the last one and also takes a step of the weights (meta-weight-net).
+            Otherwise a round is one hypergradient, always from the same start.
     """
 
     model: nn.Sequential
@@ -67,7 +67,7 @@ class Bilevel:
     def lower_loss(
         self, model: Callable[..., Tensor], weigh: Callable[..., Tensor], parameters: Iterable[Tensor], batch: Batch
     ) -> Tensor:
-        """The weighted loss with its ridge; nothing is detached, so that differences and products mean the same."""
+        """The weighted loss with its L2 penalty. Nothing is detached, so differences and exact products agree."""
         images, labels = batch
         losses = F.cross_entropy(model(images), labels, reduction="none")
         weights = weigh(losses) if self.weights.reads_losses else weigh()
@@ -75,7 +75,7 @@ class Bilevel:
         return (weights * losses).mean() + 0.5 * RIDGE * ridge
 
     def direction(self, like: Iterable[Tensor]) -> tuple[Tensor, ...]:
-        """A vector for curvature products, drawn in float32, the same each time."""
+        """A vector for curvature products, drawn in float32; the same at each call."""
         draw = torch.Generator().manual_seed(1)
         if self.drawn is None:
             self.drawn = tuple(torch.randn(p.shape, generator=draw).to(p) for p in like)
@@ -99,7 +99,7 @@ class Teacher(nn.Module):
         self.head = nn.Linear(width, classes)
 
     def forward(self, images: Tensor, mix: Tensor) -> Tensor:
-        """Logits; ``mix`` has a row of three weights for each cell."""
+        """Return logits; ``mix`` has a row of three logits for each cell."""
         found = self.stem(images)
         for wide, narrow, norm, (a, b, c) in zip(self.wide, self.narrow, self.norms, mix.softmax(1), strict=True):
             pooled = F.avg_pool2d(found, 3, stride=1, padding=1)
@@ -108,7 +108,7 @@ class Teacher(nn.Module):
 
 
 def student(width: int, classes: int) -> nn.Sequential:
-    """Two convolutions."""
+    """A network with two convolutions."""
     return nn.Sequential(
         nn.Conv2d(3, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),
@@ -124,20 +124,20 @@ def student(width: int, classes: int) -> nn.Sequential:
 
 
 class Architecture(nn.Module):
-    """The mixing weights."""
+    """The logits of the mixture."""
 
     def __init__(self) -> None:
         super().__init__()
         self.mix = nn.Parameter(0.5 * torch.randn(2, 3))
 
     def forward(self) -> Tensor:
-        """A row for each cell."""
+        """Return the logits, one row for each cell."""
         return self.mix
 
 
 @dataclass
 class Teaching:
-    """LBT's V: the teacher teaches the student by pseudo-labels; the architecture is judged by both."""
+    """LBT: the teacher teaches the student with pseudo-labels; both validate the architecture."""
 
     teacher: Teacher
     student: nn.Sequential
@@ -152,12 +152,12 @@ class Teaching:
     trains: bool = True
 
     def teacher_loss(self, teacher: Callable[..., Tensor], mix: Tensor, batch: Batch) -> Tensor:
-        """Level 1."""
+        """The loss of level 1."""
         images, labels = batch
         return F.cross_entropy(teacher(images, mix), labels)
 
     def student_loss(self, taught: Callable[..., Tensor], pseudo: Tensor, labeled: Batch, unlabeled: Tensor) -> Tensor:
-        """Level 2; both kinds of images as one batch."""
+        """The loss of level 2; labeled and unlabeled images are one batch."""
         images, labels = labeled
         ours, theirs = taught(torch.cat([images, unlabeled])).split([len(images), len(unlabeled)])
         return F.cross_entropy(ours, labels) + F.cross_entropy(theirs, pseudo)
@@ -165,14 +165,14 @@ class Teaching:
     def arch_loss(
         self, teacher: Callable[..., Tensor], mix: Tensor, taught: Callable[..., Tensor], batch: Batch
     ) -> Tensor:
-        """Level 3."""
+        """The loss of level 3."""
         images, labels = batch
         return F.cross_entropy(teacher(images, mix), labels) + F.cross_entropy(taught(images), labels)
 
 
 Task = Bilevel | Teaching
 
-#: {workload: {size: what :func:`_bilevel` takes}}
+#: {workload: {size: arguments of :func:`_bilevel`}}
 _SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "mwn": {
         "full": {"sizes": (784, 256, 10), "count": 100, "steps": 1, "batches": 10},
@@ -194,7 +194,7 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def make(workload: str, size: str = "full", dtype: torch.dtype = torch.float32) -> Task:
-    """The workload ("small" for tests); the numbers are drawn in float32, whatever ``dtype`` they are kept in."""
+    """Make a workload. ``size`` is "full", or "small" for tests; values are drawn in float32 and cast to ``dtype``."""
     torch.manual_seed(0)
     if workload == "lbt":
         return _teaching(*((16, 16, 32, 10, 5) if size == "full" else (4, 6, 5, 3, 2)), dtype=dtype)

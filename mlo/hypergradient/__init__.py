@@ -1,4 +1,4 @@
-"""Hypergradients: one backward pass, in which each pullback is an estimator times a curvature product."""
+"""Hypergradients: a backward pass over the levels, made of estimators and curvature products."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from mlo.hypergradient.estimators.penalty import Penalty
 from mlo.hypergradient.estimators.unrolled import Truncated, Unrolled
 from mlo.hypergradient.products import Central, Exact, Forward, OneSided, Product, ProductOption
 from mlo.hypergradient.step import Curvature, LocalLoss, Step
-from mlo.options.config import Registered, explain
-from mlo.options.registry import ESTIMATORS
+from mlo.options.config import Config, EstimatorOption, explain
 
 __all__ = [
     "Central",
@@ -43,19 +42,24 @@ __all__ = [
 ]
 
 
+class _Options(Config):
+    hypergradient: EstimatorOption
+
+
 def build_estimator(value: object) -> Estimator:
-    """The estimator that a name, a mapping {"kind": name, **options} or an estimator itself stands for.
+    """The estimator given by a registered name, a mapping {"kind": name, **options}, or an :class:`Estimator`.
 
     Raises:
-        ConfigError: if the name is not registered (the message lists those that are) or an option does not fit.
+        ConfigError: if the name is not registered (the message lists those that are), or an option is invalid.
     """
-    mark = Registered(ESTIMATORS)
+    given = {"hypergradient": value}
     try:
-        built = mark.build(value)
+        built = _Options.model_validate(given).hypergradient
     except ValidationError as error:
-        raise ConfigError("hypergradient: " + "; ".join(explain(error, mark.model(value), value))) from error
-    except ValueError as error:
-        raise ConfigError(f"hypergradient: {error}") from error
+        raise ConfigError("; ".join(explain(error, _Options, given))) from error
     if not isinstance(built, Estimator):
-        raise ConfigError(f"hypergradient: {value!r} is a {type(built).__name__}, which is no mlo.Estimator")
+        raise ConfigError(
+            f"hypergradient: {value!r} is a {type(built).__name__}, not an mlo.Estimator; pass the name of one, a "
+            "mapping {'kind': name, ...}, or an mlo.Estimator"
+        )
     return built

@@ -1,4 +1,4 @@
-"""The backward pass over levels: reverse-mode differentiation with problems as the nodes, each pulled back once."""
+"""The backward pass over levels: reverse-mode differentiation whose nodes are problems, each pulled back once."""
 
 from __future__ import annotations
 
@@ -25,22 +25,33 @@ def backward(
     metrics: dict[str, Tensor],
     warm: dict[str, Vector],
 ) -> Vector | None:
-    """The part of ``top``'s gradient that runs through the training of lower problems.
+    """The part of the gradient of ``top`` that flows through the training of lower problems.
+
+    A cotangent is the derivative of the top's loss with respect to the variables of a problem, one tensor per variable.
+    The lower problems are visited from the highest level to the lowest. Each is pulled back once: its estimator maps
+    its cotangent to cotangents of the problems that its loss reads, which are added up.
 
     Args:
-        paths: {lower problem: what it is pulled back onto}, highest first (:meth:`mlo.levels.graph.Graph.paths`).
-        cotangents: {lower problem: derivative of the top's loss for its variables}, where its loss reads it.
-        records: the recorded steps of each problem in ``paths``, the last one last.
-        pullbacks: counts one for each problem visited.
-        metrics: takes what the estimators report, as "<problem>/<name>".
-        warm: {problem: solution to begin with}; takes the solutions that estimators leave for the next time.
+        top: the problem whose hypergradient is computed.
+        paths: {lower problem: problems that it is pulled back onto}, highest first
+            (:meth:`mlo.levels.graph.Graph.paths`).
+        cotangents: {lower problem: its cotangent}, for those that the top's loss reads directly.
+        records: {lower problem: its recorded steps, in order}.
+        estimators: {lower problem: its estimator}.
+        evaluator: evaluates the losses of the problems.
+        pullbacks: incremented by one for each problem visited.
+        metrics: receives the metrics of the estimators, as "<problem>/<name>".
+        warm: {problem: solution to start from}; receives the solutions for the next call.
+
+    Returns:
+        One tensor per variable of ``top``; None if no gradient reaches it.
 
     Raises:
-        GraphError: if a read that the graph declares carries no gradient.
+        GraphError: if a declared read carries no gradient.
     """
     waiting: dict[str, Vector] = dict(cotangents)
     for name, targets in paths.items():
-        if name not in waiting:  # nothing above it depends on it after all
+        if name not in waiting:  # nothing above it depends on it
             continue
         steps = [Step(record, targets, evaluator, warm.get(name)) for record in records[name]]
         pulled = estimators[name].pull(steps, waiting.pop(name))
@@ -53,15 +64,16 @@ def backward(
             if found is None:
                 if not steps[-1].depends_on(target):
                     raise unreached(name, target)
-                continue  # it reads it, but its gradient does not depend on it
+                continue  # its loss reads the target, but its gradient does not depend on it
             waiting[target] = add(waiting[target], found) if target in waiting else found
     return waiting.get(top)
 
 
 def unreached(name: str, read: str) -> GraphError:
-    """The error of a declared read that carries no gradient."""
+    """The error for a declared read that carries no gradient."""
     return GraphError(
-        f"problem {name!r}: its loss reads {read!r}, but no gradient flows through that read; is it used, called "
-        "as a problem rather than by its module, on parameters that its optimizer holds, and not under no_grad, detach "
-        f"or argmax? If it is meant as a constant, pass held=({read!r},) to {name!r}"
+        f"problem {name!r}: its loss reads {read!r}, but no gradient flows through that read. Check that the loss uses "
+        f"it, calls the problem {read!r} and not its module, and does not use no_grad, detach or argmax, and that the "
+        f"optimizer of {read!r} holds the parameters. If the read is meant as a constant, pass held=({read!r},) to "
+        f"{name!r}"
     )

@@ -1,4 +1,4 @@
-"""Curvature products: how u -> (H_tt u, H_xt u) is taken, t a problem's variables and x what its loss reads."""
+"""Curvature products: how u -> (H_tt u, H_xt u) is computed, for a problem's variables t and its reads x."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from mlo.options.registry import PRODUCTS
 
 
 class Product(Config, ABC):
-    """A way of taking curvature products; a subclass has its options, and opens a :class:`Curvature`."""
+    """A way to compute curvature products. Subclasses define their options as fields, and implement :meth:`open`."""
 
-    needs_base: ClassVar[bool] = False  # whether the step should keep its gradients for what it reads
-    keeps_graph: ClassVar[bool] = False  # whether it should keep its gradient's graph
-    autocast: bool = Field(False, description="under the problem's autocast, as its steps are, rather than without")
+    needs_base: ClassVar[bool] = False  # whether the step should keep its gradients with respect to its reads
+    keeps_graph: ClassVar[bool] = False  # whether the step should keep the graph of its gradient
+    autocast: bool = Field(False, description="compute products under the problem's autocast, like its steps")
 
     def at(self, loss: LocalLoss) -> Curvature:
-        """The curvature of ``loss`` at its point."""
+        """The curvature of ``loss`` at its point; the mean over micro-batches if there are several."""
         loss = loss.under_autocast() if self.autocast else loss
         return self.open(loss) if loss.alone else _MeanCurvature(loss, self.open)
 
     @abstractmethod
     def open(self, loss: LocalLoss) -> Curvature:
-        """The curvature of ``loss``, which is in the precision asked for."""
+        """The curvature of ``loss``, which is on one micro-batch and already has the right autocast."""
 
 
 class Exact(Product):
-    """Double backward: exact; one forward, its gradient's graph kept for all products (about 3 passes for one)."""
+    """Double backward: exact. The graph of the gradient is kept for all products; one costs about 3 passes."""
 
     keeps_graph: ClassVar[bool] = True
 
@@ -47,10 +47,10 @@ class Exact(Product):
 
 
 class Forward(Product):
-    """Forward over reverse: exact, with the memory of one backward; 1 pass with tangents for each product.
+    """Forward over reverse: exact, with the memory of one backward pass. Each product costs 1 pass with tangents.
 
-    Not everywhere a gain (on a CPU it is slower than ``exact`` for small models), and operators without a forward
-    derivative, fused attention among them, refuse it.
+    It is not always faster: for small models on a CPU it is slower than ``exact``. Operators without a forward-mode
+    derivative, such as fused attention, raise an error.
     """
 
     def open(self, loss: LocalLoss) -> Curvature:
@@ -59,13 +59,13 @@ class Forward(Product):
 
 
 class Central(Product):
-    """Central difference of two gradients (DARTS, eq. 8): 2 passes; no second derivative, but blind to kinks.
+    """Central difference of two gradients (DARTS, Liu et al. 2019, eq. 8): 2 passes, without second derivatives.
 
-    The two points lie at ``radius`` (in the Euclidean norm of all variables) on either side, which is the paper's
-    epsilon = 0.01 / |v| at the default.
+    It is inaccurate where the loss has kinks (ReLU, max pooling) between the two points. They are ``radius`` away from
+    the point, measured in the Euclidean norm over all variables. The default is the epsilon = 0.01 / |v| of the paper.
     """
 
-    radius: float = Field(0.01, gt=0, description="distance of the two points from the middle, a Euclidean norm")
+    radius: float = Field(0.01, gt=0, description="distance of the two points from the middle, as a Euclidean norm")
 
     def open(self, loss: LocalLoss) -> Curvature:
         """See :class:`Product`."""
@@ -73,14 +73,14 @@ class Central(Product):
 
 
 class OneSided(Product):
-    """Forward difference against the gradient at the point itself: 1 pass for each product.
+    """Forward difference with the gradient at the point itself: 1 pass for each product.
 
-    That gradient is the real step's own where products are taken before the step, and one more pass elsewhere. Of
-    first order in ``radius`` where ``central`` is of second.
+    For products at the state before a step, the gradient of that step is reused; elsewhere it costs one more pass. The
+    error is of first order in ``radius``; that of ``central`` is of second order.
     """
 
     needs_base: ClassVar[bool] = True
-    radius: float = Field(0.01, gt=0, description="distance of the other point, a Euclidean norm")
+    radius: float = Field(0.01, gt=0, description="distance of the second point, as a Euclidean norm")
 
     def open(self, loss: LocalLoss) -> Curvature:
         """See :class:`Product`."""
@@ -91,7 +91,7 @@ ProductOption = Annotated[Product, Registered(PRODUCTS)]
 
 
 class _MeanCurvature:
-    """Over several micro-batches: each is opened for each product, so that one's memory is held at a time."""
+    """The mean over micro-batches, evaluated one at a time for each product, so that only one needs memory."""
 
     def __init__(self, loss: LocalLoss, open_part: Callable[[LocalLoss], Curvature]) -> None:
         self._loss = loss
@@ -125,6 +125,8 @@ class _MeanCurvature:
 
 
 class _ExactCurvature:
+    """Products by double backward."""
+
     def __init__(self, loss: LocalLoss) -> None:
         self._loss = loss
         self._graph = loss.graph
@@ -144,14 +146,14 @@ class _ExactCurvature:
         return own, self._loss.pull(inputs)
 
     def _kept(self) -> tuple[Vector, Vector]:
-        """The point and the gradient there, with its graph, which is built once."""
+        """The point, and the gradient there with its graph, which is built once."""
         if self._graph is None:
             self._graph = self._loss.point, self._loss.gradients(self._loss.point, inputs=False, keep_graph=True)[0]
         return self._graph
 
     def _product(self, vector: Vector, own: bool, inputs: bool) -> tuple[Vector, dict[Tensor, Tensor]]:
         if self._graph is None and not self._used:
-            self._used = True  # where a second product follows, the graph pays
+            self._used = True  # from the second product on, keeping the graph is cheaper
             done = self._loss.product(vector, own, inputs)
             if done is not None:
                 return done
@@ -169,7 +171,7 @@ Derivative = Callable[[LocalLoss, Vector, bool], tuple[Vector, dict[Tensor, Tens
 
 
 class _Directional:
-    """Products as the derivative of the gradients along a direction, however that is taken."""
+    """Products as directional derivatives of the gradient, computed by ``derivative``."""
 
     def __init__(self, loss: LocalLoss, derivative: Derivative) -> None:
         self._loss = loss
@@ -190,7 +192,7 @@ class _Directional:
 
 
 def _tangents(loss: LocalLoss, vector: Vector, own: bool) -> tuple[Vector, dict[Tensor, Tensor]]:
-    """Forward-mode derivatives of the gradients along ``vector``."""
+    """The directional derivative of the gradients along ``vector``, in forward mode."""
     with forward_ad.dual_level(), twice_differentiable():
         moving = tuple(forward_ad.make_dual(p, u) for p, u in zip(loss.point, vector, strict=True))
         value = loss(moving)
@@ -212,7 +214,13 @@ def _difference(
     signs: Sequence[float],
     base: tuple[Vector, dict[Tensor, Tensor]] | None = None,
 ) -> tuple[Vector, dict[Tensor, Tensor]]:
-    """The difference quotient of the gradients at points ``radius`` away along ``vector``, or of one and ``base``."""
+    """The directional derivative of the gradients along ``vector``, as a difference of gradients.
+
+    Args:
+        radius: distance of each other point.
+        signs: (1, -1) for a central difference, (1,) for a difference with ``base``.
+        base: the gradients at the point itself.
+    """
     size = norm(vector)
     stride = torch.where(size > 0, radius / size, 0.0)
     total: Vector = () if base is None or not own else scaled(base[0], -1.0)

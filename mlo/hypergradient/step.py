@@ -17,15 +17,9 @@ from mlo.ops.vectors import Vector, add, filled, scaled
 from mlo.steps import sgd
 from mlo.steps.evaluation import Evaluator
 from mlo.steps.gradient_functions import MicroBatch, Segment, mean
-from mlo.steps.optimizer import (
-    OptimizerState,
-    StepCotangents,
-    differentiable_step,
-    is_linear,
-    off_zero,
-    pull_through_step,
-    virtual_step,
-)
+from mlo.steps.optimizer import StepCotangents, differentiable_step, is_linear, pull_through_step, virtual_step
+from mlo.steps.optimizer_state import OptimizerState
+from mlo.steps.torch_step import off_zero
 
 
 class Curvature(Protocol):
@@ -53,8 +47,8 @@ class Record:
     """All that one step of a problem depended on.
 
     Attributes:
-        before, after: the problem's state on either side of the step (before: None where no estimator asks for it, or
-            where it is recomputed from an earlier step).
+        before, after: the problem's state on either side of the step (before: None if no estimator needs it, or if
+            it is recomputed from an earlier step).
         gradient: {variable: its gradient, before clipping} that the step was taken with, if kept.
         unreached: variables that the step's loss did not depend on, and the optimizer left alone.
         optimizer_state: the optimizer before the step; its slots are kept where ``before`` is.
@@ -62,7 +56,7 @@ class Record:
         reads: the states of the problems that the loss read.
         fresh: the next batches of the problem, where an estimator takes curvature on these.
         read_cache: the outputs of the problems read, kept from the step for the pullback; None once they changed.
-        base: {output of a problem read: the step's gradient for it}, where a product asks for it.
+        base: {output of a problem read: the step's gradient for it}, if a product needs it.
         graph: the variables that the gradient was evaluated at, and the gradient with its graph, where the estimator
             takes exact products there.
         segment: the steps, where the record is of several in one graph; ``gradient`` is then not kept, and ``micro`` is
@@ -117,7 +111,7 @@ class Step:
         return LocalLoss(record, record.before, record.micro, self.targets, self._evaluator, at_step=True)
 
     def after(self) -> LocalLoss:
-        """The loss around the present solution, on the step's batch or on a fresh one, as the estimator has it."""
+        """The loss around the current solution, on the step's batch, or on a fresh one if the estimator uses these."""
         record = self.record
         micro = [replace(m, buffers=None) for m in record.fresh or record.micro]
         return LocalLoss(record, record.after, micro, self.targets, self._evaluator, at_step=False)
@@ -172,7 +166,7 @@ class Step:
         """Steps in one graph, transposed: cotangents of variables and slots before them, and of what their loss read.
 
         Args:
-            oldest: whether nothing before them is asked for.
+            oldest: whether the cotangents before them are not needed.
         """
         reads, problems = self.record.reads, self._evaluator.problems
         inputs = {t: [reads[t].parameters[v] for v in problems[t].variables] for t in self.targets}
@@ -356,14 +350,14 @@ class LocalLoss:
         """The gradient at ``variables`` in them (if ``own``) and in :meth:`inputs` (if ``inputs``); one pass."""
         if not self.alone:
             return self._mean_gradients(variables, own, inputs)
-        name, states, options = self._asked(variables, own, inputs)
+        name, states, options = self._arguments(variables, own, inputs)
         done = self._evaluator.differentiate(
             name, states, self._micro[0].batch, leaves=inputs, keep_graph=keep_graph, **options
         )
         return self._parted(done.gradients, variables, own, inputs)
 
-    def _asked(self, variables: Vector, own: bool, inputs: bool) -> tuple[str, dict[str, State], dict[str, Any]]:
-        """What the evaluator is asked for derivatives in the variables and in those of the targets."""
+    def _arguments(self, variables: Vector, own: bool, inputs: bool) -> tuple[str, dict[str, State], dict[str, Any]]:
+        """The evaluator's arguments for derivatives in the variables and in those of the targets."""
         name = self._record.problem.name
         states, options = self._at(variables)
         return name, states, {**options, "of": (*((name,) if own else ()), *(self._targets if inputs else ()))}
@@ -390,7 +384,7 @@ class LocalLoss:
 
     def product(self, vector: Vector, own: bool, inputs: bool) -> tuple[Vector, dict[Tensor, Tensor]] | None:
         """The exact product with ``vector``, compiled as a whole; None where that cannot be."""
-        name, states, options = self._asked(self.point, own, inputs)
+        name, states, options = self._arguments(self.point, own, inputs)
         found = self._evaluator.product(name, states, self._micro[0].batch, vector, **options)
         return None if found is None else self._parted(found, self.point, own, inputs)
 
@@ -430,7 +424,7 @@ def _reached(found: Sequence[Tensor | None], variables: Sequence[Tensor]) -> Vec
 
 
 def copied(state: State, device: torch.device | None = None) -> State:
-    """A state of its own, of the same values, on ``device``; differentiable where the other was."""
+    """A copy of the state on ``device``; its parameters require gradients where those of the state do."""
 
     def copy(tensor: Tensor) -> Tensor:
         return tensor.detach().to(device or tensor.device, copy=True)

@@ -1,1 +1,1 @@
-"""One level: module, loss, data, the graph of reads, and what is checked of them."""
+"""One level of a problem: its module, loss and data, the graph of what it reads, and the checks of all these."""

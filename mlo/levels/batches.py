@@ -1,4 +1,4 @@
-"""Endless, resumable batches from whatever the user trains on."""
+"""Endless, resumable streams of batches from a DataLoader, a list or a generator function."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ Data = Iterable[Any] | Callable[[], Iterable[Any]] | Mapping[str, Any] | None
 
 
 class Batches(Protocol):
-    """What an engine needs of a source of batches."""
+    """An endless stream of batches, as the engine uses it."""
 
     device: torch.device | None
 
     def generators(self) -> list[torch.Generator]:
-        """The generators of the user's that its sources draw from."""
+        """The ``torch.Generator`` objects of the user's DataLoaders."""
 
     def peek(self, ahead: int = 0) -> Any:
-        """The batch that the ``ahead``-th next call of :meth:`next` will give."""
+        """The batch that :meth:`next` will return after ``ahead`` more calls; the position does not change."""
 
     def next(self) -> Any:
-        """The next batch; the data begins again when it ends."""
+        """The next batch. At the end, the data starts over."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as plain values and tensors."""
+        """The position in the data, as plain values and tensors."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position."""
+        """Continue from a saved position."""
 
 
 def open_stream(data: Data, owner: str) -> Batches:
-    """Batches without end from ``data``.
+    """An endless stream of batches from ``data``.
 
     Args:
-        data: an iterable of batches (DataLoader, list, ...), a function without arguments that returns one (a
-            generator function), a mapping {name: such data} whose batches come as dictionaries, each part begun again
-            by itself, or None for a problem that needs no data (its batch is None).
+        data: an iterable of batches (a DataLoader, a list, ...); a function without arguments that returns one (a
+            generator function); a mapping {name: any of these}, whose batches are dictionaries and whose parts each
+            start over when they end; or None, for a problem without data (its batch is None).
         owner: the name of the problem, for messages.
 
     Raises:
-        ConfigError: if ``data`` is nothing of these, an iterator, which could be walked only once, or a bare tuple of
-            tensors, which is meant for one batch.
+        ConfigError: if ``data`` is none of these; if it is an iterator, which can be read only once; or if it is a
+            tuple of tensors, which is probably meant as one batch.
     """
     if isinstance(data, Mapping):
         return _MergedStream({name: open_stream(part, f"{owner}: {name}") for name, part in data.items()})
@@ -57,13 +57,13 @@ def open_stream(data: Data, owner: str) -> Batches:
         data = [None]
     if isinstance(data, Iterator):
         raise ConfigError(
-            f"problem {owner!r}: data is an iterator ({type(data).__name__}), which can be walked only once; "
-            "pass a DataLoader, a list, or the generator function itself (without calling it)"
+            f"problem {owner!r}: data is an iterator ({type(data).__name__}), which can be read only once; "
+            "pass a DataLoader, a list, or a generator function (without calling it)"
         )
     if isinstance(data, tuple) and len(data) > 1 and all(isinstance(part, torch.Tensor) for part in data):
         raise ConfigError(
-            f"problem {owner!r}: data is a tuple of {len(data)} tensors, which would be taken for {len(data)} batches; "
-            "write [(x, y)] for one batch of them, or give a DataLoader over TensorDataset(x, y)"
+            f"problem {owner!r}: data is a tuple of {len(data)} tensors, which would be read as {len(data)} batches; "
+            "write [(x, y)] for a single batch, or pass a DataLoader over TensorDataset(x, y)"
         )
     if not callable(data) and not isinstance(data, Iterable):
         raise ConfigError(
@@ -74,10 +74,11 @@ def open_stream(data: Data, owner: str) -> Batches:
 
 
 class _Stream:
-    """Batches of one source.
+    """Batches of one data source.
 
-    Whatever the source draws at random comes from a random state of the stream's own, so looking ahead changes
-    nothing else, and the position (start of the pass, batches since) is all there is to save.
+    The source draws its random numbers from a random state that belongs to the stream. So reading batches ahead of time
+    changes nothing else, and the position (the random state at the start of the epoch, and the number of batches since)
+    is all that a checkpoint needs.
     """
 
     def __init__(self, data: Iterable[Any] | Callable[[], Iterable[Any]], owner: str) -> None:
@@ -111,7 +112,7 @@ class _Stream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if bool(state["start"]) != self._draws or len(state["start"].get("generators", ())) != len(self._generators):
-            raise CheckpointError(f"problem {self._owner!r}: its data is of another kind than in the checkpoint")
+            raise CheckpointError(f"problem {self._owner!r}: its data is of a different kind than in the checkpoint")
         self._ahead.clear()
         self._set_random_state(state["start"])
         self._begin()
@@ -119,8 +120,8 @@ class _Stream:
             for seen in range(state["index"]):
                 if next(self._pass(), _END) is _END:
                     raise CheckpointError(
-                        f"problem {self._owner!r}: the checkpoint stands after {state['index']} batches of a pass, but "
-                        f"its data ends after {seen}; resume with the data that the run began with"
+                        f"problem {self._owner!r}: the checkpoint was saved after {state['index']} batches of an "
+                        f"epoch, but the data ends after {seen}; resume with the data that the run started with"
                     )
         self._index = state["index"]
 
@@ -132,13 +133,13 @@ class _Stream:
             with self._own_randomness():
                 batch = next(self._pass(), _END)
             if batch is _END:
-                raise ConfigError(f"problem {self._owner!r}: its data yields no batch")
-        place = (self._start, self._index)
+                raise ConfigError(f"problem {self._owner!r}: its data yields no batch; pass data with at least one")
+        start, index = self._start, self._index
         self._index += 1
-        return *place, self._placed(batch, place[1])
+        return start, index, self._on_device(batch, index)
 
-    def _placed(self, batch: Any, index: int) -> Any:
-        """The batch on the device; those of a list stay there, so that each is moved once."""
+    def _on_device(self, batch: Any, index: int) -> Any:
+        """The batch on the device. Batches of a list are kept there, so that each is moved only once."""
         if self.device is None or self.device.type == "cpu":
             return batch
         if index in self._moved:
@@ -184,7 +185,7 @@ class _Stream:
 
 
 class _MergedStream:
-    """Several sources side by side: a batch is {name: batch of that source}."""
+    """Several data sources side by side: a batch is {name: batch of that source}."""
 
     def __init__(self, parts: Mapping[str, Batches]) -> None:
         self._parts = dict(parts)
@@ -219,7 +220,7 @@ _END = object()
 
 
 def _generators_of(data: object) -> list[torch.Generator]:
-    """The generators that a DataLoader's shuffling draws from, when the user gave it some."""
+    """The ``torch.Generator`` objects that the user passed to a DataLoader or its samplers."""
     if not isinstance(data, DataLoader):
         return []
     found: list[torch.Generator] = []

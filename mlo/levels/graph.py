@@ -1,4 +1,4 @@
-"""Who reads whom, in which order: the graph of a multi-level problem, validated; knows no tensors."""
+"""The graph of a multi-level problem: which loss reads which problem, validated, without any tensors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from mlo.errors import GraphError
 
 @dataclass(frozen=True)
 class Node:
-    """One problem as the graph sees it.
+    """One problem in the graph.
 
-    Its name, the problems that it reads, and those of them that it holds constant, or does not read at every step.
+    Attributes:
+        name: its name.
+        reads: the problems that its loss reads.
+        held: those of ``reads`` that it treats as constants.
+        sometimes: those of ``reads`` that it does not read at every step.
     """
 
     name: str
@@ -23,13 +27,13 @@ class Node:
 
 
 class Graph:
-    """The reads between problems, listed lowest level first.
+    """The graph of which problem reads which, listed lowest level first.
 
-    A problem read by one *above* it in the list is a best response, differentiated through; a problem read by one
-    *below* it is an input held fixed there.
+    If a problem is read by one *above* it in the list, it is a best response there: the upper problem is differentiated
+    through its training. If it is read by one *below* it, it is a fixed input there.
 
     Raises:
-        GraphError: with every fault found, each with its remedy.
+        GraphError: lists every mistake found, and how to correct each.
     """
 
     def __init__(self, nodes: Sequence[Node]) -> None:
@@ -43,15 +47,15 @@ class Graph:
             raise GraphError("\n".join(faults))
 
     def reads(self, name: str) -> tuple[str, ...]:
-        """Every problem that ``name``'s loss reads."""
+        """All problems that the loss of ``name`` reads."""
         return self._nodes[name].reads
 
     def lower_reads(self, name: str) -> tuple[str, ...]:
-        """The best responses that ``name``'s loss reads: problems below it, not held constant."""
+        """The best responses that the loss of ``name`` reads: problems below it that are not held constant."""
         return tuple(read for read in self._live_reads(name) if self._level[read] < self._level[name])
 
     def tops(self) -> tuple[str, ...]:
-        """The problems whose solution nobody above reads."""
+        """The problems that no problem above them reads."""
         read = {
             read for name in self.names for read in self._nodes[name].reads if self._level[read] < self._level[name]
         }
@@ -64,11 +68,15 @@ class Graph:
     def paths(
         self, name: str, blocked: Collection[str] = (), inner: Mapping[str, Sequence[str]] | None = None
     ) -> dict[str, tuple[str, ...]]:
-        """The backward sweep for ``name``: {lower problem: what it is pulled back onto}, highest level first.
+        """The backward pass for ``name``: {lower problem: problems that it is pulled back onto}, highest level first.
 
-        Only problems on some path of reads from ``name`` through best responses back to ``name`` appear, and of
-        their reads only those on such a path. Problems in ``blocked`` are not differentiated through. ``inner`` names,
-        for a problem, those whose steps are taken as part of it: it reads what they read.
+        It contains only problems on a path of reads that starts at ``name``, goes down through best responses and ends
+        at ``name`` again.
+
+        Args:
+            name: the problem whose hypergradient is computed.
+            blocked: problems that are not differentiated through.
+            inner: {problem: lower problems whose steps are part of its loss}; it then also reads what these read.
         """
         inner = inner or {}
         reached = self._reached(name, blocked, inner)
@@ -137,8 +145,8 @@ class Graph:
             if not self.is_upper(name):
                 yield (
                     f"problem {name!r}: no best response that its loss reads depends on {name!r}, so it has no "
-                    f"hypergradient; let the loss of {' or '.join(map(repr, self.lower_reads(name)))} "
-                    f"(or of a problem that they read) take a parameter named {name!r}"
+                    f"hypergradient; add a parameter named {name!r} to the loss of "
+                    f"{' or '.join(map(repr, self.lower_reads(name)))}, or of a problem that they read"
                 )
 
 
@@ -146,9 +154,9 @@ def _faults(nodes: Sequence[Node]) -> Iterable[str]:
     names = [node.name for node in nodes]
     level = {name: i for i, name in enumerate(names)}
     if not names:
-        yield "no problems: give the engine a list of them, lowest level first"
+        yield "no problems: pass the engine a list of problems, lowest level first"
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"{names.count(name)} problems are named {name!r}; give each a name of its own"
+        yield f"{names.count(name)} problems are named {name!r}; give each problem a different name"
     for node in nodes:
         yield from _read_faults(node, names)
     if len(names) < 2:
@@ -156,31 +164,31 @@ def _faults(nodes: Sequence[Node]) -> Iterable[str]:
     for node in nodes:
         readers = [other.name for other in nodes if node.name in other.reads and other is not node]
         if not readers and not node.reads:
-            yield f"problem {node.name!r} neither reads nor is read by another; take it out, or train it by itself"
+            yield f"problem {node.name!r} neither reads nor is read by another; remove it, or train it alone"
         elif not readers:
             yield _unread(node, is_last=level[node.name] == len(names) - 1)
         elif all(level[r] < level[node.name] for r in readers) and not any(
             level.get(read, len(names)) < level[node.name] for read in node.reads
         ):
             yield (
-                f"problem {node.name!r} is a top level (nobody above reads it), but its loss reads no problem below "
-                "it; add a parameter named after the lower problem whose solution it judges, or look at the order of "
-                f"the list, which goes lowest level first: {', '.join(names)}"
+                f"problem {node.name!r} is a top level (no problem above reads it), but its loss reads no problem "
+                "below it; add a parameter to its loss, named after the lower problem that it evaluates, or check the "
+                f"order of the list, which must be lowest level first: {', '.join(names)}"
             )
 
 
 def _read_faults(node: Node, names: Sequence[str]) -> Iterable[str]:
     for read in node.reads:
         if read == node.name:
-            yield f"problem {node.name!r} reads itself; its own parameters are reached by calling self(...)"
+            yield f"problem {node.name!r} reads itself; to use its own parameters, call self(...)"
         elif read not in names:
             near = difflib.get_close_matches(read, names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             yield (
-                f"problem {node.name!r}: its loss reads {read!r}, and no problem has that name; {hint}"
-                f"there are {', '.join(map(repr, names))}. Name the parameter of loss after the problem that it reads, "
-                f"or say which it is with reads={{<parameter>: <problem>}} when you construct {node.name!r} (None for "
-                "one that has a default and is no problem)"
+                f"problem {node.name!r}: its loss reads {read!r}, but no problem has that name; {hint}"
+                f"the problems are {', '.join(map(repr, names))}. Name the parameter of loss after the problem that it "
+                f"reads, or pass reads={{<parameter>: <problem>}} when you construct {node.name!r} (write None "
+                "for a parameter with a default value that is not a problem)"
             )
     named = [*(("held", read) for read in node.held), *(("sometimes", read) for read in node.sometimes)]
     for option, read in named:
@@ -191,10 +199,10 @@ def _read_faults(node: Node, names: Sequence[str]) -> Iterable[str]:
 def _unread(node: Node, is_last: bool) -> str:
     if is_last:
         return (
-            f"problem {node.name!r} is the top level, but no lower loss reads it, so nothing that it decides has an "
-            f"effect; let a lower problem's loss take a parameter named {node.name!r}"
+            f"problem {node.name!r} is the top level, but no lower loss reads it, so its parameters have no effect; "
+            f"add a parameter named {node.name!r} to the loss of a lower problem"
         )
     return (
-        f"problem {node.name!r}: nobody above reads its solution, so training it has no effect; let the loss of a "
-        f"problem above take a parameter named {node.name!r}, or take it out"
+        f"problem {node.name!r}: no problem above reads its solution, so training it has no effect; add a parameter "
+        f"named {node.name!r} to the loss of a problem above, or remove {node.name!r}"
     )

@@ -24,7 +24,7 @@ from mlo.ops.activation_checkpointing import RecomputingWith
 
 @dataclass(frozen=True)
 class State:
-    """A module's parameters and buffers at one moment; ``live`` if they are the module's own tensors."""
+    """A module's parameters and buffers at one point of training; ``live`` if they are the module's own tensors."""
 
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
@@ -32,55 +32,58 @@ class State:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of the parameters."""
         return next(iter(self.parameters.values())).device
 
 
 class Substitute(Protocol):
-    """What stands in for a problem's module while a loss is evaluated."""
+    """What runs instead of a problem's module while a loss is evaluated: the module with other tensors."""
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
-        """The parameters in force."""
+        """The substituted parameters, by name."""
 
     def run(self, problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's output under the parameters in force."""
+        """The module's output with the substituted tensors."""
 
 
 class Problem(ABC):
-    """One training job of a stack; subclass it and write :meth:`loss`.
+    """One level of a multi-level problem. Subclass it and write :meth:`loss`.
 
     Args:
-        name: what the losses of other problems call it; a Python identifier.
-        module: the network; its parameters are moved, never replaced.
-        optimizer: a ``torch.optim`` optimizer (or one of that form) over parameters of ``module``. Those that it does
-            not hold are constants.
-        data: an iterable of batches, a generator function, a mapping of such (its batches are dictionaries), or None
-            where the loss needs no batch. Begun again when it ends.
+        name: the name by which the losses of other problems refer to it; a Python identifier.
+        module: the network. Its parameters are updated in place, never replaced.
+        optimizer: a ``torch.optim`` optimizer (or a compatible one) over parameters of ``module``. Parameters that it
+            does not hold are constants.
+        data: an iterable of batches, a generator function, a mapping of these (then a batch is a dictionary), or None
+            if the loss needs no batch. When it ends, it starts over.
         scheduler: a learning-rate scheduler over ``optimizer``, stepped once after each step of this problem.
-        steps: steps taken in each round of the engine.
-        steps_ahead: steps taken virtually, where an upper problem looks ahead; None: as many as ``steps``.
-        accumulate: batches that each step takes the mean loss over, one after another, in the memory of one.
-        warmup: rounds of the engine before the first step of this problem.
-        clip_norm: the gradient's norm, over all parameters, is scaled down to this before each step.
-        clip_ahead: whether it is in virtual steps, too.
-        autocast: torch.bfloat16 or torch.float16 to evaluate this problem's loss under torch.autocast; None: as the
-            tensors are. Curvature products are taken without it, unless they are told. Under float16 the loss is scaled
-            while its gradient is taken, by a factor that adapts; a pass that overflows is taken again.
-        hypergradient: how upper problems are differentiated through this one: an estimator's name, its options, or
-            None for the engine's.
-        reads: {parameter of loss: problem} where their names differ; {parameter: None} leaves out a parameter that
-            has a default.
-        held: problems (by name) that the loss reads as constants: no hypergradient flows through that read.
-        sometimes: problems (by name) that the loss reads at some of its steps only. A declared read without a gradient
-            is an error; of these, it is passed over.
+        steps: number of optimizer steps in each round of the engine.
+        steps_ahead: number of virtual steps in the lookahead of an upper problem; None: the same as ``steps``.
+        accumulate: number of batches in each step. The loss is their mean; they are evaluated one after another, so
+            that only one needs memory at a time.
+        warmup: number of rounds of the engine before this problem takes its first step.
+        clip_norm: maximum Euclidean norm of the gradient over all parameters; larger gradients are scaled down to it.
+        clip_ahead: whether gradients are also clipped in virtual steps.
+        autocast: torch.bfloat16 or torch.float16 evaluates this problem's loss under torch.autocast; None does not.
+            Curvature products run without autocast, unless the product has the option ``autocast``. With float16, the
+            gradient is computed with an adaptive loss scale, and computed again with a smaller one if it overflows.
+        hypergradient: how upper problems are differentiated through this one: the name of an estimator, its options,
+            or None for the estimator of the engine.
+        reads: {parameter of loss: problem}, where their names differ. {parameter: None} means that a parameter with a
+            default value is not a problem.
+        held: names of problems that the loss reads as constants: no hypergradient flows through that read.
+        sometimes: names of problems that the loss reads only at some of its steps. A missing gradient for them is
+            ignored; for all other reads it is an error.
 
     Attributes:
-        looking_ahead: whether what is evaluated is a virtual step or its derivative; a loss may ask, and be another
-            one then than in the real step.
+        steps_taken: number of real steps so far. Counters always hold their current value, even while an earlier step
+            is being differentiated.
+        looking_ahead: True while a virtual step (lookahead) or its derivative is evaluated. A loss may use it to
+            differ from the loss of the real step.
 
     Raises:
-        ConfigError: if an argument does not fit, with the remedy.
+        ConfigError: if arguments are invalid. Each message says what to pass instead.
     """
 
     def __init__(
@@ -124,69 +127,70 @@ class Problem(ABC):
         self.node = Node(name, tuple(dict.fromkeys(self.arguments.values())), _names(held), _names(sometimes))
         self.stream = open_stream(data, name)
         self.steps_taken = 0
-        self._places = _places(module)
-        self._aliases = _aliases(self._places)
+        self._slots = _slots(module)
+        self._aliases = _aliases(self._slots)
         self._unfilled = Unfilled(module)
-        self._stand: Substitute | None = None
+        self._substitute: Substitute | None = None
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.variables = {n: p for n, p in module.named_parameters() if id(p) in owned and p.requires_grad}
         if not self.variables:
             raise ConfigError(
                 f"problem {name!r}: its optimizer holds none of its module's trainable parameters; "
-                "construct it as torch.optim.<class>(module.parameters(), ...) with the very module passed here"
+                "construct it as torch.optim.<class>(module.parameters(), ...) with the same module that you pass here"
             )
-        strangers = len(owned - {id(p) for p in module.parameters()})
-        if strangers:
+        foreign = len(owned - {id(p) for p in module.parameters()})
+        if foreign:
             raise ConfigError(
-                f"problem {name!r}: its optimizer holds {strangers} parameter(s) that are not of its module; give each "
-                "problem an optimizer over its own module's parameters alone"
+                f"problem {name!r}: its optimizer holds {foreign} parameter(s) that are not of its module; give each "
+                "problem its own optimizer, over the parameters of its module only"
             )
 
     @abstractmethod
     def loss(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The scalar that this problem minimizes, as a pure function of the parameters in force.
+        """The loss that this problem minimizes: a scalar tensor, as a pure function of the batch and the parameters.
 
-        Override it with a parameter for each problem that it reads, named as that problem is: ``loss(self, batch,
-        teacher, arch)``. Call ``self(x)`` and ``teacher(x)`` to run the modules; never ``.backward()`` or a step.
+        Override it with one parameter for each problem that it reads, named after that problem: ``loss(self, batch,
+        teacher, arch)``. Call ``self(x)`` and ``teacher(x)`` to run the modules. Do not call ``.backward()`` or
+        ``optimizer.step()`` in it.
         """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module with the parameters that the present evaluation has put in its place."""
-        if self._stand is None:
+        """Run the module with the parameters of the current evaluation."""
+        if self._substitute is None:
             return self.module(*args, **kwargs)
-        return self._stand.run(self, args, kwargs)
+        return self._substitute.run(self, args, kwargs)
 
     def metrics(self) -> Mapping[str, Tensor]:
-        """What else is worth logging of the present state, {name: scalar tensor}; override it, nothing by default."""
+        """Further values to log, as {name: scalar tensor}. Override it; the default is empty."""
         return {}
 
     @property
     def steps_now(self) -> int:
-        """Steps of a round, of virtual ones while :attr:`looking_ahead`."""
+        """Number of steps in a round: ``steps_ahead`` while :attr:`looking_ahead`, otherwise ``steps``."""
         return self.steps_ahead if self.looking_ahead and self.steps_ahead is not None else self.steps
 
     @property
     def clip_norm_now(self) -> float | None:
-        """What the gradient's norm is scaled down to, in a virtual step while :attr:`looking_ahead`."""
+        """The maximum norm of the gradient now; None while :attr:`looking_ahead` if ``clip_ahead`` is False."""
         return self.clip_norm if self.clip_ahead or not self.looking_ahead else None
 
     @property
     def params(self) -> Mapping[str, Tensor]:
-        """The parameters in force, by name: for penalties and for distances between problems."""
-        return self.live_state().parameters if self._stand is None else self._stand.parameters
+        """The parameters of the current evaluation, by name: for penalties, and for distances between problems."""
+        return self.live_state().parameters if self._substitute is None else self._substitute.parameters
 
     def run_with(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's output with ``tensors`` in place of its parameters and buffers of those names; ties hold.
+        """The module's output with ``tensors`` instead of its parameters and buffers of those names.
 
-        Where the module assigns a new tensor to a buffer, ``tensors`` holds it afterwards.
+        Tied tensors stay tied. If forward assigns a new tensor to a buffer, ``tensors`` contains it afterwards.
         """
         every = tensors
         if self._aliases:
             every = tensors | {alias: tensors[name] for alias, name in self._aliases.items() if name in tensors}
-        if torch.compiler.is_compiling():  # there, recomputations have the substituted tensors by themselves
+        if torch.compiler.is_compiling():  # compiled checkpointing recomputes with the substituted tensors anyway
             if not every:
                 return self.module(*args, **kwargs)
-            # every name of a tied tensor is given, so functional_call need not look for ties, which is slow
+            # all names of tied tensors are given, so functional_call need not search for ties, which is slow
             output = functional_call(self.module, every, args, kwargs, tie_weights=False)
         else:
             with RecomputingWith(self.module, every):
@@ -196,39 +200,39 @@ class Problem(ABC):
         return output
 
     def _run_within(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What functional_call does, in a third of its time: the places of the module's tensors are known."""
+        """As functional_call, in a third of its time, because the owners of all tensors are already known."""
         own = []
         try:
             for name, tensor in tensors.items():
-                owner, kind, key = self._places[name]
-                place = getattr(owner, kind)
-                own.append((name, place, key, place[key]))
-                place[key] = tensor
+                owner, kind, key = self._slots[name]
+                held = getattr(owner, kind)
+                own.append((name, held, key, held[key]))
+                held[key] = tensor
             output = self.module(*args, **kwargs)
         finally:
-            for name, place, key, tensor in own:
-                tensors[name], place[key] = place.get(key), tensor
-            filled = self._unfilled.filled(take_away=True)
+            for name, held, key, tensor in own:
+                tensors[name], held[key] = held.get(key), tensor
+            filled = self._unfilled.filled(remove=True)
         refuse_filled(self.name, filled)
         return output
 
-    def substitute(self, stand: Substitute | None) -> None:
-        """Let ``stand`` take the module's place (None: the module itself again)."""
-        self._stand = stand
+    def substitute(self, substitute: Substitute | None) -> None:
+        """Run ``substitute`` instead of the module from now on (None: the module itself again)."""
+        self._substitute = substitute
 
     def batches_ahead(self, ahead: int = 0) -> tuple[Any, ...]:
-        """The batches of the ``ahead``-th next step, as many as it accumulates."""
+        """The ``accumulate`` batches of the step after ``ahead`` more steps; the position does not change."""
         return tuple(self.stream.peek(ahead * self.accumulate + i) for i in range(self.accumulate))
 
     def advance(self) -> None:
-        """Leave the batches of the next step behind."""
+        """Move on past the batches of the next step."""
         for _ in range(self.accumulate):
             self.stream.next()
 
     def live_state(self) -> State:
         """The module's own parameters and buffers."""
         tensors: dict[str, dict[str, Tensor]] = {"_parameters": {}, "_buffers": {}}
-        for name, (owner, kind, key) in self._places.items():
+        for name, (owner, kind, key) in self._slots.items():
             tensor = getattr(owner, kind).get(key)
             if tensor is None:
                 raise gone(self.name, name)
@@ -238,7 +242,7 @@ class Problem(ABC):
         return State(tensors["_parameters"], tensors["_buffers"], live=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that this problem needs to go on to the bit: module, optimizer, scheduler, position in the data."""
+        """The state needed to resume bit for bit: module, optimizer, scheduler and position in the data."""
         return {
             "module": self.module.state_dict(),
             "buffers": self._other_buffers(),
@@ -249,21 +253,22 @@ class Problem(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned.
+        """Continue from what :meth:`state_dict` returned.
 
         Raises:
-            CheckpointError: if the module, the optimizer or the scheduler is not of the saved form.
+            CheckpointError: if the module, the optimizer or the scheduler does not match the saved one.
         """
         if (state["scheduler"] is None) != (self.scheduler is None):
             raise CheckpointError(
-                f"problem {self.name!r}: a scheduler is in only one of the checkpoint and the problem"
+                f"problem {self.name!r}: only one of the checkpoint and the problem has a scheduler; resume with the "
+                "arguments that the run started with"
             )
         self._refuse_other_optimizer(state["optimizer"])
         try:
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"problem {self.name!r} does not fit the checkpoint: {error}") from error
+            raise CheckpointError(f"problem {self.name!r} does not match the checkpoint: {error}") from error
         for name, buffer in self._other_buffers().items():
             buffer.copy_(state["buffers"][name])
         if self.scheduler is not None:
@@ -272,17 +277,17 @@ class Problem(ABC):
         self.steps_taken = state["steps_taken"]
 
     def _refuse_other_optimizer(self, state: Mapping[str, Any]) -> None:
-        """Torch takes over the state of another class of optimizer, and fails in its next step."""
+        """Raise an error for the state of another optimizer class, which torch would load and then fail on later."""
         mine = {option for group in self.optimizer.param_groups for option in group}
-        strange = [option for group in state["param_groups"] for option in group if option not in mine]
-        if strange:
+        unknown = [option for group in state["param_groups"] for option in group if option not in mine]
+        if unknown:
             raise CheckpointError(
                 f"problem {self.name!r}: the checkpoint is of another optimizer than {type(self.optimizer).__name__}: "
-                f"it has {', '.join(dict.fromkeys(strange))}; resume with the one that the run began with"
+                f"it has {', '.join(dict.fromkeys(unknown))}; resume with the optimizer that the run started with"
             )
 
     def _other_buffers(self) -> dict[str, Tensor]:
-        """Buffers that the module's own state leaves out."""
+        """Buffers that are not in the module's state_dict (non-persistent ones)."""
         saved = self.module.state_dict(keep_vars=True)
         return {name: buffer for name, buffer in self.module.named_buffers() if name not in saved}
 
@@ -291,7 +296,7 @@ class Problem(ABC):
 
 
 def _arguments(problem: Problem, renames: Mapping[str, str | None]) -> dict[str, str]:
-    """{parameter of loss: name of the problem that it reads}."""
+    """{parameter of loss: name of the problem that it reads}, from the signature of loss."""
     parameters = list(inspect.signature(problem.loss).parameters.values())
     if not parameters or parameters[0].kind not in (parameters[0].POSITIONAL_OR_KEYWORD, parameters[0].POSITIONAL_ONLY):
         raise ConfigError(f"problem {problem.name!r}: write its loss as loss(self, batch, <problems that it reads>)")
@@ -299,21 +304,21 @@ def _arguments(problem: Problem, renames: Mapping[str, str | None]) -> dict[str,
     for parameter in parameters[1:]:
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise ConfigError(
-                f"problem {problem.name!r}: its loss takes {parameter}; name each problem that it reads as a parameter"
+                f"problem {problem.name!r}: its loss takes {parameter}; write one named parameter per problem"
             )
         name = renames.get(parameter.name, parameter.name)
         if name is not None:
             declared[parameter.name] = name
         elif parameter.default is parameter.empty:
             raise ConfigError(
-                f"problem {problem.name!r}: reads={{{parameter.name!r}: None}} leaves out a parameter of loss that has "
-                f"no default; write loss(self, batch, ..., {parameter.name}=None)"
+                f"problem {problem.name!r}: reads={{{parameter.name!r}: None}}, but that parameter of loss has no "
+                f"default value; write loss(self, batch, ..., {parameter.name}=None)"
             )
     unknown = [key for key in renames if key not in {p.name for p in parameters[1:]}]
     if unknown:
         raise ConfigError(
-            f"problem {problem.name!r}: reads names {', '.join(map(repr, unknown))}, which its loss does not take; "
-            f"it takes {', '.join(repr(p.name) for p in parameters[1:]) or 'nothing but the batch'}"
+            f"problem {problem.name!r}: reads has {', '.join(map(repr, unknown))}, which is not a parameter of its "
+            f"loss; its parameters are {', '.join(repr(p.name) for p in parameters[1:]) or 'the batch only'}"
         )
     return declared
 
@@ -322,10 +327,10 @@ def _names(given: str | Sequence[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
-def _places(module: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
-    """{name: the submodule that has the parameter or buffer, which kind it is, its key there}, each place once.
+def _slots(module: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
+    """{name: (submodule, "_parameters" or "_buffers", key there)} of every parameter and buffer.
 
-    A tied tensor has several places, a shared submodule's has one, by whatever names it is reached.
+    A tied tensor has several entries; one of a shared submodule has a single entry, under its first name.
     """
     found: dict[tuple[nn.Module, str, str], str] = {}
     parameters = module.named_parameters(remove_duplicate=False)
@@ -333,11 +338,11 @@ def _places(module: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
         for name, _ in named:
             path, _, key = name.rpartition(".")
             found.setdefault((module.get_submodule(path), kind, key), name)
-    return {name: place for place, name in found.items()}
+    return {name: slot for slot, name in found.items()}
 
 
-def _aliases(places: Mapping[str, tuple[nn.Module, str, str]]) -> dict[str, str]:
-    """{name of a tied tensor's further place: the name of its first, which named_parameters and named_buffers give}."""
+def _aliases(slots: Mapping[str, tuple[nn.Module, str, str]]) -> dict[str, str]:
+    """{further name of a tied tensor: its first name, under which named_parameters and named_buffers list it}."""
     first: dict[int, str] = {}
-    tensors = {name: getattr(owner, kind)[key] for name, (owner, kind, key) in places.items()}
+    tensors = {name: getattr(owner, kind)[key] for name, (owner, kind, key) in slots.items()}
     return {name: first[id(tensor)] for name, tensor in tensors.items() if first.setdefault(id(tensor), name) != name}

@@ -1,8 +1,8 @@
-"""Outputs of the problems that a loss reads, computed once and shared by several evaluations of that loss.
+"""A cache for the outputs of the problems that a loss reads, shared by several evaluations of that loss.
 
-The outputs are cut out of the graph: an evaluation differentiates its loss down to them, and only the combination of
-several evaluations' cotangents (a difference, say) goes on through the module that was read. So two student losses
-over the same pseudo-labels cost the teacher one forward and one backward.
+The outputs are detached from the graph. Each evaluation differentiates its loss with respect to these outputs. Only a
+combination of the resulting cotangents (their difference, for example) is then backpropagated through the module that
+was read. So two student losses on the same pseudo-labels cost the teacher one forward and one backward pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlo.ops.rng import Randomness
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a read problem."""
+    """One cached call of a problem that the loss reads."""
 
     problem: str
     arguments: list[Any]
@@ -32,7 +32,7 @@ class _Call:
     randomness_after: Randomness
 
     def is_for(self, problem: str, arguments: list[Any], structure: TreeSpec) -> bool:
-        """Whether the call had these very arguments (tensors by identity)."""
+        """Whether the call had the same arguments (tensors are compared by identity)."""
         return (
             self.problem == problem
             and self.structure == structure
@@ -41,14 +41,14 @@ class _Call:
 
 
 class ReadCache:
-    """The calls of read problems made so far by the evaluations of one loss at one state of what it reads."""
+    """The calls of read problems in the evaluations of one loss, while the states that it reads stay the same."""
 
     def __init__(self) -> None:
         self._calls: list[_Call | None] = []
         self._next = 0
 
     def begin(self) -> None:
-        """Another evaluation begins: its first call is matched with the first one remembered, and so on."""
+        """Start another evaluation: its first call is compared with the first cached one, and so on."""
         self._next = 0
 
     def run(
@@ -60,10 +60,13 @@ class ReadCache:
         parameters: Sequence[Tensor],
         device: torch.device,
     ) -> Any:
-        """The output of ``forward(args, kwargs)``, remembered where this call had the same arguments before.
+        """The output of ``forward(args, kwargs)``, from the cache if the same call was made with the same arguments.
 
-        A call under ``no_grad``, and one whose arguments depend on the parameters under evaluation, is not remembered:
-        it runs, and stays in the graph. ``parameters`` are those that the call can be differentiated for.
+        Calls under ``no_grad`` are not cached, nor those whose arguments depend on the parameters that the loss is
+        differentiated for: they run, and stay in the graph.
+
+        Args:
+            parameters: the parameters that the call can be differentiated for.
         """
         arguments, structure = tree_flatten((args, kwargs))
         leaves = self.leaves
@@ -80,7 +83,7 @@ class ReadCache:
         output = forward(args, kwargs)
         outputs, output_structure = tree_flatten(output)
         if any(not isinstance(part, Tensor) and not _plain(part) for part in outputs):
-            self._calls.append(None)  # tensors in there could not be cut out
+            self._calls.append(None)  # an unknown type may contain tensors that could not be detached
             return output
         cut = [o.detach().requires_grad_(o.requires_grad) if isinstance(o, Tensor) else o for o in outputs]
         after = Randomness.capture(device)
@@ -89,12 +92,12 @@ class ReadCache:
 
     @property
     def leaves(self) -> list[Tensor]:
-        """The remembered outputs, cut out of the graph, that evaluations differentiate down to."""
-        remembered = [leaf for call in self._calls if call is not None for leaf in call.leaves]
-        return [leaf for leaf in remembered if isinstance(leaf, Tensor) and leaf.requires_grad]
+        """The cached, detached outputs, with respect to which evaluations differentiate their loss."""
+        cached = [leaf for call in self._calls if call is not None for leaf in call.leaves]
+        return [leaf for leaf in cached if isinstance(leaf, Tensor) and leaf.requires_grad]
 
     def pull(self, cotangents: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """Take cotangents of leaves on to the parameters of the problems read; other tensors' stay as they are."""
+        """Backpropagate cotangents of :attr:`leaves` to the parameters of the problems read; keep all others."""
         pulled = dict(cotangents)
         for call in reversed(self._calls):
             if call is None:
@@ -114,7 +117,7 @@ class ReadCache:
 
 
 def add_to(total: dict[Tensor, Tensor], keys: Sequence[Tensor], terms: Sequence[Tensor | None]) -> None:
-    """Add each term to ``total`` under its key; None adds nothing."""
+    """Add each term to the entry of ``total`` under its key; None adds nothing."""
     for key, term in zip(keys, terms, strict=True):
         if term is not None:
             total[key] = total[key] + term if key in total else term
@@ -125,7 +128,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _plain(value: Any) -> bool:
-    """Whether a value holds no tensor, and can be compared."""
+    """Whether the value contains no tensors and can be compared with ``==``."""
     return value is None or isinstance(value, bool | int | float | complex | str | bytes)
 
 

@@ -1,4 +1,4 @@
-"""What stands in for modules while a loss is evaluated: other parameters and buffers, and a count of the calls."""
+"""Substitution of parameters and buffers while a loss is evaluated, with a count of the module calls."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mlo.levels.read_cache import ReadCache
 def loss_with(
     problems: Mapping[str, Problem], name: str, substitutes: Mapping[str, OwnSubstitute | ReadSubstitute], batch: Any
 ) -> Tensor:
-    """The loss of a problem with stand-ins for its module and for those of the problems that it reads."""
+    """The loss of a problem, with substitutes for its module and the modules of the problems that it reads."""
     try:
-        for other, stand in substitutes.items():
-            problems[other].substitute(stand)
+        for other, substitute in substitutes.items():
+            problems[other].substitute(substitute)
         return loss_within(problems, name, batch)
     finally:
         for other in substitutes:
@@ -29,7 +29,7 @@ def loss_with(
 
 
 def loss_within(problems: Mapping[str, Problem], name: str, batch: Any) -> Tensor:
-    """The loss of a problem under the stand-ins that are in place.
+    """The loss of a problem with the current substitutes.
 
     Raises:
         GraphError: if it is not a scalar tensor.
@@ -43,7 +43,7 @@ def loss_within(problems: Mapping[str, Problem], name: str, batch: Any) -> Tenso
 
 
 class OwnSubstitute:
-    """Stands in for the module of the problem whose loss is evaluated."""
+    """The substitute for the module of the problem whose loss is evaluated."""
 
     def __init__(self, state: State, passes: MutableMapping[str, int], kind: str) -> None:
         self.parameters = state.parameters
@@ -53,7 +53,7 @@ class OwnSubstitute:
         self._kind = kind
 
     def run(self, problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output, counted; the buffers are then those that the call left."""
+        """The module's output, counted as a pass; ``buffers`` are then as the call left them."""
         self._passes[self._kind] += 1
         output = problem.run_with(self._substitutes, args, kwargs)
         left = {}
@@ -66,7 +66,7 @@ class OwnSubstitute:
 
 
 class ReadSubstitute:
-    """Stands in for the module of a problem that the loss reads; its buffers are thrown away afterwards."""
+    """The substitute for the module of a problem that the loss reads; changes of its buffers are discarded."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class ReadSubstitute:
         self._device = device
 
     def run(self, problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output, counted; remembered or from memory, where there is a read_cache."""
+        """The module's output, counted as a pass, or taken from the read cache."""
         if self._read_cache is None:
             return self._forward(problem, args, kwargs)
         parameters = tuple(self.parameters.values()) if self._differentiate else ()
@@ -100,6 +100,6 @@ class ReadSubstitute:
         self._passes[self._kind] += 1
         buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
         parameters = self.parameters
-        if not torch.is_grad_enabled():  # also where the module gives a parameter itself
+        if not torch.is_grad_enabled():  # detached even where forward returns a parameter itself
             parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         return problem.run_with({**parameters, **buffers}, args, kwargs)

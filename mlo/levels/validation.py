@@ -1,4 +1,4 @@
-"""What does not fit in the arguments of a problem, and what to pass instead."""
+"""Validates the arguments of Problem; each message says what to pass instead."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 def fault_of_name(name: object) -> list[str]:
-    """Of a problem's name."""
+    """Messages about an invalid name."""
     if isinstance(name, str) and name.isidentifier():
         return []
-    return ["its name must be a Python identifier (letters, digits and _), since losses name it as a parameter"]
+    return ["its name must be a Python identifier (letters, digits and _), because losses use it as a parameter name"]
 
 
 def faults_of_parts(module: object, optimizer: object, scheduler: object) -> list[str]:
-    """Of its module, optimizer and scheduler."""
+    """Messages about an invalid module, optimizer or scheduler."""
     faults = []
     if not isinstance(module, nn.Module):
         faults.append(f"module is a {type(module).__name__}; pass a torch.nn.Module")
     if not isinstance(optimizer, Optimizer):
         faults.append(f"optimizer is a {type(optimizer).__name__}; pass a torch.optim optimizer")
     elif isinstance(optimizer, LBFGS):
-        faults.append("LBFGS evaluates the loss several times in a step, which a level cannot; pass another optimizer")
+        faults.append("LBFGS evaluates the loss several times per step, which is not supported; pass another optimizer")
     if scheduler is not None and not isinstance(scheduler, LRScheduler):
         faults.append(f"scheduler is a {type(scheduler).__name__}; pass a torch.optim.lr_scheduler scheduler")
     elif isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         faults.append(
-            "ReduceLROnPlateau waits for a validation metric, which a step does not have; pass another scheduler"
+            "ReduceLROnPlateau needs a validation metric, which is not available here; pass another scheduler"
         )
     elif scheduler is not None and scheduler.optimizer is not optimizer:
-        faults.append("its scheduler drives another optimizer; construct the scheduler over the optimizer passed here")
+        faults.append("its scheduler is for another optimizer; construct it over the optimizer that you pass here")
     return faults
 
 
 def faults_of_numbers(
     steps: object, steps_ahead: object, accumulate: object, warmup: object, clip_norm: object, autocast: object
 ) -> list[str]:
-    """Of its counts, its clipping and its precision."""
+    """Messages about invalid step counts, clipping or autocast."""
     faults = []
     counts = {"steps": steps, "accumulate": accumulate} | ({} if steps_ahead is None else {"steps_ahead": steps_ahead})
     for name, value in counts.items():

@@ -1,1 +1,1 @@
-"""Tensor utilities: vectors, random state, autocast, compilation, processes."""
+"""Tensor utilities: vectors, random state, autocast, loss scale, compilation, and distributed processes."""

@@ -1,7 +1,8 @@
-"""Activation checkpointing under substituted parameters: what is recomputed sees what the forward pass saw.
+"""Activation checkpointing under substituted parameters.
 
-Checkpointing runs a part of the forward pass again in the backward pass, when the module has its own parameters back;
-the recomputed activations, and so the gradients, would silently be those of other weights.
+``torch.utils.checkpoint`` runs a part of the forward pass again during the backward pass. By then the module has its
+own parameters back, so the recomputed activations, and with them the gradients, would silently belong to other weights.
+This file makes the recomputation use the substituted parameters.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mlo.errors import ConfigError
-from mlo.ops.differentiable import by_present_forms
+from mlo.ops.differentiable import with_current_operators
 
 _ENTRY = "_checkpoint_without_reentrant_generator_impl"
 
 
 class RecomputingWith:
-    """Inside, whatever non-reentrant checkpointing records will be recomputed with ``tensors`` in the module's place.
+    """A context: checkpointed calls inside it are later recomputed with ``tensors`` instead of the module's own.
 
-    Reentrant checkpointing hides parameters from ``torch.autograd.grad``, which would take them for unused; there it
-    raises a ConfigError.
+    It supports non-reentrant checkpointing. Reentrant checkpointing hides parameters from ``torch.autograd.grad``,
+    which would treat them as unused; it raises a ConfigError.
     """
 
     def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         self._module = module
         self._tensors = tensors
 
-    def __enter__(self) -> None:  # around every call of a module, so it is to cost next to nothing
+    def __enter__(self) -> None:  # runs at every call of a module, so it must be cheap
         library = vars(torch.utils.checkpoint)
         self._outside = library[_ENTRY], library["CheckpointFunction"]
         library[_ENTRY], library["CheckpointFunction"] = self._recorded, _Reentrant
@@ -40,8 +41,8 @@ class RecomputingWith:
         library[_ENTRY], library["CheckpointFunction"] = self._outside
 
     def _recorded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        within = _Within(self._module, self._tensors, function) if self._tensors else function
-        return self._outside[0](by_present_forms(within), *args, **kwargs)
+        again = _Substituted(self._module, self._tensors, function) if self._tensors else function
+        return self._outside[0](with_current_operators(again), *args, **kwargs)
 
 
 class _Reentrant:
@@ -53,8 +54,8 @@ class _Reentrant:
         )
 
 
-class _Within:
-    """A function called with ``tensors`` in a module's place."""
+class _Substituted:
+    """A function that runs with ``tensors`` instead of the module's own."""
 
     def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor], function: Callable[..., Any]) -> None:
         self._holder = _Holder(module, function)

@@ -1,4 +1,4 @@
-"""Steps and looks in the precision that each problem has, whatever surrounds the call."""
+"""Autocast per problem, independent of any ``torch.autocast`` around the call of the engine."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 
 
-class Placed(Protocol):
-    """What is on a device."""
+class HasDevice(Protocol):
+    """An object with a device."""
 
     device: torch.device
 
 
-Self = TypeVar("Self", bound=Placed)
+Self = TypeVar("Self", bound=HasDevice)
 Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
 
@@ -24,9 +24,9 @@ Returned = TypeVar("Returned")
 def outside_autocast(
     method: Callable[Concatenate[Self, Arguments], Returned],
 ) -> Callable[Concatenate[Self, Arguments], Returned]:
-    """The method, run without the ``torch.autocast`` that its caller may be in.
+    """A decorator that runs the method with the caller's ``torch.autocast`` turned off.
 
-    Backward passes and the sums between them would else be in the caller's precision, losses in the problem's own.
+    Otherwise backward passes and the sums between them would run in the caller's precision.
     """
 
     @wraps(method)
@@ -40,10 +40,10 @@ def outside_autocast(
 
 @contextmanager
 def lowered(kind: str, dtype: torch.dtype) -> Iterator[None]:
-    """One evaluation under autocast, by the weights as they are now.
+    """A context for one evaluation under autocast to ``dtype``, on devices of type ``kind``, with the current weights.
 
-    Torch keeps its casts of weights until the outermost autocast ends, be that one off and the caller's; by then the
-    weights may have moved, in place.
+    Torch caches casted weights until the outermost autocast context ends, even if that one is disabled. By then the
+    weights may have been updated in place, so the cache is cleared before and after.
     """
     torch.clear_autocast_cache()
     try:

@@ -1,8 +1,9 @@
-"""Whole gradient passes through torch.compile: a compiled module has no second derivative, a compiled gradient has.
+"""Compilation of gradients and curvature products with torch.compile.
 
-A pass is compiled from the loss's first operator to its gradient. Where second derivatives are wanted, the gradient
-comes with a compiled backward, which is the curvature product. On a card, functions that leave no graph behind are
-captured as CUDA graphs: their launches, which cost a small network more than its arithmetic, become one.
+A compiled module cannot be differentiated twice, so mlo compiles the gradient as a whole, from the first operator of
+the loss to the gradient. Where second derivatives are needed, the backward of that compiled gradient is compiled too;
+it computes the curvature product. On a GPU, functions that keep no autograd graph are captured as CUDA graphs, because
+the kernel launches of a small network take longer than its arithmetic.
 """
 
 from __future__ import annotations
@@ -21,78 +22,85 @@ from torch.utils._pytree import tree_map_only
 from mlo import errors
 
 Key = tuple[str, *tuple[Hashable, ...]]
-STEPS = 5  # taken in one compiled function: half of what a step of a small network costs is the call's, not its own
-SMALL_GRAPH = 2**18  # bytes of a step's graph up to which they are; at some MB each is faster by itself
+STEPS = 5  # steps in one compiled function: half the time of a small network's step is the overhead of the call
+SMALL_GRAPH = 2**18  # bytes: steps with a larger autograd graph than this are faster one by one
 _OPTIONS: dict[str, Any] = {
     "fullgraph": True,
     "isolate_recompiles": True,
-    "options": {"fallback_random": True},  # random numbers as without compilation: a pass may be repeated either way
+    # the same random numbers as in eager mode, since a pass may be repeated there
+    "options": {"fallback_random": True},
 }
-_CAPTURED = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}  # while shapes stay
+_CAPTURED = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}  # used while shapes do not change
 
 
 class Compiler:
-    """Compiles functions of problems; what cannot be compiled is said once, and left alone from then on.
+    """Compiles functions of problems. A problem that cannot be compiled is reported once, and runs uncompiled.
 
     Args:
-        device: where the modules are.
+        device: the device of the modules.
+
+    Attributes:
+        ran: the compiled functions that have run.
+        failed: {function that cannot be compiled, but whose work others do: reason}.
+        refused: {problem that cannot be compiled: reason}.
     """
 
     def __init__(self, device: torch.device) -> None:
-        import torch._dynamo  # a second's import, for those alone who compile
+        import torch._dynamo  # takes a second, so only if compilation is requested
         import torch._functorch.config
 
-        # torch.autograd.grad inside a compiled function is behind a switch in this release of torch, and a compiled
-        # backward that is to run more than once must not give its buffers away; both are settings of the process
+        # In this release of torch, torch.autograd.grad inside a compiled function must be enabled, and a compiled
+        # backward that runs more than once must not donate its buffers. Both settings apply to the whole process.
         torch._dynamo.config.trace_autograd_ops = True
         torch._functorch.config.donated_buffer = False
-        self._on_card = device.type == "cuda"
+        self._on_gpu = device.type == "cuda"
         self._compiled: dict[Key, Callable[..., Any]] = {}
-        self._ran: set[Key] = set()
-        self._failed: set[Key] = set()
+        self.ran: set[Key] = set()
+        self.failed: dict[Key, str] = {}
         self.refused: dict[str, str] = {}
 
     def __contains__(self, key: Key) -> bool:
         return key in self._compiled
 
     def add(self, key: Key, function: Callable[..., Any], leaves_graph: bool) -> None:
-        """Compile ``function`` when it is first called; the first part of ``key`` is the problem that it is of.
+        """Register ``function``, to be compiled at its first call.
 
         Args:
-            leaves_graph: whether what it gives is to be differentiated.
+            key: identifies it; the first part is the name of its problem.
+            leaves_graph: whether its results will be differentiated.
         """
-        # torch counts compilations by code object: each gets its own
+        # torch counts recompilations per code object, so each function gets its own
         of = cast(FunctionType, function)
         own = FunctionType(of.__code__.replace(), of.__globals__, of.__name__, None, of.__closure__)
-        if self._on_card and not leaves_graph:
+        if self._on_gpu and not leaves_graph:
             options = {**_OPTIONS, "options": {**_OPTIONS["options"], **_CAPTURED}}
             self._compiled[key] = _copied_out(torch.compile(own, **options))
         else:
             self._compiled[key] = torch.compile(own, **_OPTIONS)
 
     def call(self, key: Key, *arguments: Any, spare: bool = False) -> Any:
-        """What the function gives; None if its problem cannot be compiled, which is warned of once.
+        """The result of the compiled function; None if it cannot be compiled, with one warning per problem.
 
         Args:
-            spare: whether the same is done by other compiled functions if this one cannot be; only if that is for what
-                changes from call to call, it is warned of here.
+            spare: whether other compiled functions can do the same. Then a failure leads to a warning only if the
+                reason is that the function was recompiled too often.
         """
         problem = key[0]
-        if problem in self.refused or key in self._failed:
+        if problem in self.refused or key in self.failed:
             return None
         try:
             done = self._compiled[key](*arguments)
-            if key not in self._ran:
+            if key not in self.ran:
                 _compile_backward(done[1], arguments[0])
-                self._ran.add(key)
+                self.ran.add(key)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             if spare:
-                self._failed.add(key)
+                self.failed[key] = _reason(error)
                 if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
                     warnings.warn(
-                        f"problem {problem!r}: its steps are compiled one by one from now on, not several as one, "
-                        "for its optimizer's options (other than the learning rate) or the form of what its loss reads "
-                        "change too often",
+                        f"problem {problem!r}: its steps are compiled one by one from now on, not several together, "
+                        "because its optimizer's options (other than the learning rate) or the shapes of what its loss "
+                        "reads change too often",
                         stacklevel=2,
                     )
             else:
@@ -101,28 +109,28 @@ class Compiler:
         return done
 
     def refuse(self, problem: str, reason: str) -> None:
-        """Leave the problem as it is from now on."""
+        """Run the problem without compilation from now on, and warn about it."""
         self.refused[problem] = reason
         warnings.warn(f"problem {problem!r} runs without compilation: {reason}", stacklevel=2)
 
 
 def _copied_out(captured: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with what it gives copied out of the CUDA graph's memory, where the next replay would write."""
+    """The function with its results copied out of the CUDA graph's memory, which the next replay overwrites."""
 
     def call(*arguments: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()  # nothing of earlier calls is in use
+        torch.compiler.cudagraph_mark_step_begin()  # results of earlier calls are no longer in use
         return tree_map_only(Tensor, torch.clone, captured(*arguments))
 
     return call
 
 
 def _reason(error: Exception) -> str:
-    """In a line, with the place in the user's code where torch names one."""
+    """The reason in one line, with the line of the user's code if torch names it."""
     if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
-        return "what its loss reads, or the form of its batches, changes so often that torch gave up compiling anew"
-    told = str(error).strip()
-    places = [place for place in re.findall(r'File "(.+?)", line (\d+)', told) if not _ours(place[0])]
-    return told.partition("\n")[0] + (f" ({places[-1][0]}, line {places[-1][1]})" if places else "")
+        return "what its loss reads, or the shape of its batches, changes so often that torch stopped recompiling"
+    message = str(error).strip()
+    lines = [found for found in re.findall(r'File "(.+?)", line (\d+)', message) if not _ours(found[0])]
+    return message.partition("\n")[0] + (f" ({lines[-1][0]}, line {lines[-1][1]})" if lines else "")
 
 
 def _ours(file: str) -> bool:
@@ -130,7 +138,7 @@ def _ours(file: str) -> bool:
 
 
 def _compile_backward(gradients: Sequence[Tensor | None], parameters: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Compile the gradients' own backward now, where a failure can still be met; torch waits until it is needed."""
+    """Compile the gradients' backward now, where a failure can be handled; torch would do it at its first use."""
     kept = [gradient for gradient in gradients if gradient is not None and gradient.requires_grad]
     inputs = [p for named in parameters.values() for p in named.values() if p.requires_grad]
     if kept:

@@ -1,4 +1,4 @@
-"""Operators in forms that have the derivatives that are taken of them."""
+"""Replacements for operators of torch whose second or third derivative is missing or wrong."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Inside, operators whose second derivative is missing or wrong take other forms.
+    """A context in which operators without a correct second derivative are replaced.
 
-    Scaled-dot-product attention takes its mathematical kernel; the fused ones have no second derivative. Weight
-    normalization is computed by plain operators; that of torch's fused one takes the norms for constants. Both hold in
-    the whole process for that time.
+    Scaled-dot-product attention uses its math kernel, because the fused kernels have no second derivative. Weight
+    normalization is computed with elementary operators, because the second derivative of torch's fused operator treats
+    the norms as constants. Both replacements affect the whole process while the context is active.
     """
-    outside = [place["_weight_norm"] for place in _WEIGHT_NORMS]
+    outside = [namespace["_weight_norm"] for namespace in _WEIGHT_NORMS]
     try:
-        for place in _WEIGHT_NORMS:
-            place["_weight_norm"] = _weight_norm
+        for namespace in _WEIGHT_NORMS:
+            namespace["_weight_norm"] = _weight_norm
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        for place, function in zip(_WEIGHT_NORMS, outside, strict=True):
-            place["_weight_norm"] = function
+        for namespace, function in zip(_WEIGHT_NORMS, outside, strict=True):
+            namespace["_weight_norm"] = function
 
 
 class ThriceDifferentiable(TorchFunctionMode):
-    """Inside, batch, instance and layer normalization are computed by plain operators.
+    """A context in which batch, instance and layer normalization are computed with elementary operators.
 
-    Torch's own have no third derivative: that of batch normalization, and of instance normalization, which torch
-    computes by it, is refused in reverse mode and wrong without a word in forward mode, that of layer normalization is
-    wrong in both. Those of group and root-mean-square normalization are right.
+    Torch's own operators have no correct third derivative. For batch normalization (and instance normalization, which
+    uses it), reverse mode raises an error, and in forward mode the result is silently wrong. For layer normalization it
+    is wrong in both modes. Group and root-mean-square normalization are correct.
 
     Attributes:
-        active: how many are entered.
+        active: number of these contexts that are currently entered.
     """
 
     active: ClassVar[int] = 0
@@ -58,12 +58,12 @@ class ThriceDifferentiable(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run ``func``, or what takes its place."""
-        return _PLAIN.get(func, func)(*args, **(kwargs or {}))
+        """Run ``func``, or its replacement."""
+        return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
 
 
-def by_present_forms(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which takes the forms of operators that are in force now (if any are) when it is called later."""
+def with_current_operators(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which will use the operator replacements that are active now whenever it is called later."""
     twice, thrice = torch._weight_norm is _weight_norm, ThriceDifferentiable.active > 0
     if not (twice or thrice):
         return function
@@ -76,7 +76,7 @@ def by_present_forms(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """``torch._weight_norm``, with its arguments; looking it up in torch is all that its callers have in common."""
+    """Replaces ``torch._weight_norm``, with the same arguments."""
     dtype, v = v.dtype, _full(v)
     return (v * (g / torch.norm_except_dim(v, 2, dim))).to(dtype)
 
@@ -103,7 +103,7 @@ def _batch_norm(
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean.detach(), momentum)
             running_var.lerp_(variance.detach() * (count / (count - 1)), momentum)
-    assert mean is not None and variance is not None, "torch asks for them out of training"
+    assert mean is not None and variance is not None, "torch requires them in evaluation mode"
     shape = [-1 if dim == 1 else 1 for dim in range(input.dim())]
     normal = (input - mean.view(shape)) * (variance + eps).rsqrt().view(shape)
     scaled = normal if weight is None else normal * weight.view(shape)
@@ -145,7 +145,7 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """:func:`torch.nn.functional.layer_norm`, with its arguments."""
-    kept = torch.is_autocast_enabled("cuda") and input.device.type == "cuda"  # where autocast has it in full precision
+    kept = torch.is_autocast_enabled("cuda") and input.device.type == "cuda"  # autocast on CUDA keeps it in float32
     dtype, input = torch.float32 if kept and input.dtype != torch.float64 else input.dtype, _full(input)
     last = tuple(range(-len(normalized_shape), 0))
     variance, mean = torch.var_mean(input, last, correction=0, keepdim=True)
@@ -155,14 +155,14 @@ def _layer_norm(
 
 
 def _full(input: Tensor) -> Tensor:
-    """Statistics are taken in single precision at least."""
+    """The input in float32 at least, as statistics are computed."""
     return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
 
 
-_PLAIN: dict[Callable[..., Any], Callable[..., Any]] = {
+_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
 }
-# torch has no switch for it: where parametrizations, and the older hooks, look for it
+# torch has no option for this: the two namespaces in which parametrizations and the older hooks find the operator
 _WEIGHT_NORMS = [vars(torch), vars(importlib.import_module("torch.nn.utils.weight_norm"))]

@@ -1,4 +1,4 @@
-"""Loss scales for float16, in which small gradients would vanish."""
+"""The adaptive loss scale for float16, in which small gradients would otherwise underflow to zero."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor
 
 from mlo.ops.vectors import norm
 
-GROWTH_INTERVAL = 2000  # passes without an overflow after which the scale is doubled, as torch's GradScaler has it
+GROWTH_INTERVAL = 2000  # passes without an overflow after which the scale is doubled, as in torch's GradScaler
 LEAST = 2.0**-16
 
 
 @dataclass
 class LossScale:
-    """What a loss is multiplied by before its gradient is taken, and the gradient divided by after.
+    """The factor by which a loss is multiplied before its gradient is computed, and the gradient divided afterwards.
 
     Attributes:
-        value: a power of two; halved where a gradient overflows, doubled after many that do not.
-        passes: taken since it last changed.
+        value: a power of two. Halved when a gradient overflows; doubled after 2000 passes without an overflow.
+        passes: number of passes since ``value`` last changed.
     """
 
     value: float = 2.0**16
     passes: int = 0
 
     def accepts(self, gradients: Iterable[Tensor]) -> bool:
-        """Whether the pass may stand; if not, the scale is now smaller, and the pass is to be taken again.
+        """Whether the gradients can be used. If they overflow, halves the scale: compute them again with it.
 
-        It waits for the device. At the least scale every pass stands: what is not finite then is no matter of scale.
+        Synchronizes with the device. At the smallest scale it accepts all gradients: a smaller one would not help.
         """
         found = list(gradients)
         if self.value > LEAST and found and not bool(torch.isfinite(norm(found))):

@@ -1,4 +1,4 @@
-"""Random state as a value: captured, put back, and kept apart for each source of randomness."""
+"""Capture, restore and replay of random state: torch (CPU and CUDA), NumPy and Python."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 
 @dataclass(frozen=True)
 class Randomness:
-    """The state of random generators; replayed, it draws the same dropout masks.
+    """The state of the random number generators. Replaying it gives the same dropout masks again.
 
     Attributes:
-        cpu, cuda: of torch's generators, of the CPU and of one CUDA device.
-        outside: of NumPy's and Python's global ones, where a loss draws from them.
+        cpu, cuda: states of torch's generators on the CPU and on one CUDA device.
+        outside: states of the global generators of NumPy and Python, if a loss may draw from them.
     """
 
     cpu: torch.Tensor
@@ -27,12 +27,12 @@ class Randomness:
 
     @staticmethod
     def capture(device: torch.device, outside: bool = False) -> Randomness:
-        """The state at this moment; ``device`` is where the modules are."""
+        """The current state; ``device`` is the device of the modules."""
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return Randomness(torch.get_rng_state(), cuda, outside_state() if outside else None)
 
     def restore(self, device: torch.device) -> None:
-        """Make the generators go on from this state."""
+        """Set the generators to this state."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda, device)
@@ -43,7 +43,7 @@ class Randomness:
 
 @contextmanager
 def replay(randomness: Randomness | None, device: torch.device, outside: bool = False) -> Iterator[None]:
-    """Run the body from ``randomness`` (None: from the present state) and leave the generators as they were."""
+    """A context that starts from ``randomness`` (None: the current state) and restores the generators afterwards."""
     present = Randomness.capture(device, outside or (randomness is not None and randomness.outside is not None))
     if randomness is not None:
         randomness.restore(device)
@@ -54,30 +54,30 @@ def replay(randomness: Randomness | None, device: torch.device, outside: bool = 
 
 
 def outside_state() -> tuple[Any, Any]:
-    """The state of NumPy's and Python's global generators."""
+    """The states of the global generators of NumPy and Python."""
     return np.random.get_state(legacy=True), random.getstate()
 
 
 def same_outside(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
-    """Whether nothing was drawn between two :func:`outside_state`."""
+    """Whether two results of :func:`outside_state` are equal: nothing was drawn between them."""
     (_, keys, *rest), python = one
     (_, other_keys, *other_rest), other_python = other
     return rest == other_rest and python == other_python and bool(np.array_equal(keys, other_keys))
 
 
 def global_state() -> dict[str, Any]:
-    """Torch's (CPU), NumPy's and Python's global random state, in types that load without executing anything."""
+    """The global random state of torch (CPU), NumPy and Python, in types that torch.load reads with weights_only."""
     return _portable(torch.get_rng_state(), np.random.get_state(legacy=True), random.getstate())
 
 
 def seeded_state(seed: int) -> dict[str, Any]:
-    """The :func:`global_state` that seeding all three with ``seed`` would give; nothing global changes."""
+    """The :func:`global_state` after seeding all three with ``seed``. The generators themselves do not change."""
     torch_state = torch.Generator().manual_seed(seed).get_state()
     return _portable(torch_state, np.random.RandomState(seed % 2**32).get_state(), random.Random(seed).getstate())
 
 
 def set_global_state(state: dict[str, Any]) -> None:
-    """Put back what :func:`global_state` returned."""
+    """Restore what :func:`global_state` returned."""
     torch.set_rng_state(state["torch"])
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))

@@ -1,4 +1,4 @@
-"""Arithmetic on vectors that are kept as tuples of tensors, one per parameter."""
+"""Arithmetic on vectors in parameter space, stored as tuples with one tensor per parameter."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ Vector = tuple[Tensor, ...]
 
 
 def copied(a: Sequence[Tensor]) -> Vector:
-    """The same values in memory of their own."""
+    """A copy of the vector."""
     return tuple(tensor.clone() for tensor in a)
 
 
 def add(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) -> Vector:
     """``a + scale * b``."""
     if isinstance(scale, Tensor):
-        if scale.device.type == "cuda":  # reading it would wait for the card
+        if scale.device.type == "cuda":  # float(scale) would synchronize with the GPU
             return torch._foreach_add(list(a), list(scaled(b, scale)))
         scale = float(scale)
     return torch._foreach_add(list(a), list(b), alpha=scale)
 
 
 def add_(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) -> None:
-    """Add ``scale * b`` to ``a`` in its own memory."""
+    """Add ``scale * b`` to ``a`` in place."""
     if isinstance(scale, Tensor):
-        if scale.device.type == "cuda":  # reading it would wait for the card
+        if scale.device.type == "cuda":  # float(scale) would synchronize with the GPU
             torch._foreach_add_(list(a), list(scaled(b, scale)))
             return
         scale = float(scale)
@@ -37,7 +37,7 @@ def add_(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) 
 
 def scaled(a: Sequence[Tensor], scale: float | Tensor) -> Vector:
     """``scale * a``."""
-    return torch._foreach_mul(list(a), cast(float, scale)) if a else ()  # a scalar tensor will do as well
+    return torch._foreach_mul(list(a), cast(float, scale)) if a else ()  # scalar tensors are accepted too
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -52,5 +52,5 @@ def norm(a: Sequence[Tensor]) -> Tensor:
 
 
 def filled(values: Iterable[Tensor | None], like: Sequence[Tensor]) -> Vector:
-    """``values`` with zeros of the shapes of ``like`` where there is none."""
+    """``values``, with None replaced by zeros of the shapes of ``like``."""
     return tuple(torch.zeros_like(shape) if v is None else v for v, shape in zip(values, like, strict=True))

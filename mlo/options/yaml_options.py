@@ -1,4 +1,4 @@
-"""Options as plain data: read from YAML files, laid over one another, named by dotted paths."""
+"""Options as plain data: read from YAML files, merged, and named by dotted paths."""
 
 import json
 import re
@@ -6,17 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mlo.errors import ConfigError
 
 KIND = "kind"
 
 
 def merge(base: Any, over: Any) -> Any:
-    """``over`` laid on ``base``: mappings key by key, anything else replaced.
+    """``base`` updated with ``over``: mappings key by key, anything else replaced.
 
-    A bare name and a mapping with that ``kind`` are the same thing; another ``kind`` begins anew.
+    A name means the same as a mapping with that ``kind``. Another ``kind`` drops the options of the one before.
     """
     if isinstance(over, str) and isinstance(base, Mapping) and KIND in base:
         over = {KIND: over}
@@ -24,13 +22,13 @@ def merge(base: Any, over: Any) -> Any:
         return over
     if isinstance(base, str):
         base = {KIND: base}
-    if not isinstance(base, Mapping) or (KIND in over and over[KIND] != base.get(KIND)):
+    if not isinstance(base, Mapping) or over.get(KIND, base.get(KIND)) != base.get(KIND):
         base = {}
     return {**base, **{key: merge(base.get(key), value) for key, value in over.items()}}
 
 
 def nested(path: Sequence[str], value: Any) -> Any:
-    """The value of an option below the parts of its dotted name."""
+    """The mapping that holds a value under the parts of its dotted name."""
     for part in reversed(path):
         value = {part: value}
     return value
@@ -38,15 +36,14 @@ def nested(path: Sequence[str], value: Any) -> Any:
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested options by their dotted names."""
-    items = [
-        flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
-        for name, value in options.items()
-    ]
-    return {name: value for item in items for name, value in item.items()}
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) and value else {f"{prefix}{name}": value}
+    return found
 
 
 def of_any_seed(value: Any, seed: int) -> Any:
-    """A path with a * for the seed, where that stands as sweeps and experiments write it; anything else as it is."""
+    """A path with * in place of the seed, where it has the form that sweeps give it; anything else unchanged."""
     return re.sub(rf"\bseed([-=]){seed}(?!\d)", r"seed\1*", value) if isinstance(value, str) else value
 
 
@@ -54,41 +51,28 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The options in a YAML file.
 
     Raises:
-        ConfigError: if the file is not there, is no YAML, or holds something else than a mapping or nothing.
+        ConfigError: if the file cannot be read, is not YAML, or is neither a mapping nor empty.
     """
+    import yaml  # here, because options are also checked where only the core is installed
+
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is no YAML: {error}") from error
-    data = {} if data is None else data
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: should hold options as lines `name: value`, and holds {shown(data)}")
-    return data
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from error
+    if not isinstance(data, dict | None):
+        raise ConfigError(f"{path}: should have lines like `name: value`, but holds {shown(data)}")
+    return data or {}
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text, where 1e-3 is a number too."""
-    return yaml.load(text, Loader=_Loader)
+    """The value of a YAML text."""
+    import yaml
 
+    from mlo.options.yaml_loader import Loader
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but for numbers like 1e-3, which it takes for text, and names given twice, of which it takes one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping; an error if a name is there twice."""
-        names = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is given twice", node.start_mark)
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+    return yaml.load(text, Loader=Loader)
 
 
 def shown(value: object) -> str:

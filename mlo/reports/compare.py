@@ -1,4 +1,4 @@
-"""What finished runs found, side by side: means over seeds, and differences from a baseline, paired by seed."""
+"""Comparison of finished runs: means over seeds, and differences from a baseline, paired by seed."""
 
 import json
 import sys
@@ -13,8 +13,8 @@ from scipy import stats
 from mlo.errors import ConfigError
 from mlo.options import registry
 from mlo.options.yaml_options import flat, of_any_seed, read_yaml
+from mlo.runs.folder import read_results, run_info
 from mlo.runs.job import Results
-from mlo.runs.run import about, read_results
 
 MIN_PAIRS = 3
 CONFIDENCE = 0.95
@@ -28,9 +28,9 @@ class Result:
 
     Attributes:
         path: its folder.
-        options: every option by its dotted name, but for the seed; and `job`, the job's registered name. In paths, the
-            seed is a * where it stands as sweeps and experiments write it: a run that takes a file of the run with its
-            own seed belongs together with those of other seeds that do so.
+        options: every option except the seed, by its dotted name; and `job`, the job's registered name. In paths that
+            sweeps and experiments write, the seed is replaced by *, so that runs which use a file of another run with
+            the same seed are grouped over seeds.
         seed: its seed.
         rows: {row: {measure: number or text}}, as the job returned it.
     """
@@ -43,11 +43,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Group:
-    """What is the same but for the seed: one row of the results of runs with the same options.
+    """One row of the results, of runs that differ only in the seed.
 
     Attributes:
         row: the row's name in the results.
-        options: those in which the runs that are compared differ.
+        options: the options in which the compared runs differ.
         seeds: {seed: {measure: number or text}}.
     """
 
@@ -58,8 +58,13 @@ class Group:
     @property
     def label(self) -> str:
         """The row's name, and the options in which the runs differ."""
-        told = [f"{name.removesuffix('.kind')}={written(value)}" for name, value in self.options.items()]
-        return ", ".join([self.row, *told])
+        return ", ".join(self.label_parts)
+
+    @property
+    def label_parts(self) -> list[str]:
+        """The parts of the label: the row's name, and `option=value` for each option."""
+        options = [f"{name.removesuffix('.kind')}={written(value)}" for name, value in self.options.items()]
+        return [self.row, *options]
 
     def values(self, measure: str) -> dict[int, float]:
         """{seed: value} of a measure where it is a number."""
@@ -69,13 +74,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Paired:
-    """How much a is above b, seed by seed.
+    """The difference a - b, paired by seed.
 
     Attributes:
         mean: mean difference; None without a common seed.
-        low, high: a 95 % bootstrap interval of it; None with fewer than three pairs.
-        p: of a sign-flip permutation test, two-sided; None with fewer than three pairs.
-        n: common seeds.
+        low, high: its 95 % bootstrap interval; None with fewer than three pairs.
+        p: p-value of a two-sided sign-flip permutation test; None with fewer than three pairs.
+        n: number of common seeds.
     """
 
     mean: float | None
@@ -86,36 +91,36 @@ class Paired:
 
 
 def load(folders: Iterable[Path]) -> list[Result]:
-    """The finished runs in run folders, or anywhere below other folders; unfinished ones are told and left out.
+    """The finished runs in the folders and anywhere below them; unfinished ones are reported and left out.
 
     Raises:
         ConfigError: if there is no finished run, or a file of one cannot be read.
     """
     results: list[Result] = []
-    told = [str(folder) for folder in folders]
-    for path in dict.fromkeys(path for folder in told for path in _runs(Path(folder))):
+    names = [str(folder) for folder in folders]
+    for path in dict.fromkeys(path for name in names for path in _runs(Path(name))):
         rows = read_results(path)
         if rows is None:
-            print(f"note: {path} is not finished, and left out", file=sys.stderr)
+            print(f"note: {path} is not finished, so it is left out", file=sys.stderr)
             continue
         options = flat(read_yaml(path / "config.yaml"))
         seed = options.pop("seed", 0)
         options = {name: of_any_seed(value, seed) for name, value in options.items()}
-        results.append(Result(path, {"job": about(path)[0], **options}, seed, rows))
+        results.append(Result(path, {"job": run_info(path)[0], **options}, seed, rows))
     if not results:
-        raise ConfigError(f"{', '.join(told)}: no finished run; `mlo resume RUN_DIR` finishes one that was stopped")
+        raise ConfigError(f"{', '.join(names)}: no finished run; finish a stopped one with `mlo resume RUN_DIR`")
     return results
 
 
 def _runs(folder: Path) -> list[Path]:
     found = sorted(file.parent for file in folder.rglob("run.json"))
     if not found:
-        raise ConfigError(f"{folder}: holds no run folder; give a run folder, or one that such are below")
+        raise ConfigError(f"{folder}: no run folder there; give a run folder, or a folder that contains run folders")
     return found
 
 
 def groups(results: Sequence[Result]) -> list[Group]:
-    """The rows of all results, those of runs that differ in nothing but the seed taken together; in order."""
+    """The rows of all results in order, grouped over runs that differ only in the seed."""
     names = _differing(results)
     found: dict[tuple[str, str], tuple[dict[str, Any], dict[int, Mapping[str, float | str]]]] = {}
     for result in results:
@@ -123,14 +128,16 @@ def groups(results: Sequence[Result]) -> list[Group]:
         for row, measures in result.rows.items():
             seeds = found.setdefault((row, repr(options)), (options, {}))[1]
             if result.seed in seeds:
-                print(f"note: {result.path} is left out, for another run has its options and seed", file=sys.stderr)
+                print(
+                    f"note: {result.path} is left out, since another run has the same options and seed", file=sys.stderr
+                )
                 break
             seeds[result.seed] = measures
     return [Group(row, options, seeds) for (row, _), (options, seeds) in found.items()]
 
 
 def _differing(results: Sequence[Result]) -> list[str]:
-    """Names of the options in which runs differ; options below a `kind` count among those of the same kind alone."""
+    """Names of the options in which runs differ; options below a `kind` are compared among runs of the same kind."""
     names = dict.fromkeys(name for result in results for name in result.options)
     return [name for name in names if _differs(name, results)]
 
@@ -146,11 +153,11 @@ def _differs(name: str, results: Sequence[Result]) -> bool:
 
 
 def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Paired:
-    """How much ``a`` is above ``b``, both {seed: value}, over the seeds that they have in common.
+    """The difference ``a - b`` of two {seed: value}, over their common seeds.
 
-    The interval is a percentile bootstrap of the mean difference, drawn from a fixed seed. The test flips the signs of
-    the differences in every way, up to 16 pairs, and in 65,536 random ways beyond. Where no seed makes a difference to
-    either there is one pair, however often it was run: no interval and no p.
+    The interval is a percentile bootstrap of the mean difference, with a fixed random seed. The test flips the signs of
+    the differences in all ways up to 16 pairs, and in 65,536 random ways beyond. If the values of both are the same for
+    all seeds, there is really only one pair, so there is no interval and no p-value.
     """
     differences = np.array([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())], dtype=float)
     n = len(differences)
@@ -172,7 +179,7 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Paired:
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
-    """A 95 % percentile bootstrap interval of the mean of at least three values, drawn from a fixed seed."""
+    """A 95 % percentile bootstrap interval of the mean of at least three values, with a fixed random seed."""
     found = stats.bootstrap(
         (np.array(list(values), dtype=float),),
         np.mean,
@@ -185,34 +192,34 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
 
 
 def measures(compared: Sequence[Group]) -> list[str]:
-    """Names of the measures that are numbers, in the order in which they come."""
+    """Names of the measures that are numbers, in the order of their first appearance."""
     names = dict.fromkeys(name for group in compared for found in group.seeds.values() for name in found)
     return [name for name in names if any(group.values(name) for group in compared)]
 
 
 def chosen_measure(compared: Sequence[Group], measure: str | None) -> str:
-    """The measure to compare by: the first where none is named; ConfigError if there is none of that name."""
+    """The measure of that name, or the first one if no name is given; ConfigError if there is no such measure."""
     names = measures(compared)
     if not names:
-        raise ConfigError("the results of these runs hold no number, so there is nothing to compare")
+        raise ConfigError("the results of these runs contain no numbers, so there is nothing to compare")
     if measure is not None and measure not in names:
         raise ConfigError(f"--measure: {registry.unknown(measure, names, 'among the measures of these runs')}")
     return measure or names[0]
 
 
 def chosen_baseline(compared: Sequence[Group], label: str | None) -> Group:
-    """The group to take differences from: the first where none is named; ConfigError if there is none of that label."""
+    """The group of that label, or the first one if no label is given; ConfigError if there is no such group."""
     found = {group.label: group for group in compared}
     if label is not None and label not in found:
         valid = "; ".join(found)
         guess = registry.nearest(label, found)
         hint = f"did you mean {guess!r}? " if guess else ""
-        raise ConfigError(f"--baseline: {label!r} is no label of these runs; {hint}there are: {valid}")
+        raise ConfigError(f"--baseline: {label!r} is not a label of these runs; {hint}the labels are: {valid}")
     return found[label] if label is not None else compared[0]
 
 
 def written(value: Any) -> str:
-    """An option's value as a user would write it."""
+    """An option's value as a user writes it."""
     return value if isinstance(value, str) else json.dumps(value, default=str).replace('"', "")
 
 

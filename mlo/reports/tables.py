@@ -1,11 +1,13 @@
-"""A comparison written out: as text, Markdown or LaTeX, run by run as CSV, and drawn."""
+"""A comparison as a table (text, Markdown, LaTeX), as CSV of single runs, and as a plot."""
 
 import csv
 import io
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import get_terminal_size
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -31,6 +33,7 @@ STYLES = {"text": "simple", "markdown": "pipe", "latex": "latex_booktabs"}
 FORMATS = (*STYLES, "csv")
 PICTURES = (".png", ".svg", ".pdf")
 NOTHING = "-"
+WIDTH = 100
 
 
 def table(
@@ -38,25 +41,30 @@ def table(
 ) -> str:
     """Each group's measures as mean ± standard deviation over seeds, and its difference from the baseline.
 
-    As CSV it is the numbers that these are made of: a line for each row of each run's results, and a column for the
-    row's name ("row"), each option in which the runs differ ("option.NAME"), the seed, and each measure
-    ("measure.NAME" where another column has its name).
+    Text fits the terminal, or 100 columns if there is none: in a table that is too wide, columns with the same value in
+    all rows move to a line below it, and labels are wrapped; if it is still too wide, each row becomes a block of
+    lines. The other forms are always whole.
+
+    CSV contains the single numbers: a line for each row of each run's results, with columns for the row's name ("row"),
+    each option in which the runs differ ("option.NAME"), the seed, and each measure (named "measure.NAME" if another
+    column has that name).
 
     Args:
-        compared: as :func:`mlo.reports.compare.groups` makes them.
-        measure: whose differences are told; the first one by default.
-        baseline: label of the group that differences are from; the first one by default.
+        compared: from :func:`mlo.reports.compare.groups`.
+        measure: the measure to show differences of; the first one by default.
+        baseline: label of the group that the others are compared with; the first one by default.
         form: text, markdown, latex or csv.
 
     Raises:
-        ConfigError: if there is no such measure, label or form, or one is named for csv, which has no differences.
+        ConfigError: if there is no such measure, label or form, or if a measure or baseline is given for csv, which
+            has no differences.
     """
     if form not in FORMATS:
         raise ConfigError(f"--format: {registry.unknown(form, FORMATS, 'among the formats')}")
     if form == "csv":
         for option, given in (("--measure", measure), ("--baseline", baseline)):
             if given is not None:
-                raise ConfigError(f"{option}: csv has each run's numbers, and no differences; take {', '.join(STYLES)}")
+                raise ConfigError(f"{option}: csv has no differences, only each run's numbers; use {', '.join(STYLES)}")
         return _csv(compared)
     measure, base = chosen_measure(compared, measure), chosen_baseline(compared, baseline)
     names = measures(compared)
@@ -70,8 +78,73 @@ def table(
     if form == "markdown":
         rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
         head = [cell.replace("|", "\\|") for cell in head]
+    if form == "text":
+        width = get_terminal_size((WIDTH, 24)).columns
+        return _fitted([group.label_parts for group in compared], rows, head, measure, width)
     text = tabulate(rows, head, tablefmt=STYLES[form], disable_numparse=True)
     return (text.replace("±", "$\\pm$") if form == "latex" else text) + "\n"
+
+
+def _fitted(
+    labels: Sequence[Sequence[str]], rows: Sequence[Sequence[str]], head: Sequence[str], measure: str, width: int
+) -> str:
+    """A text table that is at most ``width`` columns wide, unless a single word is wider.
+
+    Args:
+        labels: the parts of each row's label.
+        rows: the cells; the first one is the whole label.
+        head: the names of the columns.
+        measure: the column that stays even if it has the same value in all rows.
+        width: the number of columns of the terminal.
+    """
+    whole = _plain(rows, head)
+    if _fits(whole, width):
+        return whole
+    same = [
+        name != measure and len({*cells}) == 1 < len(rows)
+        for name, cells in zip(head, zip(*rows, strict=True), strict=True)
+    ]
+    shared = [
+        f"{name} {cell}" for name, cell, alike in zip(head, rows[0], same, strict=True) if alike and cell != NOTHING
+    ]
+    note = "\n" + textwrap.fill(f"the same in all rows: {', '.join(shared)}", width) + "\n" if shared else ""
+    kept = [column for column, alike in enumerate(same) if not alike]
+    head, rows = [head[column] for column in kept], [[row[column] for column in kept] for row in rows]
+    shorter = _plain(rows, head)
+    if _fits(shorter, width):
+        return shorter + note
+    room = max(map(len, (row[0] for row in rows))) + width - max(map(len, shorter.splitlines()))
+    wrapped = _plain([["\n".join(_wrap(label, room)), *row[1:]] for label, row in zip(labels, rows, strict=True)], head)
+    if _fits(wrapped, width):
+        return wrapped + note
+    blocks = [_block(label, row[1:], head[1:], width) for label, row in zip(labels, rows, strict=True)]
+    return "\n".join(blocks) + note
+
+
+def _plain(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
+    return tabulate(rows, head, tablefmt=STYLES["text"], disable_numparse=True) + "\n"
+
+
+def _fits(text: str, width: int) -> bool:
+    return max(map(len, text.splitlines())) <= width
+
+
+def _block(label: Sequence[str], cells: Sequence[str], names: Sequence[str], width: int) -> str:
+    """A row as lines: its label, and then a line for each column."""
+    lines, wide = _wrap(label, width), max(map(len, names), default=0)
+    for name, cell in zip(names, cells, strict=True):
+        lines += textwrap.wrap(f"{name:<{wide}}  {cell}", width, initial_indent="    ", subsequent_indent="      ")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _wrap(label: Sequence[str], width: int) -> list[str]:
+    """The lines of a label, broken only between its parts."""
+    lines = [""]
+    for part in [*(f"{part}, " for part in label[:-1]), label[-1]]:
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
+            lines.append("  ")
+        lines[-1] += part
+    return [line.rstrip() for line in lines]
 
 
 def _cell(group: Group, measure: str) -> str:
@@ -89,12 +162,14 @@ def _mean_and_deviation(values: Sequence[float]) -> str:
     deviation = statistics.stdev(values)
     if not 1e-6 <= deviation < math.inf:
         return f"{shown(mean)} ± {shown(deviation)}"
-    places = max(0, 1 - math.floor(math.log10(deviation)))  # two digits of the deviation, and the mean to match
+    places = max(
+        0, 1 - math.floor(math.log10(deviation))
+    )  # two digits of the deviation, and the mean to the same place
     return f"{mean:.{places}f} ± {deviation:.{places}f}"
 
 
 def shown(number: float) -> str:
-    """A number to four digits, a whole one as it is."""
+    """A number with four digits; a whole number with all of its digits."""
     return str(int(number)) if number == int(number) and abs(number) < 1e15 else f"{number:.4g}"
 
 
@@ -120,15 +195,16 @@ def _csv(compared: Sequence[Group]) -> str:
 
 
 def draw(compared: Sequence[Group], path: Path, measure: str | None = None) -> None:
-    """Draw a measure: a point for each seed, the mean and its 95 % interval.
+    """Plot a measure: a point for each seed, the mean and its 95 % interval.
 
-    Where the runs differ in one option, a number, it is the horizontal axis, with a line for each row of the results.
+    If the runs differ in a single option and it is a number, it is the horizontal axis, and each row of the results is
+    a line.
 
     Raises:
-        ConfigError: if the file's name ends in none of .png, .svg and .pdf, or there is no such measure.
+        ConfigError: if the file's name does not end in .png, .svg or .pdf, or there is no such measure.
     """
     if path.suffix not in PICTURES:
-        raise ConfigError(f"{path}: a picture's name ends in {', '.join(PICTURES)}")
+        raise ConfigError(f"{path}: unknown kind of picture; use a name that ends in {', '.join(PICTURES)}")
     measure = chosen_measure(compared, measure)
     figure = Figure(layout="constrained")
     axes = figure.subplots()
@@ -170,7 +246,7 @@ def _mean(
     line: str = "",
     label: str | None = None,
 ) -> None:
-    """The mean at each place; its interval where there are values enough."""
+    """The mean at each place, and its interval if there are enough values."""
     held = [(place, found) for place, found in zip(places, values, strict=True) if found]
     means = np.array([statistics.fmean(found) for _, found in held])
     ends = np.array([interval(found) if len(found) >= MIN_PAIRS else (np.nan, np.nan) for _, found in held])

@@ -1,4 +1,4 @@
-"""How far a stage is, for the person who waits: a live bar in a terminal, a plain line now and then elsewhere."""
+"""Progress of a stage: a live bar in a terminal, and a plain line every few seconds elsewhere."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -21,8 +21,8 @@ class StageProgress:
 
     Args:
         name: the stage's name.
-        total: steps of the whole stage.
-        start: steps that were taken before this process began.
+        total: number of steps of the whole stage.
+        start: steps that earlier processes have taken.
         console: where to show; standard error by default.
     """
 
@@ -30,7 +30,7 @@ class StageProgress:
         self.console = console or Console(stderr=True)
         self._name, self._total, self._start = name, total, start
         self._live = self.console.is_terminal
-        self._began = self._shown = time.monotonic()
+        self._started = self._shown = time.monotonic()
         self._bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=20),
@@ -53,7 +53,7 @@ class StageProgress:
         self._bar.stop()
 
     def update(self, step: int, losses: Losses) -> None:
-        """Tell how many steps are taken; ``losses`` is called only when there is something to show."""
+        """Set the number of steps taken; ``losses`` is called only when something is shown."""
         now = time.monotonic()
         last = step == self._total
         if not last and now - self._shown < (LIVE_SECONDS if self._live else PLAIN_SECONDS):
@@ -65,7 +65,7 @@ class StageProgress:
             self.console.print(f"{self._name} {step}/{self._total}  {self._time(step, now)}  {text}", soft_wrap=True)
 
     def _time(self, step: int, now: float) -> str:
-        spent = now - self._began
+        spent = now - self._started
         if step == self._total:
             return f"took {timedelta(seconds=round(spent))}"
         left = spent / max(1, step - self._start) * (self._total - step)

@@ -1,4 +1,4 @@
-"""What an autograd graph holds on to: the leaves that it ends at, the memory that it keeps alive."""
+"""What an autograd graph refers to: its leaves, and the memory that it keeps alive."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlo.levels.problem import State
 
 
 def leaves_of(loss: Tensor) -> set[int]:
-    """The ids of the tensors that the graph of ``loss`` ends at."""
+    """The ids of the leaf tensors of the graph of ``loss``."""
     found: set[int] = set()
     seen: set[Any] = set()
     waiting = [loss.grad_fn]
@@ -42,4 +42,4 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         if tensor.layout is torch.strided and (storage := tensor.untyped_storage()).data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.total += storage.nbytes()
-        return tensor.detach()  # an operator's output would be held by the graph that it holds
+        return tensor.detach()  # an operator's own output would form a reference cycle with its graph

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -55,17 +55,27 @@ class Evaluator:
         self.passes: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.graph_bytes: dict[str, int] = {}
         self.dependences: set[tuple[str, str]] = set()
-        self._compiler = compiler
+        self.compiler = compiler
         self._searched: set[str] = set()
         self._torch_only: set[str] = set()
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found out of the losses, by which later passes are taken one way or another."""
+        """What is known about the losses, and decides how later passes are run."""
         return {"torch_only": sorted(self._torch_only), "graph_bytes": dict(self.graph_bytes)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
+        """Continue from what :meth:`state_dict` returned."""
         self._torch_only, self.graph_bytes = set(state["torch_only"]), dict(state["graph_bytes"])
+
+    def compilation(self, name: str) -> tuple[tuple[str, ...], dict[str, str]]:
+        """The compiled functions of a problem that have run so far, and {function that cannot be compiled: reason}."""
+        if self.compiler is None:
+            return (), {}
+        ran = {_described(key) for key in self.compiler.ran if key[0] == name}
+        failed = {_described(key): reason for key, reason in self.compiler.failed.items() if key[0] == name}
+        if name in self.compiler.refused:
+            failed["everything"] = self.compiler.refused[name]
+        return tuple(sorted(ran)), failed
 
     def draws_outside(self, names: Collection[str]) -> bool:
         """Whether the loss of one of these may draw from NumPy's or Python's generators: until it has not, once."""
@@ -124,7 +134,7 @@ class Evaluator:
                 elif isinstance(batch, Tensor):
                     error.add_note(
                         f"(the batch of problem {name!r} is a tensor of shape {tuple(batch.shape)}: each item of its "
-                        "data is one; write data=[(x, y)] for one batch of two tensors)"
+                        "data is one batch; write data=[(x, y)] for one batch of two tensors)"
                     )
                 raise
             if outside is not None and randomness is None:
@@ -156,7 +166,7 @@ class Evaluator:
         """
         reads = [read for read in of if read != name]
         through = {*options.pop("through", ()), *reads}
-        if self._compiler is not None:
+        if self.compiler is not None:
             compiled = {"kind": kind, "through": through, "keep_graph": keep_graph, "scale": scale, **options}
             done = self._compiled(name, states, batch, of, **compiled)
             if done is not None:
@@ -174,11 +184,11 @@ class Evaluator:
             searchable = not states[name].live and not options.get("moving")  # inner steps read what they recorded
             if searchable and name not in self._searched:
                 self._searched.add(name)
-                self._tell_strays(name, evaluation.loss, states)
+                self._warn_of_strays(name, evaluation.loss, states)
             if not all(tensor.requires_grad for tensor in inputs):
                 raise GraphError(
                     f"problem {name!r}: a parameter that its optimizer held at the start no longer requires gradients; "
-                    "freeze parameters before the problem is made, or give them a group with a learning rate of 0"
+                    "freeze parameters before the problem is made, or put them in a group with learning rate 0"
                 )
             if inputs and evaluation.loss.requires_grad:
                 loss = evaluation.loss if scale == 1.0 else evaluation.loss * scale
@@ -197,8 +207,8 @@ class Evaluator:
             if "backward through the graph a second time" not in str(error):
                 raise
             raise GraphError(
-                f"problem {name!r}: the graph of its loss is gone before its gradient is taken; return it without "
-                "calling .backward() on it, and compute it anew from the batch, with nothing kept from an earlier call"
+                f"problem {name!r}: the graph of its loss is freed before its gradient is computed; return it without "
+                "calling .backward() on it, and compute all of it in the call, without tensors from earlier calls"
             ) from error
 
     def product(
@@ -283,19 +293,19 @@ class Evaluator:
         groups: sgd.Groups,
     ) -> Any:
         """A segment by compiled code; None if it cannot be."""
-        assert self._compiler is not None
+        assert self.compiler is not None
         aliased, forms = zip(*map(_aliased, batches), strict=True)
         if any(form != forms[0] for form in forms):
             return None
-        full = (name, len(batches), *key)
-        if full not in self._compiler:
-            self._compiler.add(full, function, leaves_graph=True)
+        full = (name, f"{len(batches)} steps as one", *key, None)
+        if full not in self.compiler:
+            self.compiler.add(full, function, leaves_graph=True)
         rates = tuple({**group, "lr": torch.tensor(group["lr"], dtype=torch.float64)} for group in groups)
-        return self._compiler.call(full, parameters, buffers, aliased, slots, rates, spare=True)
+        return self.compiler.call(full, parameters, buffers, aliased, slots, rates, spare=True)
 
     def _compiles(self, name: str, states: Mapping[str, State]) -> bool:
-        """Whether passes of a problem are compiled, if they can be; not for a look in another precision."""
-        return self._compiler is not None and name not in self._compiler.refused and not self._recast(name, states)
+        """Whether passes of a problem are compiled if possible; not in an evaluation in another precision."""
+        return self.compiler is not None and name not in self.compiler.refused and not self._recast(name, states)
 
     def _compiled(
         self,
@@ -316,12 +326,13 @@ class Evaluator:
         read_cache: ReadCache | None = None,  # what is compiled shares nothing with other evaluations
     ) -> Pass | None:
         """:meth:`differentiate`, or :meth:`product` with a ``vector``, by compiled code; None if it cannot be."""
-        problem, compiler = self.problems[name], self._compiler
+        problem, compiler = self.problems[name], self.compiler
         known = name in self._torch_only and (name in self.graph_bytes or not keep_graph)  # by a pass without
         if compiler is None or moving or not known or not self._compiles(name, states):
             return None
         lowered = problem.autocast if autocast else None
-        key = (name, tuple(of), tuple(second), tuple(sorted(through)), keep_graph, lowered)
+        what = "product" if second else "gradient with its graph" if keep_graph else "gradient"
+        key = (name, what, tuple(of), tuple(second), tuple(sorted(through)), lowered)
         if key not in compiler:
             reads = tuple((read, read in through) for read in problem.node.reads)
             first, then = (tuple((n, v) for n in names for v in self.problems[n].variables) for names in (of, second))
@@ -330,7 +341,7 @@ class Evaluator:
         names = (name, *problem.node.reads)
         wanted = {*of, *second}
         parameters: dict[str, Mapping[str, Tensor]] = {
-            # where no graph stays, of one kind, so that a module's own parameters and copies have one code
+            # without a kept graph, pass fresh leaves, so that live parameters and copies share one compiled function
             n: states[n].parameters if keep_graph else _leaves(states[n].parameters, n in wanted)
             for n in names
         }
@@ -353,27 +364,27 @@ class Evaluator:
         add_to(gradients, [states[n].parameters[v] for n in second or of for v in self.problems[n].variables], found)
         return Pass(loss, unscaled(gradients, scale), after)
 
-    def _tell_strays(self, name: str, loss: Tensor, states: Mapping[str, State]) -> None:
-        """Warn of a loss that goes to a module's own parameters, past those that the evaluation put in its place."""
+    def _warn_of_strays(self, name: str, loss: Tensor, states: Mapping[str, State]) -> None:
+        """Warn of a loss that uses a module's own parameters instead of the substituted ones."""
         used = {id(p) for state in states.values() for p in state.parameters.values()}
         named = [(n, v, p) for n, problem in self.problems.items() for v, p in problem.variables.items()]
         own = {id(p): f"{v!r} of the module of {n!r}" for n, v, p in named}
         strays = sorted(own[i] for i in leaves_of(loss) if i in own and i not in used)
         if not strays:
             return
-        reason = f"its loss uses {', '.join(strays)} directly, which counts as a constant"
+        reason = f"its loss uses {', '.join(strays)} directly, which is treated as a constant"
         warnings.warn(f"problem {name!r}: {reason}; call the problem, or use its .params[name]", stacklevel=2)
-        if self._compiler is not None:
-            self._compiler.refuse(name, reason)
+        if self.compiler is not None:
+            self.compiler.refuse(name, reason)
 
     def _note_draws(self, name: str, before: tuple[Any, Any]) -> None:
         if same_outside(before, outside_state()):
             self._torch_only.add(name)
-        elif self._compiler is not None and name not in self._compiler.refused:
-            self._compiler.refuse(name, "its loss draws from NumPy's or Python's random generator; draw from torch's")
+        elif self.compiler is not None and name not in self.compiler.refused:
+            self.compiler.refuse(name, "its loss draws from NumPy's or Python's random generator; use torch's")
 
     def _recast(self, name: str, states: Mapping[str, State]) -> bool:
-        """Whether a problem is looked at in another precision than it has."""
+        """Whether a problem is evaluated in another precision than its own."""
         variables = self.problems[name].variables.items()
         return any(states[name].parameters[n].dtype != p.dtype for n, p in variables)
 
@@ -381,6 +392,12 @@ class Evaluator:
         """The problem's autocast, or none at all; an engine is in none."""
         dtype = problem.autocast if wanted else None
         return nullcontext() if dtype is None else lowered(self.device.type, dtype)
+
+
+def _described(key: Sequence[Hashable]) -> str:
+    """What a compiled function computes, which its key begins with, and in which precision, with which it ends."""
+    what, lowered = key[1], key[-1]
+    return f"{what} in {str(lowered).removeprefix('torch.')}" if lowered is not None else str(what)
 
 
 def _leaves(parameters: Mapping[str, Tensor], wanted: bool) -> dict[str, Tensor]:
@@ -393,7 +410,7 @@ def _leaf(value: Any) -> Any:
 
 
 def _aliased(batch: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The batch with other tensors of the same memory, lest code be for batches that are one, and its form."""
+    """The batch with aliases of its tensors, so that compiled code does not depend on shared batches, and its form."""
     parts, structure = tree_flatten(batch)
     form = tuple((p.shape, p.dtype) if isinstance(p, Tensor) else type(p) for p in parts)
     return tree_unflatten([p.detach() if isinstance(p, Tensor) else p for p in parts], structure), (structure, *form)

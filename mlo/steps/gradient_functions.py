@@ -1,4 +1,4 @@
-"""Passes over a loss: what they give, and as functions of tensors alone, which can be compiled as a whole."""
+"""Gradient passes as functions of tensors that can be compiled, micro-batches, and segments of several steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Pass:
 
     Attributes:
         loss: the scalar, detached.
-        gradients: {tensor: the loss's gradient for it}, of those asked for that the loss depends on.
+        gradients: {tensor: the loss's gradient for it}, for the requested tensors that the loss depends on.
         buffers: the module's after it.
     """
 
@@ -40,7 +40,7 @@ class MicroBatch:
     Attributes:
         batch: as the problem's data gave it.
         randomness: the random state that it drew from.
-        buffers: the module's before it, as the micro-batch before left them; None for the first of a step.
+        buffers: the module's before it, as the previous micro-batch left them; None for the first of a step.
         scale: what the loss was multiplied by while its gradient was taken.
     """
 
@@ -190,7 +190,7 @@ class Segment:
         """From the cotangents of what the steps led to, to those of what they began with and of the tensors ``onto``.
 
         Args:
-            oldest: whether nothing before the first step is asked for.
+            oldest: whether nothing before the first step is needed.
         """
         pairs = [*zip(self.end, cotangent, strict=True)]
         pairs += [(self.left[n][key], c) for n, slot in slots.items() for key, c in slot.items()]

@@ -1,7 +1,7 @@
-"""Torch's SGD as a formula, and its transpose: what most lower levels step with, at the price of the arithmetic alone.
+"""The formulas of torch's SGD (momentum, dampening, Nesterov, weight decay) and their transpose.
 
-The general way (:mod:`mlo.steps.optimizer`) runs the user's optimizer on copies, which costs several passes over the
-weights; this one gives the same numbers.
+Most lower levels use SGD. The general way (:mod:`mlo.steps.optimizer`) runs the user's optimizer on copies, which takes
+several passes over the weights. These formulas give the same results, bit for bit, for the cost of the arithmetic.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Slots = Mapping[str, Mapping[str, Any]]
 
 
 def applies(problem: Problem, groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the optimizer is torch's own SGD, with numbers for its rates."""
+    """Whether the optimizer is torch's own SGD, unfused, with numbers (not tensors) as learning rates."""
     plain = type(problem.optimizer) is SGD
     return plain and not any(group["fused"] or isinstance(group["lr"], Tensor) for group in groups)
 
@@ -31,10 +31,17 @@ def step(
     gradients: Mapping[str, Tensor | None],
     slots: Slots,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """The variables and slots after one step; differentiable in all tensors, where gradients are enabled.
+    """The variables and slots after one step, as in :class:`torch.optim.SGD`; differentiable in all tensors.
+
+    With gradient g, variable w and momentum buffer b: g <- g + weight_decay * w, b <- momentum * b +
+    (1 - dampening) * g (at the first step b <- g), then w <- w - lr * b, or w <- w - lr * (g + momentum * b) with
+    Nesterov, or w <- w - lr * g without momentum. With maximize, g is the negative gradient.
 
     Args:
-        of: {variable: the hyperparameters of its group}; the rate may be a tensor.
+        of: {variable: the hyperparameters of its group}; the learning rate may be a tensor.
+        parameters: {name: tensor} before the step.
+        gradients: {variable: its gradient, or None}; a variable without a gradient does not change.
+        slots: the momentum buffers before the step.
     """
     moved, after = {}, {name: dict(slot) for name, slot in slots.items()}
     for name, group in of.items():
@@ -57,9 +64,10 @@ def step(
 
 
 def scales(problem: Problem, groups: Groups, unreached: Collection[str], begun: Slots) -> list[float]:
-    """What the cotangent of each variable after a step is multiplied by on its way to the gradient alone.
+    """For each variable, the derivative of its new value with respect to its gradient, which is a single number.
 
     Args:
+        groups: the hyperparameters at the step.
         unreached: variables that had no gradient.
         begun: the slots before the step.
     """
@@ -82,12 +90,13 @@ def pull(
     cotangents: Mapping[str, Tensor],
     slots: Slots,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """:func:`step` transposed: cotangents of gradients, variables and slots, from those of what the step led to.
+    """The transpose of :func:`step`: the cotangents of gradients, variables and slots before the step.
 
     Args:
-        gradients: which variables had one.
+        groups: the hyperparameters at the step.
+        gradients: only which of them are None matters.
         begun: the slots before the step.
-        cotangents, slots: of the variables and of the slots after the step.
+        cotangents, slots: the cotangents of the variables and of the slots after the step.
     """
     to_gradients, to_parameters, to_slots = {}, {}, {}
     for name, group in hyperparameters(problem, groups).items():
@@ -113,11 +122,11 @@ def pull(
 
 
 def hyperparameters(problem: Problem, groups: Groups) -> dict[str, Mapping[str, Any]]:
-    """{variable: the hyperparameters that its group had then}."""
+    """{variable: the hyperparameters of its group}, from ``groups``."""
     return {name: groups[group] for name, group in group_numbers(problem).items()}
 
 
 def group_numbers(problem: Problem) -> dict[str, int]:
-    """{variable: the number of its parameter group}."""
+    """{variable: the index of its parameter group}."""
     of = {id(p): number for number, group in enumerate(problem.optimizer.param_groups) for p in group["params"]}
     return {name: of[id(parameter)] for name, parameter in problem.variables.items()}

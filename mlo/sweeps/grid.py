@@ -1,155 +1,166 @@
-"""Many runs of jobs in local processes: each begun, gone on with, or left as it is where it is finished."""
+"""Many runs of jobs side by side: new ones are started, stopped ones resumed, and finished ones left as they are."""
 
 import hashlib
 import itertools
 import json
-import os
 import re
 import sys
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mlo.errors import ConfigError, MloError
+from mlo.errors import ConfigError
 from mlo.options.config import defaults, validate
 from mlo.options.yaml_options import flat, merge, nested, of_any_seed, shown
+from mlo.runs.folder import LOG, RunFolder, create_folder, has_started, is_free, read_results, stored_job
 from mlo.runs.job import Job, load_job
-from mlo.runs.run import Run, begun_with, has_begun, is_free, read_results
-from mlo.sweeps.workers import Failed, in_processes, own_cores
+from mlo.sweeps.processes import Command, available_cores, run_processes
 from mlo.training.plan import known_device
-
-LOG = "log.txt"
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A run that is to be there.
+    """A run to do.
 
     Attributes:
         folder: its run folder.
         job: the registered name of its job.
-        options: those that differ from the job's defaults, nested as a YAML file has them.
+        options: those that differ from the job's defaults, nested as in a YAML file.
+        uses: names of the options whose files other runs write.
     """
 
     folder: Path
     job: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    uses: Sequence[str] = ()
 
-    def made(self) -> Job:
+    def load(self) -> Job:
         """The job with its options; ConfigError if they are not valid."""
         model = load_job(self.job)
         return validate(model, merge(defaults(model), self.options), self.job)
 
-    def begun(self) -> bool:
-        """Whether something was done in its run folder, be it finished or not."""
-        return has_begun(self.folder)
+    def started(self) -> bool:
+        """Whether something was done in its run folder."""
+        return has_started(self.folder)
 
     def finished(self) -> bool:
-        """Whether the run is there already, whole."""
+        """Whether its results are there."""
         return read_results(self.folder) is not None
+
+    def missing(self) -> list[Path]:
+        """The files of other runs that it uses and that do not exist (yet)."""
+        files = [Path(self.options[option]) for option in self.uses]
+        return [file for file in files if not file.exists()]
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A run that did not get to its end.
+class FailedRun:
+    """A run that did not finish.
 
     Attributes:
         folder: its run folder.
-        message: why, in words; the run's log.txt has more.
+        message: the error; the run's log.txt has more.
     """
 
     folder: Path
     message: str
 
 
-def run_all(planned: Sequence[Planned], workers: int = 1, one_core_each: bool = False) -> list[Failure]:
-    """Have all planned runs finished: begin those that are not there, go on with those that were stopped.
+def run_all(planned: Sequence[Planned], workers: int = 1, one_core_each: bool = False) -> list[FailedRun]:
+    """Finish all planned runs: start the new ones, and resume those that were stopped.
 
-    A finished run is left as it is. What a run prints goes to log.txt in its folder. One that fails, or whose process
-    dies, takes no other with it.
+    Finished runs are left as they are. Each run is a `mlo resume` process, with its output in log.txt in its folder.
+    One that fails or dies does not stop the others.
 
     Args:
         planned: the runs.
-        workers: how many processes run at a time; each does one run after another.
-        one_core_each: keep each process on a core of its own, with one thread.
+        workers: how many run at the same time.
+        one_core_each: pin each process to a different CPU core, with one thread.
 
     Returns:
         The runs that failed; empty if all are finished.
 
     Raises:
-        ConfigError: before anything runs, with all that is wrong with the options and the folders, and all that the
-            jobs have looked for in vain (:meth:`mlo.runs.job.Job.check`).
-        KeyboardInterrupt: if a SIGINT or SIGTERM came; checkpoints were written, and the same call goes on.
+        ConfigError: before anything runs, as from :func:`check`, or if there are fewer cores than workers.
+        KeyboardInterrupt: if a SIGINT or SIGTERM came. Checkpoints were written; call this again to continue.
     """
     check(planned)
     if one_core_each:
-        own_cores(workers)
+        available_cores(workers)
     waiting = [plan for plan in planned if not plan.finished()]
-    failures: list[Failure] = []
-    with _Told(len(planned), len(planned) - len(waiting)) as told:
-        for plan, outcome in in_processes(execute, waiting, workers, one_core_each):
-            failure = Failure(plan.folder, outcome.message) if isinstance(outcome, Failed) else None
-            failures += [failure] if failure else []
-            told.done(plan, failure)
-    return failures
+    failed: list[FailedRun] = []
+    with _SweepProgress(len(planned), len(planned) - len(waiting)) as progress:
+        for plan, failure in run_processes(waiting, _command, workers, one_core_each):
+            message = failure.message if failure else None
+            if failure and failure.refused and plan.folder.is_dir():
+                RunFolder(plan.folder, plan.load()).discard()  # a refused run leaves nothing, as with `mlo run`
+            failed += [FailedRun(plan.folder, failure.message)] if failure else []
+            progress.advance(plan, message)
+    return failed
 
 
-def report_failures(failures: Sequence[Failure], total: int) -> bool:
-    """Print how many of the runs are finished, and which failed and why; whether any did."""
-    print(f"{total - len(failures)} of {total} runs are finished")
-    for failure in failures:
-        where = f" (its output is in {LOG} there)" if (failure.folder / LOG).exists() else ""
-        print(f"failed: {failure.folder}: {failure.message}{where}", file=sys.stderr)
-    if failures:
-        print("mend what is wrong; the same command does what is left", file=sys.stderr)
-    return bool(failures)
+def _command(plan: Planned) -> Command:
+    """The command that does the rest of a run; a run that has not started gets its folder first."""
+    if not plan.started():
+        create_folder(plan.job, plan.load(), plan.folder)
+    return Command(["mlo", "resume", "--", str(plan.folder)], plan.folder / LOG)
 
 
-def check(planned: Sequence[Planned], there: bool = True) -> None:
-    """Raise a ConfigError that tells everything for which the planned runs could not begin.
+def report_failures(failed: Sequence[FailedRun], total: int) -> bool:
+    """Print how many of the runs are finished, and which failed and why; returns whether any did."""
+    print(f"{total - len(failed)} of {total} runs are finished")
+    for run in failed:
+        where = f" (see {LOG} in that folder)" if (run.folder / LOG).exists() else ""
+        print(f"failed: {run.folder}: {run.message}{where}", file=sys.stderr)
+    if failed:
+        print("fix the errors, then give the same command again: it does the runs that are left", file=sys.stderr)
+    return bool(failed)
 
-    Args:
-        planned: the runs.
-        there: ask the jobs too whether what their options name is there, of runs that differ in the seed alone one.
+
+def check(planned: Sequence[Planned]) -> None:
+    """Check the options, folders and jobs of planned runs before anything runs.
+
+    The check of a job (:meth:`mlo.Job.check`) is done on the CPU, once for all runs that differ only in the seed. It is
+    left out for runs that have started, and for those that use files which other runs have yet to write.
+
+    Raises:
+        ConfigError: with everything that is wrong.
     """
-    faults: dict[str, list[Path]] = {}
+    errors: dict[str, list[Path]] = {}
     seen: set[Path] = set()
-    asked: set[str] = set()
+    checked: set[str] = set()
     for plan in planned:
         try:
-            job = plan.made()
-            found = _held_already(plan, job)
-        except ConfigError as error:
-            faults.setdefault(str(error), [])
+            job = plan.load()
+            error = _conflict(plan, job)
+        except ConfigError as invalid:
+            errors.setdefault(str(invalid), [])
             continue
         if plan.folder in seen:
-            found = "is planned twice; each run needs a folder of its own"
+            error = "is planned twice; each run needs a different folder"
         kind = _kind(plan, job)
-        if there and not found and kind not in asked and not plan.begun():
-            found = _not_there(job)
-            asked.add(kind)
-        if found:
-            faults.setdefault(found, []).append(plan.folder)
+        if not error and kind not in checked and not plan.started() and not plan.missing():
+            error = _job_error(job)
+            checked.add(kind)
+        if error:
+            errors.setdefault(error, []).append(plan.folder)
         seen.add(plan.folder)
-    if faults:
-        raise ConfigError("\n".join(_at(folders) + fault for fault, folders in faults.items()))
+    if errors:
+        raise ConfigError("\n".join(_prefix(folders) + error for error, folders in errors.items()))
 
 
 def _kind(plan: Planned, job: Job) -> str:
-    """What runs have in common that differ in the seed alone."""
+    """A text that is the same for runs that differ only in the seed."""
     options = flat(job.model_dump(mode="json", exclude={"seed"}))
     return json.dumps([plan.job, {name: of_any_seed(value, job.seed) for name, value in options.items()}])
 
 
-def _not_there(job: Job) -> str | None:
-    """What a job asks for and is not there; looked for on the CPU, since cards are the workers'."""
+def _job_error(job: Job) -> str | None:
+    """What the job's check reports. It runs on the CPU, so that this process takes no memory of a GPU."""
     try:
         known_device(job.device)
         job.model_copy(update={"device": "cpu"}).check()
@@ -158,110 +169,61 @@ def _not_there(job: Job) -> str | None:
     return None
 
 
-def _at(folders: Sequence[Path]) -> str:
+def _prefix(folders: Sequence[Path]) -> str:
     others = f" (and {len(folders) - 1} more)" if len(folders) > 1 else ""
     return f"{folders[0]}{others}: " if folders else ""
 
 
-def _held_already(plan: Planned, job: Job) -> str | None:
-    """What a folder holds, if that is something else than this run."""
+def _conflict(plan: Planned, job: Job) -> str | None:
+    """How the run in a folder differs from the planned one; None if the folder is free or holds this run."""
     folder = plan.folder
     if not folder.exists() or (folder.is_dir() and is_free(folder, job)):
         return None
-    name, there = begun_with(folder)
+    name, stored = stored_job(folder)
     if name != plan.job:
         return f"holds a run of {name}, not of {plan.job}; {_REMEDY}"
-    old, new = (flat(made.model_dump(mode="json")) for made in (there, job))
+    old, new = (flat(one.model_dump(mode="json")) for one in (stored, job))
     differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    said = ", ".join(f"{name} is {shown(old.get(name))} there, {shown(new.get(name))} here" for name in differing)
-    return f"holds a run with other options ({said}); {_REMEDY}" if differing else None
+    listed = ", ".join(f"{name} is {shown(old.get(name))} there, {shown(new.get(name))} here" for name in differing)
+    return f"holds a run with other options ({listed}); {_REMEDY}" if differing else None
 
 
-_REMEDY = "give another --output, or the options that it was begun with, or take that folder away"
+_REMEDY = "give another --output, or the options that it was started with, or remove that folder"
 
 
 def grid(
     job: str, options: Mapping[str, Any], values: Mapping[str, Sequence[Any]], seeds: int, folder: Path
 ) -> list[Planned]:
-    """A run for each combination of the values and each seed, in a folder named after them.
+    """A run for each combination of values and each seed, in a folder named after them.
 
     Args:
         job: the registered name of the job.
-        options: what all runs have in common.
+        options: the options that all runs share.
         values: {dotted name of an option: its values}.
         seeds: how many seeds, from 0.
         folder: where the run folders go.
     """
     planned = []
     for chosen in itertools.product(*values.values()):
-        over = dict(options)
+        combined = dict(options)
         for path, value in zip(values, chosen, strict=True):
-            over = merge(over, nested(path.split("."), value))
+            combined = merge(combined, nested(path.split("."), value))
         words = [f"{path}={_word(value)}" for path, value in zip(values, chosen, strict=True)]
         for seed in range(seeds):
-            planned.append(Planned(folder / ",".join([*words, f"seed={seed}"]), job, {**over, "seed": seed}))
+            planned.append(Planned(folder / ",".join([*words, f"seed={seed}"]), job, {**combined, "seed": seed}))
     return planned
 
 
 def _word(value: Any) -> str:
-    """A value as a part of a folder's name; where that loses something, some letters of a hash stand for it."""
+    """A value as part of a folder's name; if characters are lost, some letters of a hash make it unique."""
     text = value if isinstance(value, str) else json.dumps(value)
     word = "+".join(map(str, value)) if isinstance(value, list) else text
     fit = re.sub(r"[^\w.+-]+", "-", word)[:40].strip("-")
     return fit if fit == word and fit else f"{fit}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
-def execute(plan: Planned) -> None:
-    """Do one planned run, or the rest of it, in this process."""
-    if plan.finished():
-        return
-    run = None if plan.begun() else Run.create(plan.job, plan.made(), plan.folder)  # what is refused leaves no log
-    threads = torch.get_num_threads()
-    try:
-        with _logged(plan.folder / LOG):
-            (run or Run.open(plan.folder)).execute()
-    finally:
-        torch.set_num_threads(threads)  # the next run in this process may leave the number to torch
-
-
-@contextmanager
-def _logged(path: Path) -> Iterator[None]:
-    """Send this process's output to the end of a file; an error's traceback goes there as well."""
-    with redirected(path):
-        try:
-            yield
-        except MloError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            raise
-        except BaseException:
-            traceback.print_exc()
-            raise
-
-
-@contextmanager
-def redirected(path: Path) -> Iterator[None]:
-    """Send what this process writes to standard output and error to the end of a file, native code's too."""
-    streams = {1: sys.stdout, 2: sys.stderr}
-    with path.open("ab") as file:
-        for stream in streams.values():
-            stream.flush()
-        kept = {number: os.dup(number) for number in streams}
-        for number in streams:
-            os.dup2(file.fileno(), number)
-        try:
-            yield
-        finally:
-            for number, stream in streams.items():
-                stream.flush()
-                os.dup2(kept[number], number)
-                os.close(kept[number])
-
-
-class _Told:
-    """Tells how many of the runs are done: a live line in a terminal, a line for each run elsewhere."""
+class _SweepProgress:
+    """Shows how many runs are done: a live bar in a terminal, and a line for each run elsewhere."""
 
     def __init__(self, total: int, done: int) -> None:
         self._console = Console(stderr=True)
@@ -278,10 +240,10 @@ class _Told:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def done(self, plan: Planned, failure: Failure | None) -> None:
-        """Tell of one run more."""
+    def advance(self, plan: Planned, error: str | None) -> None:
+        """Count a run that has ended, and show its name and the first line of its error."""
         self._done += 1
-        said = f"{plan.folder.name}  FAILED: {failure.message}" if failure else plan.folder.name
-        self._bar.update(self._task, completed=self._done, last=said.partition("\n")[0])
+        text = (f"{plan.folder.name}  FAILED: {error}" if error else plan.folder.name).partition("\n")[0]
+        self._bar.update(self._task, completed=self._done, last=text)
         if not self._console.is_terminal:
-            self._console.print(f"{self._done}/{self._total}  {said}", soft_wrap=True, markup=False, highlight=False)
+            self._console.print(f"{self._done}/{self._total}  {text}", soft_wrap=True, markup=False, highlight=False)

@@ -1,1 +1,1 @@
-"""The engine: which level steps when, updates, checkpoints and diagnostics."""
+"""The training loop: the engine, its updates, checkpoints and diagnostics."""

@@ -1,21 +1,19 @@
-"""Is a hypergradient right, and what does each estimator cost: comparisons at an engine's present state."""
+"""check and diagnose: is the hypergradient correct, and how accurate and expensive is each estimator?"""
 
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import StringIO
 from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -28,24 +26,26 @@ from mlo.options.config import Registered
 from mlo.training.engine import Engine
 
 EXACT = Unrolled()
-NOISY = 0.2  # relative error of a difference from which on it is warned of
+WIDTH = 120  # characters of a line of a printed table
+NOISY = 0.2  # relative error of a finite-difference product above which there is a warning
 
 
 def check(engine: Engine, name: str | None = None, *, directions: int = 4, tolerance: float = 1e-5) -> None:
-    """Compare a hypergradient with finite differences of what it is the derivative of, as ``gradcheck`` does.
+    """Compare a hypergradient with finite differences, like ``torch.autograd.gradcheck``.
 
-    Everything is computed in float64 from copies: the loss of problem ``name`` after the next steps of the lower
-    problems, as a function of its parameters, against the engine's hypergradient, along random directions. Estimators
-    that approximate that derivative by design (more steps than they differentiate, a minimum rather than steps) fail.
+    The function is the loss of problem ``name`` after the next steps of the lower problems, as a function of its
+    parameters. Its difference quotients along random directions are compared with the engine's hypergradient, all in
+    float64 and on copies. Estimators that only approximate this derivative (because they do not differentiate all
+    steps, or differentiate a minimum instead of steps) fail.
 
     Args:
-        engine: at any state; nothing of it changes.
+        engine: in any state; it is not changed.
         name: the upper problem; None: the last in the engine's list.
-        directions: random directions that are compared.
-        tolerance: of the error relative to the derivative, both in the mean square over the directions.
+        directions: number of random directions.
+        tolerance: maximum relative error, in the root mean square over the directions.
 
     Raises:
-        HypergradientError: if they differ, with both values along each direction.
+        HypergradientError: if they differ; the message lists both values along each direction.
     """
     top = _top(engine, name)
     found = engine.hypergradient(top, torch.float64)
@@ -62,37 +62,38 @@ def check(engine: Engine, name: str | None = None, *, directions: int = 4, toler
         ]
         predicted = dot(tuple(found.values()), tuple(along.values())).item()
         rows.append((predicted, (ends[0] - ends[1]) / (2 * step)))
+    # error and scale shrink alike with the number of parameters; rounding is that of the differences
     error = math.hypot(*(predicted - measured for predicted, measured in rows))
-    scale = math.hypot(*(measured for _, measured in rows))  # both shrink alike with the number of parameters
-    rounding = 4 * torch.finfo(torch.float64).eps * abs(ends[0]) / step * math.sqrt(directions)  # of the differences
+    scale = math.hypot(*(measured for _, measured in rows))
+    rounding = 4 * torch.finfo(torch.float64).eps * abs(ends[0]) / step * math.sqrt(directions)
     if error > tolerance * scale + rounding:
         values = "\n".join(f"  {predicted:+.9e}  {measured:+.9e}" for predicted, measured in rows)
         raise HypergradientError(
             f"the hypergradient of {top!r} is not the derivative of its loss through the lower steps: off by "
             f"{error / max(scale, 1e-300):.1e} of its size. Along random directions, estimated and measured:\n"
             f"{values}\n"
-            f"It was taken by {_taken_by(engine, top)}. Of those that come with mlo, unrolled is exact, one_step "
-            "where a round has one step, and cg and its like at a minimum. If it is meant to be exact here, a loss is "
-            "not a pure function of the problems it reads (detach, no_grad, state kept between calls), or the "
-            "estimator is wrong"
+            f"It was computed with {_estimators_of(engine, top)}. Of mlo's estimators, unrolled is exact, one_step is "
+            "exact if a round has one step, and cg, neumann and nystrom can only be exact at a minimum. If the "
+            "estimator should be exact here, either a loss is not a pure function of the problems that it reads "
+            "(detach, no_grad, state kept between calls), or the estimator is wrong"
         )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One estimator's hypergradient beside the exact one.
+    """One estimator's hypergradient compared with the exact one.
 
     Attributes:
         estimator: its registered name.
         error: |estimate - exact| / |exact|; None if it could not be computed.
-        cosine: of the angle between them.
-        residual: what the estimator itself reports of how well it solved, the largest where it goes through several
-            problems; None of those that report none. Relative: to the right-hand side of cg and nystrom, to the series'
-            first term of neumann.
-        passes: forward passes of lower problems' modules, their next steps included.
-        milliseconds: wall-clock time of one hypergradient, the lower steps included; median of three.
-        peak: bytes of tensors alive at once beyond those before.
-        note: why there is none, or a warning.
+        cosine: the cosine of the angle between them.
+        residual: the residual that the estimator reports, the largest if it goes through several problems; None for
+            estimators without one. It is relative to the right-hand side (cg, nystrom) or to the first term of the
+            series (neumann).
+        passes: forward passes of the lower problems' modules, including their next steps.
+        milliseconds: wall-clock time of one hypergradient, including the lower steps; the median of three.
+        peak: peak memory of tensors, in bytes, beyond those that existed before.
+        note: the error if there is no hypergradient, or a warning.
     """
 
     estimator: str
@@ -107,17 +108,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What :func:`diagnose` found; printed, it is a table."""
+    """The result of :func:`diagnose`. ``print`` shows it as a table."""
 
     rows: Sequence[Row]
 
     def __str__(self) -> str:
-        table = Table("estimator", box=None, pad_edge=False)
-        for column in ("error", "cosine", "residual", "passes", "ms", "peak MB"):
-            table.add_column(column, justify="right")
-        table.add_column("note")
-        for row in self.rows:
-            numbers = [
+        lines = [["estimator", "error", "cosine", "residual", "passes", "ms", "peak MB"]]
+        lines += [
+            [
+                row.estimator,
                 _shown(row.error, "{:.2e}"),
                 _shown(row.cosine, "{:.4f}"),
                 _shown(row.residual, "{:.2e}"),
@@ -125,23 +124,29 @@ class Diagnosis:
                 _shown(row.milliseconds, "{:.1f}"),
                 _shown(None if row.peak is None else row.peak / 2**20, "{:.1f}"),
             ]
-            table.add_row(row.estimator, *numbers, row.note)
-        console = Console(file=StringIO(), width=120)
-        console.print(table)
-        assert isinstance(console.file, StringIO)
-        return console.file.getvalue().rstrip()
+            for row in self.rows
+        ]
+        first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+        table = []
+        for (name, *numbers), note in zip(lines, ["note", *(row.note for row in self.rows)], strict=True):
+            cells = [name.ljust(first), *(text.rjust(width) for text, width in zip(numbers, others, strict=True)), ""]
+            columns = "  ".join(cells)
+            wrapped = textwrap.wrap(note, max(20, WIDTH - len(columns)))
+            table += [columns + line for line in wrapped[:1]] or [columns]
+            table += [" " * len(columns) + line for line in wrapped[1:]]
+        return "\n".join(line.rstrip() for line in table)
 
 
 def diagnose(engine: Engine, name: str | None = None, estimators: Sequence[object] | None = None) -> Diagnosis:
-    """Each estimator's hypergradient at the present state beside the exact one, and what it costs.
+    """Compare estimators at the engine's current state: their accuracy, time and memory.
 
-    The exact one is the derivative through all next steps of the lower problems, by double backward, in float64. It
-    includes the inner paths of nested levels, whether or not the engine does.
+    The exact hypergradient is the derivative through all next steps of the lower problems, by double backward, in
+    float64. It includes the inner paths of nested levels, whether or not the engine does.
 
     Args:
-        engine: at any state; nothing of it changes.
+        engine: in any state; it is not changed.
         name: the upper problem; None: the last in the engine's list.
-        estimators: names or options; None: every registered one with its defaults.
+        estimators: names or options of estimators; None: all registered ones, with their defaults.
     """
     top = _top(engine, name)
     with _every(engine, EXACT, inner_path=True) as exactly:
@@ -178,7 +183,7 @@ def _row(engine: Engine, top: str, option: object, exact: Vector) -> Row:
 
 
 def _noise(engine: Engine, top: str, option: object, found: Vector) -> str:
-    """A warning if a difference is far from the same estimator with exact products."""
+    """A warning if finite-difference products are far off, compared with the same estimator and exact products."""
     estimator = build_estimator(option)
     product = getattr(estimator, "product", None)
     if isinstance(estimator, Darts):
@@ -189,7 +194,7 @@ def _noise(engine: Engine, top: str, option: object, found: Vector) -> str:
         return ""
     with _every(engine, twin) as one:
         off = _error(found, tuple(one.hypergradient(top, torch.float64).values()))
-    return f"the difference itself is off by {off:.0%}: take product 'exact'" if off > NOISY else ""
+    return f"the finite difference is off by {off:.0%}: use product 'exact'" if off > NOISY else ""
 
 
 def _error(found: Vector, exact: Vector) -> float:
@@ -197,7 +202,7 @@ def _error(found: Vector, exact: Vector) -> float:
 
 
 class _PeakMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside that are alive at once."""
+    """A context that measures the peak memory, in bytes, of tensors created inside it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -228,14 +233,15 @@ class _PeakMemory(TorchDispatchMode):
 
 @contextmanager
 def _every(engine: Engine, option: object, inner_path: bool | None = None) -> Iterator[Engine]:
-    """An engine over the same problems that differentiates through all of them by one estimator."""
+    """An engine with the same problems that uses one estimator for all of them."""
     problems = list(engine.problems.values())
     own = [problem.hypergradient for problem in problems]
     try:
         for problem in problems:
             problem.hypergradient = None
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the gradient of .* itself runs through")  # told of the engine
+            # the engine itself has warned already
+            warnings.filterwarnings("ignore", message="the gradient of .* itself runs through")
             inner = engine.inner_path if inner_path is None else inner_path
             yield Engine(problems, option, inner_path=inner, device=engine.device)
     finally:
@@ -247,14 +253,14 @@ def _top(engine: Engine, name: str | None) -> str:
     return name or engine.graph.names[-1]
 
 
-def _taken_by(engine: Engine, top: str) -> str:
-    """By which estimators a hypergradient goes through which problems."""
-    told = []
+def _estimators_of(engine: Engine, top: str) -> str:
+    """Which estimators the hypergradient of ``top`` uses for which problems, in words."""
+    used = []
     for lower in engine._plan.paths[top]:
         kind = type(engine._plan.estimators[lower])
         names = Registered(registry.ESTIMATORS).names(kind) or [kind.__name__]
-        told.append(f"{names[0]} through {engine.problems[lower].steps} step(s) of {lower!r}")
-    return " and ".join(told) or "no estimator"
+        used.append(f"{names[0]} through {engine.problems[lower].steps} step(s) of {lower!r}")
+    return " and ".join(used) or "no estimator"
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -1,4 +1,4 @@
-"""The loop: which level steps when, on whose gradient, and what is recorded for the levels above."""
+"""The training loop: which problem steps when, and which of its steps are recorded for the levels above."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from mlo.ops.loss_scale import LossScale
 from mlo.ops.rng import global_state, replay, set_global_state
 from mlo.ops.vectors import filled
 from mlo.steps.evaluation import Evaluator
-from mlo.steps.optimizer import optimizer_state
+from mlo.steps.optimizer_state import optimizer_state
 from mlo.training.checkpoint import of_this_process, with_other_processes
 from mlo.training.gradients import Gradient, Gradients, Records
-from mlo.training.plan import Plan, place
+from mlo.training.plan import Plan, move_to
+from mlo.training.report import EngineReport, engine_report
 from mlo.training.update import Updater
 from mlo.training.virtual_steps import Rollout, cast_batches, cast_state, looking_ahead
 
@@ -32,32 +33,32 @@ Callback = Callable[["Engine"], None]
 
 
 class Engine:
-    """Trains a stack of problems, each on its own loss, upper ones through the training of lower ones.
+    """Trains several problems, each on its own loss, and the upper ones through the training of the lower ones.
 
-    A round (:meth:`step`) takes ``steps`` steps of every problem, lowest level first. With lookahead, the lower
-    problems' steps are first taken virtually, the top ones step on what came of that, and the lower ones then take
-    their steps for real, on the same batches, under the new top.
+    A round (:meth:`step`) takes ``steps`` steps of every problem, lowest level first. With lookahead, the steps of the
+    lower problems are first taken virtually, and the top problems step on the result. Then the lower problems take
+    their real steps, on the same batches, with the updated top problems.
 
     Args:
-        problems: lowest level first.
-        hypergradient: the estimator for problems that do not carry their own: a registered name ("darts", "one_step",
-            "cg", ...), a mapping {"kind": name, **options}, or a :class:`mlo.Estimator`.
-        lookahead: None: as the estimators have it ("darts" on, the others off).
-        inner_path: where a middle problem's own gradient runs through a lower one, let its curvature include that path
-            (exact), rather than leave it out (usual, with a warning).
-        compile: run whole gradient passes and curvature products through torch.compile. It pays after thousands of
-            rounds: each kind of pass takes seconds to minutes to compile. The first pass of each problem is
-            taken without; a problem that cannot be compiled is warned of, with the reason, and runs as it is.
-        device: "auto" (a CUDA card where there is one), or a torch device; modules are moved there once.
+        problems: the problems, lowest level first.
+        hypergradient: the estimator for problems without their own: a registered name ("darts", "one_step", "cg", ...),
+            a mapping {"kind": name, **options}, or an :class:`mlo.Estimator`.
+        lookahead: whether to use lookahead; None: the default of the estimators ("darts" uses it, the others do not).
+        inner_path: with three or more levels, whether the curvature of a middle problem includes the path of its own
+            gradient through lower problems. True is exact; False leaves it out, which is common, and warns.
+        compile: whether to compile gradients and curvature products with torch.compile. Compilation takes seconds to
+            minutes, so it pays off after thousands of rounds. The first pass of each problem runs uncompiled, so errors
+            in a loss show a normal traceback. A problem that cannot be compiled leads to a warning and runs uncompiled.
+        device: a torch device, or "auto" for a CUDA GPU if there is one. Modules are moved there once.
 
     Attributes:
-        graph: who reads whom.
+        graph: which problem reads which.
         inner_path: as given.
-        rounds: rounds taken so far.
-        losses: {problem: its loss at its last step}, detached, on the device.
+        rounds: number of rounds taken so far.
+        losses: {problem: its loss at its last step}, detached scalar tensors on the device.
 
     Raises:
-        GraphError, ConfigError: if the problems do not fit together, with the remedy.
+        GraphError, ConfigError: if problems or options are invalid; the message says what to write instead.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Engine:
         self._plan = Plan(problems, hypergradient, lookahead, inner_path)
         self.inner_path = inner_path
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
-        self.device = place(problems, device)
+        self.device = move_to(problems, device)
         self.rounds = 0
         self.losses: dict[str, Tensor] = {}
         self._evaluator = Evaluator(self.problems, self.device, Compiler(self.device) if compile else None)
@@ -88,7 +89,7 @@ class Engine:
 
     @property
     def graph(self) -> Graph:
-        """Who reads whom, level by level."""
+        """Which problem reads which, level by level."""
         return self._plan.graph
 
     @property
@@ -98,11 +99,19 @@ class Engine:
 
     @property
     def pullbacks(self) -> Mapping[str, int]:
-        """{problem: how often a sweep has pulled a cotangent back through it}."""
+        """{problem: how often a cotangent was pulled back through it}."""
         return self._gradients.pullbacks
 
+    def report(self) -> EngineReport:
+        """A printable report: for each problem its estimator, its recorded steps, and what runs compiled.
+
+        It changes nothing. Some entries (memory of graphs, loss scales, what can be compiled) are only known after the
+        first rounds.
+        """
+        return engine_report(self._plan, self._evaluator, self._gradients, self.inner_path)
+
     def run(self, steps: int, callbacks: Iterable[Callback] = ()) -> None:
-        """Take ``steps`` rounds, calling each callback with the engine after every one."""
+        """Take ``steps`` rounds. After each, call every callback with the engine."""
         if type(steps) is not int or steps < 0:
             raise ConfigError(f"steps={steps!r}; pass a whole number of rounds, 0 or more")
         called = list(callbacks)
@@ -117,7 +126,7 @@ class Engine:
         """Take one round.
 
         Raises:
-            NonFiniteLossError: if a loss is NaN or infinite: that step is not taken, what came before it stands.
+            NonFiniteLossError: if a loss or gradient is NaN or infinite. That step is not taken, but all before it are.
             GraphError: if a declared read carries no gradient.
         """
         due = self._due()
@@ -132,18 +141,18 @@ class Engine:
         for position, name in enumerate(rest):
             self._real_steps(name, states, records, [n for n in rest[position + 1 :] if self._plan.paths[n]])
         self.rounds += 1
-        self._updater.look()
+        self._updater.check_arrived()
 
     @outside_autocast
     def hypergradient(self, name: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The gradient that problem ``name`` would step on next: {parameter name: tensor of its shape}.
+        """The gradient of the next step of problem ``name``: {parameter name: tensor of its shape}.
 
-        The problems below it take their next steps virtually, on their next batches, at the present learning rates.
-        Nothing of the run changes: no parameter, buffer or optimizer state, no random state, no position in the data.
+        The problems below it take their next steps virtually, on their next batches, with the current learning rates.
+        The run is not changed: not its parameters, buffers, optimizer states, random state or position in the data.
 
         Args:
-            name: an upper problem (for a lower one it is the plain gradient).
-            dtype: computed in this precision, from copies of all floating-point tensors; None: as they are.
+            name: an upper problem; for a lower one, the result is its ordinary gradient.
+            dtype: the precision, used for copies of all floating-point tensors; None: that of the tensors.
 
         Raises:
             ConfigError: if there is no such problem.
@@ -159,18 +168,18 @@ class Engine:
     def objective(
         self, name: str, parameters: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """The loss that problem ``name`` would have next, after the next steps of the problems below it.
+        """The loss of problem ``name`` at its next step, after the next steps of the problems below it.
 
-        It is the function whose gradient :meth:`hypergradient` estimates, as the same random state gives it; nothing
-        changes.
+        This is the function whose gradient :meth:`hypergradient` estimates, with the same random state. The run is not
+        changed.
 
         Args:
             name: a problem.
-            parameters: {parameter name: tensor} in place of its own.
+            parameters: {parameter name: tensor} to use instead of its own parameters.
             dtype: as for :meth:`hypergradient`.
 
         Returns:
-            A scalar, without a graph.
+            A scalar tensor without a graph.
         """
         losses = []
         with self._ahead(name), replay(None, self.device, self._evaluator.draws_outside((name,))):
@@ -184,13 +193,16 @@ class Engine:
     def _next(
         self, name: str, parameters: Mapping[str, Tensor], dtype: torch.dtype | None
     ) -> tuple[dict[str, State], Records, tuple[Any, ...]]:
-        """The states in which ``name`` would take its next step, the records of the steps there, and its batches."""
+        """The states before the next step of ``name``, the records of the virtual steps to them, and its batches."""
         if name not in self.problems:
-            raise ConfigError(f"no problem is named {name!r}; there are {', '.join(map(repr, self.problems))}")
+            raise ConfigError(f"no problem is named {name!r}; the problems are {', '.join(map(repr, self.problems))}")
         states = self._live_states()
         unknown = [n for n in parameters if n not in states[name].parameters]
         if unknown:
-            raise ConfigError(f"problem {name!r} has no parameter {', '.join(map(repr, unknown))}")
+            raise ConfigError(
+                f"problem {name!r} has no parameter {', '.join(map(repr, unknown))}; "
+                f"its parameters are {', '.join(map(repr, states[name].parameters))}"
+            )
         if parameters:
             moved = {n: p.detach().requires_grad_() for n, p in parameters.items()}
             states[name] = State({**states[name].parameters, **moved}, states[name].buffers)
@@ -202,19 +214,19 @@ class Engine:
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
-        """The last losses as "<problem>/loss", and what estimators and problems report; waits for the device."""
+        """The last losses, as "<problem>/loss", and the metrics of estimators and problems. It waits for the device."""
         found = {f"{name}/loss": loss for name, loss in self.losses.items()} | self._gradients.reports
         for name, problem in self.problems.items():
             found |= {f"{name}/{key}": value for key, value in problem.metrics().items()}
         return {key: float(value) for key, value in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that it takes to go on to the bit: every problem's state, the round, the random state.
+        """The state needed to resume bit for bit: all problems, the number of rounds, and the random state.
 
-        As in torch, its tensors are the live ones: save it (:func:`mlo.checkpoint.save`), or ``copy.deepcopy`` it.
+        As in torch, it refers to the live tensors: save it with :func:`mlo.checkpoint.save`, or ``copy.deepcopy`` it.
 
-        Waits for the device, and raises a NonFiniteLossError rather than let a bad state be saved. Of several
-        processes all call it, and all get the same.
+        It synchronizes with the device, and raises a NonFiniteLossError instead of returning an invalid state. In a
+        distributed run all processes must call it, and all get the same result.
         """
         self._updater.wait()
         state = {
@@ -231,13 +243,15 @@ class Engine:
         return with_other_processes(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned.
+        """Continue from what :meth:`state_dict` returned.
 
         Raises:
-            CheckpointError: if it is of other problems, or one of them does not fit.
+            CheckpointError: if the problems differ from those of the engine.
         """
         if "problems" not in state:
-            raise CheckpointError(f"this is no state of an engine; it holds {', '.join(map(str, state)) or 'nothing'}")
+            raise CheckpointError(
+                f"this is not the state of an engine; it holds {', '.join(map(str, state)) or 'nothing'}"
+            )
         saved, mine = list(state["problems"]), list(self.problems)
         if saved != mine:
             raise CheckpointError(f"the checkpoint is of the problems {saved}, and the engine has {mine}")
@@ -258,7 +272,7 @@ class Engine:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
 
     def _ahead(self, name: str) -> AbstractContextManager[None]:
-        """Inside, the problems below ``name`` step as it sees them: virtually, where it is one that looks ahead."""
+        """A context for the steps that ``name`` is differentiated through; they are virtual if it uses lookahead."""
         below = [problem for n, problem in self.problems.items() if n != name]
         return looking_ahead(below, self._plan.lookahead and name in self._plan.tops)
 
@@ -276,9 +290,9 @@ class Engine:
         targets: Collection[str] = (),
         freeze: bool = False,
     ) -> Gradient:
-        """One step of a problem, remembered for a pullback onto ``targets``.
+        """One real step of a problem, whose gradient keeps what a pullback onto ``targets`` needs.
 
-        With ``freeze``, ``records`` are still needed after it, and keep copies of what it is about to change.
+        With ``freeze``, ``records`` are still needed afterwards, so they keep copies of what the step changes.
         """
         problem = self.problems[name]
         gradient = self._gradients.of(name, states, records, problem.batches_ahead(), "step", targets)
@@ -291,7 +305,7 @@ class Engine:
         return gradient
 
     def _real_steps(self, name: str, states: Mapping[str, State], records: Records, later: Sequence[str]) -> None:
-        """A problem's steps of one round; recorded if a sweep of one of ``later`` will go through them."""
+        """The real steps of a problem in one round; recorded if one of ``later`` is differentiated through them."""
         problem, estimator = self.problems[name], self._plan.estimators[name]
         targets = self._plan.targets(name, later)
         recorded: list[Record] = []

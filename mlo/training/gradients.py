@@ -22,7 +22,8 @@ from mlo.ops.loss_scale import LossScale
 from mlo.ops.vectors import Vector, filled
 from mlo.steps.evaluation import Evaluator
 from mlo.steps.gradient_functions import MicroBatch, Pass, mean
-from mlo.steps.optimizer import OptimizerState, is_linear
+from mlo.steps.optimizer import is_linear
+from mlo.steps.optimizer_state import OptimizerState
 from mlo.training.plan import Plan
 
 Records = dict[str, list[Record]]
@@ -63,9 +64,9 @@ class Gradient:
             return self
         sent = filled(self.own.values(), like)
         reached = self.loss.new_ones(len(sent))
-        for place, gradient in enumerate(self.own.values()):
+        for index, gradient in enumerate(self.own.values()):
             if gradient is None:
-                reached[place] = 0
+                reached[index] = 0
         loss, reached, *found = distributed.average([self.loss, reached, *sent])
         mine = [gradient is not None for gradient in self.own.values()]
         reaches = mine if all(mine) else (reached > 0).tolist()  # None only where no process's loss reaches it
@@ -77,7 +78,7 @@ class Gradient:
         self,
         problem: Problem,
         before: State | None,
-        moment: OptimizerState | None,
+        optimizer_state: OptimizerState | None,
         after: State,
         states: Mapping[str, State],
         fresh: Sequence[Any] = (),
@@ -93,7 +94,7 @@ class Gradient:
             before,
             after,
             self.own if self.kept else None,
-            moment,
+            optimizer_state,
             self.micro,
             {read: states[read] for read in names},
             unreached=frozenset(name for name, found in self.own.items() if found is None),
@@ -109,9 +110,9 @@ class Gradients:
     """Takes gradients for an engine.
 
     Attributes:
-        pullbacks: {problem: how often a sweep has pulled a cotangent back through it}.
+        pullbacks: {problem: how often a cotangent was pulled back through it}.
         reports: {"<problem>/<name>": scalar tensor}, what the last pullbacks of real steps reported.
-        latest: the same of the last backward, be it of a look.
+        latest: the same of the last backward pass, real or virtual.
         scales: {problem: the scale of its loss}, of those under float16.
         warm: {upper problem: {lower: the solution that its last real step left}}.
     """
@@ -138,10 +139,10 @@ class Gradients:
 
         Args:
             states: the state of every problem.
-            records: the steps of the lower problems that the sweep goes through.
+            records: the steps of the lower problems that the backward pass goes through.
             batches: what the loss is the mean over; one graph is alive at a time.
             kind: what the pass is for, as it is counted.
-            targets: what a later pullback of this very step will go onto, whose outputs are then remembered.
+            targets: what this step will later be pulled back onto; their outputs are then cached.
 
         Raises:
             GraphError: if no gradient reaches the problem's variables, or a declared read.
@@ -192,7 +193,7 @@ class Gradients:
         return gradient.over_processes(point)
 
     def seen(self, name: str, states: Mapping[str, State], stored: State | None) -> Mapping[str, State]:
-        """``states`` with a problem's stored copy in place of its own tensors, where a graph is to outlive its step."""
+        """``states`` with a problem's stored copy instead of its own tensors, if a graph must outlive its step."""
         here = stored is not None and stored.device == states[name].device
         return {**states, name: stored} if stored is not None and here and self._keeps_graph(name) else states
 
@@ -208,7 +209,7 @@ class Gradients:
         return self._keeps_graph(name) and (index + 1) * size <= self._plan.estimators[name].graph_bytes
 
     def at_once(self, name: str, states: Mapping[str, State], taken: int, left: int) -> int:
-        """How many of a problem's next steps are recorded as one, in one graph; 0: the next one is by itself.
+        """How many of a problem's next steps are recorded as one, in one graph; 0: the next one is recorded alone.
 
         Args:
             taken, left: steps of the round that were recorded before them, and that are yet to be taken.
@@ -247,7 +248,7 @@ class Gradients:
                     while not scale.accepts(done.gradients.values()):
                         done = once(scale=scale.value, randomness=at.randomness)
                     at = replace(at, scale=scale.value)
-                    if kind == "step":  # looking ahead leaves no trace
+                    if kind == "step":  # a virtual step has no side effects
                         self.scales[name] = scale
                 else:
                     done = once()
@@ -295,7 +296,7 @@ class Gradients:
             )
         return GraphError(
             f"problem {name!r}: no gradient of its loss reaches its own parameters; compute the loss from self(...), "
-            f"or look at the order of the list, which goes lowest level first: {', '.join(self._plan.graph.names)}"
+            f"or check the order of the list, which must be lowest level first: {', '.join(self._plan.graph.names)}"
         )
 
 

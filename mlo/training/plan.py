@@ -1,4 +1,4 @@
-"""What an engine decides before the first step: estimators, paths, what to record; every misfit is told here."""
+"""What an engine decides before the first step: estimators, paths, device. Invalid combinations raise here."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from mlo.ops import distributed
 
 
 class Plan:
-    """The graph of some problems with an estimator for each.
+    """The graph of the problems, with an estimator for each.
 
     Attributes:
-        graph: who reads whom.
-        estimators: {problem: how it is differentiated through}.
-        paths: {problem: the backward sweep of its hypergradient}; empty for one whose gradient is its own.
-        lower: {problem: the lower ones that its loss reads, and its sweep begins with}.
-        inner: {problem: lower ones whose steps are part of its curvature}, lowest first.
-        lookahead: whether top problems step on virtual steps of the others.
+        graph: which problem reads which.
+        estimators: {problem: the estimator with which it is differentiated through}.
+        paths: {problem: the backward pass of its hypergradient, see :meth:`mlo.levels.graph.Graph.paths`}; empty for a
+            problem that is not differentiated through others.
+        lower: {problem: the lower problems that its loss reads, with which its backward pass starts}.
+        inner: {problem: lower problems whose steps are part of its curvature}, lowest first.
+        tops: the top problems that have a hypergradient.
+        lookahead: whether top problems step after virtual steps of the others.
     """
 
     def __init__(
         self, problems: Sequence[Problem], hypergradient: object, lookahead: bool | None, inner_path: bool
     ) -> None:
-        strange = [p for p in problems if not isinstance(p, Problem)]
-        if strange:
+        others = [p for p in problems if not isinstance(p, Problem)]
+        if others:
             raise ConfigError(
-                f"problems: {strange[0]!r} is no mlo.Problem; give a list of problems, lowest level first"
+                f"problems: {others[0]!r} is not an mlo.Problem; pass a list of problems, lowest level first"
             )
         _refuse_missing_batches(problems)
         self.graph = Graph([problem.node for problem in problems])
@@ -63,13 +65,13 @@ class Plan:
         for middle in nested if not inner_path else ():
             warnings.warn(
                 f"the gradient of {middle!r} itself runs through {', '.join(map(repr, self.paths[middle]))}: its "
-                "estimator leaves that inner path out of its curvature, so hypergradients above it may be off; "
-                "Engine(..., inner_path=True) includes it",
+                "estimator leaves this inner path out of the curvature, so hypergradients above it may be inaccurate; "
+                "pass Engine(..., inner_path=True) to include it",
                 stacklevel=4,
             )
 
     def _nested(self) -> list[str]:
-        """Problems whose own gradient runs through lower ones, and which something above is differentiated through."""
+        """Middle problems: their gradient goes through lower ones, and that of an upper one through them."""
         return [m for m, paths in self.paths.items() if paths and any(m in above for above in self.paths.values())]
 
     def _check_inner(self) -> None:
@@ -77,26 +79,26 @@ class Plan:
             steps = max(self._problems[middle].steps, self._problems[middle].steps_ahead or 1)
             if steps > 1:
                 raise ConfigError(
-                    f"inner_path: problem {middle!r} takes {steps} steps a round through the "
-                    "same lower steps, whose path cannot then be part of each; let it take 1"
+                    f"inner_path: problem {middle!r} takes {steps} steps per round, but only one step can be "
+                    f"differentiated through the same lower steps; give {middle!r} steps=1"
                 )
             for low in lows:
                 if not self.estimators[low].needs_before:
                     raise ConfigError(
-                        f"inner_path: {low!r}, below {middle!r}, is not differentiated by its steps; give it "
-                        "hypergradient='one_step' or 'unrolled', or leave the inner path out"
+                        f"inner_path: {low!r}, below {middle!r}, has an estimator that does not differentiate steps; give "
+                        "it hypergradient='one_step' or 'unrolled', or pass inner_path=False"
                     )
 
     def targets(self, lower: str, uppers: Collection[str]) -> tuple[str, ...]:
-        """What the sweeps of ``uppers`` pull ``lower`` back onto; empty if none goes through it."""
+        """The problems that ``lower`` is pulled back onto in the backward passes of ``uppers``."""
         return tuple(dict.fromkeys(t for upper in uppers for t in self.paths[upper].get(lower, ())))
 
     def _refuse_half_products(self, name: str) -> None:
         product = getattr(self.estimators[name], "product", None)
         if isinstance(product, Product) and product.autocast and self._problems[name].autocast is torch.float16:
             raise ConfigError(
-                f"problem {name!r}: curvature products under float16 would underflow; leave the product's "
-                "autocast off, or give the problem autocast=torch.bfloat16"
+                f"problem {name!r}: curvature products under float16 would underflow; turn off the product's option "
+                "autocast, or give the problem autocast=torch.bfloat16"
             )
 
     def _refuse_late_levels(self) -> None:
@@ -105,16 +107,16 @@ class Plan:
             for lower in paths:
                 if self._problems[lower].warmup > start:
                     raise ConfigError(
-                        f"problem {upper!r} starts after {start} rounds, but goes through {lower!r}, which "
-                        f"starts after {self._problems[lower].warmup}; raise the warmup of {upper!r}"
+                        f"problem {upper!r} starts after {start} rounds, but is differentiated through {lower!r}, "
+                        f"which starts after {self._problems[lower].warmup}; raise the warmup of {upper!r}"
                     )
 
 
 def known_device(device: str | torch.device) -> torch.device:
-    """The device of this name, on which nothing is put.
+    """The device of this name; nothing is moved to it.
 
     Raises:
-        ConfigError: if it is the name of none, or of one that is not there.
+        ConfigError: if there is no device of this name, or it is not available.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,11 +124,11 @@ def known_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:  # whose message lists all that torch was ever built for
         raise ConfigError(f"device={device!r} cannot be used: there is no device of this name; {DEVICES}") from error
-    cards = torch.cuda.device_count() if found.type == "cuda" else 0
-    if found.type == "cuda" and (found.index or 0) >= cards:
+    gpus = torch.cuda.device_count() if found.type == "cuda" else 0
+    if found.type == "cuda" and (found.index or 0) >= gpus:
         built = "torch finds" if torch.backends.cuda.is_built() else "this build of torch cannot use them, so there are"
-        found_cards = f"{cards or 'no'} CUDA card{'s' * (cards != 1)}"
-        raise ConfigError(f"device={str(device)!r} cannot be used: {built} {found_cards} here; {DEVICES}")
+        count = f"{gpus or 'no'} CUDA GPU{'s' * (gpus != 1)}"
+        raise ConfigError(f"device={str(device)!r} cannot be used: {built} {count} here; {DEVICES}")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if found.type not in ("cpu", "cuda") and (
         accelerator is None or found.type != accelerator.type or (found.index or 0) >= torch.accelerator.device_count()
@@ -135,16 +137,19 @@ def known_device(device: str | torch.device) -> torch.device:
     return found
 
 
-DEVICES = "pass 'cpu', 'cuda' or 'cuda:1' for a card, or 'auto' for a card where there is one"
+DEVICES = "pass 'cpu', 'cuda' or 'cuda:1' for a GPU, or 'auto' for a GPU if there is one"
 
 
-def place(problems: Sequence[Problem], device: str | torch.device) -> torch.device:
-    """Move modules, optimizer states and streams to ``device``; "auto" is a CUDA card where there is one.
+def move_to(problems: Sequence[Problem], device: str | torch.device) -> torch.device:
+    """Move modules, optimizer states and data streams to ``device``; "auto" is a CUDA GPU if there is one.
 
-    Of several processes each has a card of its own, and all begin with the first one's parameters and buffers.
+    In a distributed run each process has its own GPU, and all start with the parameters and buffers of the first one.
+
+    Returns:
+        The device, with an index.
 
     Raises:
-        ConfigError: if there is no such device.
+        ConfigError: if the device is not available.
     """
     try:
         target = torch.empty(0, device=distributed.own_device(known_device(device))).device
@@ -167,8 +172,8 @@ def _refuse_missing_batches(problems: Sequence[Problem]) -> None:
         first = next(iter(inspect.signature(problem.loss).parameters))
         if first in names and first not in problem.arguments:
             raise GraphError(
-                f"problem {problem.name!r}: the first parameter of its loss takes the batch, and is named {first!r}, "
-                f"like a problem; write loss(self, batch, {first}), whether it has data or not"
+                f"problem {problem.name!r}: the first parameter of its loss receives the batch, but is named "
+                f"{first!r} like a problem; write loss(self, batch, {first}), even if the problem has no data"
             )
 
 
@@ -177,7 +182,7 @@ def _refuse_levels_in_processes(problems: Sequence[Problem]) -> None:
         for read in problem.node.reads:
             raise ConfigError(
                 f"problem {problem.name!r} reads {read!r}, but several processes can train only problems that read no "
-                "other: gradients are averaged over processes, and the cotangents of hypergradients are not yet. Run "
+                "others: gradients are averaged over processes, cotangents of hypergradients are not. Run "
                 "it in one process, without torchrun"
             )
 
@@ -189,7 +194,7 @@ def _refuse_shared_generators(problems: Sequence[Problem]) -> None:
             if id(generator) in owners:
                 raise ConfigError(
                     f"the data of {owners[id(generator)]!r} and of {problem.name!r} draw from one torch.Generator, so "
-                    "neither could be resumed by itself; give each loader its own"
+                    "they cannot be resumed independently; give each DataLoader its own generator"
                 )
             owners[id(generator)] = problem.name
 
@@ -202,5 +207,6 @@ def _refuse_shared(problems: Sequence[Problem]) -> None:
             if owner is not problem and (name in problem.variables or own_name in owner.variables):
                 raise GraphError(
                     f"problems {owner.name!r} and {problem.name!r} share a parameter ({own_name!r} and {name!r}); a "
-                    "parameter belongs to one level: copy the module (copy.deepcopy), or let one problem read the other"
+                    "parameter can belong to one level only: copy the module (copy.deepcopy), or let one problem read "
+                    "the other"
                 )

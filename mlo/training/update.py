@@ -1,4 +1,7 @@
-"""Real updates, taken while losses and gradients are finite; on a card this is decided there, and read when known."""
+"""Applies updates, and stops at the first non-finite loss or gradient; on a GPU without synchronizing.
+
+Gradient clipping is in :func:`mlo.steps.optimizer.clip`, the loss scale for float16 in :mod:`mlo.ops.loss_scale`.
+"""
 
 from __future__ import annotations
 
@@ -15,32 +18,36 @@ from mlo.ops import distributed
 from mlo.ops.vectors import norm
 from mlo.steps.clipping import clip
 
-ROUNDS_BEHIND = 2  # that several processes look back: by then a card has mostly sent what it was asked
+ROUNDS_BEHIND = 2  # after which several processes check the losses of a round: by then a GPU has usually sent them
 
 
 class Updater:
-    """Updates problems, and stops at a loss or gradient that is NaN or infinite, with the last good state in place.
+    """Updates problems, and raises an error at a loss or gradient that is NaN or infinite, keeping the last good state.
 
-    On the CPU the loss is looked at before the update. On a card, looking would wait for it: there each update is
-    undone on the device unless all so far were finite, and the host learns of it a round or so later, from a
-    copy that it did not wait for. By then the counters (optimizer steps, schedulers, position in the data) have run
-    on; parameters, buffers and optimizer moments have not.
+    On the CPU the loss is checked before the update. On a GPU that would synchronize. There, each update is undone on
+    the device unless all losses and gradients so far were finite. The CPU finds this out about a round later, from an
+    asynchronous copy. By then the counters (optimizer steps, schedulers, position in the data) have advanced, but
+    parameters, buffers and optimizer states have not changed since the last good step.
+
+    Args:
+        device: the device of the problems.
+        deferred: whether to undo bad updates on the device, as described for the GPU.
     """
 
     def __init__(self, device: torch.device, deferred: bool) -> None:
         self._device = device
         self._deferred = deferred
-        self._fine = torch.ones((), dtype=torch.bool, device=device)
+        self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._round: list[tuple[str, int, Tensor]] = []
         self._sent: deque[_Sent] = deque()
 
     def update(
         self, problem: Problem, loss: Tensor, gradients: Mapping[str, Tensor | None], buffers: Mapping[str, Tensor]
     ) -> None:
-        """One real step of the problem's optimizer and scheduler, and its module's new buffers.
+        """Take one step of the problem's optimizer and scheduler, and set its module's new buffers.
 
         Raises:
-            NonFiniteLossError: on the CPU, before anything is changed.
+            NonFiniteLossError: if not deferred, before anything is changed.
         """
         sizes = [g.detach() for g in gradients.values() if g is not None]
         if not self._deferred:
@@ -49,19 +56,19 @@ class Updater:
             return
         seen = torch.stack([loss.double(), norm(sizes).double()])
         self._round.append((problem.name, problem.steps_taken, seen))
-        self._fine = self._fine & torch.isfinite(seen).all()
+        self._finite = self._finite & torch.isfinite(seen).all()
         before = {id(tensor): tensor.detach().clone() for tensor in _tensors(problem, self._device)}
         _take_step(problem, gradients, buffers)
         with torch.no_grad():
             for tensor in _tensors(problem, self._device):
                 old = before.get(id(tensor))
-                tensor.copy_(torch.where(self._fine, tensor, torch.zeros_like(tensor) if old is None else old))
+                tensor.copy_(torch.where(self._finite, tensor, torch.zeros_like(tensor) if old is None else old))
 
-    def look(self) -> None:
-        """After a round: send its losses to the host, and check those of earlier rounds that have arrived.
+    def check_arrived(self) -> None:
+        """After a round: start copying its losses to the CPU, and check those of earlier rounds that have arrived.
 
         Raises:
-            NonFiniteLossError: for the first loss that was not finite.
+            NonFiniteLossError: for the first loss or gradient that was not finite.
         """
         if self._round:
             self._sent.append(_Sent(self._round, self._device))
@@ -70,26 +77,26 @@ class Updater:
             self._sent.popleft().check()
 
     def _is_due(self) -> bool:
-        """Several processes all find a loss in the same round, whether or not it arrived earlier in some."""
+        """Whether to check the oldest losses now. Several processes must all do so in the same round."""
         return self._sent[0].arrived() if distributed.world() == 1 else len(self._sent) > ROUNDS_BEHIND
 
     def wait(self) -> None:
-        """Check everything, waiting for the device; raises as :meth:`look` does."""
-        self.look()
+        """Synchronize with the device and check all losses; raises like :meth:`check_arrived`."""
+        self.check_arrived()
         while self._sent:
             self._sent.popleft().check()
 
 
 class _Sent:
-    """The losses of one round on their way to the host."""
+    """The losses of one round, while they are copied to the CPU."""
 
     def __init__(self, losses: list[tuple[str, int, Tensor]], device: torch.device) -> None:
         self._labels = [(name, step) for name, step, _ in losses]
         values = torch.stack([seen for _, _, seen in losses])
-        on_card = device.type == "cuda"
-        self._values = torch.empty(values.shape, dtype=torch.float64, pin_memory=on_card)
+        on_gpu = device.type == "cuda"
+        self._values = torch.empty(values.shape, dtype=torch.float64, pin_memory=on_gpu)
         self._values.copy_(values, non_blocking=True)
-        self._event = torch.cuda.Event() if on_card else None
+        self._event = torch.cuda.Event() if on_gpu else None
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(device))
 
@@ -119,7 +126,7 @@ def _take_step(problem: Problem, gradients: Mapping[str, Tensor | None], buffers
 
 
 def _tensors(problem: Problem, device: torch.device) -> Iterator[Tensor]:
-    """All of the problem's tensors that a step changes, where they are on the device."""
+    """All tensors of the problem that a step changes and that are on the device."""
     yield from problem.variables.values()
     yield from problem.module.buffers()
     for slots in problem.optimizer.state.values():
@@ -129,10 +136,10 @@ def _tensors(problem: Problem, device: torch.device) -> Iterator[Tensor]:
 
 
 def _check(name: str, step: int, seen: list[float]) -> None:
-    """``seen`` are the loss and the norm of its gradient."""
+    """Raise a NonFiniteLossError unless ``seen``, the loss and the norm of its gradient, is finite."""
     for what, value in zip(("loss", "gradient's norm"), seen, strict=True):
         if not math.isfinite(value):
             raise NonFiniteLossError(
                 f"problem {name!r}: its {what} is {value} at its step {step + 1}; that step was not taken, and the "
-                "state before it stands. Lower the learning rate, set clip_norm, or look for bad values in the batch"
+                "state is the one before it. Lower the learning rate, set clip_norm, or check the batch for bad values"
             )

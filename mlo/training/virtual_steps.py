@@ -1,4 +1,4 @@
-"""The next steps of lower problems, taken virtually: states go in, states and records come out, nothing changes."""
+"""Virtual steps of lower problems: computed from states to new states and records, without side effects."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from mlo.levels.problem import Problem, State
 from mlo.ops.rng import replay
 from mlo.steps.evaluation import Evaluator
 from mlo.steps.gradient_functions import MicroBatch
-from mlo.steps.optimizer import COUNTERS, OptimizerState, optimizer_state, virtual_step, without_values
+from mlo.steps.optimizer import virtual_step
+from mlo.steps.optimizer_state import COUNTERS, OptimizerState, optimizer_state, without_values
 from mlo.training.gradients import Gradients, Records
 from mlo.training.plan import Plan
 
 
 @contextmanager
 def looking_ahead(problems: Iterable[Problem], really: bool = True) -> Iterator[None]:
-    """Inside, the problems step, and are differentiated through, as where an upper one looks ahead (if ``really``)."""
-    seen = list(problems)
-    for problem in seen:
+    """A context in which the problems' attribute ``looking_ahead`` is True (if ``really``)."""
+    affected = list(problems)
+    for problem in affected:
         problem.looking_ahead = really
     try:
         yield
     finally:
-        for problem in seen:
+        for problem in affected:
             problem.looking_ahead = False
 
 
@@ -67,7 +68,7 @@ class Rollout:
     def _steps(
         self, name: str, states: dict[str, State], records: Records, later: Sequence[str], dtype: torch.dtype | None
     ) -> None:
-        """A problem's steps of one round; recorded if a sweep of one of ``later`` will go through them."""
+        """The virtual steps of a problem in one round; recorded if one of ``later`` is differentiated through them."""
         problem, estimator = self._evaluator.problems[name], self._plan.estimators[name]
         targets, at = (
             self._plan.targets(name, later),
@@ -110,24 +111,30 @@ class Rollout:
         name: str,
         states: Mapping[str, State],
         batches: Sequence[tuple[Any, ...]],
-        at: OptimizerState,
+        optimizer_state: OptimizerState,
         targets: Collection[str],
     ) -> tuple[Record, State, OptimizerState] | None:
         """Several steps in one graph: their record, and what they led to; None if they can only be taken one by one."""
         problem, before = self._evaluator.problems[name], states[name]
         micro = MicroBatch(batches[-1][0], self._evaluator.capture(name))
         taken = self._evaluator.segment(
-            name, states, [batch for (batch,) in batches], at.groups, at.slots, kind="virtual", through=targets
+            name,
+            states,
+            [batch for (batch,) in batches],
+            optimizer_state.groups,
+            optimizer_state.slots,
+            kind="virtual",
+            through=targets,
         )
-        if taken is None:  # it may have drawn before it was given up
+        if taken is None:  # it may have drawn random numbers before it failed
             micro.randomness.restore(self._evaluator.device)
             return None
         moved = {v: end.detach().requires_grad_() for v, end in zip(problem.variables, taken.end, strict=True)}
         after = State({**before.parameters, **moved}, taken.buffers)
         reads = {read: states[read] for read in problem.node.reads}
-        record = Record(problem, before, after, None, at, (micro,), reads, segment=taken)
+        record = Record(problem, before, after, None, optimizer_state, (micro,), reads, segment=taken)
         slots = {n: {k: v if v is None else v.detach() for k, v in slot.items()} for n, slot in taken.left.items()}
-        return record, after, OptimizerState(at.groups, slots)
+        return record, after, OptimizerState(optimizer_state.groups, slots)
 
 
 def cast_state(state: State, dtype: torch.dtype) -> State:
@@ -136,15 +143,15 @@ def cast_state(state: State, dtype: torch.dtype) -> State:
     return State(parameters, {n: _cast(b, dtype) for n, b in state.buffers.items()})
 
 
-def cast_optimizer_state(at: OptimizerState, dtype: torch.dtype | None) -> OptimizerState:
-    """The moment with floating-point slots of ``dtype``; counters stay as they are."""
+def cast_optimizer_state(optimizer_state: OptimizerState, dtype: torch.dtype | None) -> OptimizerState:
+    """The optimizer state with floating-point slots of ``dtype``; counters keep their precision."""
     if dtype is None:
-        return at
+        return optimizer_state
     slots = {
         name: {k: _cast(v, dtype) if isinstance(v, Tensor) and k not in COUNTERS else v for k, v in s.items()}
-        for name, s in at.slots.items()
+        for name, s in optimizer_state.slots.items()
     }
-    return OptimizerState(at.groups, slots)
+    return OptimizerState(optimizer_state.groups, slots)
 
 
 def cast_batches(batches: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:

@@ -1,4 +1,11 @@
-"""Random changes of training images, drawn for each image by itself."""
+"""Random changes of training images.
+
+Everything is drawn separately for each image, from torch's global CPU generator, and computed on the images' device. A
+torchvision transform draws once for a whole batch, so crop, flip and cutout are transforms of our own that draw values
+for every image and change the batch at once: on one CPU core, crop and flip of 64 images of 3x32x32 take 0.9 ms, and
+1.8 ms with torchvision's transforms, image by image. Resized crop and jitter are torchvision's, image by image (3 and
+13 ms).
+"""
 
 from __future__ import annotations
 
@@ -6,12 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor
 from torchvision.transforms import v2
 
 from mlo import ConfigError
-from mlo.options.config import Config
+from problems.data.options import Augmentation
 
 
 class Transforms(NamedTuple):
@@ -28,68 +34,36 @@ class Transforms(NamedTuple):
     normalized: v2.Transform
 
 
-class Augmentation(Config):
-    """How training images are changed at random; CIFAR as in DARTS: crop 4, flip, and cutout 16 in the final training.
+def make_transforms(augmentation: Augmentation, image_channels: int, shape: tuple[int, int]) -> Transforms:
+    """The transforms of images of ``image_channels`` channels and ``shape`` (H, W).
 
-    Everything is drawn for each image by itself, from torch's global CPU generator, and done on the device that the
-    images are on. A torchvision transform draws once for a whole batch, so crop, flip and cutout are transforms that
-    draw values for every image and change the batch at once: on one CPU core, crop and flip of 64 images of 3x32x32
-    take 0.9 ms, and 1.8 ms by torchvision's image by image. Resized crop and jitter are torchvision's, image by image
-    (3 and 13 ms).
+    Raises:
+        ConfigError: if there is jitter and the images do not have 1 or 3 channels, or if the border or the cutout is
+            larger than the images.
     """
-
-    crop: int = Field(0, ge=0, description="pixels of black border from which an image of the old size is cut; 0: none")
-    flip: bool = Field(False, description="mirror left and right, half of the images")
-    cutout: int = Field(0, ge=0, description="side of a square that is set to the mean (DeVries & Taylor, 2017)")
-    resized_crop: bool = Field(
-        False, description="cut 8 to 100 % of the area at an aspect of 3/4 to 4/3, as is usual for ImageNet"
-    )
-    jitter: float = Field(
-        0.0,
-        ge=0,
-        le=2.5,
-        description="change of colours; 1: brightness, contrast, saturation 0.4, hue 0.2, as DARTS on ImageNet",
-    )
-
-    @model_validator(mode="after")
-    def _one_crop(self) -> Augmentation:
-        if self.crop and self.resized_crop:
-            raise ValueError(
-                f"crop: {self.crop} and resized_crop: true both cut the image; leave one out "
-                "(CIFAR is usually trained with crop: 4, ImageNet with resized_crop: true)"
-            )
-        return self
-
-    def transforms(self, image_channels: int, shape: tuple[int, int]) -> Transforms:
-        """What it does to images of ``image_channels`` and ``shape`` (H, W).
-
-        Raises:
-            ConfigError: if jitter is asked for and the images have other than 1 or 3 channels, or the border or the
-                cutout is larger than the images.
-        """
-        if self.jitter and image_channels not in (1, 3):
-            raise ConfigError(
-                f"augmentation.jitter: {self.jitter} was given, but the images have {image_channels} channels, and "
-                "only colour and grey images have brightness and hue; write jitter: 0"
-            )
-        for option, value in (("crop", self.crop), ("cutout", self.cutout)):
-            if value > min(shape):
-                raise ConfigError(
-                    f"augmentation.{option}: {value} was given, but the images are {shape[0]}x{shape[1]} pixels; "
-                    f"write at most {min(shape)}"
-                )
-        strength = self.jitter
-        colours = v2.ColorJitter(0.4 * strength, 0.4 * strength, 0.4 * strength, 0.2 * strength)
-        pixels = [
-            *([CropEach(self.crop)] if self.crop else []),
-            *([FlipEach()] if self.flip else []),
-            *([Each(colours)] if strength else []),
-        ]
-        return Transforms(
-            framing=v2.RandomResizedCrop(shape, antialias=True) if self.resized_crop else None,
-            pixels=v2.Compose(pixels or [v2.Identity()]),
-            normalized=CutoutEach(self.cutout) if self.cutout else v2.Identity(),
+    if augmentation.jitter and image_channels not in (1, 3):
+        raise ConfigError(
+            f"augmentation.jitter: {augmentation.jitter} was given, but the images have {image_channels} channels, and "
+            "only colour and grey images have brightness and hue; write jitter: 0"
         )
+    for option, value in (("crop", augmentation.crop), ("cutout", augmentation.cutout)):
+        if value > min(shape):
+            raise ConfigError(
+                f"augmentation.{option}: {value} was given, but the images are {shape[0]}x{shape[1]} pixels; "
+                f"write at most {min(shape)}"
+            )
+    strength = augmentation.jitter
+    colours = v2.ColorJitter(0.4 * strength, 0.4 * strength, 0.4 * strength, 0.2 * strength)
+    pixels = [
+        *([CropEach(augmentation.crop)] if augmentation.crop else []),
+        *([FlipEach()] if augmentation.flip else []),
+        *([Each(colours)] if strength else []),
+    ]
+    return Transforms(
+        framing=v2.RandomResizedCrop(shape, antialias=True) if augmentation.resized_crop else None,
+        pixels=v2.Compose(pixels or [v2.Identity()]),
+        normalized=CutoutEach(augmentation.cutout) if augmentation.cutout else v2.Identity(),
+    )
 
 
 class CropEach(v2.Transform):  # type: ignore[misc]
@@ -150,14 +124,14 @@ class CutoutEach(v2.Transform):  # type: ignore[misc]
         return inpt.masked_fill((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), 0.0)
 
     def _inside(self, centres: Tensor, size: int) -> Tensor:
-        """Which of ``size`` places along an axis are in each square, (B, size)."""
+        """Which of ``size`` positions along an axis are in each square, (B, size)."""
         first = centres[:, None] - self.length // 2
-        places = torch.arange(size, device=centres.device)
-        return (places >= first) & (places < first + self.length)
+        positions = torch.arange(size, device=centres.device)
+        return (positions >= first) & (positions < first + self.length)
 
 
 class Each(v2.Transform):  # type: ignore[misc]
-    """A transform of one image, done to each of (B, C, H, W) with draws of its own."""
+    """Applies a transform of one image to each image of (B, C, H, W), with separate random draws."""
 
     def __init__(self, one: v2.Transform) -> None:
         super().__init__()

@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from mlo import ConfigError
-from mlo.ops import distributed
-from problems.data.augmentation import Augmentation, Transforms
+from mlo import ConfigError, distributed
+from problems.data.augmentation import Transforms, make_transforms
+from problems.data.options import Augmentation
 
 RESIZED = 256 / 224  # images in files are resized to this part of the side that is then cut from their centre
-Key: TypeAlias = tuple[Tensor, int]  # the places of a batch's images in their part, and the seed of its draws
+Key: TypeAlias = tuple[Tensor, int]  # the positions of a batch's images in their part, and the seed of its draws
 
 
 class Images(NamedTuple):
@@ -130,7 +130,7 @@ class Part:
         labels: (N,) of int64, on the CPU.
         rows: (N,), where in ``pixels`` they are.
         mean, deviation: (C,), taken out of each channel's values in [0, 1] when images are read.
-        workers: processes that read batches; 0 reads them where they are asked for.
+        workers: processes that read batches; with 0, the main process reads them.
     """
 
     pixels: Pixels
@@ -150,10 +150,10 @@ class Part:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, places: Tensor | np.ndarray) -> Part:
-        """Those in these places, in this order."""
-        places = torch.as_tensor(places)
-        return replace(self, labels=self.labels[places], rows=self.rows[places])
+    def take(self, positions: Tensor | np.ndarray) -> Part:
+        """Those in these positions, in this order."""
+        positions = torch.as_tensor(positions)
+        return replace(self, labels=self.labels[positions], rows=self.rows[positions])
 
     def normalized(self, mean: Tensor, deviation: Tensor) -> Part:
         """With this mean and deviation, (C,) each and of values in [0, 1], taken out of the stored images."""
@@ -188,7 +188,7 @@ class Part:
         Raises:
             ConfigError: if the augmentation does not fit the images, or a batch cannot be shared out evenly.
         """
-        transforms = (augmentation or Augmentation()).transforms(self.pixels.image_channels, self.pixels.shape)
+        transforms = make_transforms(augmentation or Augmentation(), self.pixels.image_channels, self.pixels.shape)
         whole = min(size, len(self))
         sampler = _Shuffled(len(self), whole, distributed.share(whole, "batch_size: a batch"))
         return DataLoader(_Batched(self, transforms), sampler=sampler, batch_size=None, num_workers=self.workers)
@@ -211,14 +211,14 @@ class _Batched(Dataset[Images]):
         self._transforms = transforms
 
     def __getitem__(self, key: Key) -> Images:
-        places, seed = key
+        positions, seed = key
         part, device = self._part, self._part.pixels.device
-        labels = part.labels[places].to(device)
+        labels = part.labels[positions].to(device)
         if self._transforms is None:
-            return Images(self._normalized(part.pixels.read(part.rows[places])), labels)
+            return Images(self._normalized(part.pixels.read(part.rows[positions])), labels)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            framed = part.pixels.read(part.rows[places], self._transforms.framing)
+            framed = part.pixels.read(part.rows[positions], self._transforms.framing)
             normalized = self._normalized(self._transforms.pixels(framed))
             return Images(self._transforms.normalized(normalized), labels)
 
@@ -241,13 +241,13 @@ class _Shuffled(Sampler[Key]):
     def __iter__(self) -> Iterator[Key]:
         generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
         order = torch.randperm(self._count, generator=generator)
-        for places in order[: len(self) * self._size].split(self._size):
+        for positions in order[: len(self) * self._size].split(self._size):
             seed = int(torch.randint(2**62, (), generator=generator))
-            yield places[self._share], seed + self._share.start
+            yield positions[self._share], seed + self._share.start
 
 
 class _InOrder(Sampler[Key]):
-    """Places of batches in order; nothing is drawn, so the seed is no matter."""
+    """Positions of batches in order; nothing is drawn, so the seed is no matter."""
 
     def __init__(self, count: int, size: int) -> None:
         self._count = count
@@ -257,5 +257,5 @@ class _InOrder(Sampler[Key]):
         return math.ceil(self._count / self._size)
 
     def __iter__(self) -> Iterator[Key]:
-        for places in torch.arange(self._count).split(self._size):
-            yield places, 0
+        for positions in torch.arange(self._count).split(self._size):
+            yield positions, 0

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from mlo import ConfigError
 from mlo.options import registry
 from problems.data.images import ArrayPixels, FilePixels, Part
+from problems.data.locations import CIFAR_FOLDERS
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -33,16 +34,16 @@ class Source(NamedTuple):
     test: Part | None
 
 
-class Place(NamedTuple):
+class LoadOptions(NamedTuple):
     """Where to look for a source, and how to read it.
 
     Attributes:
-        root: the folder where data sets lie.
-        download: whether torchvision may download what is not there.
-        image_size: side to which images are resized; None: as they are (files: 224).
-        device: where images of arrays are kept.
-        workers: processes that read files.
-        option: the option that names the source, for messages.
+        root: the folder that holds the data sets.
+        download: whether torchvision may download a data set that is missing.
+        image_size: side in pixels to which images are resized; None: their own size (224 for image files).
+        device: the device that images read from arrays are kept on; None: the CPU.
+        workers: processes that read image files.
+        named_by: the option that gives the source's name, for messages.
     """
 
     root: Path
@@ -50,76 +51,61 @@ class Place(NamedTuple):
     image_size: int | None = None
     device: torch.device | None = None
     workers: int = 0
-    option: str = "data.source"
+    named_by: str = "data.source"
 
 
-def data_root(given: str | None) -> Path:
-    """The folder where data sets lie: the given one, or $MLO_DATA, or ~/.cache/mlo/data."""
-    return Path(given or os.environ.get("MLO_DATA") or "~/.cache/mlo/data").expanduser()
-
-
-def load_source(name: str, place: Place) -> Source:
+def load_source(name: str, options: LoadOptions) -> Source:
     """The images of a source.
 
     Args:
         name: "digits", "cifar10", "cifar100", "fashion_mnist", "imagenet", the path of an .npz file with train_images
             (N, H, W, C) of uint8, train_labels (N,), test_images and test_labels, or the path of a folder with train/
             and test/ (or, without it, val/), each with a folder of image files for each class.
-        place: where to look, and how to read.
+        options: where to look, and how to read.
 
     Raises:
         ConfigError: if it is not there, or is not in the form that it should be in.
     """
     if name in NAMED:
-        return NAMED[name](place)
+        return NAMED[name](options)
     path = Path(name).expanduser()
     if path.is_dir():
-        return _folders(path, place)
+        return _folders(path, options)
     if path.suffix == ".npz" and path.is_file():
-        return _npz(path, place)
+        return _npz(path, options)
     guess = registry.nearest(name, NAMED)
     raise ConfigError(
-        f"{place.option}: {name!r} is not there; {f'did you mean {guess}? ' if guess else ''}give {', '.join(NAMED)}, "
-        "or the path of an .npz file of images and labels or of a folder with train/ and test/"
+        f"{options.named_by}: {name!r} is not there; {f'did you mean {guess}? ' if guess else ''}"
+        f"give {', '.join(NAMED)}, or the path of an .npz file with images and labels or of a "
+        "folder with train/ and test/"
     )
 
 
-def read_from(name: str, root: Path) -> str:
-    """What the labeled images of a source are read from, told alike however it is written: a path without links."""
-    if name in ("digits", "fashion_mnist"):
-        return name
-    path = Path(name).expanduser()
-    if name in CIFAR:
-        folder = root / CIFAR[name].base_folder
-        path = folder if folder.is_dir() else root / f"{name}.npz"
-    elif name == "imagenet":
-        path = root / name
-    return str((path / "train" if path.is_dir() else path).resolve())
-
-
-def _digits(place: Place) -> Source:
+def _digits(options: LoadOptions) -> Source:
     """Scikit-learn's 1,797 images of 1x8x8, all of them labeled and none a test image."""
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
-    return Source(_in_memory(images, torch.from_numpy(digits.target), place), None)
+    return Source(_in_memory(images, torch.from_numpy(digits.target), options), None)
 
 
-def _npz(path: Path, place: Place) -> Source:
+def _npz(path: Path, options: LoadOptions) -> Source:
     try:
         with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
             missing = [name for name in ARRAYS if name not in file]
             if missing:
-                raise ConfigError(f"{place.option}: {path} has no {', '.join(missing)}; it has {', '.join(file.files)}")
+                raise ConfigError(
+                    f"{options.named_by}: {path} has no {', '.join(missing)}; it has {', '.join(file.files)}"
+                )
             arrays = {name: np.asarray(file[name]) for name in ARRAYS}
     except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(
-            f"{place.option}: {path} cannot be read ({error}); write it by numpy.savez, with {', '.join(ARRAYS)}: "
+            f"{options.named_by}: {path} cannot be read ({error}); write it by numpy.savez, with {', '.join(ARRAYS)}: "
             "images uint8 of (N, H, W, C), labels integers of (N,)"
         ) from error
-    return _from_arrays(arrays, str(path), place)
+    return _from_arrays(arrays, str(path), options)
 
 
-def _from_arrays(arrays: dict[str, np.ndarray], where: str, place: Place) -> Source:
+def _from_arrays(arrays: dict[str, np.ndarray], where: str, options: LoadOptions) -> Source:
     """The source of arrays as an .npz file has them; ``where`` they are from is for messages."""
     faults = [fault for part in ("train", "test") for fault in _faults(arrays, part)]
     train, test = arrays["train_labels"], arrays["test_labels"]
@@ -134,11 +120,11 @@ def _from_arrays(arrays: dict[str, np.ndarray], where: str, place: Place) -> Sou
         if strange:
             faults.append(f"test_labels have {strange[0]}, which train_labels have not: take those images out")
     if faults:
-        raise ConfigError("\n  ".join([f"{place.option}: {where} cannot be used", *faults]))
+        raise ConfigError("\n  ".join([f"{options.named_by}: {where} cannot be used", *faults]))
     parts = []
     for part in ("train", "test"):
         images = torch.from_numpy(np.array(arrays[f"{part}_images"].transpose(0, 3, 1, 2), order="C"))
-        parts.append(_in_memory(images, torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)), place))
+        parts.append(_in_memory(images, torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64)), options))
     return Source(*parts)
 
 
@@ -157,65 +143,65 @@ def _faults(arrays: dict[str, np.ndarray], part: str) -> list[str]:
     return found
 
 
-def _in_memory(images: torch.Tensor, labels: torch.Tensor, place: Place) -> Part:
-    """A part of images (N, C, H, W), resized once, with antialiasing, where a size is asked for."""
-    size = place.image_size
+def _in_memory(images: torch.Tensor, labels: torch.Tensor, options: LoadOptions) -> Part:
+    """A part of images (N, C, H, W), resized once, with antialiasing, if ``options`` have a size."""
+    size = options.image_size
     if size is not None and images.shape[2:] != (size, size):
         images = torch.cat([v2.functional.resize(some, [size, size], antialias=True) for some in images.split(1000)])
-    return Part.of(ArrayPixels(images.to(place.device or "cpu")), labels)
+    return Part.of(ArrayPixels(images.to(options.device or "cpu")), labels)
 
 
-def _folders(path: Path, place: Place) -> Source:
+def _folders(path: Path, options: LoadOptions) -> Source:
     test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
     if test is None or not (path / "train").is_dir():
         raise ConfigError(
-            f"{place.option}: {path} should hold train/ and test/ (or val/), each with a folder of image files for "
+            f"{options.named_by}: {path} should hold train/ and test/ (or val/), each with a folder of image files for "
             f"each class; it holds {', '.join(sorted(os.listdir(path))[:8]) or 'nothing'}"
         )
     try:
         found = [datasets.ImageFolder(folder) for folder in (path / "train", test)]
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{place.option}: {path} should hold train/ and {test.name}/, each with a folder of image files for each "
-            f"class: {error}"
+            f"{options.named_by}: {path} should hold train/ and {test.name}/, each with a folder of image files "
+            f"for each class: {error}"
         ) from error
     other = set(found[0].classes) ^ set(found[1].classes)
     if other:
         raise ConfigError(
-            f"{place.option}: the classes are the folders' names, and {', '.join(sorted(other)[:5])} "
+            f"{options.named_by}: the classes are the folders' names, and {', '.join(sorted(other)[:5])} "
             f"{'is' if len(other) == 1 else 'are'} in only one of {path}/train and {test}; make them alike"
         )
-    return Source(*(_in_files(images, place) for images in found))
+    return Source(*(_in_files(images, options) for images in found))
 
 
-def _in_files(images: datasets.ImageFolder, place: Place) -> Part:
-    pixels = FilePixels([path for path, _ in images.samples], place.image_size or FOLDER_IMAGE_SIZE)
-    return Part.of(pixels, torch.tensor(images.targets), place.workers)
+def _in_files(images: datasets.ImageFolder, options: LoadOptions) -> Part:
+    pixels = FilePixels([path for path, _ in images.samples], options.image_size or FOLDER_IMAGE_SIZE)
+    return Part.of(pixels, torch.tensor(images.targets), options.workers)
 
 
-def _imagenet(place: Place) -> Source:
-    root = place.root / "imagenet"
+def _imagenet(options: LoadOptions) -> Source:
+    root = options.root / "imagenet"
     try:
         found = [datasets.ImageNet(root, split) for split in ("train", "val")]
     except (RuntimeError, OSError) as error:
         raise ConfigError(
-            f"{place.option}: ImageNet was looked for in {root}, without success ({error}). Put the archives "
+            f"{options.named_by}: ImageNet was looked for in {root}, without success ({error}). Put the archives "
             "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there, or, where its "
             f"images are in folders train/ and val/ already, give the path of the folder that holds these as "
-            f"{place.option}; data.root says where data sets lie"
+            f"{options.named_by}; data.root says where data sets lie"
         ) from error
-    return Source(*(_in_files(images, place) for images in found))
+    return Source(*(_in_files(images, options) for images in found))
 
 
-def _cifar(name: str, place: Place) -> Source:
+def _cifar(name: str, options: LoadOptions) -> Source:
     """CIFAR from torchvision's files, else from ``name``.npz, else downloaded."""
     kind = CIFAR[name]
-    folder, file = place.root / kind.base_folder, place.root / f"{name}.npz"
+    folder, file = options.root / CIFAR_FOLDERS[name], options.root / f"{name}.npz"
     if not folder.is_dir() and file.is_file():
-        return _npz(file, place)
-    if not folder.is_dir() and not place.download:
-        raise _absent(place, name, f"{folder} and {file}")
-    parts = _torchvision(place, name, lambda train: kind(place.root, train=train, download=place.download))
+        return _npz(file, options)
+    if not folder.is_dir() and not options.download:
+        raise _absent(options, name, f"{folder} and {file}")
+    parts = _torchvision(options, name, lambda train: kind(options.root, train=train, download=options.download))
     return _from_arrays(
         {
             f"{part}_{what}": np.asarray(values)
@@ -223,42 +209,44 @@ def _cifar(name: str, place: Place) -> Source:
             for what, values in (("images", data.data), ("labels", data.targets))
         },
         str(folder),
-        place,
+        options,
     )
 
 
-def _torchvision(place: Place, name: str, load: Callable[[bool], Any]) -> list[Any]:
-    """Training and test set of torchvision; what goes wrong is told as a ConfigError."""
+def _torchvision(options: LoadOptions, name: str, load: Callable[[bool], Any]) -> list[Any]:
+    """Training and test set from torchvision; its errors are raised as ConfigError."""
     try:
         return [load(train) for train in (True, False)]
     except (RuntimeError, OSError, EOFError) as error:
         raise ConfigError(
-            f"{place.option}: torchvision cannot load {name} from {place.root} ({error}); remove the broken files "
-            "there and write data.download: true, or say by data.root where they lie"
+            f"{options.named_by}: torchvision cannot load {name} from {options.root} ({error}); remove the broken "
+            "files there and write data.download: true, or give their folder as data.root"
         ) from error
 
 
-def _absent(place: Place, name: str, looked: str) -> ConfigError:
+def _absent(options: LoadOptions, name: str, looked: str) -> ConfigError:
+    data = {**CIFAR, "fashion_mnist": datasets.FashionMNIST}[name].__name__
     return ConfigError(
-        f"{place.option}: {name} was looked for in {looked} and is not there; write data.download: true, or say by "
-        "data.root (or $MLO_DATA) in which folder data sets lie"
+        f"{options.named_by}: {name} was looked for in {looked} and is not there; download it with `python -c "
+        f"\"from torchvision.datasets import {data}; {data}('{options.root}', download=True)\"` (a run can do so with "
+        "data.download: true), or name the folder that has it by data.root or the environment variable MLO_DATA"
     )
 
 
-def _fashion_mnist(place: Place) -> Source:
+def _fashion_mnist(options: LoadOptions) -> Source:
     """Fashion-MNIST from torchvision's files, else from Debian's package dataset-fashion-mnist, else downloaded."""
-    raw = place.root / "FashionMNIST" / "raw"
+    raw = options.root / "FashionMNIST" / "raw"
     folder = next((f for f in (raw, DEBIAN_FASHION_MNIST) if _idx(f, "train-images-idx3-ubyte")), None)
-    if folder is None and place.download:
-        _torchvision(place, "fashion_mnist", lambda train: datasets.FashionMNIST(place.root, train, download=True))
+    if folder is None and options.download:
+        _torchvision(options, "fashion_mnist", lambda train: datasets.FashionMNIST(options.root, train, download=True))
         folder = raw
     if folder is None:
-        raise _absent(place, "fashion_mnist", f"{raw} and {DEBIAN_FASHION_MNIST}")
+        raise _absent(options, "fashion_mnist", f"{raw} and {DEBIAN_FASHION_MNIST}")
     arrays = {}
     for part, prefix in (("train", "train"), ("test", "t10k")):
-        arrays[f"{part}_images"] = _read_idx(folder, f"{prefix}-images-idx3-ubyte", place)[..., None]
-        arrays[f"{part}_labels"] = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", place)
-    return _from_arrays(arrays, str(folder), place)
+        arrays[f"{part}_images"] = _read_idx(folder, f"{prefix}-images-idx3-ubyte", options)[..., None]
+        arrays[f"{part}_labels"] = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", options)
+    return _from_arrays(arrays, str(folder), options)
 
 
 def _idx(folder: Path, name: str) -> Path | None:
@@ -266,7 +254,7 @@ def _idx(folder: Path, name: str) -> Path | None:
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
-def _read_idx(folder: Path, name: str, place: Place) -> np.ndarray:
+def _read_idx(folder: Path, name: str, options: LoadOptions) -> np.ndarray:
     """The array of unsigned bytes in an IDX file: two zeros, 8, the rank, the sizes as big-endian int32, the values."""
     path = _idx(folder, name)
     try:
@@ -278,15 +266,15 @@ def _read_idx(folder: Path, name: str, place: Place) -> np.ndarray:
         return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
     except (OSError, EOFError, ValueError) as error:
         raise ConfigError(
-            f"{place.option}: fashion_mnist cannot be read from {path or folder} ({error}); put the four files of "
+            f"{options.named_by}: fashion_mnist cannot be read from {path or folder} ({error}); put the four files of "
             "Fashion-MNIST there again"
         ) from error
 
 
-NAMED: dict[str, Callable[[Place], Source]] = {
+NAMED: dict[str, Callable[[LoadOptions], Source]] = {
     "digits": _digits,
-    "cifar10": lambda place: _cifar("cifar10", place),
-    "cifar100": lambda place: _cifar("cifar100", place),
+    "cifar10": lambda options: _cifar("cifar10", options),
+    "cifar100": lambda options: _cifar("cifar100", options),
     "fashion_mnist": _fashion_mnist,
     "imagenet": _imagenet,
 }

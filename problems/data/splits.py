@@ -1,4 +1,4 @@
-"""Which images are used for what: the options, and the disjoint parts that they make of a source."""
+"""Splitting the images of a source into disjoint parts: training, validation, unlabeled and test images."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 
 from mlo import ConfigError
-from mlo.options.config import Config
 from problems.data.images import FilePixels, Part
-from problems.data.sources import Place, data_root, load_source, read_from
+from problems.data.locations import data_root
+from problems.data.options import Data
+from problems.data.sources import LoadOptions, load_source
 
 STATISTICS_FROM = 2048  # images, where they must be decoded
 
@@ -54,134 +54,97 @@ class Splits(NamedTuple):
         return self.train.pixels.shape[0]
 
 
-class Data(Config):
-    """Which images, and how many of them for what; sizes are drawn at random, each class in its share."""
+def load_splits(data: Data, seed: int, device: torch.device | None = None) -> Splits:
+    """Load the images and split them at random; images left over are the test images if the source has none.
 
-    source: str = Field(
-        "digits",
-        description="digits (scikit-learn's) | cifar10 | cifar100 | fashion_mnist | imagenet | the path of an .npz "
-        "file of images and labels | the path of a folder with train/ and test/ (or val/), one folder of files a class",
-    )
-    root: str | None = Field(None, description="folder where data sets lie; null: $MLO_DATA, or ~/.cache/mlo/data")
-    download: bool = Field(False, description="let torchvision download cifar10, cifar100 or fashion_mnist into root")
-    unlabeled_source: str | None = Field(
-        None, description="another source, for the unlabeled images; null: they are taken from source"
-    )
-    train_size: int | None = Field(
-        200, ge=1, description="labeled images that the networks learn from; null: those left over"
-    )
-    validation_size: int | None = Field(
-        200, ge=1, description="labeled images that the architecture is judged by; null: those left over"
-    )
-    unlabeled_size: int | None = Field(
-        800, ge=1, description="images whose labels are hidden; null: those left over, or all of unlabeled_source"
-    )
-    held_out_size: int | None = Field(
-        None, ge=1, description="labeled images that are the test instead of the source's own; null: its own"
-    )
-    test_size: int | None = Field(None, ge=1, description="test images to use; null: all of them")
-    image_size: int | None = Field(
-        None, ge=1, description="side in pixels to which images are resized; null: as they are, files to 224"
-    )
-    workers: int = Field(0, ge=0, description="processes that read batches of image files; 0: no other process")
+    Args:
+        data: the options.
+        seed: the same seed gives the same parts.
+        device: the device that images from arrays are kept on; None: the CPU.
 
-    @model_validator(mode="after")
-    def _other_source(self) -> Data:
-        root, other = data_root(self.root), self.unlabeled_source
-        if other is not None and read_from(other, root) == read_from(self.source, root):
-            raise ValueError(
-                f"unlabeled_source: {other} is the source itself, whose images would be labeled and unlabeled at "
-                "once; leave it out, and unlabeled images are drawn apart from the labeled ones"
-            )
-        return self
+    Raises:
+        ConfigError: if a source is missing or invalid, or has too few images.
+    """
+    options = LoadOptions(data_root(data.root), data.download, data.image_size, device, data.workers)
+    labeled, test = load_source(data.source, options)
+    other = None if data.unlabeled_source is None else _load_unlabeled(data, labeled, options)
+    parts, rest = _draw(data, labeled, test is None, np.random.default_rng(seed))
+    left = parts.get("held_out_size", rest if test is None else rest[:0])
+    if len(left):
+        test = labeled.take(left)
+    assert test is not None
+    train, validation = (labeled.take(parts[option]) for option in ("train_size", "validation_size"))
+    if other is not None:
+        unlabeled = _some(other, data.unlabeled_size, "unlabeled_size", seed)
+    else:
+        unlabeled = labeled.take(parts["unlabeled_size"])
+    splits = Splits(
+        train=train,
+        validation=validation,
+        unlabeled=unlabeled,
+        test=_some(test, data.test_size, "test_size", seed),
+        labeled=labeled.take(np.concatenate([parts["train_size"], parts["validation_size"]])),
+        everything=labeled.take(np.setdiff1d(np.arange(len(labeled)), left)),
+    )
+    mean, deviation = train.statistics(STATISTICS_FROM if isinstance(train.pixels, FilePixels) else None)
+    return Splits(*(part.normalized(mean, deviation) for part in splits))
 
-    def splits(self, seed: int, device: torch.device | None = None) -> Splits:
-        """Load the images and draw the parts; what is left over is the test where the source has none of its own.
 
-        Args:
-            seed: of the drawing; the same seed draws the same parts.
-            device: where images of arrays are kept and cut into batches; None: the CPU.
-
-        Raises:
-            ConfigError: if a source is not there or not as it should be, or has too few images.
-        """
-        place = Place(data_root(self.root), self.download, self.image_size, device, self.workers)
-        labeled, test = load_source(self.source, place)
-        other = None if self.unlabeled_source is None else self._other(labeled, place)
-        parts, rest = self._draw(labeled, test is None, np.random.default_rng(seed))
-        left = parts.get("held_out_size", rest if test is None else rest[:0])
-        if len(left):
-            test = labeled.take(left)
-        assert test is not None
-        train, validation = (labeled.take(parts[option]) for option in ("train_size", "validation_size"))
-        if other is not None:
-            unlabeled = _some(other, self.unlabeled_size, "unlabeled_size", seed)
-        else:
-            unlabeled = labeled.take(parts["unlabeled_size"])
-        splits = Splits(
-            train=train,
-            validation=validation,
-            unlabeled=unlabeled,
-            test=_some(test, self.test_size, "test_size", seed),
-            labeled=labeled.take(np.concatenate([parts["train_size"], parts["validation_size"]])),
-            everything=labeled.take(np.setdiff1d(np.arange(len(labeled)), left)),
+def _load_unlabeled(data: Data, labeled: Part, options: LoadOptions) -> Part:
+    """The images of ``unlabeled_source``, in the shape of the labeled ones."""
+    options = options._replace(image_size=labeled.pixels.shape[0], named_by="data.unlabeled_source")
+    other = load_source(str(data.unlabeled_source), options).labeled
+    channels, given = labeled.pixels.image_channels, other.pixels.image_channels
+    if channels != given:
+        raise ConfigError(
+            f"data.unlabeled_source: the images of {data.unlabeled_source} have {given} channels, and those of "
+            f"{data.source} have {channels}; give a source with {channels}"
         )
-        mean, deviation = train.statistics(STATISTICS_FROM if isinstance(train.pixels, FilePixels) else None)
-        return Splits(*(part.normalized(mean, deviation) for part in splits))
+    if labeled.pixels.shape != other.pixels.shape:
+        raise ConfigError(
+            f"data.unlabeled_source: the images of {data.source} are no squares, so those of "
+            f"{data.unlabeled_source} cannot be resized to them; give data.image_size"
+        )
+    return other
 
-    def _other(self, labeled: Part, place: Place) -> Part:
-        """The images of ``unlabeled_source``, in the shape of the labeled ones."""
-        place = place._replace(image_size=labeled.pixels.shape[0], option="data.unlabeled_source")
-        other = load_source(str(self.unlabeled_source), place).labeled
-        channels, given = labeled.pixels.image_channels, other.pixels.image_channels
-        if channels != given:
-            raise ConfigError(
-                f"data.unlabeled_source: the images of {self.unlabeled_source} have {given} channels, and those of "
-                f"{self.source} have {channels}; give a source with {channels}"
-            )
-        if labeled.pixels.shape != other.pixels.shape:
-            raise ConfigError(
-                f"data.unlabeled_source: the images of {self.source} are no squares, so those of "
-                f"{self.unlabeled_source} cannot be resized to them; give data.image_size"
-            )
-        return other
 
-    def _draw(
-        self, labeled: Part, test_is_left: bool, random: np.random.Generator
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Places of the images drawn from the labeled ones, by the option that says how many, and of those left."""
-        labels = labeled.labels.numpy()
-        parts: dict[str, np.ndarray] = {}
-        rest = np.arange(len(labels))
-        for option, size in self._sizes(len(labels), int(labels.max()) + 1, test_is_left).items():
-            parts[option], rest = _drawn(rest, size, labels, random)
-        return parts, rest
+def _draw(
+    data: Data, labeled: Part, test_is_left: bool, random: np.random.Generator
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Positions of the images drawn from the labeled ones, by the option that says how many, and of those left."""
+    labels = labeled.labels.numpy()
+    parts: dict[str, np.ndarray] = {}
+    rest = np.arange(len(labels))
+    for option, size in _sizes(data, len(labels), int(labels.max()) + 1, test_is_left).items():
+        parts[option], rest = _drawn(rest, size, labels, random)
+    return parts, rest
 
-    def _sizes(self, count: int, classes: int, test_is_left: bool) -> dict[str, int]:
-        """How many of ``count`` labeled images are drawn for what, in the order of drawing."""
-        asked = {"train_size": self.train_size, "validation_size": self.validation_size}
-        if self.unlabeled_source is None:
-            asked["unlabeled_size"] = self.unlabeled_size
-        if self.held_out_size is not None:
-            asked = {"held_out_size": self.held_out_size, **asked}
-            test_is_left = False
-        left_for = [option for option, size in asked.items() if size is None] + ["the test"] * test_is_left
-        if len(left_for) > 1:
-            raise ConfigError(
-                f"data: the images left over cannot be {' and '.join(left_for)} at once; "
-                f"write a number for {' and '.join(left_for[:-1])}"
-            )
-        given = {option: size for option, size in asked.items() if size is not None}
-        needed = sum(given.values())
-        if needed > count - classes * len(left_for):
-            must = f", and some must be left for {left_for[0]}" if left_for else ""
-            raise ConfigError(
-                f"data: {' + '.join(given)} = {needed}, but {self.source} has {count} images{must}; lower one"
-            )
-        sizes = {option: count - needed if size is None else size for option, size in asked.items()}
-        for option, size in sizes.items():
-            _check_classes(option, size, classes)
-        return sizes
+
+def _sizes(data: Data, count: int, classes: int, test_is_left: bool) -> dict[str, int]:
+    """How many of ``count`` labeled images are drawn for what, in the order of drawing."""
+    asked = {"train_size": data.train_size, "validation_size": data.validation_size}
+    if data.unlabeled_source is None:
+        asked["unlabeled_size"] = data.unlabeled_size
+    if data.held_out_size is not None:
+        asked = {"held_out_size": data.held_out_size, **asked}
+        test_is_left = False
+    left_for = [option for option, size in asked.items() if size is None] + ["the test"] * test_is_left
+    if len(left_for) > 1:
+        raise ConfigError(
+            f"data: the images left over cannot be {' and '.join(left_for)} at once; "
+            f"write a number for {' and '.join(left_for[:-1])}"
+        )
+    given = {option: size for option, size in asked.items() if size is not None}
+    needed = sum(given.values())
+    if needed > count - classes * len(left_for):
+        must = f", and some must be left for {left_for[0]}" if left_for else ""
+        raise ConfigError(
+            f"data: {' + '.join(given)} = {needed}, but {data.source} has {count} images{must}; lower one"
+        )
+    sizes = {option: count - needed if size is None else size for option, size in asked.items()}
+    for option, size in sizes.items():
+        _check_classes(option, size, classes)
+    return sizes
 
 
 def _check_classes(option: str, size: int, classes: int) -> None:
@@ -190,7 +153,7 @@ def _check_classes(option: str, size: int, classes: int) -> None:
 
 
 def _some(part: Part, size: int | None, option: str, seed: int) -> Part:
-    """So many images of a part, each class in its share; None: all."""
+    """``size`` images of a part, with the classes in their proportions; None: all."""
     if size is None:
         return part
     if size > len(part):
@@ -201,15 +164,15 @@ def _some(part: Part, size: int | None, option: str, seed: int) -> Part:
 
 
 def _drawn(
-    places: np.ndarray, size: int, labels: np.ndarray, random: np.random.Generator
+    positions: np.ndarray, size: int, labels: np.ndarray, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``size`` of the places in random order, each class in its share (largest remainders first), and the others."""
-    order = random.permutation(places)
+    """``size`` of the positions in random order, with the classes in their proportions, and the other positions."""
+    order = random.permutation(positions)
     grouped = order[np.argsort(labels[order], kind="stable")]
     counts = np.unique(labels[grouped], return_counts=True)[1]
-    sizes, remainders = np.divmod(counts * size, len(places))
+    sizes, remainders = np.divmod(counts * size, len(positions))
     largest = np.lexsort((random.random(len(counts)), -remainders))
     sizes[largest[: size - sizes.sum()]] += 1
     starts = np.cumsum(counts) - counts
-    chosen = np.arange(len(places)) - np.repeat(starts, counts) < np.repeat(sizes, counts)
+    chosen = np.arange(len(positions)) - np.repeat(starts, counts) < np.repeat(sizes, counts)
     return random.permutation(grouped[chosen]), np.sort(grouped[~chosen])

@@ -2,109 +2,85 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, StepLR
 
 import mlo
 from mlo import ConfigError
-from mlo.options.config import Config
-from problems.data.augmentation import Augmentation
 from problems.data.images import Part
 from problems.data.splits import Splits
-from problems.nas import EvaluationNetwork, Genotype
-from problems.nas.counting import count
-from problems.search.search import AUTOCASTS, Precision, stem_for
+from problems.evaluation.options import Training
+from problems.nas import EvaluationNetwork, Genotype, size_of, stem_for
+from problems.search.levels import AUTOCASTS
 
 
-class Training(Config):
-    """How the network of an architecture is built and trained."""
-
-    channels: int = Field(8, ge=1, description="channels of the first cell (36 for CIFAR, 48 for ImageNet, in papers)")
-    cells: int = Field(3, ge=1, description="cells (20 for CIFAR, 14 for ImageNet)")
-    batch_size: int = Field(50, ge=2, description="images in a batch")
-    learning_rate: float = Field(0.05, gt=0, description="of SGD with momentum 0.9")
-    schedule: Literal["cosine", "exponential", "linear"] = Field(
-        "cosine",
-        description="of the learning rate: cosine to 0; exponential, x0.97 an epoch; linear to 0 after 5 epochs",
-    )
-    weight_decay: float = Field(3e-4, ge=0, description="of SGD")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="0.1 for ImageNet")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="last probability of dropping a path, growing from 0")
-    auxiliary: bool = Field(False, description="train with an auxiliary head (for images of 32x32 and up)")
-    augmentation: Augmentation = Field(Augmentation(), description="of the training images")
-    precision: Precision = Field("float32", description="of the loss, under autocast; the test is in float32")
-    images: Literal["labeled", "everything"] = Field(
-        "labeled", description="train on the search's train and validation images, or on all that have labels"
-    )
-
-    def check(self, splits: Splits) -> None:
-        """Raise ConfigError where the images are too small for the auxiliary head, before anything is trained."""
-        smallest = 32 if stem_for(splits.image_size) == "cifar" else 224
-        if self.auxiliary and splits.image_size < smallest:
-            raise ConfigError(
-                f"auxiliary: the head needs images of {smallest}x{smallest}, and these are {splits.image_size} high; "
-                "leave it out, or take larger images"
-            )
-
-    def network(self, genotype: Genotype, splits: Splits) -> EvaluationNetwork:
-        """The network that a genotype stands for."""
-        stem = stem_for(splits.image_size)
-        sizes = (self.channels, self.cells, splits.classes, splits.image_channels)
-        return EvaluationNetwork(genotype, *sizes, self.auxiliary, stem)
-
-    def engine(self, genotype: Genotype, splits: Splits, part: Part, steps: int, device: str) -> mlo.Engine:
-        """A training of `steps` steps on a part of the data, not begun."""
-        network = self.network(genotype, splits)
-        optimizer = SGD(network.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=self.weight_decay)
-        problem = TrainNetwork(
-            "network",
-            module=network,
-            optimizer=optimizer,
-            scheduler=self._scheduler(optimizer, steps, max(1, len(part) // self.batch_size)),
-            data=part.batches(self.batch_size, self.augmentation),
-            clip_norm=5.0,
-            autocast=AUTOCASTS[self.precision],
-            total_steps=steps,
-            drop_path=self.drop_path,
-            label_smoothing=self.label_smoothing,
+def check_images(training: Training, splits: Splits) -> None:
+    """Raise a ConfigError if the images are too small for the auxiliary head."""
+    smallest = 32 if stem_for(splits.image_size) == "cifar" else 224
+    if training.auxiliary and splits.image_size < smallest:
+        raise ConfigError(
+            f"auxiliary: the head needs images of {smallest}x{smallest}, and these are {splits.image_size} high; "
+            "leave it out, or take larger images"
         )
-        return mlo.Engine([problem], device=device)
-
-    def _scheduler(self, optimizer: SGD, steps: int, epoch: int) -> LRScheduler:
-        if self.schedule == "cosine":
-            return CosineAnnealingLR(optimizer, steps)
-        if self.schedule == "exponential":
-            return StepLR(optimizer, epoch, gamma=0.97)
-        return LambdaLR(optimizer, lambda step: linear_with_warmup(step, steps, epoch))
-
-    def judge(self, engine: mlo.Engine, splits: Splits, part: Part | None = None) -> dict[str, Any]:
-        """What is told of a trained network: errors in percent on a part, the test images by default, and its size.
-
-        "multiply_adds" are those of one image, "parameters" are without the auxiliary head.
-        """
-        network = engine.problems["network"].module
-        assert isinstance(network, EvaluationNetwork)
-        part = splits.test if part is None else part
-        size = splits.image_size
-        parameters, multiply_adds = count(network, (splits.image_channels, size, size))
-        return {
-            **errors(network, part, (1, 5) if splits.classes > 10 else (1,)),
-            "test_images": len(part),
-            "parameters": parameters,
-            "multiply_adds": multiply_adds,
-        }
 
 
-class FinalTraining(Training):
-    """The networks that the found architectures stand for, trained on train and validation images together."""
+def network(training: Training, genotype: Genotype, splits: Splits) -> EvaluationNetwork:
+    """The network of a genotype."""
+    stem = stem_for(splits.image_size)
+    sizes = (training.channels, training.cells, splits.classes, splits.image_channels)
+    return EvaluationNetwork(genotype, *sizes, training.auxiliary, stem)
 
-    steps: int = Field(300, ge=1, description="training steps")
+
+def training_engine(
+    training: Training, genotype: Genotype, splits: Splits, part: Part, steps: int, device: str
+) -> mlo.Engine:
+    """The engine of a training of `steps` steps on a part of the data."""
+    built = network(training, genotype, splits)
+    optimizer = SGD(built.parameters(), lr=training.learning_rate, momentum=0.9, weight_decay=training.weight_decay)
+    problem = TrainNetwork(
+        "network",
+        module=built,
+        optimizer=optimizer,
+        scheduler=_scheduler(training, optimizer, steps, max(1, len(part) // training.batch_size)),
+        data=part.batches(training.batch_size, training.augmentation),
+        clip_norm=5.0,
+        autocast=AUTOCASTS[training.precision],
+        total_steps=steps,
+        drop_path=training.drop_path,
+        label_smoothing=training.label_smoothing,
+    )
+    return mlo.Engine([problem], device=device)
+
+
+def _scheduler(training: Training, optimizer: SGD, steps: int, epoch: int) -> LRScheduler:
+    if training.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, steps)
+    if training.schedule == "exponential":
+        return StepLR(optimizer, epoch, gamma=0.97)
+    return LambdaLR(optimizer, lambda step: linear_with_warmup(step, steps, epoch))
+
+
+def judge(engine: mlo.Engine, splits: Splits, part: Part | None = None) -> dict[str, Any]:
+    """The results of a trained network: its errors in percent on a part (by default the test images), and its size.
+
+    "multiply_adds" counts those for one image; "parameters" leaves out the auxiliary head.
+    """
+    trained = engine.problems["network"].module
+    assert isinstance(trained, EvaluationNetwork)
+    part = splits.test if part is None else part
+    size = splits.image_size
+    parameters, multiply_adds = size_of(trained, (splits.image_channels, size, size))
+    return {
+        **errors(trained, part, (1, 5) if splits.classes > 10 else (1,)),
+        "test_images": len(part),
+        "parameters": parameters,
+        "multiply_adds": multiply_adds,
+    }
 
 
 def linear_with_warmup(step: int, steps: int, epoch: int, warm_epochs: int = 5) -> float:

@@ -1,31 +1,48 @@
-"""`mlo run evaluate`: train the network of a published or a searched architecture from scratch, and test it."""
+"""`mlo run evaluate`: train the network of a published or a searched architecture from scratch, and test it.
+
+Imports no torch before it runs, so that its help is there at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 import mlo
-from mlo import ConfigError
+from mlo import ConfigError, Job, distributed
 from mlo.files import write_atomic
-from mlo.ops import distributed
 from mlo.options import registry
-from mlo.runs.job import Job
-from mlo.runs.run import Run
-from problems.data.splits import Data, Splits
-from problems.evaluation.training import Training
+from problems.data.options import Data
+from problems.evaluation.options import Training
 from problems.nas import PUBLISHED, Genotype
+
+if TYPE_CHECKING:
+    from mlo import Run
+    from problems.data.splits import Splits
 
 
 class EvaluateJob(Job):
     """The evaluation phase: an architecture's network trained from scratch and tested once, after its last step."""
 
     data_parallel: ClassVar[bool] = True
+    main_options: ClassVar[Mapping[str, Sequence[str]]] = {
+        "What is trained": ("genotype", "training.cells", "training.channels"),
+        "Images": ("data.source", "data.download"),
+        "Training": ("steps", "training.batch_size", "training.learning_rate", "training.images"),
+        "Run": ("seed", "device"),
+    }
+    examples: ClassVar[Sequence[str]] = (
+        "mlo run evaluate --genotype DARTS_V2",
+        "mlo run evaluate --genotype runs/MY_SEARCH/genotype.json --seed 1",
+        "mlo run evaluate --genotype PDARTS --data.source cifar10 --data.download --training.cells 20",
+        "mlo sweep evaluate --output runs/seeds --genotype DARTS_V2 --seeds 3",
+        "mlo graph evaluate --genotype DARTS_V2",
+    )
 
     steps: int = Field(300, ge=1, description="training steps")
     genotype: str = Field(
@@ -35,28 +52,37 @@ class EvaluateJob(Job):
     training: Training = Field(Training(), description="the network and its training")
 
     def check(self) -> None:
-        """See :class:`mlo.runs.job.Job`: the genotype, the images, and whether these suit the training."""
+        """Also check that the genotype can be found, and that the images can be loaded and suit the training.
+
+        See :meth:`mlo.Job.check`.
+        """
         super().check()
+        from problems.evaluation.training import check_images
+
         find_genotype(self.genotype)
-        self.training.check(self._splits)
+        check_images(self.training, self.splits)
 
     def engine(self) -> mlo.Engine:
-        """The training, not begun."""
+        """The engine of the training."""
         return self._training(find_genotype(self.genotype))
 
     def _training(self, genotype: Genotype) -> mlo.Engine:
-        splits = self._splits
-        self.training.check(splits)
+        from problems.evaluation.training import check_images, training_engine
+
+        splits = self.splits
+        check_images(self.training, splits)
         part = splits.labeled if self.training.images == "labeled" else splits.everything
-        return self.training.engine(genotype, splits, part, self.steps, self.device)
+        return training_engine(self.training, genotype, splits, part, self.steps, self.device)
 
     def stages(self) -> Iterator[tuple[str, Callable[[], mlo.Engine], int]]:
-        """The training, of a published architecture: the one asked for may be still to be searched."""
+        """The training, with a published architecture: the one in ``genotype`` may not be searched yet."""
         yield "train", lambda: self._training(PUBLISHED["DARTS_V2"]), self.steps
 
     def run(self, run: Run) -> dict[str, dict[str, Any]]:
         """Train, test, and keep the genotype beside the result."""
-        kept = run.path / "genotype.json"  # which a resumed run goes on with, whatever has become of the one named
+        from problems.evaluation.training import judge
+
+        kept = run.path / "genotype.json"  # a resumed run uses this copy, even if the original has changed
         genotype = distributed.on_main(lambda: find_genotype(str(kept) if kept.exists() else self.genotype))
 
         def engine() -> mlo.Engine:
@@ -64,7 +90,7 @@ class EvaluateJob(Job):
             distributed.on_main(lambda: write_atomic(kept, genotype.model_dump_json(indent=2) + "\n"))
             return made
 
-        result = run.stage("train", engine, self.steps, lambda engine: self.training.judge(engine, self._splits))
+        result = run.stage("train", engine, self.steps, lambda engine: judge(engine, self.splits))
         if distributed.is_main():
             print(
                 f"{self.genotype}: {result['test_error']:.2f} % test error, {result['parameters']:,} weights, "
@@ -73,9 +99,10 @@ class EvaluateJob(Job):
         return {"network": {"genotype": self.genotype, **result, "train_seconds": run.seconds("train")}}
 
     @cached_property
-    def _splits(self) -> Splits:
+    def splits(self) -> Splits:
+        """The images, loaded at the first use."""
         with distributed.main_first() if self.data.download else nullcontext():
-            return self.data.splits(self.seed, self.placed)
+            return self.data.splits(self.seed, self.torch_device)
 
 
 def find_genotype(name: str) -> Genotype:
@@ -93,12 +120,12 @@ def find_genotype(name: str) -> Genotype:
     except OSError as error:
         if folder:
             raise ConfigError(
-                f"genotype: {name} holds no genotype.json that can be read ({error.strerror}), which a run leaves when "
-                "it has found one; give the folder of such a run, a genotype.json, or a published name"
+                f"genotype: {name} holds no genotype.json that can be read ({error.strerror}); give the folder of a "
+                "run that has found an architecture, a genotype.json, or a published name"
             ) from error
         published = registry.unknown(name, PUBLISHED, "among the published genotypes")
         raise ConfigError(
-            f"genotype: {published}; and it is no file that can be read ({error.strerror}): give a name, a "
+            f"genotype: {published}; nor can it be read as a file ({error.strerror}): give a name, a "
             "genotype.json, or the run folder that holds one"
         ) from error
     except ValueError as error:

@@ -12,8 +12,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mlo import Run
 from mlo.files import write_atomic
-from mlo.runs.run import Run
 from problems.nas import Genotype, draw_cell
 
 Line = Mapping[str, Any]

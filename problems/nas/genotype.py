@@ -1,19 +1,23 @@
-"""Genotypes, the discrete architectures: checked, kept in JSON files, derived from logits, drawn at random."""
+"""Genotypes (discrete architectures): validation, JSON files, the rule that derives them from logits, random ones."""
+
+from __future__ import annotations
 
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from torch import Tensor
 
-from problems.nas.operations import BUILDABLE, NONE, explain_unknown
-from problems.nas.space import ArchitectureLogits, CellKind, Edge, SearchSpace
+from problems.nas.operation_names import BUILDABLE, NONE, explain_unknown
+from problems.nas.search_space import ArchitectureLogits, CellKind, Edge, SearchSpace
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Choice(NamedTuple):
-    """One kept edge of a node: `operation`, applied to state `source` (0 and 1 are inputs, 2 + i is node i)."""
+    """One edge into a node: `operation` applied to state `source` (0 and 1 are the cell's inputs, 2 + i is node i)."""
 
     operation: str
     source: int
@@ -25,9 +29,12 @@ CellGenotype = tuple[tuple[Choice, Choice], ...]
 class Genotype(BaseModel):
     """A discrete architecture: for each node of the normal and of the reduction cell, its two incoming edges.
 
-    A cell's output is the concatenation of all its nodes. Immutable and hashable. Written as JSON, a cell is a list
-    of nodes, a node a list of two `[operation, source]` pairs. An invalid genotype raises pydantic's
-    ValidationError, a ValueError, which names cell, node, fault and remedy of all that is wrong.
+    The output of a cell is the concatenation of all its nodes. Genotypes are immutable and hashable. In JSON a cell is
+    a list of nodes, and a node is a list of two `[operation, source]` pairs.
+
+    Raises:
+        pydantic.ValidationError: a ValueError, if the genotype is invalid. It lists all errors, each with its cell and
+            node and what is valid there.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
@@ -37,23 +44,23 @@ class Genotype(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        faults = [*_cell_faults("normal", self.normal), *_cell_faults("reduce", self.reduce)]
+        errors = [*_cell_errors("normal", self.normal), *_cell_errors("reduce", self.reduce)]
         if len(self.normal) != len(self.reduce) or not self.normal:
-            faults.append(
-                f"both cells need the same number of nodes, 1 or more; "
-                f"normal has {len(self.normal)}, reduce {len(self.reduce)}"
+            errors.append(
+                f"both cells need the same number of nodes, at least 1; "
+                f"normal has {len(self.normal)}, reduce has {len(self.reduce)}"
             )
-        if faults:
-            raise ValueError("\n".join(faults))
+        if errors:
+            raise ValueError("\n".join(errors))
         return self
 
     @property
     def nodes(self) -> int:
-        """The number of nodes of each cell; its output concatenates the states 2, ..., nodes + 1."""
+        """The number of nodes of each cell. The cell's output concatenates the states 2, ..., nodes + 1."""
         return len(self.normal)
 
     def cell(self, kind: CellKind) -> CellGenotype:
-        """Return the nodes of one kind of cell. Raises ValueError for another kind than "normal" and "reduce"."""
+        """Return the nodes of one kind of cell. Raises ValueError if `kind` is neither "normal" nor "reduce"."""
         if kind not in ("normal", "reduce"):
             raise ValueError(f"{kind!r} is not a kind of cell; valid: normal, reduce")
         return self.normal if kind == "normal" else self.reduce
@@ -64,44 +71,50 @@ class Genotype(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a genotype from a JSON file. Raises ValueError, which names the file and all faults in it."""
+        """Read a genotype from a JSON file. Raises ValueError, with the file name and all errors, if it is invalid."""
         try:
             return cls.model_validate_json(Path(path).read_bytes())
         except ValidationError as error:
-            faults = [_describe(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
-            raise ValueError(f"{path} is not a genotype:\n" + "\n".join(faults)) from error
+            lines = [_describe(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors()]
+            raise ValueError(f"{path} is not a genotype:\n" + "\n".join(lines)) from error
 
 
-def _describe(place: str, message: str) -> str:
-    return f"{place}: {message}" if place else message.removeprefix("Value error, ")
+def _describe(location: str, message: str) -> str:
+    return f"{location}: {message}" if location else message.removeprefix("Value error, ")
 
 
-def _cell_faults(kind: str, cell: CellGenotype) -> list[str]:
-    faults = []
+def _cell_errors(kind: str, cell: CellGenotype) -> list[str]:
+    errors = []
     for node, choices in enumerate(cell):
-        place = f"{kind} cell, node {node}"
+        location = f"{kind} cell, node {node}"
         for operation, source in choices:
             if operation not in BUILDABLE:
-                faults.append(f"{place}: {explain_unknown(operation)}")
+                errors.append(f"{location}: {explain_unknown(operation)}")
             if not 0 <= source < node + 2:
-                faults.append(f"{place}: source {source} does not come before the node; valid: 0 to {node + 1}")
+                errors.append(f"{location}: source {source} does not come before the node; valid: 0 to {node + 1}")
         if choices[0].source == choices[1].source:
-            faults.append(f"{place}: both edges come from source {choices[0].source}; take two different sources")
-    return faults
+            errors.append(f"{location}: both edges come from source {choices[0].source}; use two different sources")
+    return errors
 
 
 def derive(space: SearchSpace, logits: ArchitectureLogits) -> Genotype:
-    """Derive the genotype of the logits, each of `space.shape` (Liu et al. 2019, DARTS, section 2.4).
+    """Derive the genotype from architecture logits (Liu et al. 2019, DARTS, section 2.4).
 
-    An edge is as strong as the largest weight among its operations other than none: a softmax weight, times that of
-    the edge where edges have weights. Each node keeps its two strongest edges, the stronger first, with that
-    operation. Of equal operations the first in the space's order wins, of equal edges the one from the lower source.
+    The strength of an edge is the largest weight among its operations except "none"; a weight is the softmax over
+    operations, times the weight of the edge where the space has edge weights. Each node keeps its two strongest edges,
+    the stronger one first, each with its strongest operation. Ties go to the operation that comes first in the space,
+    and to the edge from the lower source.
 
-    While the normal cell has more skip-connections than `space.max_skips`, the weakest that it keeps gets weight zero
-    and the cell is derived again (Chen et al. 2019, P-DARTS, section 3.3).
+    If the normal cell has more skip-connections than `space.max_skips`, the weakest of them gets weight zero and the
+    cell is derived again, until it has few enough (Chen et al. 2019, P-DARTS, section 3.3).
 
-    Raises ValueError if the shapes are not those of the space, if a logit is NaN, or if so few skip-connections
-    cannot be had, for want of other operations.
+    Args:
+        space: the search space of the logits.
+        logits: two matrices of shape `space.shape`.
+
+    Raises:
+        ValueError: if the logits do not have the shape of the space or contain NaN, or if `space.max_skips` cannot be
+            reached because some edges have no other operation.
     """
     space.check(logits)
     for kind, matrix in zip(logits._fields, logits, strict=True):
@@ -118,7 +131,7 @@ _Weights = dict[Edge, dict[str, float]]
 
 
 def _weights(space: SearchSpace, kind: CellKind, logits: Tensor) -> _Weights:
-    """{edge: {operation that it may keep: weight}}."""
+    """{edge: {operation other than "none": weight}}."""
     matrix = space.mixture(kind, logits.detach().cpu().double()).operations.tolist()
     rows = zip(space.edges, space.choices(kind), matrix, strict=True)
     return {
@@ -132,32 +145,33 @@ def _derive_cell(space: SearchSpace, weights: _Weights) -> CellGenotype:
     for edge, row in weights.items():
         operation = max(row, key=row.__getitem__)
         candidates[edge.node].append((row[operation], Choice(operation, edge.source)))
-    kept = (sorted(incoming, key=lambda pair: -pair[0])[:2] for incoming in candidates)
-    return tuple((first, second) for (_, first), (_, second) in kept)
+    strongest = (sorted(incoming, key=lambda pair: -pair[0])[:2] for incoming in candidates)
+    return tuple((first, second) for (_, first), (_, second) in strongest)
 
 
 def _limit_skips(space: SearchSpace, weights: _Weights, limit: int) -> None:
-    """Set weights of skip-connections to zero until the derived cell keeps no more than `limit`."""
+    """Set weights of skip-connections to zero until the derived cell has at most `limit` of them."""
     while True:
         cell = _derive_cell(space, weights)
-        skips = [Edge(source, node) for node, kept in enumerate(cell) for name, source in kept if name == _SKIP]
+        skips = [Edge(source, node) for node, choices in enumerate(cell) for name, source in choices if name == _SKIP]
         if len(skips) <= limit:
             return
         replaceable = [edge for edge in skips if weights[edge][_SKIP] > 0]
         if not replaceable:
             raise ValueError(
-                f"the normal cell cannot do with {limit} skip-connections, since some edges have no other operation; "
-                "raise max_skips or keep more operations"
+                f"the normal cell cannot be limited to {limit} skip-connections, since some edges have no other "
+                "operation; increase max_skips or keep more operations"
             )
         weakest = min(replaceable, key=lambda edge: weights[edge][_SKIP])
         weights[weakest][_SKIP] = 0.0
 
 
 def random_genotype(space: SearchSpace, generator: torch.Generator) -> Genotype:
-    """Draw a genotype: for each node, uniformly, two different sources and for each an operation other than none.
+    """Draw a random genotype: for each node two different sources, and for each source an operation, all uniformly.
 
-    The generator must be a CPU generator; the same seed gives the same genotype.
+    "none" is never drawn. The generator must be a CPU generator; the same seed gives the same genotype.
     """
+    import torch
 
     def draw(count: int) -> int:
         return int(torch.randint(count, (), generator=generator))

@@ -1,24 +1,19 @@
-"""The candidate operations: those of the DARTS family, and one that is known to be bad, to test searches with."""
+"""The candidate operations: those of the DARTS space, and noise, a useless one for testing searches."""
 
-import difflib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NONE = "none"
-"""The operation that contributes zero. It is a choice for the architecture, never a module."""
-
-NOISE = "noise"
-"""The operation that forgets its input: standard normal noise. Of no use to a network, and no part of `OPERATIONS`."""
+from problems.nas.operation_names import NOISE, explain_unknown
 
 
 class FactorizedReduce(nn.Module):
-    """Halve the resolution by two 1x1 convolutions of stride 2, the second shifted by one pixel; then batch norm.
+    """Halve the resolution with two 1x1 convolutions of stride 2, the second shifted by one pixel; then batch norm.
 
-    Maps (N, in_channels, H, W) to (N, out_channels, ceil(H/2), ceil(W/2)); an odd H or W is met by a row or column
-    of zeros for the shifted convolution.
+    Maps (N, in_channels, H, W) to (N, out_channels, ceil(H/2), ceil(W/2)). If H or W is odd, the shifted convolution
+    pads it with a row or column of zeros.
     """
 
     def __init__(self, in_channels: int, out_channels: int, affine: bool) -> None:
@@ -29,7 +24,7 @@ class FactorizedReduce(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels, affine=affine)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Halve the features' resolution."""
+        """Halve the resolution of the features."""
         features = F.relu(features)
         height, width = features.shape[2:]
         shifted = F.pad(features, (-1, width % 2, -1, height % 2))
@@ -38,12 +33,12 @@ class FactorizedReduce(nn.Module):
 
 
 class Noise(nn.Module):
-    """Replace the features by standard normal noise, anew at each call, in training and in evaluation.
+    """Replace the features with standard normal noise, drawn again at each call, in training and in evaluation.
 
-    Maps (N, C, H, W) to (N, C, ceil(H/stride), ceil(W/stride)). It is drawn from torch's global generator of the
-    features' device, as dropout's masks are; no batch norm follows it. A search that keeps it has failed: operation of
-    space S4 in Zela et al. 2020, Understanding and Robustifying Differentiable Architecture Search, arXiv:1909.09656,
-    section 3.
+    Maps (N, C, H, W) to (N, C, ceil(H/stride), ceil(W/stride)). Like dropout masks, the noise comes from the global
+    generator of the features' device. No batch norm follows. A search that chooses it has failed. It is the second
+    operation of space S4 in Zela et al. 2020, Understanding and Robustifying Differentiable Architecture Search,
+    arXiv:1909.09656, section 3.
     """
 
     def __init__(self, stride: int) -> None:
@@ -51,14 +46,14 @@ class Noise(nn.Module):
         self.stride = stride
 
     def forward(self, features: Tensor) -> Tensor:
-        """Draw noise in the place of the features."""
+        """Return noise of the output's shape."""
         samples, channels, *sizes = features.shape
         height, width = (-(-size // self.stride) for size in sizes)
         return torch.randn(samples, channels, height, width, dtype=features.dtype, device=features.device)
 
 
 def relu_conv_bn(in_channels: int, out_channels: int, affine: bool) -> nn.Sequential:
-    """ReLU, 1x1 convolution, batch norm: brings a cell's input to the cell's number of channels."""
+    """ReLU, 1x1 convolution, batch norm: maps the input of a cell to the cell's number of channels."""
     return nn.Sequential(
         nn.ReLU(),
         nn.Conv2d(in_channels, out_channels, 1, bias=False),
@@ -67,26 +62,22 @@ def relu_conv_bn(in_channels: int, out_channels: int, affine: bool) -> nn.Sequen
 
 
 def make_operation(name: str, channels: int, stride: int, affine: bool) -> nn.Module:
-    """Build the operation `name`: (N, channels, H, W) to (N, channels, ceil(H/stride), ceil(W/stride)).
+    """Build an operation that maps (N, channels, H, W) to (N, channels, ceil(H/stride), ceil(W/stride)).
 
-    `affine` tells the two variants apart. With it (evaluation network) batch norms have scale and shift. Without it
-    (search) they have none, since the operation's weight already scales, and a pool is followed by a batch norm that
-    brings it to the scale of the convolutions (Liu et al. 2019, DARTS, section 3.1 and appendix A).
+    Args:
+        name: one of `BUILDABLE`.
+        channels: the number of channels of input and output.
+        stride: 1 or 2.
+        affine: True for the evaluation network, whose batch norms have scale and shift. False for the search, where
+            they have none, since the weight of the operation already scales its output; a batch norm follows each
+            pool, to bring it to the scale of the convolutions (Liu et al. 2019, DARTS, section 3.1, appendix A).
 
-    Raises ValueError for a name that is not in `BUILDABLE`, such as "none", which has no module.
+    Raises:
+        ValueError: if `name` is not in `BUILDABLE`; "none" is not, since it has no module.
     """
     if name not in _BUILDERS:
         raise ValueError(explain_unknown(name))
     return _BUILDERS[name](channels, stride, affine)
-
-
-def explain_unknown(name: str) -> str:
-    """Say that `name` is no operation that can be built, with the nearest that is and all the others."""
-    valid = f"(valid: {', '.join(_BUILDERS)})"
-    if name == NONE:
-        return f"{NONE!r} stands for the absence of an edge, and cannot be chosen {valid}"
-    nearest = difflib.get_close_matches(name, _BUILDERS, n=1, cutoff=0.0)[0]
-    return f"{name!r} is not an operation; the nearest is {nearest!r} {valid}"
 
 
 def _depthwise(channels: int, kernel: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:
@@ -140,9 +131,3 @@ _BUILDERS: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "dil_conv_5x5": _dilated(5),
     NOISE: _noise,
 }
-
-BUILDABLE: tuple[str, ...] = tuple(_BUILDERS)
-"""Every operation that has a module, by name: those that a genotype may hold, and a space beside "none"."""
-
-OPERATIONS: tuple[str, ...] = (NONE, *(name for name in BUILDABLE if name != NOISE))
-"""The eight operations of the DARTS search space, in its order."""

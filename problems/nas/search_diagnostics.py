@@ -1,4 +1,4 @@
-"""Watching a search: what it would keep, how decided it is, how sharp its minimum, and when to stop it."""
+"""Diagnostics of a search: operations it would choose, entropy of the weights, sharpness, when to stop early."""
 
 from __future__ import annotations
 
@@ -15,35 +15,44 @@ from torch.func import functional_call
 
 from mlo.ops.rng import Randomness, replay
 from problems.nas.genotype import derive
-from problems.nas.space import ArchitectureLogits, CellKind, SearchSpace
+from problems.nas.search_space import ArchitectureLogits, CellKind, SearchSpace
 from problems.nas.supernet import Supernet
 
 ArchitectureLoss = Callable[[ArchitectureLogits], Tensor]
 
 
-def kept(space: SearchSpace, logits: ArchitectureLogits, kind: CellKind = "normal") -> Counter[str]:
-    """Count the operations that `derive` would keep now in one kind of cell: {operation: edges}, of 2 a node.
+def count_operations(space: SearchSpace, logits: ArchitectureLogits, kind: CellKind = "normal") -> Counter[str]:
+    """Count the operations in one kind of cell of the genotype that `derive` gives: {operation: number of edges}.
 
-    Waits for the device. Raises ValueError as `derive` does, and for another kind of cell.
+    A cell has 2 edges for each node. Synchronizes with the device.
+
+    Raises:
+        ValueError: as `derive` does, and if `kind` is neither "normal" nor "reduce".
     """
     return Counter(choice.operation for node in derive(space, logits).cell(kind) for choice in node)
 
 
-def skips(space: SearchSpace, logits: ArchitectureLogits) -> int:
-    """Count the skip-connections that `derive` would keep now in the normal cell; see :func:`kept`.
+def count_skips(space: SearchSpace, logits: ArchitectureLogits) -> int:
+    """Count the skip-connections in the derived normal cell; see :func:`count_operations`.
 
-    Late in a search they take over. DARTS+ stops a search once there are 2 (Liang et al. 2019, arXiv:1909.06035).
+    Their number grows late in a search. DARTS+ stops a search at 2 (Liang et al. 2019, arXiv:1909.06035).
     """
-    return kept(space, logits)["skip_connect"]
+    return count_operations(space, logits)["skip_connect"]
 
 
 def entropy(space: SearchSpace, logits: ArchitectureLogits) -> dict[str, Tensor]:
-    """{"normal": ..., "reduce": ...}: how undecided the edges are, from 1 (all operations alike) to 0 (one alone).
+    """The normalized entropy of the operation weights, from 1 (all equal) to 0 (one operation has all the weight).
 
-    The mean over edges of the entropy of the operations' softmax, in units of the entropy of a uniform choice between
-    the edge's operations, so that stages with fewer operations compare; an edge with one operation counts 0. Edge
-    weights are left out. Scalars on the logits' device, without a graph; a space with the same operations on every
-    edge does not wait for the device. Raises ValueError if the shapes are not those of the space.
+    For each edge, the entropy of the softmax over its operations is divided by the entropy of equal weights, so that
+    edges with different numbers of operations are comparable; an edge with one operation counts as 0. Edge weights are
+    ignored.
+
+    Returns:
+        {"normal": scalar, "reduce": scalar}, the means over edges, on the logits' device and without a graph. If all
+        edges have the same operations, this does not synchronize with the device.
+
+    Raises:
+        ValueError: if the logits do not have the shape of the space.
     """
     space.check(logits)
     return {"normal": _entropy(space, "normal", logits.normal), "reduce": _entropy(space, "reduce", logits.reduce)}
@@ -57,22 +66,22 @@ def _entropy(space: SearchSpace, kind: CellKind, logits: Tensor) -> Tensor:
 
 
 def architecture_loss(supernet: Supernet, images: Tensor, labels: Tensor) -> ArchitectureLoss:
-    """Return the supernet's cross-entropy on one batch as a pure function of the architecture's logits.
+    """Return the supernet's cross-entropy on one batch as a pure function of the architecture logits.
 
-    In the supernet's present mode. Weights are constants and running statistics stay as they are; every call draws the
-    same noise and dropout, and leaves the random state as it was.
+    Each call uses the supernet's current weights, as constants, and its current mode. It draws the same noise and
+    dropout each time, and changes neither running statistics nor the random state.
 
     Args:
-        supernet: whose weights, as they are at each call, it uses.
+        supernet: the supernet.
         images: (N, C, H, W), on the supernet's device.
         labels: (N,).
     """
-    begun = Randomness.capture(images.device)
+    random_state = Randomness.capture(images.device)
 
     def loss(logits: ArchitectureLogits) -> Tensor:
         tensors = {name: parameter.detach() for name, parameter in supernet.named_parameters()}
         tensors |= {name: buffer.clone() for name, buffer in supernet.named_buffers()}
-        with replay(begun, images.device):
+        with replay(random_state, images.device):
             predicted: Tensor = functional_call(supernet, tensors, (images, logits))
         return F.cross_entropy(predicted, labels)
 
@@ -82,21 +91,23 @@ def architecture_loss(supernet: Supernet, images: Tensor, labels: Tensor) -> Arc
 def dominant_eigenvalue(
     loss: ArchitectureLoss, logits: ArchitectureLogits, tolerance: float = 1e-3, iterations: int = 100
 ) -> float:
-    """The largest eigenvalue of the Hessian of `loss` in the architecture: its sharpness (Zela et al. 2020, section 4).
+    """The largest eigenvalue of the Hessian of `loss` with respect to the architecture (Zela et al. 2020, section 4).
 
-    All logits, of normal and reduction cells, are one vector; its Hessian, 224 x 224 in DARTS' space, is known by exact
-    products with vectors alone, a double backward each, of which Lanczos' method needs some twenty. The largest in
-    value, as in the authors' code, who add the architecture's weight decay to it; never below 0, up to `tolerance`,
-    since a softmax does not see what is added to all of its logits. Waits for the device.
+    It measures the sharpness of the minimum. The Hessian is that of all logits, of normal and reduction cells, as one
+    vector: 224 x 224 in the DARTS space. Lanczos' method needs about twenty products of it with vectors, each an exact
+    double backward. The eigenvalue is the largest in value, not in magnitude, as in the authors' code (which adds the
+    weight decay of the architecture to it). It is never below 0, up to `tolerance`, since adding a constant to the
+    logits of a softmax changes nothing. Synchronizes with the device.
 
     Args:
-        loss: for one, :func:`architecture_loss` on validation data.
-        logits: where.
-        tolerance: relative error of the eigenvalue.
-        iterations: restarts of the method, at most.
+        loss: a function of the logits, such as :func:`architecture_loss` on validation data.
+        logits: the point at which the Hessian is taken.
+        tolerance: the relative error of the eigenvalue.
+        iterations: the maximum number of restarts of Lanczos' method.
 
-    Raises ValueError if the loss or a derivative is not finite or does not depend on the logits, RuntimeError if
-    `iterations` were not enough.
+    Raises:
+        ValueError: if the loss does not depend on the logits, or it or a derivative is not finite.
+        RuntimeError: if `iterations` are not enough.
     """
     shapes = [matrix.shape for matrix in logits]
     sizes = [matrix.numel() for matrix in logits]
@@ -104,7 +115,7 @@ def dominant_eigenvalue(
     normal, reduce = (part.view(shape) for part, shape in zip(point.split(sizes), shapes, strict=True))
     value = loss(ArchitectureLogits(normal, reduce))
     if not value.requires_grad:
-        raise ValueError("the loss does not depend on the architecture's logits; compute it from those it is given")
+        raise ValueError("the loss does not depend on the architecture logits; compute it from its argument")
     (gradient,) = torch.autograd.grad(value, point, create_graph=True)
 
     def product(vector: np.ndarray) -> np.ndarray:
@@ -113,7 +124,7 @@ def dominant_eigenvalue(
         direction = torch.as_tensor(vector.ravel(), dtype=point.dtype, device=point.device)
         (found,) = torch.autograd.grad(gradient, point, direction, retain_graph=True, materialize_grads=True)
         if not found.isfinite().all():
-            raise ValueError(f"the loss is {value.item():g} and its second derivative is not finite; look at the data")
+            raise ValueError(f"the loss is {value.item():g} and its second derivative is not finite; check the data")
         return np.asarray(found.double().cpu().numpy())
 
     start = np.random.default_rng(0).standard_normal(len(point))
@@ -124,38 +135,42 @@ def dominant_eigenvalue(
         (largest,), _ = eigsh(hessian, 1, which="LA", v0=start, tol=tolerance, maxiter=iterations)
     except ArpackNoConvergence as error:
         raise RuntimeError(
-            f"the dominant eigenvalue was not found to {tolerance:g} in {iterations} iterations; raise either of them"
+            f"the dominant eigenvalue did not converge to a relative error of {tolerance:g} in {iterations} "
+            "iterations; increase tolerance or iterations"
         ) from error
     return float(largest)
 
 
-def stop_at(history: Sequence[float], window: int = 5, lag: int = 4, ratio: float = 1.3, first: int = 10) -> int | None:
-    """The epoch to go back to, if the search should have stopped by now; else None (Zela et al. 2020, section 4.3).
+def early_stop_epoch(
+    history: Sequence[float], window: int = 5, lag: int = 4, ratio: float = 1.3, first: int = 10
+) -> int | None:
+    """The early-stopping rule of RobustDARTS (Zela et al. 2020, section 4.3).
 
-    The mean eigenvalue around an epoch is that over `window` epochs with it in the middle. Once it exceeds `ratio`
-    times the one `lag` epochs earlier, the search stops, and the genotype of that earlier epoch is its result. With the
-    defaults, those of the authors' code, the first decision is at 17 entries, for epoch 10.
+    The eigenvalues are averaged over `window` epochs centered at each epoch. Once the mean at an epoch exceeds `ratio`
+    times the mean `lag` epochs earlier, the search should stop, and return the genotype of that earlier epoch. With
+    the defaults, those of the authors' code, the earliest decision needs 17 entries, and returns epoch 10.
 
     Args:
-        history: :func:`dominant_eigenvalue` after each epoch, from epoch 0 on; where it is taken every k epochs,
-            `lag`, `first` and the result count in entries too.
-        window: odd.
-        lag: entries between the two means.
-        ratio: above 0.
-        first: the first entry that may be gone back to.
+        history: :func:`dominant_eigenvalue` after each epoch, starting at epoch 0. If it is computed only every k
+            epochs, `lag`, `first` and the result count entries of this list.
+        window: the number of epochs to average over; odd.
+        lag: the number of epochs between the two means.
+        ratio: the increase at which to stop, above 0.
+        first: the earliest epoch that may be returned.
 
     Returns:
-        The index of the entry; the first one, if there are several.
+        The epoch whose genotype is the result, the earliest if there are several; None if the search should go on.
 
-    Raises ValueError for an option that does not fit, and for an entry that is not finite.
+    Raises:
+        ValueError: if an option is invalid, or an entry is not finite.
     """
     if window < 1 or window % 2 == 0:
-        raise ValueError(f"window must be an odd number of epochs, not {window}; its mean belongs to the middle one")
+        raise ValueError(f"window must be an odd number of epochs, not {window}; the mean is centered at an epoch")
     if lag < 1 or first < 0 or not ratio > 0:
-        raise ValueError(f"lag={lag}, first={first}, ratio={ratio}: they must be at least 1, at least 0, and above 0")
-    wrong = [f"{index} ({value})" for index, value in enumerate(history) if not math.isfinite(value)]
-    if wrong:
-        raise ValueError(f"the eigenvalues of these epochs are not finite: {', '.join(wrong)}")
+        raise ValueError(f"lag={lag}, first={first}, ratio={ratio}: lag must be >= 1, first >= 0 and ratio > 0")
+    invalid = [f"{index} ({value})" for index, value in enumerate(history) if not math.isfinite(value)]
+    if invalid:
+        raise ValueError(f"the eigenvalues of these epochs are not finite: {', '.join(invalid)}")
     half = window // 2
 
     def mean_around(epoch: int) -> float:

@@ -1,4 +1,4 @@
-"""The macro skeleton that supernet and evaluation network share: stems, the plan of the cells, cell inputs."""
+"""The macro skeleton shared by supernet and evaluation network: stems, where cells reduce, inputs of cells."""
 
 from collections.abc import Iterable
 from functools import reduce
@@ -11,7 +11,14 @@ from problems.nas.operations import FactorizedReduce, relu_conv_bn
 
 
 class CellPlan(NamedTuple):
-    """What a cell must know of its place: channels of its two inputs and its own, and who halves the resolution."""
+    """The position of a cell in the network.
+
+    Attributes:
+        input_channels: of the outputs of the two previous cells.
+        channels: of each of its nodes.
+        reduces: whether this is a reduction cell, which halves the resolution.
+        follows_reduction: whether the previous cell is one.
+    """
 
     input_channels: tuple[int, int]
     channels: int
@@ -20,7 +27,7 @@ class CellPlan(NamedTuple):
 
 
 class CifarStem(nn.Module):
-    """3x3 convolution to 3 x channels, batch norm; both cell inputs are its output, at the images' resolution."""
+    """3x3 convolution to 3 x channels and batch norm, at the images' resolution; both cell inputs are its output."""
 
     reduces = False
 
@@ -32,13 +39,13 @@ class CifarStem(nn.Module):
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Map (N, image_channels, H, W) to the first cell's inputs, both (N, 3 channels, H, W)."""
+        """Map (N, image_channels, H, W) to both inputs of the first cell, each (N, 3 x channels, H, W)."""
         features = self.body(images)
         return features, features
 
 
 class ImageNetStem(nn.Module):
-    """Three 3x3 convolutions of stride 2: the cell inputs are at a quarter and an eighth of the images' resolution."""
+    """Three 3x3 convolutions of stride 2; the cell inputs have a quarter and an eighth of the images' resolution."""
 
     reduces = True
 
@@ -62,7 +69,7 @@ def _halve(in_channels: int, out_channels: int) -> tuple[nn.Module, nn.Module]:
 
 
 class CellInputs(nn.Module):
-    """Bring a cell's two inputs to its number of channels and to the resolution of the second."""
+    """Maps the two inputs of a cell to its number of channels and to the resolution of the second input."""
 
     def __init__(self, plan: CellPlan, affine: bool) -> None:
         super().__init__()
@@ -72,7 +79,7 @@ class CellInputs(nn.Module):
         self.last = relu_conv_bn(last, plan.channels, affine)
 
     def forward(self, before: Tensor, last: Tensor) -> list[Tensor]:
-        """Return the cell's first two states, of one shape."""
+        """Return the first two states of the cell, both of the same shape."""
         return [self.before(before), self.last(last)]
 
 
@@ -82,17 +89,26 @@ StemName = Literal["cifar", "imagenet"]
 _STEMS: dict[str, type[CifarStem] | type[ImageNetStem]] = {"cifar": CifarStem, "imagenet": ImageNetStem}
 
 
+def stem_for(image_size: int) -> StemName:
+    """The stem for images of this height: ImageNet's, which quarters and then halves them, above 64 pixels."""
+    return "cifar" if image_size <= 64 else "imagenet"
+
+
 def make_stem(name: StemName, image_channels: int, channels: int) -> Stem:
-    """Build a stem. Raises ValueError for an unknown name."""
+    """Build a stem for `channels` channels in the first cell. Raises ValueError for an unknown name."""
     if name not in _STEMS:
         raise ValueError(f"{name!r} is not a stem; valid: {', '.join(_STEMS)}")
     return _STEMS[name](image_channels, channels)
 
 
 def plan_cells(stem: Stem, channels: int, cells: int, nodes: int) -> list[CellPlan]:
-    """Place `cells` cells, the first of `channels` channels; those at a third and two thirds reduce and double them.
+    """Plan `cells` cells, the first with `channels` channels.
 
-    A cell's output has nodes x its own channels. Raises ValueError for fewer than one cell.
+    The cells at one third and two thirds are reduction cells, and double the channels. The output of a cell has
+    nodes x channels channels.
+
+    Raises:
+        ValueError: if `cells` is less than 1.
     """
     if cells < 1:
         raise ValueError(f"a network needs at least 1 cell, not {cells}")
@@ -108,10 +124,10 @@ def plan_cells(stem: Stem, channels: int, cells: int, nodes: int) -> list[CellPl
 
 
 def edge_stride(plan: CellPlan, source: int) -> int:
-    """The stride of an edge out of state `source`: 2 where a reduction cell reads its inputs, else 1."""
+    """The stride of an edge from state `source`: 2 if a reduction cell reads one of its inputs, otherwise 1."""
     return 2 if plan.reduces and source < 2 else 1
 
 
 def total(terms: Iterable[Tensor]) -> Tensor:
-    """Sum tensors of one shape, without the addition to zero that `sum` begins with."""
+    """Sum tensors of the same shape. Unlike `sum`, it does not start by adding to zero."""
     return reduce(torch.add, terms)

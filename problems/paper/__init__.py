@@ -1,1 +1,1 @@
-"""The paper's experiments: what each run is, what the paper reports, and the pages that set the two side by side."""
+"""The paper's experiments: the options of each run, the numbers the paper reports, and pages that compare the two."""

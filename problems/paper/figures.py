@@ -1,4 +1,4 @@
-"""`mlo reproduce figure3, figure4, benefit`: the trade-offs, and a setting in which teaching should help."""
+"""`mlo reproduce figure3`, `figure4` and `benefit`: the trade-offs, and a setting in which teaching should help."""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
 
-from mlo.sweeps.experiment import Wanted
-from problems.paper.experiment import FULL, SHRUNK, PaperExperiment
-from problems.paper.pages import Comparison, Seeds, column, comparison_table, markdown, seeds_table, spread, verdict
-from problems.paper.published import TRADE_OFFS
+from mlo import Wanted
+from problems.paper.experiment import NOTATION, SPREAD, PaperExperiment, scale_note
+from problems.paper.pages import (
+    DIFFERENCES,
+    Comparison,
+    Seeds,
+    column,
+    comparison_table,
+    markdown,
+    seeds_table,
+    spread,
+    verdict,
+)
+from problems.paper.reported_results import TRADE_OFFS
 from problems.paper.settings import Options, Setting, benefit_options
 
 
@@ -23,17 +33,17 @@ class _TradeOff(PaperExperiment):
         return Setting(data, "darts2", "rn18", held_out=True, **options)
 
     def runs(self, scale: str) -> Mapping[str, Wanted]:
-        """A run for each value on each data set."""
+        """One run for each value of the option, on each data set."""
         every = [self._run(data, value) for data in ("cifar100", "cifar10") for value in TRADE_OFFS]
         return {run.key: Wanted("lbt", run.options(scale)) for run in every}
 
     def sections(self, scale: str, found: Mapping[str, Seeds]) -> tuple[list[str], dict[str, Figure]]:
-        """The curve of each data set, as a picture and as numbers."""
+        """The curve for each data set, as a picture and as numbers."""
         figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-        told = [
-            (SHRUNK if scale == "laptop" else FULL)
-            + f"LBT(RN18, DARTS-2nd), the other trade-off at 1. The error is that on 5,000 labeled images held out of "
-            f"search and training. The paper's figure has its least error at {self.symbol} = 1 on both.",
+        parts = [
+            scale_note(scale),
+            f"{SPREAD} The error is that on 5,000 labeled images that neither search nor training used. {NOTATION}",
+            DIFFERENCES,
             f"![error against {self.symbol}]({self.name}.png)",
         ]
         titles = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10"}
@@ -53,28 +63,55 @@ class _TradeOff(PaperExperiment):
             one = f"{self.symbol} = 1"
             pairs = [Comparison(label, one) for label in labels if label != one]
             body = [[label, spread(column(seeds, "test_error"))] for label, seeds in labels.items()]
-            told += [f"## {title}", markdown(body, ["", "error, %"]), comparison_table(pairs, labels)]
-            told += [seeds_table(list(labels), labels)]
-        return told, {f"{self.name}.png": figure}
+            parts += [f"## {title}", markdown(body, ["", "error, %"]), comparison_table(pairs, labels)]
+            parts += ["Each seed:", seeds_table(list(labels), labels)]
+        return parts, {f"{self.name}.png": figure}
 
 
 class Figure3(_TradeOff):
     """Figure 3: the error against lambda, the weight of the pseudo-labels."""
 
     name, title, option, symbol = "figure3", "Figure 3: the weight of the pseudo-labels", "pseudo_weight", "λ"
+    about = (
+        "This page reproduces Figure 3 of the Learning by Teaching paper: the test error of LBT(RN18, DARTS-2nd) "
+        "against λ, the weight of the pseudo-labels in the student's loss, with γ = 1. In the paper, λ = 1 has the "
+        "lowest error on both data sets."
+    )
 
 
 class Figure4(_TradeOff):
     """Figure 4: the error against gamma, the weight of the student's validation loss."""
 
     name, title, option, symbol = "figure4", "Figure 4: the weight of the student", "student_weight", "γ"
+    about = (
+        "This page reproduces Figure 4 of the Learning by Teaching paper: the test error of LBT(RN18, DARTS-2nd) "
+        "against γ, the weight of the student's validation loss in the architecture's loss, with λ = 1. In the "
+        "paper, γ = 1 has the lowest error on both data sets."
+    )
+
+
+SETTING = """The setting:
+
+- Data: CIFAR-10 at 12x12. The search sees 100 training and 100 validation images with labels, and 8,000 without.
+- Search: 100 rounds. The architecture's gradient leads through one training step of each network, with exact second
+  derivatives. Four operations compete on each edge: 3x3 max pooling, the identity, 3x3 separable convolution, and
+  noise. Noise replaces its input by normal noise (as in space S4 of Zela et al. 2020), so it is of no use.
+- Test: each network is trained for 300 steps on all 50,000 training images with their labels, and tested on 5,000 test
+  images. Differences in error therefore come from the architecture.
+- All methods use the same seeds, and so the same images."""
 
 
 class Benefit(PaperExperiment):
-    """A setting of ours in which a benefit of teaching should show: few labels, a bad operation, 10 paired seeds."""
+    """Our own setting in which teaching should help: few labels, a useless operation, 10 paired seeds."""
 
     scales: ClassVar[Mapping[str, int]] = {"laptop": 10}
-    name, title = "benefit", "Where a benefit of teaching should show"
+    name, title = "benefit", "Where teaching should help"
+    about = (
+        "This experiment is ours, not the paper's. It is built so that teaching should help if it helps anywhere: "
+        "the search has few labels but many unlabeled images, and one of the operations is harmful. The question is "
+        "whether Learning by Teaching (LBT) then finds better architectures than the same search without a student "
+        "(DARTS-2nd), and avoids the harmful operation."
+    )
     labels: ClassVar[Mapping[str, tuple[str, Options]]] = {
         "random": ("benefit-random", benefit_options("random")),
         "best of 4 random": ("benefit-best_of_random", benefit_options("best_of_random")),
@@ -85,11 +122,11 @@ class Benefit(PaperExperiment):
     }
 
     def runs(self, scale: str) -> Mapping[str, Wanted]:
-        """A run for each label."""
+        """One run for each label."""
         return {key: Wanted("lbt", options) for key, options in self.labels.values()}
 
     def sections(self, scale: str, found: Mapping[str, Seeds]) -> tuple[list[str], dict[str, Figure]]:
-        """What was searched, what came out, and the tests."""
+        """The setting, the results and the tests."""
         by_label = {label: found[key] for label, (key, _) in self.labels.items()}
         measures = {
             "noise": "noise edges of 16",
@@ -104,17 +141,13 @@ class Benefit(PaperExperiment):
         lbt = [label for label in by_label if label.startswith("LBT")]
         pairs = [Comparison(label, "DARTS-2nd") for label in lbt]
         pairs_random = [Comparison(label, "random") for label in by_label if label != "random"]
-        told = [
-            "Real CIFAR-10, shrunk to 12x12. The search sees 100 training and 100 validation labels, and 8,000 "
-            "unlabeled images; four operations compete on each edge: 3x3 max pooling, the identity, 3x3 separable "
-            "convolution, and noise, which replaces its input by normal noise and is of no use (as in space S4 of Zela "
-            "et al. 2020). 100 rounds, exact one-step hypergradients. Each network is then trained for 300 "
-            "steps on all 50,000 training images with their labels, and tested on 5,000 of the test images, so "
-            "that what tells the networks apart is the architecture. The same seeds, and so the same images, for all.",
+        parts = [
+            SETTING,
+            f"{SPREAD} The student's part is the norm of the student's part of the architecture's gradient, divided by "
+            "that of the teacher's part, at the end of the search with its initial learning rates. \"LBT, student "
+            "alone\" leaves the teacher's part out, as if γ were infinite.",
             markdown(body, ["found by", "error, %", *measures.values()]),
-            "\"Student's part\" is the norm of the student's part of the architecture's gradient over that of the "
-            "teacher's, at the end of the search with the learning rates that it began with. The last row leaves the "
-            "teacher's part out, which is γ without bound: what the student says by itself.",
+            DIFFERENCES,
             comparison_table(pairs, by_label),
             verdict(pairs, by_label),
             "Against a random architecture of the same space:",
@@ -122,4 +155,4 @@ class Benefit(PaperExperiment):
             "Each seed:",
             seeds_table(list(by_label), by_label),
         ]
-        return told, {}
+        return parts, {}

@@ -1,4 +1,4 @@
-"""The pages of the paper's tables: what came out, the paper's numbers beside, and paired tests."""
+"""The tables on the pages: results beside the paper's numbers, and paired tests between methods."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from typing import Any, NamedTuple
 from tabulate import tabulate
 
 from mlo.reports.compare import paired
-from problems.paper.published import Reported, Row
+from problems.paper.reported_results import Reported, Row
 
 LEVEL = 0.05
+DIFFERENCES = (
+    "Tables with a column of differences compare two methods, seed by seed. A negative difference means that the "
+    'method has a lower error than the one in the column "against". The interval is a bootstrap interval of the mean '
+    "difference, and p is that of an exact sign-flip permutation test."
+)
 Measures = Mapping[str, Any]
 Seeds = Mapping[int, Measures]
 
@@ -24,18 +29,18 @@ class Comparison(NamedTuple):
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean and standard deviation, or the value where there is but one."""
+    """Mean and standard deviation; a single value as it is."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def column(seeds: Seeds, measure: str) -> list[float]:
-    """A measure of every seed that has it, in the order of the seeds."""
+    """The values of a measure, in the order of the seeds; seeds without it are skipped."""
     return [float(seeds[seed][measure]) for seed in sorted(seeds) if measure in seeds[seed]]
 
 
 def reported_error(reported: Reported | None) -> str:
-    """The paper's error, with the top-5 error after a stroke."""
+    """The paper's error in percent, followed by the top-5 error after a slash if there is one."""
     if reported is None:
         return "-"
     error = f"{reported.error:.2f}" if reported.top5_error is None else f"{reported.error:.1f} / {reported.top5_error}"
@@ -43,7 +48,7 @@ def reported_error(reported: Reported | None) -> str:
 
 
 def result_table(rows: Sequence[Row], found: Mapping[str, Seeds], scale: str) -> str:
-    """The table in the paper's layout, what it reports to the right."""
+    """A table in the paper's layout, with the numbers that the paper reports in the last columns."""
     unit, seconds, digits = ("CPU-seconds", 1, 0) if scale == "laptop" else ("GPU-days", 86400, 2)
     body = []
     for row in rows:
@@ -66,32 +71,31 @@ def result_table(rows: Sequence[Row], found: Mapping[str, Seeds], scale: str) ->
 
 
 def comparison_table(comparisons: Sequence[Comparison], found: Mapping[str, Seeds]) -> str:
-    """Differences of errors, seed by seed: their mean, its 95 % bootstrap interval, a sign-flip permutation test."""
+    """Paired differences of errors: their mean, its 95 % bootstrap interval, and a sign-flip permutation test."""
     body = []
     for label, baseline in comparisons:
         test = paired(*(_errors(found[name]) for name in (label, baseline)))
-        told = [test.mean, test.low, test.high]
-        mean, low, high = ("-" if value is None else f"{value:+.2f}" for value in told)
+        estimates = [test.mean, test.low, test.high]
+        mean, low, high = ("-" if value is None else f"{value:+.2f}" for value in estimates)
         body.append([label, baseline, mean, f"{low} to {high}", "-" if test.p is None else f"{test.p:.3f}", test.n])
     return markdown(body, ["method", "against", "difference of errors", "95 % interval", "p", "seeds"])
 
 
 def verdict(comparisons: Sequence[Comparison], found: Mapping[str, Seeds]) -> str:
-    """Which of these differences the exact test tells from none at 0.05, and which way, in words."""
+    """Say in words which of these differences are significant at 0.05, and in which direction."""
     tests = [(c, paired(_errors(found[c.label]), _errors(found[c.baseline]))) for c in comparisons]
-    clear = [(c, test) for c, test in tests if test.p is not None and test.mean is not None and test.p <= LEVEL]
-    told = [f"{c.label} has a {'lower' if (test.mean or 0) < 0 else 'higher'} error" for c, test in clear]
+    significant = [(c, test) for c, test in tests if test.p is not None and test.mean is not None and test.p <= LEVEL]
+    findings = [f"{c.label} has a {'lower' if (test.mean or 0) < 0 else 'higher'} error" for c, test in significant]
     pairs = min(test.n for _, test in tests)
-    said = f"Of these {len(tests)} differences, those with p of at most {LEVEL}: {'; '.join(told) or 'none'}."
+    text = f"p is at most {LEVEL} for {len(findings) or 'none'} of these {len(tests)} differences"
+    text += f": {'; '.join(findings)}." if findings else "."
     if 2 / 2**pairs > LEVEL:
-        said += (
-            f" With {pairs} seeds p cannot be below {2 / 2**pairs:.2g}, so no single difference can be told from none."
-        )
-    return said + " Bootstrap intervals of so few differences are somewhat too narrow."
+        text += f" With {pairs} seeds, p is at least {2 / 2**pairs:.2g}, so no single difference can be significant."
+    return text + " With so few seeds, the bootstrap intervals are somewhat too narrow."
 
 
 def seeds_table(labels: Sequence[str], found: Mapping[str, Seeds]) -> str:
-    """The error of every seed."""
+    """A table of the error of every seed."""
     numbers = sorted({seed for label in labels for seed in found[label]})
     body = [
         [label, *(f"{found[label][n]['test_error']:.2f}" if n in found[label] else "-" for n in numbers)]
@@ -101,7 +105,7 @@ def seeds_table(labels: Sequence[str], found: Mapping[str, Seeds]) -> str:
 
 
 def markdown(body: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
-    """A Markdown table of text."""
+    """Format rows of text as a Markdown table."""
     return tabulate(body, head, tablefmt="github", disable_numparse=True)
 
 

@@ -1,7 +1,8 @@
-"""What each run of the paper is, at the paper's size and at one for laptops: data, search, evaluation, as job options.
+"""The job options of each run of the paper, at the paper's scale and at the laptop scale.
 
-Sizes are those of the papers whose search spaces are used (Liu et al. 2019, Chen et al. 2019, Xu et al. 2020, and
-their code) and of section 4.2 of the Learning by Teaching paper; "laptop" is shrunk until a run takes half a minute.
+The paper's scale has the sizes of the papers that introduced the search spaces (Liu et al. 2019, Chen et al. 2019, Xu
+et al. 2020, and their code) and of section 4.2 of the Learning by Teaching paper. At the laptop scale a run takes half
+a minute.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Options = Mapping[str, Any]
 
 
 class Setting(NamedTuple):
-    """One run of the paper, at any scale: a search method over a space, with or without a student, on a data set."""
+    """One run of the paper, at any scale: a method in a search space, with or without a student, on a data set."""
 
     data: DataSet
     space: str = "darts2"
@@ -30,7 +31,7 @@ class Setting(NamedTuple):
 
     @property
     def key(self) -> str:
-        """A name for its folder, which runs that differ do not share."""
+        """The name of the run's folder, unique to these options."""
         words = [self.data, self.method or self.space]
         words += [f"lbt-{self.student}"] if self.student else []
         words += ["student-only"] if self.judged_by == "student" else []
@@ -41,7 +42,7 @@ class Setting(NamedTuple):
         return "-".join(words)
 
     def options(self, scale: str) -> Options:
-        """The options of its `lbt` job, without the seed."""
+        """The options of the run's `lbt` job, without the seed."""
         spaces = LAPTOP_SPACES if scale == "laptop" else PAPER_SPACES
         students = (
             {"rn18": "small", "rn50": "small_wide"} if scale == "laptop" else {"rn18": "resnet18", "rn50": "resnet50"}
@@ -57,11 +58,11 @@ class Setting(NamedTuple):
             layers.append({"search": {"skip_dropout": [0.1, 0.2, 0.3]}})
         if self.data == "imagenet":
             layers.append(IMAGENET_SEARCH[scale])
-        return together({"page": scale == "paper"}, *layers)
+        return merge_all({"page": scale == "paper"}, *layers)
 
 
-def together(*layers: Options) -> dict[str, Any]:
-    """Options laid one on another, the last on top."""
+def merge_all(*layers: Options) -> dict[str, Any]:
+    """Merge options; where several set the same option, the last one counts."""
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = merge(merged, layer)
@@ -101,7 +102,7 @@ DATA: Mapping[str, Mapping[DataSet, Options]] = {
         },
     },
 }
-"""Fashion-MNIST stands in for CIFAR-100 at the laptop scale, and CIFAR-10 at 24x24 for ImageNet."""
+"""At the laptop scale Fashion-MNIST replaces CIFAR-100, and CIFAR-10 at 24x24 replaces ImageNet."""
 
 HELD_OUT: Mapping[str, Options] = {
     "laptop": {"data": {"held_out_size": 5000, "test_size": None}},
@@ -112,7 +113,7 @@ HELD_OUT: Mapping[str, Options] = {
         "evaluation": {"steps": 600 * (45000 // 96)},
     },
 }
-"""Section 4.4: the trade-offs are judged on 5,000 images taken out of the labeled ones."""
+"""Section 4.4: the trade-offs are compared on 5,000 of the labeled images, which are held out."""
 
 
 def _laptop(space: str, steps: int = 50, **search: Any) -> Options:
@@ -182,7 +183,7 @@ _IMAGENET_AUGMENTATION = {"crop": 0, "cutout": 0, "resized_crop": True, "flip": 
 
 
 def imagenet_evaluation(scale: str, space: str) -> Options:
-    """How an architecture of a space is evaluated on ImageNet, or on what stands in for it."""
+    """The options for evaluating an architecture of a space on ImageNet, or on CIFAR-10 at the laptop scale."""
     if scale == "laptop":
         return {"steps": 300, "channels": 8, "cells": 3, "batch_size": 32}
     batch = 128 if space.startswith("darts") else 1024
@@ -222,11 +223,11 @@ IMAGENET_SEARCH: Mapping[str, Options] = {
 
 
 def benefit_options(method: str, student_weight: float = 1.0, judged_by: str = "both") -> Options:
-    """The setting in which a benefit of teaching should show if there is one, at the laptop scale only.
+    """The options of a setting in which teaching should help if it ever does, at the laptop scale only.
 
-    Few labels for the search (200) and many unlabeled images (8,000); four operations, of which one only makes noise;
-    exact products, since differences are noisy; the networks are trained on many labeled images, so that what tells
-    them apart is the architecture.
+    The search has few labels (200) and many unlabeled images (8,000). One of the four operations only makes noise.
+    Products are exact, since finite differences are noisy. The networks found are trained on many labeled images, so
+    that they differ only in their architecture.
     """
     return {
         "methods": [method],

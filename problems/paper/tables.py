@@ -1,4 +1,4 @@
-"""`mlo reproduce table2 ... table6`: the paper's tables, each with the runs that it takes."""
+"""`mlo reproduce table2` to `table6`: the paper's tables and the runs that each needs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,30 @@ from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
 
-from mlo.sweeps.experiment import Wanted
-from problems.paper import published
-from problems.paper.experiment import FULL, SHRUNK, PaperExperiment
-from problems.paper.pages import Comparison, Seeds, comparison_table, result_table, seeds_table, verdict
-from problems.paper.published import Row
-from problems.paper.settings import Setting, imagenet_evaluation, together
+from mlo import Wanted
+from problems.paper import reported_results
+from problems.paper.experiment import NOTATION, SPREAD, PaperExperiment, scale_note
+from problems.paper.pages import DIFFERENCES, Comparison, Seeds, comparison_table, result_table, seeds_table, verdict
+from problems.paper.reported_results import Row
+from problems.paper.settings import Setting, imagenet_evaluation, merge_all
+
+REPORTED = "The columns on the right are the numbers in the paper."
+REPEATED = "In the paper, the last row has the number of RN50 in Table 3 (2.61); RN18 has 2.65 there."
+
+
+def every_method(table: str, data: str) -> str:
+    """Describe the page of Table 2 or 3."""
+    return (
+        f"This page reproduces Table {table} of the Learning by Teaching (LBT) paper: the test error, on {data}, of "
+        f"architectures found with and without a student. {NOTATION} DARTS-1st is DARTS of first order, and P-DARTS "
+        'and PC-DARTS are other searches. "Random" is an architecture drawn at random, and "best of 4 random" the '
+        "one of four with the lowest validation error."
+    )
 
 
 class _Table(PaperExperiment):
     rows: ClassVar[Sequence[Row]]
+    laptop_data: ClassVar[str] = ""
     note: ClassVar[str] = ""
 
     def runs(self, scale: str) -> Mapping[str, Wanted]:
@@ -24,59 +38,65 @@ class _Table(PaperExperiment):
         return {row.run.key: Wanted("lbt", row.run.options(scale)) for row in self.rows}
 
     def comparisons(self) -> list[Comparison]:
-        """Each row with a student against the one without, in the same space."""
+        """Compare each row with a student to the row without one in the same space."""
         plain = {row.run: row.label for row in self.rows if row.run.student is None}
         pairs = ((row, plain.get(row.run._replace(student=None))) for row in self.rows if row.run.student)
         return [Comparison(row.label, baseline) for row, baseline in pairs if baseline]
 
     def against_random(self, scale: str) -> list[Comparison]:
-        """Each row whose networks are trained as the random one's against the random architecture."""
+        """Compare each row to the random architecture, if its networks are trained in the same way."""
         (random,) = (row for row in self.rows if row.label == "random")
         training = random.run.options(scale)["evaluation"]
-        alike = [row for row in self.rows if row.run.options(scale)["evaluation"] == training]
-        return [Comparison(row.label, random.label) for row in alike if row is not random]
+        same = [row for row in self.rows if row.run.options(scale)["evaluation"] == training]
+        return [Comparison(row.label, random.label) for row in same if row is not random]
 
     def sections(self, scale: str, found: Mapping[str, Seeds]) -> tuple[list[str], dict[str, Figure]]:
-        """The table, the tests, the seeds."""
+        """The table, the paired tests, and the error of each seed."""
         by_label = {row.label: found[self.key(row)] for row in self.rows}
         pairs = self.comparisons()
-        told = [(SHRUNK if scale == "laptop" else FULL) + self.note, result_table(self.rows, by_label, scale)]
-        told += [comparison_table(pairs, by_label), verdict(pairs, by_label)]
+        parts = [scale_note(scale) + (self.laptop_data if scale == "laptop" else "")]
+        parts += [" ".join(filter(None, [SPREAD, REPORTED, self.note]))]
+        parts += [result_table(self.rows, by_label, scale), DIFFERENCES]
+        parts += [comparison_table(pairs, by_label), verdict(pairs, by_label)]
         if "random" in by_label:
-            told += [
+            parts += [
                 "Against a random architecture of the same space:",
                 comparison_table(self.against_random(scale), by_label),
             ]
-        return [*told, "Each seed:", seeds_table(list(by_label), by_label)], {}
+        return [*parts, "Each seed:", seeds_table(list(by_label), by_label)], {}
 
     def key(self, row: Row) -> str:
-        """The run that a row shows."""
+        """The key of the run whose results a row shows."""
         return row.run.key
 
 
 class Table2(_Table):
     """Table 2: every method with and without a student, on CIFAR-100."""
 
-    name, title, rows = "table2", "Table 2: CIFAR-100", published.TABLE2
+    name, title, rows = "table2", "Table 2: CIFAR-100", reported_results.TABLE2
+    about = every_method("2", "CIFAR-100")
 
 
 class Table3(_Table):
     """Table 3: every method with and without a student, on CIFAR-10."""
 
-    name, title, rows = "table3", "Table 3: CIFAR-10", published.TABLE3
+    name, title, rows = "table3", "Table 3: CIFAR-10", reported_results.TABLE3
+    about = every_method("3", "CIFAR-10")
 
 
 class Table4(_Table):
     """Table 4: architectures searched on CIFAR or ImageNet, evaluated on ImageNet."""
 
-    name, title, rows = "table4", "Table 4: ImageNet", published.TABLE4
-    note = (
-        "CIFAR-10 at 24x24 stands in for ImageNet at the laptop scale, and the networks are trained on 2,000 "
-        "of its images. The cost is that of the search, which Tables 2 and 3 share."
+    name, title, rows = "table4", "Table 4: ImageNet", reported_results.TABLE4
+    about = (
+        "This page reproduces Table 4 of the Learning by Teaching (LBT) paper: architectures searched on CIFAR or on "
+        f"ImageNet, trained and tested on ImageNet. {NOTATION} The last name in brackets is the data of the search."
     )
+    laptop_data = "\n- ImageNet: CIFAR-10 at 24x24 replaces it, and the networks are trained on 2,000 of its images."
+    note = "The search on CIFAR and its cost are those of Tables 2 and 3."
 
     def runs(self, scale: str) -> Mapping[str, Wanted]:
-        """The searches on CIFAR, then the evaluations of what they found; the searches on ImageNet itself."""
+        """The searches on CIFAR, the evaluations of the architectures they find, and the searches on ImageNet."""
         wanted = {}
         for row in self.rows:
             if row.searched is None:
@@ -88,11 +108,11 @@ class Table4(_Table):
         return wanted
 
     def key(self, row: Row) -> str:
-        """An evaluation is named by its search too, for two searches of one space are evaluated alike."""
+        """The key of an evaluation includes that of its search, since several searches share the same evaluation."""
         return row.run.key if row.searched is None else f"{row.searched.key}-on-{row.run.data}"
 
     def comparisons(self) -> list[Comparison]:
-        """Each row with a student against the row before it, which is the same without."""
+        """Compare each row with a student to the row before it, which is the same without a student."""
         return [
             Comparison(row.label, before.label)
             for before, row in zip(self.rows, self.rows[1:], strict=False)
@@ -100,7 +120,7 @@ class Table4(_Table):
         ]
 
     def sections(self, scale: str, found: Mapping[str, Seeds]) -> tuple[list[str], dict[str, Figure]]:
-        """As for every table; the cost of a search is taken from its run."""
+        """As for every table, with the cost of each search taken from the run that did it."""
         with_cost = dict(found)
         for row in self.rows:
             if row.searched is not None:
@@ -113,28 +133,38 @@ class Table4(_Table):
 
 
 def transfer_options(run: Setting, scale: str) -> Mapping[str, Any]:
-    """The options of an `evaluate` job on the data of a run."""
+    """The options of an `evaluate` job with the data of a run."""
     options = run.options(scale)
     training = dict(imagenet_evaluation(scale, run.space))
-    own = {"threads": options.get("threads", 1), "data": options["data"], "steps": training.pop("steps")}
-    return together({**own, "training": training})
+    common = {"threads": options.get("threads", 1), "data": options["data"], "steps": training.pop("steps")}
+    return merge_all({**common, "training": training})
 
 
 class _Ablation(_Table):
     def comparisons(self) -> list[Comparison]:
-        """The full method, the second of each two rows, against the ablated one before it."""
+        """Compare the full method, the second of each pair of rows, to the ablated one before it."""
         return [Comparison(full.label, less.label) for less, full in zip(self.rows[::2], self.rows[1::2], strict=True)]
 
 
 class Table5(_Ablation):
-    """Table 5: judged by the student alone, or by the teacher too (first ablation)."""
+    """Table 5, the first ablation: only the student's validation loss, or the teacher's as well."""
 
-    name, title, rows = "table5", "Table 5: whose validation loss judges", published.TABLE5
-    note = "In the paper, the last row repeats the number of RN50 in Table 3 (2.61), where RN18 has 2.65."
+    name, title, rows = "table5", "Table 5: which validation loss judges the architecture", reported_results.TABLE5
+    about = (
+        "This page reproduces Table 5 of the Learning by Teaching (LBT) paper, its first ablation: is the "
+        "architecture judged by the student's validation loss alone, or by the teacher's too? All rows are LBT(RN18, "
+        "DARTS-2nd): the student is a ResNet-18, the search that of second-order DARTS."
+    )
+    note = REPEATED
 
 
 class Table6(_Ablation):
-    """Table 6: the student learns from pseudo-labels alone, or from labels too (second ablation)."""
+    """Table 6, the second ablation: the student learns only from pseudo-labels, or from labels as well."""
 
-    name, title, rows = "table6", "Table 6: what the student learns from", published.TABLE6
-    note = Table5.note
+    name, title, rows = "table6", "Table 6: what the student learns from", reported_results.TABLE6
+    about = (
+        "This page reproduces Table 6 of the Learning by Teaching (LBT) paper, its second ablation: does the student "
+        "learn from the teacher's pseudo-labels alone, or from human labels too? All rows are LBT(RN18, DARTS-2nd): "
+        "the student is a ResNet-18, the search that of second-order DARTS."
+    )
+    note = REPEATED

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mlo
-from problems.nas import ArchitectureLogits, Supernet, architecture_loss, dominant_eigenvalue, stop_at
+from problems.nas import ArchitectureLogits, Supernet, architecture_loss, dominant_eigenvalue, early_stop_epoch
 
 
 class Sharpness(nn.Module):
@@ -54,8 +54,8 @@ class Sharpness(nn.Module):
         return torch.tensor(self.eigenvalues[-1]) if self.rounds and self.rounds[-1] == self._now else None
 
     def earlier(self) -> int | None:
-        """Which look to go back to, if the search should end; see :func:`problems.nas.stop_at`."""
-        return stop_at(self.eigenvalues)
+        """Which look to go back to, if the search should end; see :func:`problems.nas.early_stop_epoch`."""
+        return early_stop_epoch(self.eigenvalues)
 
     def get_extra_state(self) -> dict[str, Any]:
         """All looks."""
@@ -74,7 +74,7 @@ def sharpness(engine: mlo.Engine) -> Sharpness | None:
 
 
 def grown_sharp(engine: mlo.Engine) -> bool:
-    """Look, and tell whether the search is to end: the ``stop`` of :meth:`mlo.runs.run.Run.stage`."""
+    """Take the eigenvalue if it is due; whether the search should end (the ``stop`` of :meth:`mlo.Run.stage`)."""
     watched = sharpness(engine)
     if watched is None:
         return False

@@ -1,4 +1,4 @@
-"""The three losses of LBT, term by term, and the ways to leave a term out."""
+"""The three losses of LBT, term by term, and how to leave terms out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sgd(module: nn.Module) -> dict[str, object]:
     return {"module": module, "optimizer": torch.optim.SGD(module.parameters(), lr=0.1)}
 
 
-def stack(
+def levels(
     batch: dict | None = None,
     validation: object = None,
     *,
@@ -44,8 +44,8 @@ def stack(
     ]
 
 
-def test_each_loss_is_the_papers():
-    teacher, student, arch = problems = stack(weight=0.3, gamma=0.6)
+def test_each_loss_is_that_of_the_paper():
+    teacher, student, arch = problems = levels(weight=0.3, gamma=0.6)
     (images, labels), unlabeled = student.stream.peek().values()
     weights = arch.module()
     soft = teacher.module(unlabeled, weights).softmax(1)
@@ -62,17 +62,17 @@ def test_each_loss_is_the_papers():
     assert str(mlo.Engine(problems, device="cpu").graph).splitlines()[0].startswith("level 3  arch  reads teacher")
 
 
-def test_second_ablation_learns_from_pseudo_labels_alone():
+def test_the_second_ablation_learns_only_from_pseudo_labels():
     unlabeled = torch.randn(6, 5)
     for part in (unlabeled, (unlabeled, torch.zeros(6))):
-        teacher, student, arch = stack({"unlabeled": part}, weight=0.5)
+        teacher, student, arch = levels({"unlabeled": part}, weight=0.5)
         soft = teacher.module(unlabeled, arch.module()).softmax(1)
         expected = -0.5 * (soft * student.module(unlabeled).log_softmax(1)).sum(1).mean()
         torch.testing.assert_close(student.loss(student.stream.peek(), teacher, arch), expected)
 
 
-def test_first_ablation_judges_by_the_student_alone():
-    problems = stack(reads={"teacher": None})
+def test_the_first_ablation_validates_only_the_student():
+    problems = levels(reads={"teacher": None})
     _, student, arch = problems
     images, labels = arch.stream.peek()
     assert arch.loss((images, labels), student=student) == F.cross_entropy(student.module(images), labels)
@@ -82,25 +82,25 @@ def test_first_ablation_judges_by_the_student_alone():
 
 
 def test_without_a_student_it_is_darts():
-    teacher, _, arch = stack(reads={"student": None})
+    teacher, _, arch = levels(reads={"student": None})
     engine = mlo.Engine([teacher, arch], "one_step", device="cpu")
     engine.step()
     assert engine.pullbacks == {"teacher": 1}
 
 
-def test_teacher_and_student_may_be_validated_on_their_own_data():
+def test_teacher_and_student_may_be_validated_on_different_data():
     one, two = ((torch.randn(4, 5), torch.tensor(y)) for y in ([0, 1, 2, 0], [2, 2, 1, 1]))
-    teacher, student, arch = stack(validation={"teacher": one, "student": two})
+    teacher, student, arch = levels(validation={"teacher": one, "student": two})
     expected = F.cross_entropy(teacher.module(one[0], arch.module()), one[1])
     expected = expected + F.cross_entropy(student.module(two[0]), two[1])
     torch.testing.assert_close(arch.loss(arch.stream.peek(), teacher, student), expected)
 
 
-def test_the_papers_form_leaves_out_the_direct_dependence_alone():
-    """With a teacher that does not move, the student's part is the direct dependence, and the paper's form is zero."""
+def test_the_papers_form_leaves_out_only_the_direct_dependence():
+    """With a fixed teacher the student's part is only the direct dependence, so the paper's form of it is zero."""
     found = {}
     for held in ((), ("arch",)):
-        problems = stack(held=held, reads={"teacher": None})
+        problems = levels(held=held, reads={"teacher": None})
         for group in problems[0].optimizer.param_groups:
             group["lr"] = 0.0
         found[held] = mlo.Engine(problems, "one_step", device="cpu").hypergradient("arch")["weights"]
@@ -109,7 +109,7 @@ def test_the_papers_form_leaves_out_the_direct_dependence_alone():
 
 
 @pytest.mark.parametrize("product", ["exact", "central"])
-def test_labels_and_pseudo_labels_share_the_teachers_pass(product):
-    engine = mlo.Engine(stack(), {"kind": "one_step", "product": product}, device="cpu")
+def test_a_round_computes_the_pseudo_labels_only_twice(product):
+    engine = mlo.Engine(levels(), {"kind": "one_step", "product": product}, device="cpu")
     engine.step()
     assert engine.passes["teacher"]["read"] == 2

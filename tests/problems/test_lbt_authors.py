@@ -1,4 +1,4 @@
-"""The authors' variant beside a loop that takes its steps by hand, and what the option makes of the main job."""
+"""The authors' variant: it equals a loop written by hand, and one option of the LBT job selects it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from engine_state import same
-from small_lbt import noisy_lbt
+from small_lbt import Weights, noisy_lbt
 from torch import Tensor, nn
 
 import mlo
 from mlo.options.config import parse
-from problems.jobs.lbt import LbtJob, student_part
+from problems.jobs.lbt import LbtJob
+from problems.jobs.lbt_stages import student_part
 from problems.lbt import ArchValidate, StudentInTurn, TeacherTrain
-from problems.search.search import Repeated, cosine
+from problems.search.levels import Repeated, cosine
 
 ROUNDS, CLIP, MOMENTUM, DECAY, ADAM = 2, 0.05, 0.9, 3e-2, 0.05
-RATES = [0.3, 0.2]  # of teacher and student, one a round
+RATES = [0.3, 0.2]  # learning rates of teacher and student in each round
 LAMBDA, GAMMA = 0.7, 0.4
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -35,16 +36,7 @@ class Teacher(nn.Module):
         return self.head(mix[0] * self.one(images).tanh() + mix[1] * self.two(images).sigmoid())
 
 
-class Weights(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = nn.Parameter(torch.randn(2))
-
-    def forward(self) -> Tensor:
-        return self.weights
-
-
-class Made:
+class Setup:
     """The networks, their optimizers, and the batches: two of each kind, four for validation."""
 
     def __init__(self) -> None:
@@ -67,7 +59,7 @@ class Made:
         return [p.detach().clone() for m in (self.arch, self.teacher, self.student) for p in m.parameters()]
 
 
-def by_mlo(made: Made, held: tuple[str, ...] = ("arch",), hypergradient: str = "one_step", rounds: int = ROUNDS):
+def by_mlo(setup: Setup, held: tuple[str, ...] = ("arch",), hypergradient: str = "one_step", rounds: int = ROUNDS):
     def scheduled(optimizer: torch.optim.Optimizer, each: int):
         def factor(step: int) -> float:
             return RATES[min(step // each, ROUNDS - 1)] / RATES[0]
@@ -76,19 +68,19 @@ def by_mlo(made: Made, held: tuple[str, ...] = ("arch",), hypergradient: str = "
 
     teacher = TeacherTrain(
         "teacher",
-        module=made.teacher,
-        optimizer=made.lower[0],
-        scheduler=scheduled(made.lower[0], 1),
-        data=made.train,
+        module=setup.teacher,
+        optimizer=setup.lower[0],
+        scheduler=scheduled(setup.lower[0], 1),
+        data=setup.train,
         clip_norm=CLIP,
         clip_ahead=False,
     )
-    data = {"labeled": Repeated(made.labeled, 2), "unlabeled": Repeated(made.unlabeled, 2)}
+    data = {"labeled": Repeated(setup.labeled, 2), "unlabeled": Repeated(setup.unlabeled, 2)}
     student = StudentInTurn(
         "student",
-        module=made.student,
-        optimizer=made.lower[1],
-        scheduler=scheduled(made.lower[1], 2),
+        module=setup.student,
+        optimizer=setup.lower[1],
+        scheduler=scheduled(setup.lower[1], 2),
         data=data,
         pseudo_weight=LAMBDA,
         clip_norm=CLIP,
@@ -96,9 +88,9 @@ def by_mlo(made: Made, held: tuple[str, ...] = ("arch",), hypergradient: str = "
     )
     arch = ArchValidate(
         "arch",
-        module=made.arch,
-        optimizer=made.upper,
-        data=made.validation,
+        module=setup.arch,
+        optimizer=setup.upper,
+        data=setup.validation,
         student_weight=GAMMA,
         in_turn=True,
     )
@@ -107,8 +99,8 @@ def by_mlo(made: Made, held: tuple[str, ...] = ("arch",), hypergradient: str = "
     return engine
 
 
-def virtually(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], gradients, rate: float):
-    """SGD's step with momentum and weight decay, unclipped, as DARTS' own code writes it."""
+def virtual_step(optimizer: torch.optim.Optimizer, parameters: dict[str, Tensor], gradients, rate: float):
+    """A step of SGD with momentum and weight decay, without clipping, as in the code of DARTS."""
     moved = {}
     for (name, weight), gradient in zip(parameters.items(), gradients, strict=True):
         buffer = optimizer.state[weight].get("momentum_buffer")
@@ -122,109 +114,109 @@ def loss_of(module: nn.Module, parameters: dict[str, Tensor], images: Tensor, ta
 
 
 class ByHand:
-    """The authors' round, one architecture, teacher and student step after another, with exact products."""
+    """The authors' round by hand, with exact products: steps of the architecture, then of teacher and student."""
 
-    def __init__(self, made: Made) -> None:
-        self.made = made
-        self.W, self.S = dict(made.teacher.named_parameters()), dict(made.student.named_parameters())
-        self.A = made.arch.weights
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.W, self.S = dict(setup.teacher.named_parameters()), dict(setup.student.named_parameters())
+        self.A = setup.arch.weights
 
     def teacher_ahead(self, r: int) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        """W' at the present A, and the gradient that led there, with its graph."""
-        images, labels = self.made.train[r]
-        loss = loss_of(self.made.teacher, self.W, images, labels, self.A)
+        """Return W' for the current A, and the gradient of the step, with its graph."""
+        images, labels = self.setup.train[r]
+        loss = loss_of(self.setup.teacher, self.W, images, labels, self.A)
         gradient = torch.autograd.grad(loss, list(self.W.values()), create_graph=True)
-        return virtually(self.made.lower[0], self.W, gradient, RATES[r]), gradient
+        return virtual_step(self.setup.lower[0], self.W, gradient, RATES[r]), gradient
 
     def adam(self, gradient: Tensor) -> None:
         self.A.grad = gradient
-        self.made.upper.step()
+        self.setup.upper.step()
         self.A.grad = None
 
     def judged_by_teacher(self, r: int) -> None:
         """Equations (7) and (8)."""
         ahead, gradient = self.teacher_ahead(r)
-        images, labels = self.made.validation[2 * r]
-        loss = loss_of(self.made.teacher, ahead, images, labels, self.A)
+        images, labels = self.setup.validation[2 * r]
+        loss = loss_of(self.setup.teacher, ahead, images, labels, self.A)
         direct, *v = torch.autograd.grad(loss, [self.A, *ahead.values()])
         self.adam(direct - RATES[r] * torch.autograd.grad(gradient, self.A, v)[0])
 
     def judged_by_student(self, r: int) -> None:
-        """Equations (9) to (12): hard labels where S' is reached, soft ones in the product."""
-        made, u = self.made, self.made.unlabeled[r]
+        """Equations (9) to (12): hard labels in the step to S', soft labels in the product."""
+        setup, u = self.setup, self.setup.unlabeled[r]
         ahead, gradient = self.teacher_ahead(r)
-        soft = torch.func.functional_call(made.teacher, ahead, (u, self.A.detach())).softmax(1)
+        soft = torch.func.functional_call(setup.teacher, ahead, (u, self.A.detach())).softmax(1)
         hard = soft.argmax(1)
         assert len(hard.unique()) > 1
-        loss = loss_of(made.student, self.S, *made.labeled[r]) + LAMBDA * loss_of(made.student, self.S, u, hard)
-        taught = virtually(made.lower[1], self.S, torch.autograd.grad(loss, list(self.S.values())), RATES[r])
+        loss = loss_of(setup.student, self.S, *setup.labeled[r]) + LAMBDA * loss_of(setup.student, self.S, u, hard)
+        taught = virtual_step(setup.lower[1], self.S, torch.autograd.grad(loss, list(self.S.values())), RATES[r])
         v = torch.autograd.grad(
-            GAMMA * loss_of(made.student, taught, *made.validation[2 * r + 1]), list(taught.values())
+            GAMMA * loss_of(setup.student, taught, *setup.validation[2 * r + 1]), list(taught.values())
         )
-        on_soft = LAMBDA * loss_of(made.student, self.S, u, soft)
+        on_soft = LAMBDA * loss_of(setup.student, self.S, u, soft)
         of_student = torch.autograd.grad(on_soft, list(self.S.values()), create_graph=True)
         q = torch.autograd.grad(of_student, list(ahead.values()), v)
         q = [-RATES[r] * part for part in q]
         self.adam(-RATES[r] * torch.autograd.grad(gradient, self.A, q)[0])
 
-    def really(self, optimizer: torch.optim.Optimizer, module: nn.Module, loss: Tensor, rate: float) -> None:
+    def real_step(self, optimizer: torch.optim.Optimizer, module: nn.Module, loss: Tensor, rate: float) -> None:
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         loss.backward()
-        assert nn.utils.clip_grad_norm_(module.parameters(), CLIP) > CLIP, "clipping counts"
+        assert nn.utils.clip_grad_norm_(module.parameters(), CLIP) > CLIP, "the gradient must be clipped"
         optimizer.step()
         self.A.grad = None
 
     def round(self, r: int) -> None:
-        made, u = self.made, self.made.unlabeled[r]
+        setup, u = self.setup, self.setup.unlabeled[r]
         self.judged_by_teacher(r)
         self.judged_by_student(r)
-        images, labels = made.train[r]
-        self.really(made.lower[0], made.teacher, loss_of(made.teacher, self.W, images, labels, self.A), RATES[r])
-        soft = made.teacher(u, self.A).softmax(1).detach()
-        taught = LAMBDA * F.cross_entropy(made.student(u), soft)
-        self.really(made.lower[1], made.student, taught, RATES[r])
-        images, labels = made.labeled[r]
-        self.really(made.lower[1], made.student, F.cross_entropy(made.student(images), labels), RATES[r])
+        images, labels = setup.train[r]
+        self.real_step(setup.lower[0], setup.teacher, loss_of(setup.teacher, self.W, images, labels, self.A), RATES[r])
+        soft = setup.teacher(u, self.A).softmax(1).detach()
+        taught = LAMBDA * F.cross_entropy(setup.student(u), soft)
+        self.real_step(setup.lower[1], setup.student, taught, RATES[r])
+        images, labels = setup.labeled[r]
+        self.real_step(setup.lower[1], setup.student, F.cross_entropy(setup.student(images), labels), RATES[r])
 
 
-def test_two_rounds_are_those_of_the_loop_by_hand():
-    one, other = Made(), Made()
-    begun = one.values()
+def test_two_rounds_equal_those_of_the_loop_by_hand():
+    one, other = Setup(), Setup()
+    initial = one.values()
     by_mlo(one)
     loop = ByHand(other)
     for r in range(ROUNDS):
         loop.round(r)
-    for found, expected, start in zip(one.values(), other.values(), begun, strict=True):
+    for found, expected, start in zip(one.values(), other.values(), initial, strict=True):
         assert not torch.allclose(found, start)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
-def test_the_direct_dependence_of_the_pseudo_labels_is_there_if_asked_for():
-    one, other = Made(), Made()
+def test_the_direct_dependence_of_the_pseudo_labels_can_be_included():
+    one, other = Setup(), Setup()
     by_mlo(one)
     by_mlo(other, held=())
     assert not torch.allclose(one.values()[0], other.values()[0])
 
 
-def test_the_papers_difference_is_near_the_exact_products():
-    one, other = Made(), Made()
+def test_finite_differences_are_close_to_exact_products():
+    one, other = Setup(), Setup()
     by_mlo(one)
     by_mlo(other, hypergradient="darts")
     torch.testing.assert_close(one.values()[0], other.values()[0], rtol=1e-3, atol=0)
 
 
-def test_what_a_round_costs():
-    engine = by_mlo(Made(), hypergradient="darts", rounds=1)
-    # read for the pseudo-labels of two looks and a real step, and validated once
+def test_the_passes_of_a_round():
+    engine = by_mlo(Setup(), hypergradient="darts", rounds=1)
+    # read for the pseudo-labels of two virtual steps and a real one, and validated once
     assert engine.passes["teacher"] == {"virtual": 2, "product": 4, "read": 4, "step": 1}
-    # two forwards in each loss that is looked at: of two looks, and of the two points of a difference
+    # two forward passes in each virtual loss: in two virtual steps, and at the two points of a difference
     assert engine.passes["student"] == {"virtual": 4, "product": 4, "read": 1, "step": 2}
     assert engine.pullbacks == {"teacher": 2, "student": 1}
 
 
 def test_it_resumes_between_rounds():
-    one, other = Made(), Made()
+    one, other = Setup(), Setup()
     engine = by_mlo(one, rounds=1)
     again = by_mlo(other, rounds=0)
     again.load_state_dict(copy.deepcopy(engine.state_dict()))
@@ -246,7 +238,7 @@ def float32(float64):
 
 @pytest.mark.usefixtures("float32")
 class TestJob:
-    def test_one_option_makes_it_theirs(self):
+    def test_one_option_selects_the_authors_variant(self):
         engine = job().search_engine("lbt")
         teacher, student, arch = engine.problems.values()
         assert isinstance(student, StudentInTurn)
@@ -254,9 +246,9 @@ class TestJob:
         assert (teacher.clip_norm, student.clip_norm) == (5.0, 5.0)
         assert [level.clip_ahead for level in (teacher, student)] == [False, False]
         assert student.node.held == ("arch",)
-        assert engine._plan.lookahead
+        assert engine.report().lookahead
         assert not job(pseudo_label_path="full").search_engine("lbt").problems["student"].node.held
-        assert job(hypergradient="one_step").search_engine("lbt")._plan.lookahead
+        assert job(hypergradient="one_step").search_engine("lbt").report().lookahead
 
     def test_both_learning_rates_are_the_teachers_schedule(self):
         engine = job().search_engine("lbt")
@@ -269,7 +261,7 @@ class TestJob:
         (factor,) = engine.problems["student"].scheduler.lr_lambdas
         assert factor(6) == factor(7) != factor(8), "the same in both steps of a round"
 
-    def test_both_student_steps_are_on_the_batch_that_was_looked_at(self):
+    def test_both_student_steps_use_the_batch_of_the_virtual_step(self):
         student = job().search_engine("lbt").problems["student"]
         batches = [student.stream.next() for _ in range(4)]
         for kind, get in (("labeled", lambda b: b[0]), ("unlabeled", lambda b: b[0])):
@@ -278,7 +270,7 @@ class TestJob:
             assert torch.equal(images[2], images[3])
             assert not torch.equal(images[1], images[2])
 
-    def test_the_students_part_is_told_without_a_trace(self):
+    def test_measuring_the_students_part_changes_no_state(self):
         engine = job().search_engine("lbt")
         engine.run(2)
         before = copy.deepcopy(engine.state_dict())
@@ -296,20 +288,20 @@ class TestJob:
         assert engine.problems["student"].steps_taken == (4 if "judged_by" in options else 2)
         assert not torch.equal(arch.module.normal, before)
 
-    def test_plain_is_darts_as_its_own_code_has_it(self):
+    def test_plain_is_darts_as_in_its_own_code(self):
         engine = job().search_engine("plain")
         assert not engine.problems["teacher"].clip_ahead
         assert engine.problems["arch"].steps == 1
         engine.run(1)
 
     @pytest.mark.parametrize("options", [{"lookahead": False}, {"teacher_hypergradient": "first_order"}], ids=str)
-    def test_what_does_not_go_with_it_is_told(self, options):
+    def test_incompatible_options_are_errors(self, options):
         with pytest.raises(ValueError, match="variant: the authors' architecture steps"):
             job(**options)
 
 
 @pytest.mark.usefixtures("float32")
-def test_the_student_ahead_learns_from_hard_labels_whose_derivative_is_soft():
+def test_the_virtual_student_step_uses_hard_labels_with_the_derivative_of_soft_ones():
     teacher, _, arch = noisy_lbt()
     teacher.module.eval()
     module = nn.Linear(5, 3)

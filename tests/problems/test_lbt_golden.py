@@ -1,4 +1,4 @@
-"""The golden LBT gradient: two independent implementations agree on these digits, and so must the engine."""
+"""Golden values of the LBT gradient, on which two independent implementations agree."""
 
 import math
 
@@ -20,7 +20,7 @@ STUDENT_PAPER = (6.1006165001e-06, 7.7258404888e-06)
 
 
 def fill(module: nn.Module) -> nn.Module:
-    """Weights w[i] = sin(i + 1) sqrt(2 / fan_in), those of a supernet edge by edge; biases 0, affine at 1 and 0."""
+    """Set weights to sin(i + 1) sqrt(2 / fan_in), for a supernet edge by edge, and biases of linear layers to 0."""
     tensors = module.edge_tensors() if isinstance(module, Supernet) else dict(module.named_parameters())
     for parameter in tensors.values():
         with torch.no_grad():
@@ -111,7 +111,7 @@ def test_the_losses_are_the_golden_ones():
     assert F.cross_entropy(stepped, labels).item() == pytest.approx(2.260004025066869, rel=1e-13)
 
 
-def test_first_order_is_at_the_weights_before_the_step():
+def test_the_first_order_gradient_is_taken_at_the_weights_before_the_step():
     teacher, _, arch = problems()
     images, labels = arch.stream.peek()
     loss = F.cross_entropy(teacher.module(images, arch.module()), labels)

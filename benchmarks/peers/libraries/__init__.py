@@ -1,7 +1,4 @@
-"""One module for each library; each has ``build(task, estimator)``, an object with ``gradient()`` and ``round()``.
-
-``gradient()``, called first and once, returns the first hypergradient; ``round()`` is what is timed.
-"""
+"""One module for each library, with a function ``build(task, estimator)`` that returns a :class:`Runner`."""
 
 from __future__ import annotations
 
@@ -14,15 +11,15 @@ from benchmarks.peers.workloads import Task
 
 
 class Runner(Protocol):
-    """A workload in the hands of a library."""
+    """Runs a workload with a library."""
 
     def gradient(self) -> list[Tensor]:
-        """The first hypergradient; to be called before anything else."""
+        """Return the first hypergradient. Called once, before anything else."""
 
     def round(self) -> None:
-        """What is timed."""
+        """Run one round, which is timed."""
 
 
 def build(library: str, task: Task, estimator: str) -> Runner:
-    """The workload in the hands of ``library``, which is imported for it."""
+    """Import ``library`` and build the runner of a workload."""
     return import_module(f"{__name__}.with_{library}").build(task, estimator)

@@ -81,7 +81,7 @@ class _Run:
 def build(task: Task, estimator: str) -> Runner:
     """See :mod:`benchmarks.peers.libraries`.
 
-    A round of the cleaning goes on from the last one: it cannot begin again.
+    A round of hyper-cleaning continues from the last one, since Betty cannot restart.
     """
     if isinstance(task, Teaching):
         problems, u2l, l2u = _teaching(task, estimator)

@@ -85,7 +85,7 @@ def _config(task: Bilevel, estimator: str, sgd: torch.optim.Optimizer, adam: tor
         "GDA": {"alpha_init": 0.0, "alpha_decay": 1.0},
         "RGT": {"truncate_iter": 0},
         "FD": {"r": RADIUS},
-        # its series does not count the first term
+        # its number of terms does not include the first
         "CG": {"k": ITERATIONS if estimator == "cg" else ITERATIONS - 1, "tolerance": 0.0},
     }
 

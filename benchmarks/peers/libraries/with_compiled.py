@@ -1,4 +1,4 @@
-"""The workloads with this engine, its passes and products compiled."""
+"""The workloads with mlo and `compile=True`."""
 
 from __future__ import annotations
 

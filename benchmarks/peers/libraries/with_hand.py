@@ -1,4 +1,4 @@
-"""The hand-written loops, as a library among the others."""
+"""The hand-written loops, with the interface of a library."""
 
 from __future__ import annotations
 

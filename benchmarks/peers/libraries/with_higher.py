@@ -94,7 +94,7 @@ class _Teach:
 
 
 def _keep(module: nn.Module, sgd: torch.optim.Optimizer, moved: Any, optimizer: Any) -> None:
-    """Let the module and its optimizer go on from where the copies are."""
+    """Copy the stepped parameters and momentum back into the module and its optimizer."""
     with torch.no_grad():
         for parameter, fast in zip(module.parameters(), moved.parameters(), strict=True):
             parameter.copy_(fast)

@@ -1,4 +1,4 @@
-"""The workloads with this engine."""
+"""The workloads with mlo."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from benchmarks.peers.catalogue import ITERATIONS
 from benchmarks.peers.libraries import Runner
 from benchmarks.peers.workloads import RADIUS, Bilevel, Task, Teaching
 from mlo.hypergradient import Exact, Step
+from mlo.ops.compiler import Compiler
+from mlo.steps.evaluation import Evaluator
+from mlo.training.gradients import Gradients
+from mlo.training.plan import Plan
+from mlo.training.virtual_steps import Rollout
 
 OPTIONS: dict[str, Any] = {
     "one_step": "one_step",
@@ -82,12 +87,16 @@ class _Run:
 
 
 class _Product:
-    """One exact product at the first step's start, from what an estimator sees of that step."""
+    """One exact product at the start of the first step, through the interface that estimators use."""
 
-    def __init__(self, engine: mlo.Engine, task: Bilevel) -> None:
-        self._task, self._evaluator = task, engine._evaluator
-        engine.problems["model"].steps = 1
-        self._record = engine._next("weights", {}, None)[1]["model"][0]
+    def __init__(self, problems: list[mlo.Problem], task: Bilevel, compiled: bool) -> None:
+        cpu, plan = torch.device("cpu"), Plan(problems, "one_step", False, False)
+        named = {problem.name: problem for problem in problems}
+        named["model"].steps = 1
+        self._task, self._evaluator = task, Evaluator(named, cpu, Compiler(cpu) if compiled else None)
+        rollout = Rollout(plan, self._evaluator, Gradients(plan, self._evaluator))
+        states = {name: problem.live_state() for name, problem in named.items()}
+        self._record = rollout.below("weights", list(named), states)[1]["model"][0]
         self._record.graph = self._record.read_cache = None  # as if it were of an earlier step
 
     def gradient(self) -> list[Tensor]:
@@ -100,11 +109,11 @@ class _Product:
 
 
 def build(task: Task, estimator: str, compiled: bool = False) -> Runner:
-    """See :mod:`benchmarks.peers.libraries`. Lookahead is off: the peers have none."""
+    """See :mod:`benchmarks.peers.libraries`. Lookahead is off, since the other libraries do not have it."""
     problems, top = _teaching(task) if isinstance(task, Teaching) else _bilevel(task)
     engine = mlo.Engine(problems, OPTIONS[estimator], lookahead=False, compile=compiled, device="cpu")
     if estimator == "product" and isinstance(task, Bilevel):
-        return _Product(engine, task)
+        return _Product(problems, task, compiled)
     return _Run(engine, top, task.trains)
 
 

@@ -1,4 +1,4 @@
-"""The workloads with TorchOpt: MetaSGD for steps in the graph, custom_root for the implicit methods."""
+"""The workloads with TorchOpt: MetaSGD for differentiable steps, custom_root for the implicit methods."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class _Teach:
 
 
 class _Implicit:
-    """custom_root around T steps of SGD written by hand, which TorchOpt leaves to its user."""
+    """custom_root around T steps of SGD, which TorchOpt expects its user to write."""
 
     def __init__(self, task: Bilevel, estimator: str) -> None:
         self._task = task
@@ -103,7 +103,7 @@ class _Implicit:
         self._batches = zip(itertools.cycle(task.lower), itertools.cycle(task.upper), strict=False)
         if estimator == "cg":
             self._solve = torchopt.linear_solve.solve_cg(maxiter=ITERATIONS, rtol=0.0)
-        else:  # its count of terms leaves out the first
+        else:  # its number of terms does not include the first
             self._solve = torchopt.linear_solve.solve_inv(ns=True, maxiter=ITERATIONS - 1, alpha=task.lr)
 
     def gradient(self) -> list[Tensor]:

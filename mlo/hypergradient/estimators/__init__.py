@@ -1,1 +1,1 @@
-"""Estimators: how a cotangent of a lower problem's solution is pulled back through its training; a file a family."""
+"""Estimators: how a cotangent is pulled back through the training of a lower problem. One file per family."""

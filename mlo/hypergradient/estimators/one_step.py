@@ -1,4 +1,4 @@
-"""Estimators that take the solution to be one optimizer step away: first order, one step, DARTS."""
+"""Estimators that differentiate only the last optimizer step: one step, DARTS and SAMA; and first order."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from mlo.steps.optimizer import check_differentiable
 
 
 class FirstOrder(Estimator):
-    """No estimator: upper problems get the direct term alone (DARTS, first order)."""
+    """Nothing is pulled back: upper problems use only the direct gradient of their loss (first-order DARTS)."""
 
     differentiates: ClassVar[bool] = False
 
     def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
-        """Nothing."""
+        """Returns no cotangents."""
         return Pulled({})
 
 
 class OneStep(AlongSteps):
-    """The last optimizer step, differentiated; what came before it is held fixed (T1-T2).
+    """The derivative of the last optimizer step; everything before it is held fixed (T1-T2; Luketina et al. 2016).
 
-    The cotangent goes back through the user's own optimizer, learning rate, momentum and Adam's scaling included, and
-    on through the gradient that it stepped with, by one curvature product.
+    The cotangent is pulled back through the user's own optimizer, including learning rate, momentum and Adam's scaling,
+    and then through the gradient of that step, by one curvature product.
     """
 
     def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
-        """One optimizer pullback and one product, at the state before the step."""
+        """One pullback through the optimizer and one product, at the state before the step."""
         step = steps[-1]
         curvature = self.product.at(step.before())
         return Pulled(step.cross_through_optimizer(cotangent, curvature))
 
 
 class Darts(Estimator):
-    """One step by a central difference, with lookahead (DARTS, eqs. 7 and 8; LBT, eqs. 7 to 12).
+    """One step, with a central difference and lookahead (DARTS, Liu et al. 2019, eqs. 7 and 8; LBT, eqs. 7 to 12).
 
-    The same as ``one_step`` with the product ``central``; the step size of the difference is ``radius`` / |v|.
+    The same as ``one_step`` with the product ``central``. The step size of the difference is ``radius`` / |v|.
     """
 
     needs_before: ClassVar[bool] = True
@@ -59,17 +59,17 @@ class Darts(Estimator):
 
 
 class Sama(Estimator):
-    """SAMA (Choe et al. 2023): the inverse Hessian taken for the identity, Adam's scaling kept; 2 passes.
+    """SAMA (Choe et al. 2023): the identity replaces the inverse Hessian, but Adam's scaling is kept; 2 passes.
 
-    The cotangent goes through the optimizer's step, and the product is a central difference at the present solution
-    rather than before the step.
+    The cotangent is pulled back through the optimizer's step. The product is a central difference at the current
+    solution, not at the state before the step.
     """
 
     needs_before: ClassVar[bool] = True
     radius: float = Field(0.01, gt=0, description="distance of the two points of the difference from the middle")
 
     def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
-        """One optimizer pullback and one product, at the solution."""
+        """One pullback through the optimizer, and one product at the solution."""
         step = steps[-1]
         product = Central(radius=self.radius)
         direction = step.pull_through_optimizer(cotangent, product.at(step.before())).gradient

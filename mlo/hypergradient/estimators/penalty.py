@@ -1,4 +1,4 @@
-"""An estimator without second derivatives: a few steps on the loss with a small linear tilt."""
+"""The penalty estimator: a few gradient steps on the loss plus a small linear term, without second derivatives."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from mlo.ops.vectors import Vector, add, norm
 
 
 class Penalty(AtSolution):
-    """The change of the loss's gradient between minima under two opposite small tilts; first order only.
+    """The difference of the loss's gradient between two minima, of the loss plus and minus a small linear term.
 
-    With t(d) the minimum of L(t, x) + d <v, t>, the estimator is d/dd of the gradient of L(t(d), x) in x, taken as a
-    difference; each minimum is approached by ``steps`` gradient steps from the present solution (in the manner of
-    F2SA, Kwon et al. 2023). It costs 2 (``steps`` + 1) passes.
+    Let t(d) be the minimum of L(t, x) + d <v, t> for the cotangent v. The result is the derivative, with respect to d,
+    of the gradient of L(t(d), x) in x, computed as a difference. Each minimum is approximated by ``steps`` gradient
+    steps from the current solution (similar to F2SA; Kwon et al. 2023). It costs 2 (``steps`` + 1) passes.
     """
 
-    steps: int = Field(10, ge=1, description="gradient steps towards each tilted minimum")
-    rate: float | None = Field(None, gt=0, description="their step size; null: the problem's learning rate")
-    tilt: float = Field(0.01, gt=0, description="Euclidean norm of the tilt, the gradient's change")
+    steps: int = Field(10, ge=1, description="gradient steps towards each of the two minima")
+    rate: float | None = Field(None, gt=0, description="step size of these steps; null: the problem's learning rate")
+    tilt: float = Field(0.01, gt=0, description="Euclidean norm of the linear term's gradient")
 
     def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
-        """See the class."""
+        """2 (``steps`` + 1) gradients of the loss."""
         loss = steps[-1].after()
         rate = steps[-1].record.problem.optimizer.param_groups[0]["lr"] if self.rate is None else self.rate
         size = norm(cotangent)

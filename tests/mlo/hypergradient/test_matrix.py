@@ -216,7 +216,7 @@ def test_steps_converge_to_the_solution(shape):
 
 
 class Row(Point):
-    """Variables that are a matrix, which Muon asks for."""
+    """Variables that are a matrix, which Muon requires."""
 
     def forward(self) -> Tensor:
         return self.value[0]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import mlo
-from mlo.steps.optimizer import differentiable_step, optimizer_state
+from mlo.steps.optimizer import differentiable_step
+from mlo.steps.optimizer_state import optimizer_state
 
 
 class Vector(nn.Module):
@@ -95,8 +96,10 @@ def test_without_it_the_engine_warns_and_is_off():
     assert (engine.hypergradient("top")["value"] - expected).norm() > 0.01 * expected.norm()
 
 
-def test_what_the_inner_path_cannot_go_through_is_said():
-    with pytest.raises(mlo.ConfigError, match=r"inner_path: 'low', below 'mid', is not differentiated by its steps"):
+def test_what_the_inner_path_cannot_go_through_raises():
+    with pytest.raises(
+        mlo.ConfigError, match=r"inner_path: 'low', below 'mid', has an estimator that does not differentiate steps"
+    ):
         mlo.Engine(stack(1), "cg", inner_path=True, device="cpu")
     problems = stack(1)
     problems[1].steps = 2

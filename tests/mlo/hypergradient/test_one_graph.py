@@ -81,7 +81,7 @@ def test_steps_that_draw_from_numpy_are_not_taken_in_one_graph(taken):
 
 
 class Third(mlo.Problem):
-    """Notes what its losses draw; its third virtual step after a round goes wrong as it is told."""
+    """Notes what its losses draw; its third virtual step after a round uses the function ``wrong``."""
 
     def __init__(self, name: str, **options: Any) -> None:
         super().__init__(name, **options)
@@ -107,14 +107,14 @@ def third() -> mlo.Engine:
     return made
 
 
-def test_a_step_that_reaches_no_variable_is_told(third, taken):
+def test_a_step_that_reaches_no_variable_raises(third, taken):
     with pytest.raises(mlo.GraphError, match="'low': no gradient of its loss reaches its own parameters"):
         third.hypergradient("top")
     assert taken, "in one graph, until it was found out"
 
 
-def test_an_attempt_that_is_given_up_gives_its_random_numbers_back(third, taken):
-    """By one, the steps draw the numbers that they drew in the attempt."""
+def test_a_failed_attempt_restores_the_random_state(third, taken):
+    """Taken one by one, the steps draw the same numbers as in the attempt."""
     with pytest.raises(mlo.GraphError, match="no gradient"):
         third.hypergradient("top")
     drawn = third.problems["low"].drawn
@@ -122,7 +122,7 @@ def test_an_attempt_that_is_given_up_gives_its_random_numbers_back(third, taken)
     assert set(drawn) == set(drawn[: taken[0]])
 
 
-def test_nothing_stands_in_after_a_loss_that_raises_in_one_of_several_steps(third, taken):
+def test_no_substitute_is_left_after_a_loss_that_raises_in_one_of_several_steps(third, taken):
     def fail(_: Tensor) -> Tensor:
         raise ZeroDivisionError
 

@@ -24,7 +24,7 @@ def test_agrees_with_brute_force(optimizer, lookahead, rounds, device):
 
 @pytest.mark.parametrize("lookahead", [False, True])
 def test_the_step_that_the_top_takes_is_along_that_hypergradient(lookahead):
-    """Recorded real steps (no lookahead) and virtual ones give the same: Adam's moment shows the gradient it got."""
+    """Recorded real steps (no lookahead) and virtual ones give the same: Adam's first moment shows the gradient."""
     stack = small_lbt("momentum")
     engine = mlo.Engine(stack, "one_step", lookahead=lookahead, device="cpu")
     for _ in range(3):
@@ -61,8 +61,8 @@ def test_darts_is_one_step_by_central_difference_with_lookahead():
     found = darts.hypergradient("arch")["weights"]
     same = mlo.Engine(stack, {"kind": "one_step", "product": {"kind": "central", "radius": 0.02}}, device="cpu")
     assert torch.equal(found, same.hypergradient("arch")["weights"])
-    assert darts._plan.lookahead
-    assert not same._plan.lookahead
+    assert darts.report().lookahead
+    assert not same.report().lookahead
 
 
 def test_a_scheduled_learning_rate_is_the_one_of_the_step():

@@ -72,7 +72,7 @@ def test_passes(memory, every, recomputed, products):
     sizes = mlo.Engine(stack, "unrolled", device="cpu")
     sizes.step()
     if memory == "two":
-        memory = 2.5 * sizes._evaluator.graph_bytes["teacher"] / 2**20
+        memory = 2.5 * sizes.report().problems["teacher"].graph_bytes / 2**20
     options = {"kind": "unrolled", "every": every, "graph_memory": memory}
     engine = mlo.Engine(stack, options, device="cpu")
     engine.step()  # in which the size of a graph is found out
@@ -91,7 +91,7 @@ def test_virtual_steps_in_one_graph_give_the_same_in_as_few_passes(optimizer, me
     stack = small_lbt(optimizer, steps=5)
     first = mlo.Engine(stack, "unrolled", device="cpu")
     first.step()
-    memory *= first._evaluator.graph_bytes["teacher"] / 2**20
+    memory *= first.report().problems["teacher"].graph_bytes / 2**20
     engine = mlo.Engine(stack, {"kind": "unrolled", "graph_memory": memory}, device="cpu")
     engine.step()  # in which the size of a graph is found out
     before, expected = dict(engine.passes["teacher"]), brute_force(stack)
@@ -144,7 +144,7 @@ def test_steps_in_one_graph_take_each_groups_options_and_move_buffers():
     mlo.check(engine)
 
 
-def test_a_parameter_frozen_later_is_told_where_steps_are_in_one_graph_too():
+def test_a_parameter_frozen_later_is_reported_where_steps_are_in_one_graph_too():
     stack = small_lbt("sgd", steps=5)
     engine = mlo.Engine(stack, "unrolled", device="cpu")
     engine.run(2)

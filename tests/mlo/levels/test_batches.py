@@ -1,4 +1,4 @@
-"""Batches without end: any source, begun again, looked ahead at, and resumed at the very batch."""
+"""Endless batches: from any source, starting over at its end, read ahead of time, and resumed at the same batch."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def opened(source: str, seed: int = 0):
     return open_stream(SOURCES[source](), "p")
 
 
-def test_data_begin_again_when_they_end():
+def test_data_start_over_when_they_end():
     assert [opened("list").next() for _ in range(1)] == [1]
     stream = opened("generator function")
     assert [stream.next() for _ in range(7)] == [1, 2, 3, 1, 2, 3, 1]
@@ -72,7 +72,7 @@ def test_a_loader_is_shuffled_anew_each_time_and_shows_each_sample_once():
     assert passes[0] != passes[1]
 
 
-def test_a_mapping_gives_dictionaries_each_part_begun_again_by_itself():
+def test_a_mapping_gives_dictionaries_whose_parts_start_over_separately():
     stream = open_stream({"one": [1, 2], "two": numbers}, "p")
     assert [stream.next() for _ in range(4)] == [{"one": a, "two": b} for a, b in ((1, 1), (2, 2), (1, 3), (2, 1))]
 
@@ -98,7 +98,7 @@ def test_a_saved_position_gives_the_same_batches_again(source, taken, ahead):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_looking_ahead_changes_nothing(source):
+def test_reading_ahead_changes_nothing(source):
     plain, curious = opened(source), opened(source)
     before = global_state()
     for ahead in (0, 6, 2):
@@ -110,10 +110,10 @@ def test_looking_ahead_changes_nothing(source):
     assert [flat(curious.next()) for _ in range(9)] == [flat(plain.next()) for _ in range(9)]
 
 
-def test_peek_is_what_next_will_give():
+def test_peek_returns_what_next_will_return():
     stream = opened("random generator function")
-    looked = [flat(stream.peek(i)) for i in range(6)]
-    assert [flat(stream.next()) for _ in range(6)] == looked
+    peeked = [flat(stream.peek(i)) for i in range(6)]
+    assert [flat(stream.next()) for _ in range(6)] == peeked
 
 
 def test_worker_processes_resume_too():
@@ -127,7 +127,7 @@ def test_worker_processes_resume_too():
     assert [flat(resumed.next()) for _ in range(5)] == expected
 
 
-def test_tensors_are_moved_wherever_they_stand_in_a_batch():
+def test_tensors_are_moved_wherever_they_are_in_a_batch():
     stream = open_stream([{"a": (torch.ones(2), "text")}], "p")
     stream.device = torch.device("meta")
     batch = stream.next()
@@ -139,20 +139,20 @@ def test_other_data_than_the_checkpoints():
     long, short = open_stream(list(range(9)), "p"), open_stream([1, 2], "p")
     for _ in range(5):
         long.next()
-    with pytest.raises(CheckpointError, match=r"'p': the checkpoint stands after 5 batches .* ends after 2"):
+    with pytest.raises(CheckpointError, match=r"'p': the checkpoint was saved after 5 batches .* ends after 2"):
         short.load_state_dict(long.state_dict())
-    with pytest.raises(CheckpointError, match="'p': its data is of another kind"):
+    with pytest.raises(CheckpointError, match="'p': its data is of a different kind"):
         opened("loader").load_state_dict(long.state_dict())
 
 
-def test_nothing_to_walk():
-    for data, told in [
+def test_data_that_cannot_be_read_repeatedly():
+    for data, message in [
         (iter([1]), "an iterator"),
         (7, "a int"),
         ({"x": zip([1], [2], strict=True)}, "'p: x': data is an iterator"),
         ((torch.ones(4, 2), torch.ones(4)), "is a tuple of 2 tensors, .* write \\[\\(x, y\\)\\]"),
     ]:
-        with pytest.raises(ConfigError, match=told):
+        with pytest.raises(ConfigError, match=message):
             open_stream(data, "p")
     with pytest.raises(ConfigError, match="yields no batch"):
         open_stream(lambda: iter([]), "p").next()

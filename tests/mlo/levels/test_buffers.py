@@ -1,4 +1,4 @@
-"""Buffers that forward sets: a look leaves them as they were, a step takes them over, and what cannot be is told."""
+"""Buffers that forward sets: virtual steps leave them unchanged, real steps update them, other changes are errors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from analytic import Point
 from torch import Tensor, nn
 
 import mlo
+from mlo.steps.evaluation import Evaluator
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -86,7 +87,7 @@ def fail(module: Setting) -> None:
     raise ZeroDivisionError
 
 
-LOOKS = {
+CALLS = {
     "hypergradient": lambda made: made.hypergradient("top"),
     "objective": lambda made: made.objective("top"),
     "check": mlo.check,
@@ -101,19 +102,19 @@ def contents(module: nn.Module) -> list[object]:
     return [[(name, tensor if tensor is None else tensor.tolist()) for name, tensor in part] for part in found]
 
 
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("name", ["low", "top"])
 @pytest.mark.parametrize(("setting", "buffers"), [(count, {"calls": None}), (register, {})], ids=["None", "no"])
-def test_a_buffer_that_forward_fills_is_told_and_left_empty(setting, buffers, name, look):
+def test_a_buffer_that_forward_fills_is_reported_and_left_empty(setting, buffers, name, call):
     module = Inside(Setting(setting, **buffers))
     made, before = engine(**{name: module}), contents(module)
     with pytest.raises(mlo.GraphError, match=f"problem '{name}': {FILLED}.*or call the module once before"):
-        LOOKS[look](made)
+        CALLS[call](made)
     assert contents(module) == before
 
 
 @pytest.mark.parametrize("setting", [count, register])
-def test_once_filled_it_is_moved_by_steps_alone(setting):
+def test_a_filled_buffer_is_changed_by_real_steps_only(setting):
     module = Inside(Setting(setting, **({"calls": None} if setting is count else {})))
     module()
     made = engine(module)
@@ -127,7 +128,7 @@ def test_once_filled_it_is_moved_by_steps_alone(setting):
     mlo.check(made)
 
 
-def test_a_buffer_that_a_call_between_has_filled_is_told():
+def test_a_buffer_that_a_call_between_has_filled_is_reported():
     module = Inside(Setting(count, calls=None))
     made = engine(module)
     made.problems["low"]()
@@ -143,20 +144,20 @@ def test_an_error_of_forward_comes_through_and_leaves_the_buffer_empty():
     assert module.inner.calls is None
 
 
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [
         (forget, "sets .* 'inner.calls', .* to None"),
         (delete, "sets .* 'inner.calls', .* to None"),
         (grow, r"sets .*, of shape \(1,\), to a .* shape \(2,\)"),
     ],
 )
-def test_a_buffer_that_forward_empties_or_reshapes_is_told_before_anything_moves(setting, told, look):
+def test_a_buffer_that_forward_empties_or_reshapes_is_reported_before_anything_moves(setting, message, call):
     module = Inside(Setting(setting, calls=torch.ones(1)))
     made, before = engine(module), contents(module)
-    with pytest.raises(mlo.GraphError, match=f"problem 'low': forward {told}"):
-        LOOKS[look](made)
+    with pytest.raises(mlo.GraphError, match=f"problem 'low': forward {message}"):
+        CALLS[call](made)
     assert contents(module) == before
 
 
@@ -167,6 +168,8 @@ def test_a_buffer_computed_from_a_parameter_keeps_no_graph():
     made = engine(Setting(follow, calls=torch.ones(1)))
     made.hypergradient("top")
     made.step()
-    evaluated = made._evaluator.evaluate("low", made._live_states(), None, kind="virtual", through=("top",))
+    states = {name: problem.live_state() for name, problem in made.problems.items()}
+    evaluator = Evaluator(made.problems, made.device)
+    evaluated = evaluator.evaluate("low", states, None, kind="virtual", through=("top",))
     assert not evaluated.buffers["calls"].requires_grad
     assert not made.problems["low"].module.calls.requires_grad

@@ -199,14 +199,14 @@ def two_levels() -> list[mlo.Problem]:
 
 
 @pytest.mark.parametrize("estimator", ["one_step", "cg", "darts"])
-def test_a_loss_that_goes_past_the_substitution_is_told(estimator):
+def test_a_loss_that_goes_past_the_substitution_is_reported(estimator):
     made = mlo.Engine(two_levels(), estimator, device="cpu")
     with pytest.warns(UserWarning, match=r"'low': its loss uses 'weight' of the module of 'low' directly.*\.params"):
         made.step()
     made.run(2)  # once
 
 
-def test_a_parameter_that_is_frozen_in_mid_run_is_told():
+def test_a_parameter_that_is_frozen_in_mid_run_is_reported():
     stack = two_levels()
     made = mlo.Engine(stack, "cg", device="cpu")
     stack[0].module.bias.requires_grad_(False)
@@ -216,7 +216,7 @@ def test_a_parameter_that_is_frozen_in_mid_run_is_told():
 
 CHANGES = {
     "weight norm": lambda module: parametrizations.weight_norm(module.one),
-    "weight norm of the second place of a tied weight": lambda module: parametrizations.weight_norm(module.two),
+    "weight norm of the second use of a tied weight": lambda module: parametrizations.weight_norm(module.two),
     "parametrized": lambda module: parametrize.register_parametrization(module.one, "weight", nn.Tanh()),
     "pruned": lambda module: prune.l1_unstructured(module.one, "weight", amount=0.5),
     "taken away": lambda module: setattr(module.one, "weight", None),
@@ -224,7 +224,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_module_that_is_changed_after_its_problem_was_made_is_told(change):
+def test_a_module_that_is_changed_after_its_problem_was_made_is_reported(change):
     module = Tied().double()
     made = engine(module, "one_step")
     made.step()
@@ -236,7 +236,7 @@ def test_a_module_that_is_changed_after_its_problem_was_made_is_told(change):
             call()
 
 
-def test_reentrant_checkpointing_says_that_it_cannot():
+def test_reentrant_checkpointing_raises():
     class Reentrant(Deep):
         def forward(self, x: Tensor) -> Tensor:
             return self.head(checkpoint(self.blocks[0], x.requires_grad_(), use_reentrant=True)).mean(dim=1)

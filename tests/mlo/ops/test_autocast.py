@@ -115,7 +115,7 @@ def test_float16_gradients_neither_vanish_nor_overflow(factor, estimator):
     assert (found - expected).norm() < 0.05 * expected.norm()
     engine.run(3)
     assert all(p.isfinite().all() for problem in problems for p in problem.variables.values())
-    scale = engine._gradients.scales["teacher"].value
+    scale = engine.report().problems["teacher"].loss_scale
     assert scale == 2.0**16 if factor < 1 else scale < 2.0**16 if factor > 1 else True
 
 
@@ -137,14 +137,15 @@ def test_the_scale_grows_after_many_passes_and_is_part_of_the_state():
     assert not scale.accepts([torch.ones(3), torch.tensor([torch.inf])])
     assert scale == LossScale(2.0, 0)
     engine = mlo.Engine(halves(1e4), "one_step", device="cpu")
-    before = dict(engine._gradients.scales)
+    before = engine.state_dict()["scales"]
     engine.hypergradient("arch")
-    assert engine._gradients.scales == before
+    assert engine.state_dict()["scales"] == before
     engine.run(2)
     resumed = mlo.Engine(halves(1e4), "one_step", device="cpu")
     resumed.load_state_dict(engine.state_dict())
-    assert resumed._gradients.scales == engine._gradients.scales
-    assert resumed._gradients.scales["teacher"].passes == 2
+    (value, passes), scales = engine.state_dict()["scales"]["teacher"], resumed.state_dict()["scales"]
+    assert scales == engine.state_dict()["scales"]
+    assert (resumed.report().problems["teacher"].loss_scale, passes) == (value, 2)
 
 
 def test_a_step_that_is_recomputed_has_the_scale_that_it_was_taken_with():
@@ -157,15 +158,15 @@ def test_a_step_that_is_recomputed_has_the_scale_that_it_was_taken_with():
     torch.testing.assert_close(*found, rtol=1e-5, atol=0)
 
 
-def test_a_pass_that_is_taken_again_draws_the_same_numbers():
-    """As if the scale had been right at once."""
+def test_a_pass_that_is_repeated_draws_the_same_numbers():
+    """The result is as if the scale had been right at the first attempt."""
 
     def trained(scale: float) -> dict[str, torch.Tensor]:
         problems = noisy_lbt()
         for low in problems[:2]:
             low.autocast = torch.float16
         engine = mlo.Engine(problems, "one_step", device="cpu")
-        engine._gradients.scales = {low.name: LossScale(scale) for low in problems[:2]}
+        engine.load_state_dict({**engine.state_dict(), "scales": {low.name: [scale, 0] for low in problems[:2]}})
         torch.manual_seed(1)
         engine.step()
         return {name: problem.module.state_dict() for name, problem in engine.problems.items()}
@@ -173,7 +174,7 @@ def test_a_pass_that_is_taken_again_draws_the_same_numbers():
     torch.testing.assert_close(trained(2.0**40), trained(2.0**8), rtol=1e-3, atol=1e-4)
 
 
-def test_a_loss_that_is_not_finite_is_told_and_not_taken_again_for_ever():
+def test_a_loss_that_is_not_finite_raises_and_is_not_repeated_for_ever():
     problems = halves(1.0)
     problems[0].stream.peek()[0].fill_(torch.inf)
     with pytest.raises(mlo.NonFiniteLossError, match="teacher"):
@@ -230,7 +231,7 @@ HALF, FULL = torch.bfloat16, torch.float32
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.filterwarnings("ignore:the gradient of 'mid' itself runs through 'low'")
 def test_every_kind_of_pass_is_under_its_own_autocast(every, product, in_products, inner_path, accumulate):
-    """Steps, virtual steps and those that are recomputed as the problem has it; products as they are told."""
+    """Real, virtual and recomputed steps use the autocast of the problem; products use their own option."""
     seen: dict[tuple[str, str], set[torch.dtype]] = defaultdict(set)
     torch.manual_seed(0)
     stack = [
@@ -244,11 +245,11 @@ def test_every_kind_of_pass_is_under_its_own_autocast(every, product, in_product
         for problem in stack:
             problem.passes = engine.passes
         engine.run(2)
-    told = HALF if in_products else FULL
+    expected = HALF if in_products else FULL
     expected = {
         **{(name, kind): {HALF} for name in ("low", "mid") for kind in ("step", "virtual")},
-        ("low", "product"): {told, HALF} if inner_path else {told},  # its steps are part of the loss of mid
-        ("mid", "product"): {told},
+        ("low", "product"): {expected, HALF} if inner_path else {expected},  # its steps are part of the loss of mid
+        ("mid", "product"): {expected},
         ("top", "step"): {FULL},
     }
     if every == 2:

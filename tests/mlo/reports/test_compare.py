@@ -15,6 +15,11 @@ from mlo.reports.compare import Group, groups, interval, load, paired
 from mlo.reports.tables import draw, table
 
 
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 @pytest.fixture
 def finished(tmp_path):
     """Lay down a run folder as a finished run leaves it."""
@@ -191,6 +196,83 @@ def test_markdown_and_latex_have_the_cells_of_the_text(both):
     assert [[cell.replace("\\_", "_").replace("$\\pm$", "±") for cell in row] for row in latex] == cells
 
 
+def wide(options, measures, rows=2):
+    """Groups with so many options and measures; only the first of each differs between the rows."""
+    return [
+        Group(
+            "network",
+            {f"a.long.name.of.an.option.{n}": row if n == 0 else 0.5 for n in range(options)},
+            {seed: {f"measure_{n}": seed + row * (n == 0) for n in range(measures)} for seed in range(3)},
+        )
+        for row in range(rows)
+    ]
+
+
+def test_text_that_is_too_wide_has_what_all_rows_share_below(monkeypatch):
+    compared = wide(options=1, measures=5)
+    assert "the same in all rows" not in table(compared)
+    monkeypatch.setenv("COLUMNS", "120")
+    lines = table(compared).splitlines()
+    assert max(map(len, lines)) <= 120
+    head = re.split(r" {2,}", lines[0].strip())
+    assert head == ["measure_0", "measure_0: difference", "95 % interval", "p", "pairs"]
+    assert [line.split("  ")[0] for line in lines[2:4]] == [group.label for group in compared]
+    shared = ", ".join(f"measure_{n} 1.0 ± 1.0" for n in range(1, 5))
+    assert lines[4:] == ["", f"the same in all rows: seeds 3, {shared}"]
+
+
+def test_labels_that_are_too_wide_are_wrapped_between_options(monkeypatch):
+    compared = [
+        Group(
+            "network",
+            {"rate": row, "steps": 10, "momentum": 0.9, "mode": "on"},
+            {seed: {"e": row + seed} for seed in range(3)},
+        )
+        for row in (1, 2)
+    ]
+    monkeypatch.setenv("COLUMNS", str(max(map(len, table(compared).splitlines())) - 20))
+    lines = table(compared).splitlines()
+    labels = [line[: lines[1].index(" ")].rstrip() for line in lines[2:6]]
+    assert labels == [
+        "network, rate=1, steps=10,",
+        "  momentum=0.9, mode=on",
+        "network, rate=2, steps=10,",
+        "  momentum=0.9, mode=on",
+    ]
+    assert "baseline" in lines[2]
+
+
+def test_text_that_is_still_too_wide_has_a_block_for_each_row(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    compared = wide(options=6, measures=3)
+    text = table(compared)
+    blocks = text.split("\n\n")
+    assert max(map(len, text.splitlines())) <= 80
+    assert len(blocks) == 3
+    for group, block in zip(compared, blocks, strict=False):
+        label, _, cells = block.partition("\n    ")
+        assert " ".join(label.split()) == group.label
+        assert [line.split()[0] for line in f"    {cells}".splitlines()] == [
+            "measure_0",
+            "measure_0:",
+            "95",
+            "p",
+            "pairs",
+        ]
+    assert "    measure_0              2.0 ± 1.0\n" in blocks[1]
+    assert blocks[2].startswith("the same in all rows: seeds 3, measure_1 1.0 ± 1.0, ")
+    (only,) = table(compared[:1]).split("\n\n")
+    assert "    seeds      3\n    measure_0  1.0 ± 1.0\n" in only
+
+
+@pytest.mark.parametrize("form", ["markdown", "latex", "csv"])
+def test_other_forms_are_whole_however_wide(monkeypatch, form):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = table(wide(options=6, measures=3), form=form).replace("\\_", "_")
+    assert max(map(len, text.splitlines())) > 80
+    assert all(f"measure_{n}" in text for n in range(3))
+
+
 def test_one_seed_has_no_deviation_and_what_a_row_lacks_is_a_dash(finished, tmp_path):
     finished("a", 0, {"x": {"error": 0.123456, "size": 12345678}, "y": {"error": 2}})
     lines = [re.split(r" {2,}", line.strip()) for line in table(groups(load([tmp_path]))).splitlines()]
@@ -217,22 +299,22 @@ def test_rows_of_different_jobs_are_kept_apart(finished, tmp_path):
     assert [group.label for group in groups(load([tmp_path]))] == ["r, job=one", "r, job=two"]
 
 
-def test_a_run_given_twice_counts_once_and_its_like_is_told(finished, tmp_path, capsys):
+def test_a_run_given_twice_counts_once_and_a_copy_of_it_is_reported(finished, tmp_path, capsys):
     run = finished("a", 0, {"r": {"e": 1.0}})
     finished("b", 0, {"r": {"e": 3.0}})
     (group,) = groups(load([run, tmp_path]))
     assert group.values("e") == {0: 1.0}
-    assert f"{tmp_path / 'b'} is left out, for another run has its options and seed" in capsys.readouterr().err
+    assert f"{tmp_path / 'b'} is left out, since another run has the same options and seed" in capsys.readouterr().err
 
 
-def test_what_is_not_finished_is_told_and_left_out(finished, tmp_path, capsys):
+def test_unfinished_runs_are_reported_and_left_out(finished, tmp_path, capsys):
     finished("a", 0, {"r": {"e": 1.0}})
     open_run = finished("b", 1, None)
     assert [result.seed for result in load([tmp_path])] == [0]
     assert f"{open_run} is not finished" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="no finished run"):
         load([open_run])
-    with pytest.raises(ConfigError, match="holds no run folder"):
+    with pytest.raises(ConfigError, match="no run folder there"):
         load([tmp_path / "nowhere"])
 
 
@@ -279,7 +361,7 @@ def test_the_command_writes_new_files_only(mlo, finished):
     for words in (["--output", "table.md"], ["--plot", "p.png"]):
         code, _, err = mlo("compare", "runs", *words)
         assert code == 2
-        assert "is there already, and nothing is written over" in err
+        assert "already exists and is not overwritten" in err
     assert Path("table.md").read_text() == before
     assert "error: difference" in mlo("compare", "runs")[1]
 
@@ -288,21 +370,21 @@ def test_the_command_writes_new_files_only(mlo, finished):
     ("words", "message"),
     [
         (["--measure", "eror"], "did you mean error?"),
-        (["--baseline", "t"], "--baseline: 't' is no label of these runs; there are: r; s"),
+        (["--baseline", "t"], "--baseline: 't' is not a label of these runs; the labels are: r; s"),
         (["--format", "html"], "'html' is not known among the formats; there are: text, markdown, latex, csv"),
         (
             ["--baseline", "r", "--format", "csv"],
-            "--baseline: csv has each run's numbers, and no differences; take text",
+            "--baseline: csv has no differences, only each run's numbers; use text",
         ),
         (
             ["--measure", "error", "--format", "csv"],
-            "--measure: csv has each run's numbers, and no differences; take text",
+            "--measure: csv has no differences, only each run's numbers; use text",
         ),
-        (["--plot", "p.gif"], "p.gif: a picture's name ends in .png, .svg, .pdf"),
+        (["--plot", "p.gif"], "p.gif: unknown kind of picture; use a name that ends in .png, .svg, .pdf"),
         (["--output", "no/such/table.md"], "error: no/such/table.md: cannot be written (No such file or directory)"),
     ],
 )
-def test_what_cannot_be_compared_is_told(mlo, finished, words, message):
+def test_wrong_options_of_a_comparison_are_errors(mlo, finished, words, message):
     finished("runs/a", 0, {"r": {"error": 1}, "s": {"error": 2}})
     code, _, err = mlo("compare", "runs", *words)
     assert code == 2

@@ -1,4 +1,4 @@
-"""Run folders and their stages: what is written, and that a stopped run ends as an unbroken one does."""
+"""Run folders and their stages: what is written, and that a resumed run ends exactly as one that was not stopped."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from mlo.errors import ConfigError
 from mlo.files import write_atomic
 from mlo.options.config import validate
 from mlo.options.yaml_options import read_yaml
-from mlo.runs.run import Run, read_results
+from mlo.runs.folder import RunFolder, read_results
 from mlo.runs.stage import stage_seed
 from mlo.training import checkpoint
 
@@ -30,18 +30,18 @@ def job(ridge):
 
 
 def make(job, path):
-    return Run.create("ridge", job, path)
+    return RunFolder.create("ridge", job, path)
 
 
 def weights(engine):
     return [p.tolist() for problem in engine.problems.values() for p in problem.module.parameters()]
 
 
-def train(run, before_step=lambda rounds: None, result=weights, stop=None):
+def train(folder, before_step=lambda rounds: None, result=weights, stop=None):
     """The stage "train" of a run, with something that happens before each step."""
 
     def build():
-        engine = run.job.engine()
+        engine = folder.job.engine()
         step = engine.step
 
         def stepped():
@@ -51,7 +51,7 @@ def train(run, before_step=lambda rounds: None, result=weights, stop=None):
         engine.step = stepped
         return engine
 
-    return run.stage("train", build, STEPS, result, stop)
+    return folder.run.stage("train", build, STEPS, result, stop)
 
 
 def stop_at(rounds):
@@ -87,10 +87,10 @@ def unbroken(job, tmp_path):
 def test_metrics_are_logged_at_their_interval_and_at_the_end(ridge, tmp_path):
     job = ridge.RidgeJob(device="cpu", log_every=5)
     train(make(job, tmp_path / "run"))
-    lines = Run.open(tmp_path / "run").metrics("train")
+    lines = RunFolder.open(tmp_path / "run").run.metrics("train")
     assert [line["step"] for line in lines] == [5, 10, 12]
     assert set(lines[0]) == {"step", "fit/loss", "ridge/loss", "fit/residual"}
-    assert Run.open(tmp_path / "run").metrics("other") == []
+    assert RunFolder.open(tmp_path / "run").run.metrics("other") == []
 
 
 def test_tensors_are_read_only_when_something_is_logged(job, tmp_path, monkeypatch):
@@ -101,7 +101,7 @@ def test_tensors_are_read_only_when_something_is_logged(job, tmp_path, monkeypat
     assert reads == [2, 4, 6, 8, 10, 12]
 
 
-def test_a_number_that_is_not_finite_is_written_as_null(job, tmp_path, monkeypatch):
+def test_nan_is_written_as_null(job, tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "metrics", lambda engine: {"a": float("nan"), "b": 1.0})
     train(make(job, tmp_path / "run"))
     assert metrics(tmp_path / "run").startswith('{"step": 2, "a": null, "b": 1.0}\n')
@@ -113,18 +113,18 @@ def test_a_run_that_died_ends_as_an_unbroken_one(job, tmp_path, unbroken, rounds
     with pytest.raises(PowerCutError):
         train(make(job, path), stop_at(rounds))
     taken = []
-    result = train(Run.open(path), taken.append)
+    result = train(RunFolder.open(path), taken.append)
     assert (result, metrics(path)) == unbroken
     assert taken == list(range(rounds // 5 * 5, STEPS))
 
 
-def test_half_a_line_of_metrics_is_cut_away(job, tmp_path, unbroken):
+def test_half_a_line_of_metrics_is_removed(job, tmp_path, unbroken):
     path = tmp_path / "run"
     with pytest.raises(PowerCutError):
         train(make(job, path), stop_at(7))
     file = path / "stages" / "train" / "metrics.jsonl"
     file.write_text(file.read_text() + '{"step": 8, "fit/lo')
-    train(Run.open(path))
+    train(RunFolder.open(path))
     assert metrics(path) == unbroken[1]
 
 
@@ -136,14 +136,14 @@ def test_a_signal_ends_the_round_and_writes_a_checkpoint(job, tmp_path, unbroken
         train(make(job, path), kill_at(7, number))
     assert saved(path) == ["step-000000005.pt", "step-000000008.pt"]
     assert signal.getsignal(number) is before
-    assert (train(Run.open(path)), metrics(path)) == unbroken
+    assert (train(RunFolder.open(path)), metrics(path)) == unbroken
 
 
-def test_a_signal_in_the_last_round_is_obeyed_too(job, tmp_path, unbroken):
+def test_a_signal_in_the_last_round_stops_too(job, tmp_path, unbroken):
     with pytest.raises(KeyboardInterrupt):
         train(make(job, tmp_path / "run"), kill_at(11))
     taken = []
-    assert train(Run.open(tmp_path / "run"), taken.append) == unbroken[0]
+    assert train(RunFolder.open(tmp_path / "run"), taken.append) == unbroken[0]
     assert taken == []
 
 
@@ -158,20 +158,20 @@ def test_a_second_signal_stops_at_once(job, tmp_path):
     assert saved(tmp_path / "run") == ["step-000000005.pt"]
 
 
-def test_a_stage_ends_early_where_it_is_asked_to(job, tmp_path, unbroken):
+def test_stop_ends_a_stage_early(job, tmp_path, unbroken):
     asked = []
 
     def stop(engine):
         asked.append(engine.rounds)
         return engine.rounds == 7
 
-    run = make(job, tmp_path / "run")
-    assert train(run, result=lambda engine: engine.rounds, stop=stop) == 7
+    folder = make(job, tmp_path / "run")
+    assert train(folder, result=lambda engine: engine.rounds, stop=stop) == 7
     assert asked == [1, 2, 3, 4, 5, 6, 7]
-    assert saved(run.path) == ["step-000000005.pt", "step-000000007.pt"]
+    assert saved(folder.path) == ["step-000000005.pt", "step-000000007.pt"]
     lines = unbroken[1].splitlines()
-    assert metrics(run.path).splitlines()[:3] == lines[:3]
-    assert [line["step"] for line in run.metrics("train")] == [2, 4, 6, 7]
+    assert metrics(folder.path).splitlines()[:3] == lines[:3]
+    assert [line["step"] for line in folder.run.metrics("train")] == [2, 4, 6, 7]
 
 
 def test_a_stage_that_ended_early_and_died_before_its_result_trains_no_more(job, tmp_path):
@@ -184,7 +184,7 @@ def test_a_stage_that_ended_early_and_died_before_its_result_trains_no_more(job,
     with pytest.raises(PowerCutError):
         train(make(job, tmp_path / "run"), result=dies, stop=stop)
     taken = []
-    assert train(Run.open(tmp_path / "run"), taken.append, lambda engine: engine.rounds, stop) == 7
+    assert train(RunFolder.open(tmp_path / "run"), taken.append, lambda engine: engine.rounds, stop) == 7
     assert taken == []
 
 
@@ -193,17 +193,17 @@ def test_what_stop_changes_in_a_round_is_in_its_metrics_and_its_checkpoint(job, 
         engine.losses["fit"] = torch.tensor(float(engine.rounds))
         return False
 
-    run = make(job, tmp_path / "run")
-    train(run, stop=stop)
-    assert [line["fit/loss"] for line in run.metrics("train")] == [2, 4, 6, 8, 10, 12]
-    assert checkpoint.load(run.path / "stages" / "train" / "step-000000010.pt")["losses"]["fit"] == 10
+    folder = make(job, tmp_path / "run")
+    train(folder, stop=stop)
+    assert [line["fit/loss"] for line in folder.run.metrics("train")] == [2, 4, 6, 8, 10, 12]
+    assert checkpoint.load(folder.path / "stages" / "train" / "step-000000010.pt")["losses"]["fit"] == 10
 
 
 def test_a_finished_stage_builds_nothing(job, tmp_path, unbroken):
     def never():
         raise AssertionError("the engine was built again")
 
-    assert Run.open(tmp_path / "unbroken").stage("train", never, STEPS, never) == unbroken[0]
+    assert RunFolder.open(tmp_path / "unbroken").run.stage("train", never, STEPS, never) == unbroken[0]
 
 
 def test_a_result_that_fails_leaves_nothing_and_trains_nothing_again(job, tmp_path, unbroken):
@@ -214,13 +214,15 @@ def test_a_result_that_fails_leaves_nothing_and_trains_nothing_again(job, tmp_pa
         train(make(job, tmp_path / "run"), result=failing)
     assert not (tmp_path / "run" / "stages" / "train" / "result.json").exists()
     taken = []
-    assert train(Run.open(tmp_path / "run"), taken.append) == unbroken[0]
+    assert train(RunFolder.open(tmp_path / "run"), taken.append) == unbroken[0]
     assert taken == []
 
 
 @pytest.mark.parametrize("result", [torch.zeros(2), float("nan")])
-def test_a_result_that_is_no_json_is_refused(job, tmp_path, result):
-    with pytest.raises(ConfigError, match=r"stage 'train': its result cannot be stored as JSON .* return numbers"):
+def test_a_result_that_json_cannot_store_is_an_error(job, tmp_path, result):
+    with pytest.raises(
+        ConfigError, match=r"stage 'train': its result cannot be stored as JSON .* return finite numbers"
+    ):
         train(make(job, tmp_path / "run"), result=lambda engine: result)
 
 
@@ -229,47 +231,47 @@ def test_the_last_two_checkpoints_are_kept(ridge, tmp_path):
     assert saved(tmp_path / "run") == ["step-000000009.pt", "step-000000012.pt"]
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(job, tmp_path, unbroken, capsys):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(job, tmp_path, unbroken, capsys):
     path = tmp_path / "run"
     with pytest.raises(PowerCutError):
         train(make(job, path), stop_at(11))
     assert saved(path) == ["step-000000005.pt", "step-000000010.pt"]
     (path / "stages" / "train" / "step-000000010.pt").write_bytes(b"half")
     taken = []
-    result = train(Run.open(path), taken.append)
+    result = train(RunFolder.open(path), taken.append)
     assert (result, metrics(path), taken[0]) == (*unbroken, 5)
-    assert "step-000000010.pt: this is no checkpoint that can be read" in capsys.readouterr().err
+    assert "step-000000010.pt: this file is not a readable checkpoint" in capsys.readouterr().err
 
 
 def test_a_stage_does_not_depend_on_the_stages_before_it(job, tmp_path, unbroken):
-    run = make(job, tmp_path / "run")
-    run.stage("first", run.job.engine, 3, weights)
-    assert train(run) == unbroken[0]
+    folder = make(job, tmp_path / "run")
+    folder.run.stage("first", folder.job.engine, 3, weights)
+    assert train(folder) == unbroken[0]
     assert len({stage_seed(seed, name) for seed in (0, 1) for name in ("a", "b")}) == 4
 
 
-def test_stages_of_one_name_are_refused(job, tmp_path):
-    run = make(job, tmp_path / "run")
-    run.stage("twice", job.engine, 1, weights)
+def test_two_stages_of_the_same_name_are_an_error(job, tmp_path):
+    folder = make(job, tmp_path / "run")
+    folder.run.stage("twice", job.engine, 1, weights)
     with pytest.raises(ConfigError, match="two stages of this job are named 'twice'"):
-        run.stage("twice", job.engine, 1, weights)
+        folder.run.stage("twice", job.engine, 1, weights)
 
 
-def test_the_folder_tells_what_was_run(job, tmp_path):
-    run = make(job, tmp_path / "run")
-    assert validate(type(job), read_yaml(run.path / "config.yaml"), "ridge") == job
-    about = json.loads((run.path / "run.json").read_text())
+def test_the_folder_records_job_options_and_versions(job, tmp_path):
+    folder = make(job, tmp_path / "run")
+    assert validate(type(job), read_yaml(folder.path / "config.yaml"), "ridge") == job
+    about = json.loads((folder.path / "run.json").read_text())
     assert about["job"] == "ridge"
     assert about["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert Run.open(run.path).job == job
+    assert RunFolder.open(folder.path).job == job
 
 
-def test_a_run_of_other_versions_is_gone_on_with_a_note(job, tmp_path, capsys):
-    run = make(job, tmp_path / "run")
-    about = json.loads((run.path / "run.json").read_text())
+def test_a_run_of_other_versions_is_resumed_with_a_note(job, tmp_path, capsys):
+    folder = make(job, tmp_path / "run")
+    about = json.loads((folder.path / "run.json").read_text())
     about["versions"]["torch"] = "1.0"
-    (run.path / "run.json").write_text(json.dumps(about))
-    Run.open(run.path)
+    (folder.path / "run.json").write_text(json.dumps(about))
+    RunFolder.open(folder.path)
     assert "numbers may differ: torch 1.0 then" in capsys.readouterr().err
 
 
@@ -280,50 +282,50 @@ def test_the_folder_is_named_after_problem_and_time(job, tmp_path, monkeypatch):
     assert path.match("runs/ridge-[0-9]*-[0-9]*")
 
 
-def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(job, tmp_path, monkeypatch):
+def test_runs_that_start_in_the_same_second_have_different_folders(job, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len({make(job, None).path for _ in range(4)}) == 4
 
 
-def test_a_folder_that_holds_something_is_not_written_over(job, tmp_path):
-    run = make(job, tmp_path / "run")
+def test_a_folder_that_is_not_empty_is_not_overwritten(job, tmp_path):
+    folder = make(job, tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text("mine")
-    with pytest.raises(ConfigError, match=r"nothing is written over; .*mlo resume .*run\) or give another --output"):
-        make(job, run.path)
+    with pytest.raises(ConfigError, match=r"nothing is overwritten; .*mlo resume .*run\) or give another --output"):
+        make(job, folder.path)
     assert (tmp_path / "run" / "config.yaml").read_text() == "mine"
 
 
-def test_an_empty_folder_is_taken(job, tmp_path):
+def test_an_empty_folder_is_used(job, tmp_path):
     (tmp_path / "empty").mkdir()
     assert make(job, tmp_path / "empty").path == tmp_path / "empty"
 
 
-def test_a_file_in_the_folders_place_is_told(job, tmp_path):
+def test_a_file_where_the_folder_should_be_is_an_error(job, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"no folder can be made there .* another --output"):
+    with pytest.raises(ConfigError, match=r"the folder cannot be created there .* another --output"):
         make(job, tmp_path / "file")
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
-def test_what_is_no_run_folder_cannot_be_resumed(tmp_path, content):
+def test_only_a_run_folder_can_be_resumed(tmp_path, content):
     if content:
         (tmp_path / "run.json").write_text(content)
-    with pytest.raises(ConfigError, match="is no run folder"):
-        Run.open(tmp_path)
+    with pytest.raises(ConfigError, match="not a run folder"):
+        RunFolder.open(tmp_path)
 
 
-def test_only_a_run_that_has_not_begun_is_discarded(job, tmp_path):
+def test_only_a_run_that_has_not_started_is_discarded(job, tmp_path):
     fresh = make(job, tmp_path / "fresh")
     fresh.discard()
     assert not fresh.path.exists()
-    begun = make(job, tmp_path / "begun")
+    started = make(job, tmp_path / "started")
     with pytest.raises(PowerCutError):
-        train(begun, stop_at(0))
-    begun.discard()
-    assert (begun.path / "config.yaml").exists()
+        train(started, stop_at(0))
+    started.discard()
+    assert (started.path / "config.yaml").exists()
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomic(path, "old")
 
@@ -336,6 +338,14 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, 
     assert (path.read_text(), os.listdir(tmp_path)) == ("old", ["file"])
 
 
+def test_a_file_is_written_where_folders_cannot_be_flushed(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.delattr(os, "O_DIRECTORY")  # as on Windows
+    monkeypatch.setattr(os, "open", lambda *given: opened.append(given))
+    write_atomic(tmp_path / "file", "text")
+    assert ((tmp_path / "file").read_text(), opened) == ("text", [])
+
+
 def test_checkpoints_hold_the_whole_engine(job, tmp_path):
     train(make(job, tmp_path / "run"))
     state = checkpoint.load(tmp_path / "run" / "stages" / "train" / "step-000000012.pt")
@@ -343,14 +353,14 @@ def test_checkpoints_hold_the_whole_engine(job, tmp_path):
 
 
 def test_one_process_at_a_time_runs_in_a_folder(job, tmp_path):
-    run = make(job, tmp_path / "run")
-    with run.locked(), pytest.raises(ConfigError, match="another process is running in this folder"):
-        Run.open(tmp_path / "run").locked().__enter__()
-    with Run.open(tmp_path / "run").locked():
+    folder = make(job, tmp_path / "run")
+    with folder.locked(), pytest.raises(ConfigError, match="another process is running in this folder"):
+        RunFolder.open(tmp_path / "run").locked().__enter__()
+    with RunFolder.open(tmp_path / "run").locked():
         pass
 
 
-def test_a_stage_runs_on_the_threads_that_the_job_says(ridge, tmp_path):
+def test_a_stage_runs_with_the_jobs_number_of_threads(ridge, tmp_path):
     before = torch.get_num_threads()
     try:
         seen = train(
@@ -369,7 +379,7 @@ def burn(seconds: float) -> None:
 
 
 def test_the_seconds_of_a_stage_add_up_over_interruptions(job, tmp_path):
-    assert make(job, tmp_path / "run").seconds("train") == 0
+    assert make(job, tmp_path / "run").run.seconds("train") == 0
     nap = 0.02
 
     def stop(now):
@@ -378,45 +388,45 @@ def test_the_seconds_of_a_stage_add_up_over_interruptions(job, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt):
-        train(Run.open(tmp_path / "run"), stop)
-    first = Run.open(tmp_path / "run").seconds("train")
+        train(RunFolder.open(tmp_path / "run"), stop)
+    first = RunFolder.open(tmp_path / "run").run.seconds("train")
     assert first >= 8 * nap
     burn(0.5)
-    began = time.process_time()
-    train(Run.open(tmp_path / "run"), lambda rounds: burn(nap))
-    second = Run.open(tmp_path / "run").seconds("train") - first
-    assert 4 * nap <= second <= time.process_time() - began  # neither the pause nor the rounds before it once more
+    started = time.process_time()
+    train(RunFolder.open(tmp_path / "run"), lambda rounds: burn(nap))
+    second = RunFolder.open(tmp_path / "run").run.seconds("train") - first
+    assert 4 * nap <= second <= time.process_time() - started  # neither the pause nor the rounds before it once more
 
 
 def test_results_mark_a_run_as_finished(job, tmp_path):
-    run = make(job, tmp_path / "run")
-    assert read_results(run.path) is None
-    run.execute()
-    found = read_results(run.path)
-    assert found == {"train": json.loads((run.path / "stages" / "train" / "result.json").read_text())}
-    Run.open(run.path).execute()
-    assert read_results(run.path) == found
+    folder = make(job, tmp_path / "run")
+    assert read_results(folder.path) is None
+    folder.execute()
+    found = read_results(folder.path)
+    assert found == {"train": json.loads((folder.path / "stages" / "train" / "result.json").read_text())}
+    RunFolder.open(folder.path).execute()
+    assert read_results(folder.path) == found
 
 
 def test_a_run_that_was_stopped_has_no_results(job, tmp_path, monkeypatch):
-    run = make(job, tmp_path / "run")
-    monkeypatch.setattr(type(job), "run", lambda job, run: train(run, kill_at(7)))
+    folder = make(job, tmp_path / "run")
+    monkeypatch.setattr(type(job), "run", lambda job, run: train(RunFolder(run.path, job), kill_at(7)))
     with pytest.raises(KeyboardInterrupt):
-        run.execute()
-    assert read_results(run.path) is None
+        folder.execute()
+    assert read_results(folder.path) is None
 
 
 @pytest.mark.parametrize(
     "found", [3, {"row": 1.0}, {"row": {"m": None}}, {"row": {"m": [1]}}, {"row": {"m": float("nan")}}]
 )
-def test_results_of_another_form_are_refused(job, tmp_path, monkeypatch, found):
+def test_results_of_the_wrong_form_are_an_error(job, tmp_path, monkeypatch, found):
     monkeypatch.setattr(type(job), "run", lambda job, run: found)
     with pytest.raises(ConfigError, match=r"cannot be stored .* return \{row: \{measure: value\}\}"):
         make(job, tmp_path / "run").execute()
     assert read_results(tmp_path / "run") is None
 
 
-def test_a_job_may_find_nothing_and_damaged_results_are_told(job, tmp_path, monkeypatch):
+def test_a_job_may_return_nothing_and_damaged_results_are_an_error(job, tmp_path, monkeypatch):
     monkeypatch.setattr(type(job), "run", lambda job, run: None)
     make(job, tmp_path / "run").execute()
     assert read_results(tmp_path / "run") == {}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import mlo
 from mlo.steps.adaptive import formula_of
 from mlo.steps.clipping import clip, transpose_clip
-from mlo.steps.optimizer import optimizer_state, pull_through_step, virtual_step
+from mlo.steps.optimizer import pull_through_step, virtual_step
+from mlo.steps.optimizer_state import optimizer_state
 
 OPTIONS = [
     ("Adam", {"lr": 0.1}),

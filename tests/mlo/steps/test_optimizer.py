@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import mlo
 from mlo.ops.vectors import dot
-from mlo.steps.optimizer import moved_optimizer_state, optimizer_state, pull_through_step, virtual_step
+from mlo.steps.optimizer import pull_through_step, virtual_step
+from mlo.steps.optimizer_state import moved_optimizer_state, optimizer_state
 from mlo.training.virtual_steps import cast_optimizer_state
 
 COUNTERS = {"step", "mu_product", "eta", "mu"}  # what the number of steps alone moves
@@ -92,8 +93,8 @@ def test_a_step_is_differentiated_in_double_whatever_its_counters(name, steps, r
 
 
 @pytest.mark.parametrize("name", ["Adam", "NAdam", "ASGD"])
-def test_counters_keep_their_precision_and_place(name):
-    """In a look at a problem in another precision, and where states are stored elsewhere."""
+def test_counters_keep_their_precision_and_device(name):
+    """When a problem is evaluated in another precision, and when states are stored on another device."""
     at = optimizer_state(problem(name, 3, **DIFFERENTIABLE[name]))
     for other, changed in (
         (cast_optimizer_state(at, torch.bfloat16), lambda value: value.dtype == torch.bfloat16),

@@ -1,17 +1,18 @@
-"""Experiments of a third party: their runs, what they cost, and their pages."""
+"""Experiments of a third party: their runs, cost and pages."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from mlo.errors import ConfigError, MloError
-from mlo.runs import cost as costs
-from mlo.runs.cost import estimate_seconds
+from mlo.sweeps import cost as costs
 from mlo.sweeps import experiment
-from mlo.sweeps.experiment import Cost, Wanted, chosen_scale, cost, duration, load_experiment, plan
-from mlo.sweeps.grid import Failure, Planned, report_failures
-from mlo.sweeps.workers import Failed
+from mlo.sweeps.cost import Cost, Measured, cost, duration, measure
+from mlo.sweeps.experiment import Wanted, chosen_scale, load_experiment, plan
+from mlo.sweeps.grid import FailedRun, Planned, report_failures
+from mlo.sweeps.processes import Failure
 
 DROPOUT = '''
 from mlo.sweeps.experiment import Experiment
@@ -48,51 +49,43 @@ def dropout(ridge, register):
     register("dropout", DROPOUT, points)
 
 
-def test_an_experiment_is_reproduced_with_one_command(dropout, mlo):
-    code, out, err = mlo("reproduce", "dropout", "--output", "out", "--seeds", "3")
+def test_an_experiment_is_reproduced_with_one_command(dropout, mlo, same_process):
+    code, out, err = mlo("reproduce", "dropout", "--output", "out", "--seeds", "2")
     assert code == 0, err
-    assert out.startswith("out/small: 6 runs, 0 finished, 0 begun, 6 not begun\nmeasuring")
+    assert out.startswith("out/small: 4 runs: 0 finished, 0 started, 4 not started\nmeasuring")
     assert re.search(
-        r"what is to do takes about \d+ s on 1 process \(0\.01 CPU-hours\)\n6 of 6 runs are finished\n", out
+        r"what is left takes about \d+ s on 1 process \(0\.01 CPU-hours\)\n4 of 4 runs are finished\n", out
     )
     page = Path("out/small/pages/dropout/page.md")
     assert out.endswith(f"page: {page}\n")
-    assert re.fullmatch(r"small \{'dropout-0.0': \{0: .*, 1: .*, 2: .*\}, 'dropout-0.5': \{0: .*\}\}", page.read_text())
-    assert Path("out/small/dropout-0.5/seed-2/config.yaml").read_text().count("seed: 2") == 1
+    assert re.fullmatch(r"small \{'dropout-0.0': \{0: .*, 1: .*\}, 'dropout-0.5': \{0: .*\}\}", page.read_text())
+    assert Path("out/small/dropout-0.5/seed-1/config.yaml").read_text().count("seed: 1") == 1
     page.unlink()
-    code, out, _ = mlo("reproduce", "dropout", "--output", "out", "--seeds", "2")  # of other seeds, none is left to do
-    assert (code, out.splitlines()[0]) == (0, "out/small: 4 runs, 4 finished, 0 begun, 0 not begun")
+    code, out, _ = mlo("reproduce", "dropout", "--output", "out", "--seeds", "1")  # nothing is left to do
+    assert (code, out.splitlines()[0]) == (0, "out/small: 2 runs: 2 finished, 0 started, 0 not started")
     assert "measuring" not in out
     assert page.exists()
     assert mlo("compare", "out")[1].count("start.dropout=") == 2
 
 
-@pytest.fixture
-def here(monkeypatch):
-    """Measure in this process, which saves the start of another."""
-    monkeypatch.setattr(
-        experiment, "in_processes", lambda function, items, *_: [(item, function(item)) for item in items]
-    )
-
-
-def test_no_page_is_written_from_a_part(dropout, mlo, here):
+def test_no_page_is_written_if_a_run_failed(dropout, mlo, same_process):
     code, out, err = mlo("reproduce", "dropout", "--scale", "broken", "--output", "out")
     assert code == 1
     assert "0 of 2 runs are finished" in out
     for rate in ("0.0", "0.5"):
         assert f"failed: out/broken/dropout-{rate}/seed-0: RuntimeError: nothing came of it" in err
-    assert "no page is written from a part of the runs" in err
+    assert "no pages are written until all runs are finished" in err
     assert not Path("out/broken/pages").exists()
 
 
-def test_the_cost_is_told_alone(dropout, mlo, here):
+def test_estimate_prints_only_the_cost(dropout, mlo, same_process):
     code, out, _ = mlo("reproduce", "dropout", "--estimate")
     assert code == 0
-    assert "what is to do takes about" in out
+    assert "what is left takes about" in out
     assert not Path("runs").exists()
 
 
-def test_list_tells_of_experiments(dropout, mlo):
+def test_list_shows_experiments(dropout, mlo):
     lines = [" ".join(line.split()) for line in mlo("list")[1].splitlines()]
     assert "dropout Whether dropout helps." in lines
     assert "Experiments: mlo reproduce NAME" in lines
@@ -104,7 +97,7 @@ def test_list_tells_of_experiments(dropout, mlo):
     ("words", "message"),
     [(["dropuot"], "did you mean dropout?"), (["dropout", "--scale", "smal"], "--scale: 'smal' is not known among")],
 )
-def test_what_is_not_there_is_told(dropout, mlo, words, message):
+def test_an_unknown_experiment_or_scale_is_an_error(dropout, mlo, words, message):
     code, out, err = mlo("reproduce", *words)
     assert (code, out) == (2, "")
     assert message in err
@@ -129,10 +122,10 @@ def test_a_run_costs_the_median_of_its_rounds_times_their_number(ridge, monkeypa
 
     times = iter([0, 50, 50, 51, 51, 59, 59, 61, 100, 107])  # rounds of 50 (not counted), 1, 8 and 2 s; one of 7 s
     monkeypatch.setattr(costs, "_now", lambda: next(times))
-    assert estimate_seconds(TwoStages(device="cpu")) == 100 * 2 + 7
+    assert measure(TwoStages(device="cpu", threads=3)) == Measured(100 * 2 + 7, threads=3, cuda=False)
 
 
-def test_the_main_stage_is_what_a_job_is_rehearsed_by(ridge):
+def test_a_job_has_one_stage_by_default(ridge):
     job = ridge.RidgeJob(device="cpu", steps=5)
     ((name, build, rounds),) = job.stages()
     assert (name, build().rounds, rounds) == ("train", 0, 5)
@@ -142,22 +135,22 @@ def test_the_main_stage_is_what_a_job_is_rehearsed_by(ridge):
     ("seconds", "words"),
     [(0.1, "1 s"), (59, "59 s"), (60, "1 min"), (9600, "2 h 40 min"), (7200, "2 h"), (3 * 86400 + 7300, "3 days 2 h")],
 )
-def test_times_are_told_in_words(seconds, words):
+def test_durations_in_words(seconds, words):
     assert duration(seconds) == words
 
 
-def test_a_card_is_paid_by_the_day_and_cores_by_the_hour():
+def test_gpus_are_counted_in_days_and_cores_in_hours():
     assert str(Cost(9600, 2, 19200, cuda=False)) == "about 2 h 40 min on 2 processes (5.3 CPU-hours)"
     assert str(Cost(86400, 1, 86400, cuda=True)) == "about 1 day on 1 process (1 GPU-days)"
 
 
-def test_runs_are_paid_by_kind_shared_among_processes_and_by_the_threads_of_each(ridge, tmp_path, monkeypatch):
-    def measured(function, items, *_):
-        for item in items:
-            seconds, threads = (10, 1) if item.folder.parent.name == "quick" else (100, 4)
-            yield item, experiment._Measured(seconds, threads, cuda=False)
+def test_the_cost_is_that_of_each_kind_shared_among_processes(ridge, tmp_path, monkeypatch):
+    measured = {"quick": Measured(10, 1, cuda=False), "slow": Measured(100, 4, cuda=False)}
 
-    monkeypatch.setattr(experiment, "in_processes", measured)
+    def measure_all(firsts, workers, one_core_each):
+        return {key: measured[key] for key in firsts}
+
+    monkeypatch.setattr(costs, "_measure_all", measure_all)
     left = {
         "quick": [Planned(tmp_path / "quick" / f"seed-{seed}", "ridge") for seed in (1, 2, 3)],
         "slow": [Planned(tmp_path / "slow" / f"seed-{seed}", "ridge") for seed in (0, 1)],
@@ -168,56 +161,104 @@ def test_runs_are_paid_by_kind_shared_among_processes_and_by_the_threads_of_each
     assert cost(left, 50, one_core_each=False) == Cost(100, 5, 830, cuda=False)  # no sooner than the longest
 
 
-def test_a_rehearsal_that_fails_is_told(ridge, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "in_processes", lambda function, items, *_: [(items[0], Failed("no card"))])
-    with pytest.raises(MloError, match="slow: its rehearsal failed: no card"):
+def test_kinds_of_runs_are_measured_in_as_many_processes_as_run_side_by_side(
+    ridge, tmp_path, monkeypatch, same_process
+):
+    monkeypatch.setattr(costs, "measure", lambda job: Measured(job.steps, job.threads, cuda=False))
+    started = []
+    run_processes = costs.run_processes
+    monkeypatch.setattr(
+        costs, "run_processes", lambda files, *given: started.append(files) or run_processes(files, *given)
+    )
+    left = {f"{n}": [Planned(tmp_path / f"{n}", "ridge", {"steps": n, "threads": 2 * n})] for n in (1, 2, 3)}
+    assert cost(left, 2, one_core_each=False) == Cost(3, 2, 2 + 8 + 18, cuda=False)
+    assert [len(files) for files in started] == [2]
+
+
+def test_a_failure_while_measuring_names_the_kind_of_run(ridge, tmp_path, monkeypatch, capfd):
+    file = tmp_path / "jobs.json"
+    entry = {"key": "slow", "job": "ridge", "options": ridge.RidgeJob().model_dump(mode="json")}
+    file.write_text(json.dumps([entry]))
+    for error, message in ((MloError("no GPU"), "error: slow: no GPU"), (ValueError("odd"), "while measuring slow")):
+        monkeypatch.setattr(costs, "measure", lambda job, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises((SystemExit, ValueError)) as raised:
+            costs.main(file)
+        assert message in [str(raised.value), *getattr(raised.value, "__notes__", ())]
+    monkeypatch.setattr(
+        costs, "run_processes", lambda files, *_: (pair for pair in [(files[0], Failure("slow: no GPU"))])
+    )
+    with pytest.raises(MloError, match="measuring the cost failed: slow: no GPU"):
         cost({"slow": [Planned(tmp_path / "slow" / "seed-0", "ridge")]}, 1, one_core_each=False)
+
+
+def test_runs_are_measured_in_a_process_on_one_core(ridge, tmp_path):
+    left = {"one": [Planned(tmp_path / "one" / "seed-0", "ridge", {"device": "cpu", "steps": 2})]}
+    found = cost(left, 1, one_core_each=True)
+    assert found.seconds == found.core_seconds > 0
+    assert not any(path.is_relative_to(tmp_path / "one") for path in tmp_path.rglob("*"))
 
 
 def test_a_used_file_is_the_same_however_the_output_is_spelled(dropout, tmp_path, monkeypatch):
     made = load_experiment("dropout")
-    made.runs = lambda scale: {
-        "first": Wanted("ridge", {}),
-        "second": Wanted("ridge", {}, {"where": ("first", "file")}),
-    }
+    made.runs = lambda scale: TWO
     monkeypatch.chdir(tmp_path)
     one, other = (plan(made, "small", 1, output)["second"][0] for output in (Path("out"), tmp_path / "out"))
     assert one.options == other.options == {"where": str(tmp_path / "out/small/first/seed-0/file"), "seed": 0}
 
 
-def test_a_file_that_a_run_is_still_to_write_is_not_missed(dropout, ridge, tmp_path, monkeypatch):
-    def check(job):
-        if job.where.name == "file" and not job.where.exists():
-            raise ConfigError("where: is not there")
+def needs_its_file(job):
+    if job.where.name == "file" and not job.where.exists():
+        raise ConfigError("where: does not exist")
+    if job.label == "bad":
+        raise ConfigError("label: is bad")
 
-    monkeypatch.setattr(ridge.RidgeJob, "check", check)
+
+TWO = {"first": Wanted("ridge", {}), "second": Wanted("ridge", {}, {"where": ("first", "file")})}
+
+
+def test_a_file_that_a_run_has_yet_to_write_is_not_missing(dropout, ridge, tmp_path, monkeypatch):
+    monkeypatch.setattr(ridge.RidgeJob, "check", needs_its_file)
     made = load_experiment("dropout")
-    made.runs = lambda scale: {
-        "first": Wanted("ridge", {}),
-        "second": Wanted("ridge", {}, {"where": ("first", "file")}),
-    }
-    assert [*plan(made, "small", 2, tmp_path)] == ["first", "second"]
+    made.runs = lambda scale: TWO
+    planned = plan(made, "small", 2, tmp_path)
+    assert [*planned] == ["first", "second"]
+    assert [run.uses for runs in planned.values() for run in runs] == [(), (), ("where",), ("where",)]
 
 
-def test_a_run_whose_files_are_not_there_is_not_begun_but_told(dropout, tmp_path, monkeypatch):
+def test_all_runs_of_an_experiment_are_checked_before_anything_is_measured(dropout, ridge, mlo, monkeypatch):
+    monkeypatch.setattr(ridge.RidgeJob, "check", needs_its_file)
+    runs = {**TWO, "third": Wanted("ridge", {"label": "bad"})}
+    monkeypatch.setattr("dropout.Dropout.runs", lambda experiment, scale: runs)
+    code, out, err = mlo("reproduce", "dropout", "--output", "out", "--seeds", "2")
+    assert (code, out, err) == (2, "", "error: out/small/third/seed-0: label: is bad\n")
+    for seed in (0, 1):  # the files of the others are there now, so the second kind of run can be checked as well
+        file = Path(f"out/small/first/seed-{seed}/file")
+        file.parent.mkdir(parents=True)
+        file.write_text("")
+        (file.parent / "run.json").write_text("{}")
+    runs = {"second": runs["second"]._replace(options={"label": "bad"}), "first": Wanted("ridge", {"label": "bad"})}
+    err = mlo("reproduce", "dropout", "--output", "out", "--seeds", "1")[2]
+    assert "out/small/second/seed-0: label: is bad" in err
+
+
+def test_a_run_whose_files_are_missing_is_not_started(dropout, tmp_path, monkeypatch):
     made = load_experiment("dropout")
-    wanted = {"first": Wanted("ridge", {}), "second": Wanted("ridge", {}, {"where": ("first", "file")})}
-    made.runs = lambda scale: wanted
+    made.runs = lambda scale: TWO
     planned = plan(made, "small", 2, tmp_path)
     first, second = planned["first"], planned["second"]
     done = []
 
     def run_all(runs, workers, one_core_each):
         done.append(list(runs))
-        if len(done) == 1:  # the run of seed 0 makes its file, and that of seed 1 fails
+        if len(done) == 1:  # the run of seed 0 writes its file, and that of seed 1 fails
             first[0].folder.mkdir(parents=True)
             (first[0].folder / "file").write_text("")
-            return [Failure(first[1].folder, "no")]
+            return [FailedRun(first[1].folder, "no")]
         return []
 
     monkeypatch.setattr(experiment, "run_all", run_all)
-    failures = experiment.do(made, "small", planned, 1, one_core_each=False)
+    failed = experiment.run_planned(planned, 1, one_core_each=False)
     assert done == [first, [second[0]]]
-    assert [failure.folder for failure in failures] == [first[1].folder, second[1].folder]
-    assert failures[1].message.startswith(f"not begun, for {first[1].folder / 'file'} is not there")
-    assert report_failures(failures, 4)
+    assert [run.folder for run in failed] == [first[1].folder, second[1].folder]
+    assert failed[1].message.startswith(f"not started: {first[1].folder / 'file'} is missing")
+    assert report_failures(failed, 4)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, nothing executed on loading, and a run that goes on to the bit."""
+"""Checkpoints: written atomically, loaded without executing code, and resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -112,12 +112,12 @@ def test_a_checkpoint_of_other_problems_is_refused(tmp_path):
     with pytest.raises(mlo.CheckpointError, match=r"of the problems \['other'\]"):
         engine.load_state_dict(renamed)
     state["problems"]["teacher"]["module"].pop("head.bias")
-    with pytest.raises(mlo.CheckpointError, match=r"'teacher' does not fit the checkpoint: (?s:.*)head\.bias"):
+    with pytest.raises(mlo.CheckpointError, match=r"'teacher' does not match the checkpoint: (?s:.*)head\.bias"):
         engine.load_state_dict(state)
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused():
-    """Torch would take it over, and fail in its next step."""
+    """Torch would load it, and fail in the next step."""
     state, engine = (mlo.Engine(small_lbt(name), "one_step", device="cpu") for name in ("sgd", "adam"))
     before = copy.deepcopy(engine.state_dict())
     with pytest.raises(mlo.CheckpointError, match=r"'teacher': .*another optimizer than Adam: it has .*momentum"):
@@ -133,19 +133,19 @@ def test_a_file_that_would_execute_is_refused(tmp_path):
     torch.save({"state": Evil()}, tmp_path / "evil.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Evil(), protocol=2))
     for name in ("evil.pt", "plain.pt"):
-        with pytest.raises(mlo.CheckpointError, match="no checkpoint that can be read"):
+        with pytest.raises(mlo.CheckpointError, match="this file is not a readable checkpoint"):
             checkpoint.load(tmp_path / name)
     assert not (tmp_path / "executed").exists()
 
 
-def test_what_is_missing_or_cut_short_is_said(tmp_path):
-    with pytest.raises(mlo.CheckpointError, match="there is no such checkpoint"):
+def test_what_is_missing_or_cut_short_is_reported(tmp_path):
+    with pytest.raises(mlo.CheckpointError, match="this checkpoint does not exist"):
         checkpoint.load(tmp_path / "none.pt")
     checkpoint.save(tmp_path / "c.pt", {"x": torch.ones(1000)})
-    with pytest.raises(mlo.CheckpointError, match="give it a folder that is there"):
+    with pytest.raises(mlo.CheckpointError, match="choose an existing folder"):
         checkpoint.save(tmp_path / "nowhere" / "c.pt", {})
     (tmp_path / "cut.pt").write_bytes((tmp_path / "c.pt").read_bytes()[:700])
-    with pytest.raises(mlo.CheckpointError, match="no checkpoint that can be read"):
+    with pytest.raises(mlo.CheckpointError, match="this file is not a readable checkpoint"):
         checkpoint.load(tmp_path / "cut.pt")
 
 

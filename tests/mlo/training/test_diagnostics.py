@@ -60,7 +60,7 @@ def test_a_broken_product_fails(break_it, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [3, 30_000])
-def test_the_error_is_told_whatever_the_number_of_parameters(size):
+def test_the_error_is_reported_whatever_the_number_of_parameters(size):
     """A tenth of the gradient is hidden: along a random direction both it and its derivative are small, alike."""
 
     class Hidden(mlo.Problem):
@@ -93,7 +93,7 @@ def test_a_path_that_a_loss_hides_is_found():
         module = Point(torch.ones(2))
         stack.append(cls(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1)))
     with pytest.raises(
-        mlo.HypergradientError, match=r"taken by one_step through 1 step\(s\) of 'low'\.(?s:.*)not a pure function"
+        mlo.HypergradientError, match=r"computed with one_step through 1 step\(s\) of 'low'\.(?s:.*)not a pure function"
     ):
         mlo.check(mlo.Engine(stack, "one_step", device="cpu"))
 
@@ -137,7 +137,7 @@ def test_diagnose_prints_a_table_with_what_cannot_be_had():
     assert "'nonsense' is not known" in " ".join(text.split())  # a note may take several lines
 
 
-def test_diagnose_tells_how_well_an_iterative_estimator_has_solved():
+def test_diagnose_reports_how_well_an_iterative_estimator_has_solved():
     """Curvatures 1 and 4: cg needs two iterations, and its residual after one is known from the right-hand side."""
 
     class Low(mlo.Problem):
@@ -182,7 +182,7 @@ def test_a_difference_across_kinks_is_warned_of():
     engine = mlo.Engine([low, top], device="cpu")
     wide = {"kind": "darts", "radius": 5.0}
     rows = {row.estimator: row for row in mlo.diagnose(engine, estimators=["one_step", wide]).rows}
-    assert "take product 'exact'" in rows[str(wide)].note
+    assert "use product 'exact'" in rows[str(wide)].note
     assert not rows["one_step"].note
 
 

@@ -80,13 +80,13 @@ def test_two_processes_train_as_one_on_the_whole_batch(seen, dtype, tolerance):
             assert torch.equal(value, seen[0][dtype][name])
 
 
-def test_buffers_are_the_first_processs_in_all(seen):
+def test_buffers_of_the_first_process_are_in_all(seen):
     first, second = (process["normalized"] for process in seen)
     assert same(first, second)
     assert first["2.running_mean"].any()
 
 
-def test_a_resumed_training_goes_on_to_the_bit_in_each_process(seen):
+def test_a_resumed_training_ends_in_the_same_bits_in_each_process(seen):
     for process in seen:
         unbroken, resumed = process["resumed"]
         assert same(unbroken, resumed)
@@ -110,7 +110,7 @@ def test_a_weight_that_one_process_reaches_moves_in_both_and_one_that_none_reach
 
 def test_a_bad_loss_in_one_process_ends_both_in_the_same_round(seen):
     for first, second in zip(*(process["bad_loss"] for process in seen), strict=True):
-        assert first["told"].startswith("problem 'classify': its loss is nan at its step 3")
+        assert first["error"].startswith("problem 'classify': its loss is nan at its step 3")
         assert same(first, second)
         assert all(torch.equal(first["after"][name], value) for name, value in first["before"].items())
 
@@ -133,11 +133,14 @@ def test_a_job_that_does_not_share_out_its_batches_is_refused(mlo, monkeypatch):
     for words in (["run", "ridge", "--output", "here"], ["list"]):
         code, out, err = mlo(*words)
         assert (code, out) == (2, "")
-        assert "start it without torchrun: mlo run ridge" in err or "torchrun is for `run` and `resume`" in err
+        assert (
+            "start it without torchrun: mlo run ridge" in err
+            or "torchrun can start `mlo run` and `mlo resume` only" in err
+        )
     assert not Path("here").exists()
 
 
-def test_each_process_has_the_card_of_its_number(monkeypatch):
+def test_each_process_has_the_gpu_of_its_number(monkeypatch):
     chosen = []
     monkeypatch.setattr(distributed, "world", lambda: 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -146,14 +149,14 @@ def test_each_process_has_the_card_of_its_number(monkeypatch):
     assert distributed.own_device("cuda") == torch.device("cuda", 1)
     assert chosen == [1]
     assert distributed.own_device("cpu") == torch.device("cpu")
-    with pytest.raises(mlo.ConfigError, match="each of several processes has its own card; write auto"):
+    with pytest.raises(mlo.ConfigError, match="each of several processes has its own GPU; write auto"):
         distributed.own_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(mlo.ConfigError, match="torchrun --nproc-per-node 2"):
         distributed.own_device("cuda")
 
 
-def test_a_stopped_evaluation_goes_on_to_the_bits_of_an_unbroken_one(tmp_path):
+def test_a_stopped_and_resumed_evaluation_ends_in_the_bits_of_an_unbroken_one(tmp_path):
     stage = tmp_path / "stopped" / "stages" / "train"
     stopped = torchrun(tmp_path, "-m", "mlo", *RUN, "--output", "stopped")
     while not ((stage / "metrics.jsonl").exists() and (stage / "metrics.jsonl").stat().st_size):
@@ -161,7 +164,7 @@ def test_a_stopped_evaluation_goes_on_to_the_bits_of_an_unbroken_one(tmp_path):
         time.sleep(0.02)  # a busy wait would take a core from the processes
     stopped.send_signal(signal.SIGTERM)
     _, err = stopped.communicate(timeout=400)
-    assert err.count("stopped; go on with: torchrun --nproc-per-node 2 -m mlo resume stopped") == 1, err
+    assert err.count("stopped; continue with: torchrun --nproc-per-node 2 -m mlo resume stopped") == 1, err
     (saved,) = stage.glob("*.pt")  # because of the signal, for none else was due
     assert saved.stem < f"step-{STEPS:09}"
     resumed, unbroken = (

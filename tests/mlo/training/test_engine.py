@@ -1,4 +1,4 @@
-"""The loop: who steps when, what it costs in passes, and that estimating leaves no trace."""
+"""The engine: which problem steps when, what it costs in passes, and that hypergradients have no side effects."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_estimating_changes_no_bit_of_anything(estimator, device):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_run_goes_the_same_way_whether_or_not_one_looks_at_hypergradients(estimator):
+def test_a_run_is_the_same_whether_or_not_hypergradients_are_computed_in_between(estimator):
     plain, watched = noisy_lbt(), noisy_lbt()
     engine = mlo.Engine(plain, estimator, device="cpu")
     torch.manual_seed(1)
@@ -181,7 +181,7 @@ def test_a_scheduler_steps_with_its_own_problem():
     assert [p.optimizer.param_groups[0]["lr"] for p in stack] == [0.1 * 0.5**6, 0.1 * 0.5]
 
 
-def test_a_problem_by_itself_is_plain_training():
+def test_a_single_problem_is_plain_training():
     class Alone(mlo.Problem):
         def loss(self, batch):
             return (self() - batch).square().sum()
@@ -205,7 +205,7 @@ def test_frozen_parameters_and_those_of_no_optimizer_stay():
     assert [n for n, p in teacher.named_parameters() if not torch.equal(p, before[n])] == ["head.weight"]
 
 
-def test_a_submodule_under_two_names_is_run_as_it_is_and_left_alone_by_a_look():
+def test_a_submodule_under_two_names_is_run_as_it_is_and_unchanged_by_a_virtual_step():
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -21,7 +21,7 @@ class Weight(nn.Module):
 
 
 class Fit(mlo.Problem):
-    """Notes in which phase it is asked."""
+    """Notes whether it is evaluated in a virtual step."""
 
     def __init__(self, name: str, **problem: object) -> None:
         super().__init__(name, **problem)
@@ -55,7 +55,7 @@ def upper(of: mlo.Engine) -> torch.Tensor:
     return of.hypergradient("top")["w"]
 
 
-def test_fewer_steps_are_taken_ahead_than_for_real():
+def test_fewer_virtual_steps_than_real_ones():
     few = engine(steps=3, steps_ahead=1)
     assert torch.equal(upper(few), upper(engine(steps=1)))
     assert not torch.equal(upper(few), upper(engine(steps=3)))
@@ -73,7 +73,7 @@ def test_without_lookahead_there_is_nothing_else_than_the_real_steps():
     assert not any(found.problems["fit"].seen)
 
 
-def test_clipping_can_be_left_out_of_what_is_seen_ahead():
+def test_clipping_can_be_left_out_of_virtual_steps():
     found, clipped, free = engine(clip_norm=0.1, clip_ahead=False), engine(clip_norm=0.1), engine()
     assert torch.equal(upper(found), upper(free))
     assert not torch.allclose(upper(found), upper(clipped))
@@ -87,10 +87,10 @@ def test_clipping_can_be_left_out_of_what_is_seen_ahead():
 
 
 @pytest.mark.parametrize("estimator", ["unrolled", "one_step", "darts", "cg"])
-def test_a_loss_knows_whether_it_is_looked_at_ahead(estimator):
+def test_a_loss_knows_whether_it_is_in_a_virtual_step(estimator):
     found = engine(estimator=estimator)
     if estimator == "darts":
-        assert found._plan.lookahead
+        assert found.report().lookahead
     found.step()
     seen = found.problems["fit"].seen
     assert seen[-1] is False
@@ -136,10 +136,12 @@ def test_a_loss_may_read_one_problem_and_then_another():
         torch.testing.assert_close(upper(found), gradients[-1])
     found.problems["top"].steps_taken = 0
     found.step()
-    assert found.pullbacks["fit"] == found.pullbacks["other"] == 2, "each in its looks, and in one step of two"
+    assert found.pullbacks["fit"] == found.pullbacks["other"] == 2, (
+        "each in its virtual steps, and in one real step of two"
+    )
 
 
-def test_a_read_without_a_gradient_is_an_error_unless_it_is_said_so():
+def test_a_read_without_a_gradient_is_an_error_unless_declared():
     with pytest.raises(mlo.GraphError, match="reads 'other', but no gradient flows"):
         in_turn(sometimes="fit").step()
     with pytest.raises(mlo.GraphError, match="sometimes='oter' is not among what its loss reads"):
@@ -147,6 +149,6 @@ def test_a_read_without_a_gradient_is_an_error_unless_it_is_said_so():
 
 
 @pytest.mark.parametrize("steps", [0, 1.5, True])
-def test_wrong_counts_are_told(steps):
+def test_wrong_counts_raise(steps):
     with pytest.raises(mlo.ConfigError, match=r"steps_ahead=.*whole number, 1 or more"):
         stack(steps_ahead=steps)

@@ -1,4 +1,4 @@
-"""What losses do in practice that could leave a trace, or go wrong when outputs of reads are remembered."""
+"""What losses do in practice that could cause side effects, or go wrong when outputs of reads are cached."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Top(mlo.Problem):
 
 
 def two_levels(loss, *, low: nn.Module | None = None, top: nn.Module | None = None, **options: object):
-    """A lower problem with this loss (self, batch, top) under a top that judges its square."""
+    """A lower problem with this loss (self, batch, top) under a top whose loss is its square."""
     cls = type("Low", (mlo.Problem,), {"loss": loss})
     return [
         problem(cls, "low", low or Point(torch.tensor([0.3, -0.2])), **options),
@@ -75,7 +75,7 @@ def test_a_read_under_no_grad_carries_no_gradient(estimator):
     torch.testing.assert_close(hypergradient(stack, estimator), 2 * stepped * -0.1 * 2 * x, rtol=1e-6, atol=1e-9)
 
 
-def test_remembering_reads_changes_no_real_step():
+def test_caching_reads_changes_no_real_step():
     """Dropout in the reader and in what it reads, called twice: the same masks whether or not a pullback follows."""
 
     class Noisy(nn.Module):
@@ -119,7 +119,7 @@ def test_randomness_outside_torch_is_replayed_and_put_back(draw):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
-def test_a_second_sweep_after_the_first_top_has_moved_sees_its_own_reads(estimator):
+def test_a_second_backward_after_the_first_top_has_moved_sees_its_own_reads(estimator):
     class Low(mlo.Problem):
         def loss(self, batch, one, two):
             return (
@@ -286,7 +286,7 @@ def test_a_loaders_generator_may_not_serve_two():
         mlo.Engine(stack, device="cpu")
 
 
-def test_nothing_stands_in_after_a_loss_that_raises():
+def test_no_substitute_is_left_after_a_loss_that_raises():
     def loss(self, batch, top):
         top()
         raise ZeroDivisionError
@@ -298,7 +298,7 @@ def test_nothing_stands_in_after_a_loss_that_raises():
         with pytest.raises(ZeroDivisionError):
             call()
         assert torch.equal(torch.get_rng_state(), state)
-        assert all(p._stand is None for p in stack)
+        assert all(p._substitute is None for p in stack)
     assert stack[0].module.value.grad is None
 
 

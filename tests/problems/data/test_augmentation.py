@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torchvision.transforms import v2
 
 from mlo import ConfigError
-from problems.data.augmentation import Augmentation, CropEach, CutoutEach, Each, FlipEach
+from problems.data.augmentation import CropEach, CutoutEach, Each, FlipEach, make_transforms
+from problems.data.options import Augmentation
 
 MANY = 8000
 
@@ -70,7 +71,7 @@ def test_an_even_cutout_is_that_of_devries_and_taylor():
 
 def test_jitter_is_torchvisions_with_darts_strengths_image_by_image():
     images = torch.rand(5, 3, 8, 8)
-    transforms = Augmentation(jitter=0.5).transforms(3, (8, 8))
+    transforms = make_transforms(Augmentation(jitter=0.5), 3, (8, 8))
     torch.manual_seed(7)
     found = transforms.pixels(images)
     torch.manual_seed(7)
@@ -78,18 +79,18 @@ def test_jitter_is_torchvisions_with_darts_strengths_image_by_image():
     assert torch.equal(found, torch.stack([one(image) for image in images]))
     alike = transforms.pixels(images[:1].expand(5, 3, 8, 8))
     assert not torch.equal(alike[0], alike[1])
-    assert Augmentation(jitter=1.0).transforms(1, (8, 8)).pixels(torch.rand(2, 1, 8, 8)).shape == (2, 1, 8, 8)
+    assert make_transforms(Augmentation(jitter=1.0), 1, (8, 8)).pixels(torch.rand(2, 1, 8, 8)).shape == (2, 1, 8, 8)
 
 
 def test_a_resized_crop_is_torchvisions_of_the_images_shape():
-    framing = Augmentation(resized_crop=True).transforms(3, (8, 6)).framing
+    framing = make_transforms(Augmentation(resized_crop=True), 3, (8, 6)).framing
     assert tuple(framing.size) == (8, 6)
     assert (framing.scale, framing.ratio) == ((0.08, 1.0), (3 / 4, 4 / 3))
     assert framing(torch.rand(3, 30, 20)).shape == (3, 8, 6)
 
 
 def test_nothing_is_changed_by_default():
-    transforms = Augmentation().transforms(5, (8, 8))
+    transforms = make_transforms(Augmentation(), 5, (8, 8))
     images = torch.rand(2, 5, 8, 8)
     assert transforms.framing is None
     assert torch.equal(transforms.normalized(transforms.pixels(images)), images)
@@ -106,7 +107,7 @@ def test_nothing_is_changed_by_default():
 )
 def test_what_does_not_fit_the_images(options, channels, told):
     with pytest.raises(ConfigError, match=told):
-        Augmentation(**options).transforms(channels, (8, 9))
+        make_transforms(Augmentation(**options), channels, (8, 9))
 
 
 def test_two_ways_of_cropping_are_one_too_many():

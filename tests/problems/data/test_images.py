@@ -10,8 +10,8 @@ from PIL import Image
 from mlo import ConfigError
 from mlo.levels.batches import open_stream
 from mlo.ops import distributed
-from problems.data.augmentation import Augmentation
 from problems.data.images import ArrayPixels, FilePixels, Part
+from problems.data.options import Augmentation
 
 ALL_KINDS = Augmentation(flip=True, cutout=4, resized_crop=True, jitter=1.0)
 

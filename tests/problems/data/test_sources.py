@@ -17,7 +17,8 @@ from torchvision import datasets
 
 from mlo import ConfigError
 from problems.data import sources
-from problems.data.sources import DEBIAN_FASHION_MNIST, Place, data_root, load_source
+from problems.data.locations import data_root
+from problems.data.sources import DEBIAN_FASHION_MNIST, LoadOptions, load_source
 
 CIFAR10 = data_root(None) / "cifar10.npz"
 RANDOM = np.random.default_rng(0)
@@ -42,7 +43,7 @@ def class_folders(path: Path, counts: dict[str, int]) -> None:
 
 
 def test_digits_are_all_there_between_zero_and_one():
-    part, test = load_source("digits", Place(Path()))
+    part, test = load_source("digits", LoadOptions(Path()))
     assert test is None
     images, labels = part.load()
     assert images.shape == (1797, 1, 8, 8)
@@ -54,7 +55,7 @@ def test_digits_are_all_there_between_zero_and_one():
 
 def test_an_npz_file_has_its_own_test_images(tmp_path):
     np.savez(tmp_path / "x.npz", **arrays())
-    part, test = load_source(str(tmp_path / "x.npz"), Place(Path()))
+    part, test = load_source(str(tmp_path / "x.npz"), LoadOptions(Path()))
     images, labels = part.load()
     assert images.shape == (40, 3, 4, 4)
     torch.testing.assert_close(images[:, 1, 2, 3], torch.arange(40) / 255)
@@ -68,7 +69,7 @@ def test_channels_rows_and_columns_of_an_npz_file_stay_apart(tmp_path):
     given["train_images"] = RANDOM.integers(0, 256, (40, 4, 5, 3), dtype=np.uint8)
     given["test_images"] = given["test_images"][:, :, [0, 0, 0, 0, 0]]
     np.savez(tmp_path / "x.npz", **given)
-    part, _ = load_source(str(tmp_path / "x.npz"), Place(Path()))
+    part, _ = load_source(str(tmp_path / "x.npz"), LoadOptions(Path()))
     assert part.pixels.shape == (4, 5)
     assert part.load().images[3, 2, 1, 4].item() == pytest.approx(given["train_images"][3, 1, 4, 2] / 255)
 
@@ -78,7 +79,7 @@ def test_images_of_arrays_are_resized_with_antialiasing(tmp_path):
     given["train_images"][0, :, [0, 3, 4, 7]] = 255  # stripes that interpolation without antialiasing would miss
     given["train_images"][0, :, [1, 2, 5, 6]] = 0
     np.savez(tmp_path / "x.npz", **given)
-    part, test = load_source(str(tmp_path / "x.npz"), Place(Path(), image_size=2))
+    part, test = load_source(str(tmp_path / "x.npz"), LoadOptions(Path(), image_size=2))
     assert part.pixels.shape == test.pixels.shape == (2, 2)
     images = part.load().images
     assert (images[0] - 0.5).abs().max() < 0.1
@@ -103,7 +104,7 @@ def test_images_of_arrays_are_resized_with_antialiasing(tmp_path):
 def test_arrays_that_cannot_be_used(tmp_path, change, told):
     np.savez(tmp_path / "x.npz", **{**arrays(), **change})
     with pytest.raises(ConfigError, match=r"data.source: .*x.npz cannot be used") as raised:
-        load_source(str(tmp_path / "x.npz"), Place(Path()))
+        load_source(str(tmp_path / "x.npz"), LoadOptions(Path()))
     assert raised.match(told)
 
 
@@ -124,20 +125,20 @@ def test_an_npz_file_that_is_none(tmp_path, spoil):
     with pytest.raises(
         ConfigError, match=r"data.source: .*x.npz cannot be read \(.*numpy.savez, with train_images, .*uint8"
     ):
-        load_source(str(path), Place(Path()))
+        load_source(str(path), LoadOptions(Path()))
 
 
 def test_an_npz_file_that_lacks_an_array(tmp_path):
     np.savez(tmp_path / "x.npz", train_images=np.zeros(3))
     with pytest.raises(ConfigError, match="has no train_labels, test_images, test_labels; it has train_images"):
-        load_source(str(tmp_path / "x.npz"), Place(Path()))
+        load_source(str(tmp_path / "x.npz"), LoadOptions(Path()))
 
 
 def test_a_name_that_is_none():
     with pytest.raises(ConfigError, match=r"data.source: 'cifar' is not there; did you mean cifar10\?.*fashion_mnist"):
-        load_source("cifar", Place(Path()))
+        load_source("cifar", LoadOptions(Path()))
     with pytest.raises(ConfigError, match=r"data.unlabeled_source: '/no/such.npz' is not there; give digits"):
-        load_source("/no/such.npz", Place(Path(), option="data.unlabeled_source"))
+        load_source("/no/such.npz", LoadOptions(Path(), named_by="data.unlabeled_source"))
 
 
 def test_the_root_is_given_or_in_the_environment(monkeypatch):
@@ -152,17 +153,17 @@ def test_the_root_is_given_or_in_the_environment(monkeypatch):
 def test_a_data_set_that_is_not_there(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
     with pytest.raises(ConfigError, match=f"{name} was looked for in {tmp_path}.*download: true.*data.root"):
-        load_source(name, Place(tmp_path))
+        load_source(name, LoadOptions(tmp_path))
 
 
 def test_cifar_in_an_npz_file_of_the_root(tmp_path):
     np.savez(tmp_path / "cifar100.npz", **arrays())
-    assert len(load_source("cifar100", Place(tmp_path)).labeled) == 40
+    assert len(load_source("cifar100", LoadOptions(tmp_path)).labeled) == 40
 
 
 @pytest.mark.skipif(not CIFAR10.is_file(), reason=f"needs {CIFAR10}")
 def test_cifar10_as_it_is():
-    part, test = load_source("cifar10", Place(CIFAR10.parent))
+    part, test = load_source("cifar10", LoadOptions(CIFAR10.parent))
     assert (len(part), len(test)) == (50_000, 10_000)
     assert part.labels.bincount().tolist() == [5000] * 10
     mean, deviation = part.statistics()
@@ -199,12 +200,12 @@ def torchvision_cifar(root: Path, kind: type, labels: str, monkeypatch) -> np.nd
 def test_cifar_in_torchvisions_files(name, kind, labels, tmp_path, monkeypatch):
     images = torchvision_cifar(tmp_path, kind, labels, monkeypatch)
     np.savez(tmp_path / f"{name}.npz", **arrays())  # torchvision's files come first
-    part, test = load_source(name, Place(tmp_path))
+    part, test = load_source(name, LoadOptions(tmp_path))
     assert torch.equal(part.pixels.array, torch.from_numpy(images))
     assert (part.labels.tolist(), len(test)) == ([i % 5 for i in range(20)], 10)
     (tmp_path / kind.base_folder / "train").write_bytes(b"broken")
     with pytest.raises(ConfigError, match=f"torchvision cannot load {name}.*corrupted.*remove the broken files"):
-        load_source(name, Place(tmp_path))
+        load_source(name, LoadOptions(tmp_path))
 
 
 def test_download_is_torchvisions_and_its_failure_is_told(tmp_path, monkeypatch):
@@ -216,7 +217,7 @@ def test_download_is_torchvisions_and_its_failure_is_told(tmp_path, monkeypatch)
 
     monkeypatch.setattr(datasets.CIFAR100, "download", fail)
     with pytest.raises(ConfigError, match=r"cannot load cifar100.*no network"):
-        load_source("cifar100", Place(tmp_path, download=True))
+        load_source("cifar100", LoadOptions(tmp_path, download=True))
     assert asked == [tmp_path]
 
 
@@ -235,21 +236,21 @@ def test_fashion_mnist_in_torchvisions_folder_comes_first(packed, tmp_path):
             content = idx(array)
             file = raw / f"{prefix}-{name}-ubyte{'.gz' * packed}"
             file.write_bytes(gzip.compress(content) if packed else content)
-    part, test = load_source("fashion_mnist", Place(tmp_path))
+    part, test = load_source("fashion_mnist", LoadOptions(tmp_path))
     assert torch.equal(part.pixels.array, torch.from_numpy(images).unsqueeze(1))
     assert test.labels.tolist() == [i % 10 for i in range(20)]
     broken = next(raw.glob("t10k-images*"))
     broken.write_bytes(broken.read_bytes()[:-9])
     with pytest.raises(ConfigError, match=r"cannot be read from .*t10k-images.*put the four files"):
-        load_source("fashion_mnist", Place(tmp_path))
+        load_source("fashion_mnist", LoadOptions(tmp_path))
     broken.unlink()
     with pytest.raises(ConfigError, match=r"no t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz"):
-        load_source("fashion_mnist", Place(tmp_path))
+        load_source("fashion_mnist", LoadOptions(tmp_path))
 
 
 @pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason=f"needs {DEBIAN_FASHION_MNIST}")
 def test_fashion_mnist_of_debian(tmp_path):
-    part, test = load_source("fashion_mnist", Place(tmp_path))
+    part, test = load_source("fashion_mnist", LoadOptions(tmp_path))
     assert part.pixels.array.shape == (60_000, 1, 28, 28)
     assert part.labels.bincount().tolist() == [6000] * 10
     assert len(test) == 10_000
@@ -261,20 +262,20 @@ def test_fashion_mnist_of_debian(tmp_path):
 def test_a_folder_of_files(name, tmp_path):
     class_folders(tmp_path / "train", {"cat": 3, "dog": 2})
     class_folders(tmp_path / name, {"cat": 1, "dog": 1})
-    part, test = load_source(str(tmp_path), Place(Path(), image_size=16, workers=0))
+    part, test = load_source(str(tmp_path), LoadOptions(Path(), image_size=16, workers=0))
     assert part.labels.tolist() == [0, 0, 0, 1, 1]
     images, _ = part.load()
     assert images.shape == (5, 3, 16, 16)
     torch.testing.assert_close(images[:, 0, 0, 0] * 255, torch.tensor([0.0, 1, 2, 10, 11]))
     assert len(test) == 2
-    assert load_source(str(tmp_path), Place(Path(), workers=3)).labeled.workers == 3
-    assert load_source(str(tmp_path), Place(Path())).labeled.pixels.shape == (224, 224)
+    assert load_source(str(tmp_path), LoadOptions(Path(), workers=3)).labeled.workers == 3
+    assert load_source(str(tmp_path), LoadOptions(Path())).labeled.pixels.shape == (224, 224)
 
 
 def test_folders_that_are_not_as_they_should_be(tmp_path):
     def told(match: str) -> None:
         with pytest.raises(ConfigError, match=match):
-            load_source(str(tmp_path), Place(Path()))
+            load_source(str(tmp_path), LoadOptions(Path()))
 
     told(r"should hold train/ and test/ \(or val/\).*it holds nothing")
     class_folders(tmp_path / "train", {"cat": 1, "dog": 1})
@@ -291,9 +292,9 @@ def test_imagenet_of_torchvision(tmp_path):
     for part in ("train", "val"):
         class_folders(root / part, {"n01440764": 2, "n01443537": 1})
     with pytest.raises(ConfigError, match=r"ImageNet was looked for in .*imagenet.*ILSVRC2012_devkit_t12.tar.gz"):
-        load_source("imagenet", Place(tmp_path))
+        load_source("imagenet", LoadOptions(tmp_path))
     names = {"n01440764": ("tench",), "n01443537": ("goldfish",)}
     torch.save((names, []), root / "meta.bin")
-    part, test = load_source("imagenet", Place(tmp_path, image_size=32))
+    part, test = load_source("imagenet", LoadOptions(tmp_path, image_size=32))
     assert part.labels.tolist() == test.labels.tolist() == [0, 0, 1]
     assert part.load().images.shape == (3, 3, 32, 32)

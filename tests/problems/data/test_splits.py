@@ -14,8 +14,9 @@ from PIL import Image
 from mlo import ConfigError
 from mlo.options.config import validate
 from problems.data.images import Part
-from problems.data.sources import Place, data_root, load_source
-from problems.data.splits import Data
+from problems.data.locations import data_root
+from problems.data.options import Data
+from problems.data.sources import LoadOptions, load_source
 
 CIFAR10 = data_root(None) / "cifar10.npz"
 
@@ -44,7 +45,7 @@ def test_parts_are_disjoint_stratified_and_normalized_by_the_training_images():
     parts = [splits.train, splits.validation, splits.unlabeled, splits.test]
     assert [len(part) for part in parts] == [200, 100, 800, 697]
     assert len(set.union(*map(rows, parts))) == 1797
-    everything = load_source("digits", Place(data_root(None))).labeled
+    everything = load_source("digits", LoadOptions(data_root(None))).labeled
     shares = everything.labels.bincount() / 1797
     for part in parts:
         assert (part.labels.bincount(minlength=10) - shares * len(part)).abs().max() < 3.1
@@ -70,7 +71,7 @@ def test_labeled_is_train_and_validation_and_everything_is_all_but_the_test():
 def test_a_source_with_test_images_keeps_them(source):
     splits = Data(source=source, train_size=40, validation_size=20, unlabeled_size=24).splits(seed=0)
     assert len(splits.test) == 30
-    assert torch.equal(splits.test.pixels.array, load_source(source, Place(data_root(None))).test.pixels.array)
+    assert torch.equal(splits.test.pixels.array, load_source(source, LoadOptions(data_root(None))).test.pixels.array)
     assert len(splits.everything) == 120
     assert splits.train.labels.bincount().tolist() == [20, 10, 10]
     assert (splits.image_channels, splits.classes, splits.image_size) == (3, 3, 6)

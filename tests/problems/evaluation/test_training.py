@@ -12,8 +12,9 @@ from torch import nn
 import mlo
 from mlo import ConfigError
 from problems.data.images import ArrayPixels, Part
-from problems.data.splits import Data
-from problems.evaluation.training import Training, TrainNetwork, errors, linear_with_warmup
+from problems.data.options import Data
+from problems.evaluation.options import Training
+from problems.evaluation.training import TrainNetwork, check_images, errors, linear_with_warmup, training_engine
 from problems.nas import PUBLISHED, EvaluationNetwork, Predictions
 
 
@@ -102,7 +103,7 @@ def test_the_linear_schedule_is_the_one_of_p_darts_on_imagenet():
 def test_schedules_go_by_epochs(schedule, after_an_epoch):
     splits = Data(train_size=40, validation_size=40, unlabeled_size=40).splits(seed=0)
     options = Training(schedule=schedule, batch_size=10, channels=2, cells=1, label_smoothing=0.1, weight_decay=3e-5)
-    engine = options.engine(PUBLISHED["DARTS_V2"], splits, splits.labeled, 32, "cpu")  # 8 steps an epoch
+    engine = training_engine(options, PUBLISHED["DARTS_V2"], splits, splits.labeled, 32, "cpu")  # 8 steps an epoch
     problem = engine.problems["network"]
     assert problem.label_smoothing == 0.1
     assert problem.optimizer.param_groups[0]["weight_decay"] == 3e-5
@@ -120,4 +121,4 @@ def test_labels_are_smoothed_and_a_small_image_has_no_auxiliary_head():
     assert smooth.loss(batch).item() == pytest.approx(expected.item(), rel=1e-3)
     splits = Data(train_size=40, validation_size=40, unlabeled_size=40).splits(seed=0)
     with pytest.raises(ConfigError, match="the head needs images of 32x32, and these are 8 high"):
-        Training(auxiliary=True).check(splits)
+        check_images(Training(auxiliary=True), splits)

@@ -43,7 +43,7 @@ def test_what_is_no_architecture_is_told_before_anything_is_trained(tmp_path):
         ConfigError, match=r"'PDART' is not known .* did you mean PDARTS\? there are: DARTS_V1, DARTS_V2"
     ):
         find_genotype("PDART")
-    with pytest.raises(ConfigError, match=r"holds no genotype\.json .* give the folder of such a run"):
+    with pytest.raises(ConfigError, match=r"holds no genotype\.json .* give the folder of a run that has found"):
         find_genotype(str(tmp_path))
     (tmp_path / "broken.json").write_text('{"normal": [], "reduce": []}')
     with pytest.raises(ConfigError, match=r"broken\.json is not a genotype"):

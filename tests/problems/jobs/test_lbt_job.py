@@ -18,20 +18,28 @@ import torch
 from mlo.training import checkpoint
 from problems.nas import Genotype
 
-SMALL = [
-    "--steps=6",
-    "--log-every=1",
-    "--checkpoint-every=2",
-    "--search.channels=1",
-    "--search.cells=3",
-    "--search.batch-size=16",
-    "--evaluation.steps=6",
-    "--evaluation.channels=2",
-    "--evaluation.cells=1",
-    "--data.train-size=40",
-    "--data.validation-size=40",
-    "--data.unlabeled-size=40",
-]
+SMALL = {
+    "steps": 6,
+    "log-every": 1,
+    "checkpoint-every": 2,
+    "search.channels": 1,
+    "search.cells": 3,
+    "search.batch-size": 16,
+    "evaluation.steps": 6,
+    "evaluation.channels": 2,
+    "evaluation.cells": 1,
+    "data.train-size": 40,
+    "data.validation-size": 40,
+    "data.unlabeled-size": 40,
+}
+NO_PAGE = "--page=false"
+
+
+def small(*words: object) -> list[str]:
+    """The words of a small run's options, but for those that ``words`` give."""
+    own = [str(word) for word in words]
+    given = {word.partition("=")[0] for word in own}
+    return [*(f"--{name}={value}" for name, value in SMALL.items() if f"--{name}" not in given), *own]
 
 
 def command(*words: object) -> list[str]:
@@ -60,7 +68,7 @@ def assert_identical(one: object, other: object) -> None:
 def unbroken(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "unbroken"
     done = subprocess.run(
-        command("run", "lbt", *SMALL, "--output", run), capture_output=True, text=True, timeout=250, check=False
+        command("run", "lbt", *small(), "--output", run), capture_output=True, text=True, timeout=250, check=False
     )
     assert done.returncode == 0, done.stderr
     return run
@@ -92,19 +100,20 @@ def test_a_run_leaves_everything_that_shows_it(unbroken):
     assert "pseudo_weight: 1.0" in page
 
 
-@pytest.mark.parametrize("stage", ["search-lbt", "search-plain"])
-def test_a_killed_run_resumes_to_the_same_bits(unbroken, command_line, tmp_path, stage):
+@pytest.mark.processes
+def test_a_run_killed_in_either_search_resumes_to_the_same_bits(unbroken, command_line, tmp_path):
     run = tmp_path / "killed"
-    process = subprocess.Popen(command("run", "lbt", *SMALL, "--output", run), stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not list(run.glob(f"stages/{stage}/step-*2.pt")):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (run / "report.html").exists()
-    assert not (run / "stages" / stage / "result.json").exists()
+    for stage, words in (("search-lbt", ["run", "lbt", *small(), "--output"]), ("search-plain", ["resume"])):
+        process = subprocess.Popen(command(*words, run), stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while not list(run.glob(f"stages/{stage}/step-*2.pt")):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (run / "report.html").exists()
+        assert not (run / "stages" / stage / "result.json").exists()
     code, _, err = command_line("resume", run)
     assert code == 0, err
     assert_identical(final_states(run), final_states(unbroken))
@@ -113,7 +122,8 @@ def test_a_killed_run_resumes_to_the_same_bits(unbroken, command_line, tmp_path,
 
 
 def test_another_seed_is_another_run(unbroken, command_line, tmp_path):
-    code, _, err = command_line("run", "lbt", *SMALL, "--seed", 1, "--methods", "[lbt]", "--output", tmp_path / "other")
+    words = small("--evaluation.steps=1", NO_PAGE, "--seed", 1, "--methods", "[lbt]")
+    code, _, err = command_line("run", "lbt", *words, "--output", tmp_path / "other")
     assert code == 0, err
     one, other = (final_states(r)["search-lbt"]["problems"]["arch"]["module"] for r in (unbroken, tmp_path / "other"))
     assert not torch.equal(one["normal"], other["normal"])
@@ -122,9 +132,9 @@ def test_another_seed_is_another_run(unbroken, command_line, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--hypergradient", "neumann", "--judged-by", "student"],
-        ["--hypergradient", '{"kind": "cg", "damping": 1.0}', "--student-learns-from", "pseudo_labels"],
-        ["--hypergradient", "first_order", "--lookahead", "true"],
+        ["--hypergradient", "neumann", "--judged-by", "student", NO_PAGE],
+        ["--hypergradient", '{"kind": "cg", "damping": 1.0}', "--student-learns-from", "pseudo_labels", NO_PAGE],
+        ["--hypergradient", "first_order", "--lookahead", "true", NO_PAGE],
         [
             "--hypergradient",
             "one_step",
@@ -138,19 +148,21 @@ def test_another_seed_is_another_run(unbroken, command_line, tmp_path):
         ["--search.space", "p_darts", "--search.cells", "[3, 4, 3]", "--search.skip-dropout", "0.3"],
         ["--search.space", "pc_darts", "--search.channels", "4", "--search.warmup", "1"],
         ["--teacher-hypergradient", "first_order", "--search.operations", "[noise, skip_connect, sep_conv_3x3]"],
-        ["--student", "small_wide", "--search.augmentation.crop", "1"],
+        ["--student", "small_wide", "--search.augmentation.crop", "1", NO_PAGE],
     ],
     ids=lambda words: words[1],
 )
 def test_options_reach_the_search(command_line, tmp_path, options):
-    words = (*SMALL, "--methods", "[lbt]", "--steps", 2, "--evaluation.steps", 2, *options)
+    methods = [] if "--methods" in options else ["--methods=[lbt]"]
+    words = small("--steps=2", "--evaluation.steps=2", *methods, *options)
     code, _, err = command_line("run", "lbt", *words, "--output", tmp_path / "r")
     assert code == 0, err
-    assert (tmp_path / "r" / "report.html").exists()
+    Genotype.load(tmp_path / "r" / "genotype.json")
+    assert (tmp_path / "r" / "report.html").exists() == (NO_PAGE not in options)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--data.source", "digit"], "data.source: 'digit' is not there; did you mean digits"),
         (["--data.unlabeled-size", 1700], "but digits has 1797 images"),
@@ -165,16 +177,16 @@ def test_options_reach_the_search(command_line, tmp_path, options):
     ],
     ids=str,
 )
-def test_wrong_options_are_told_and_leave_nothing(command_line, tmp_path, options, told):
+def test_wrong_options_are_reported_and_leave_nothing(command_line, tmp_path, options, message):
     code, out, err = command_line("run", "lbt", *options, "--output", tmp_path / "r")
     assert code in (1, 2)
-    assert told in err
+    assert message in err
     assert "Traceback" not in err
     assert out == ""
     assert not (tmp_path / "r").exists()
 
 
-def test_a_sweep_tells_what_is_not_there_before_anything_runs(command_line, tmp_path):
+def test_a_sweep_reports_what_is_not_there_before_anything_runs(command_line, tmp_path):
     grid = ["--grid.student", "[smal, small]", "--grid.data.source", "[digits, digit]", "--seeds", 2]
     code, out, err = command_line("sweep", "lbt", *grid, "--output", tmp_path / "s")
     assert (code, out) == (2, "")
@@ -193,12 +205,12 @@ def test_images_of_ones_own_from_an_npz_file(command_line, tmp_path):
         for what in ("images", "labels")
     }
     np.savez(tmp_path / "mine.npz", **arrays)
-    own = ["--data.source", tmp_path / "mine.npz", "--methods", "[lbt]", "--steps", 2]
-    code, _, err = command_line("run", "lbt", *SMALL, *own, "--output", tmp_path / "r")
+    own = ["--data.source", tmp_path / "mine.npz", "--methods", "[lbt]", NO_PAGE]
+    code, _, err = command_line("run", "lbt", *small("--steps=2", *own), "--output", tmp_path / "r")
     assert code == 0, err
     del arrays["test_labels"]
     np.savez(tmp_path / "cut.npz", **arrays)
-    _, _, err = command_line("run", "lbt", *SMALL, "--data.source", tmp_path / "cut.npz", "--output", tmp_path / "s")
+    _, _, err = command_line("run", "lbt", *small(), "--data.source", tmp_path / "cut.npz", "--output", tmp_path / "s")
     assert "cut.npz has no test_labels" in err
 
 

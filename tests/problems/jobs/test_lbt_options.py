@@ -7,13 +7,16 @@ import json
 import pytest
 import torch
 
-from mlo.runs.run import Run
+from mlo import ConfigError
+from mlo.runs.folder import RunFolder
 from problems.data.images import Part
-from problems.data.splits import Data
-from problems.evaluation.training import FinalTraining
-from problems.jobs.lbt import LbtJob, student_part
+from problems.data.options import Data
+from problems.evaluation.options import FinalTraining
+from problems.evaluation.training import judge
+from problems.jobs.lbt import LbtJob
+from problems.jobs.lbt_stages import draw_engine, judge_draw, student_part
 from problems.nas import DARTS, PUBLISHED, EvaluationNetwork, Genotype, Supernet, random_genotype
-from problems.search.search import Search
+from problems.search.options import Search
 
 DATA = Data(train_size=40, validation_size=50, unlabeled_size=60)
 SPLITS = Data(train_size=40, validation_size=50, unlabeled_size=60).splits(seed=0)
@@ -28,6 +31,11 @@ def among(images: torch.Tensor, part: Part) -> bool:
     """Whether all these images are of that part."""
     known = part.load().images
     return all((known == image).flatten(1).all(1).any() for image in images)
+
+
+def test_a_method_given_twice_is_an_error():
+    with pytest.raises(ConfigError, match=r"^LbtJob: methods: lbt is given twice; give each method once$"):
+        job(methods=["lbt", "plain", "lbt"])
 
 
 def test_each_level_gets_the_images_meant_for_it():
@@ -79,10 +87,14 @@ def test_the_supernet_has_the_size_asked_for():
         ({"student_learns_from": "pseudo_labels"}, lambda e: set(e.problems["student"].stream.peek()), {"unlabeled"}),
         ({"pseudo_label_path": "paper"}, lambda e: e.problems["student"].node.held, ("arch",)),
         ({}, lambda e: e.problems["student"].node.held, ()),
-        ({"lookahead": False}, lambda e: e._plan.lookahead, False),
-        ({}, lambda e: e._plan.lookahead, True),
-        ({"hypergradient": "cg"}, lambda e: type(e._plan.estimators["teacher"]).__name__, "ConjugateGradient"),
-        ({"hypergradient": "cg", "lookahead": True}, lambda e: e._plan.lookahead, True),
+        ({"lookahead": False}, lambda e: e.report().lookahead, False),
+        ({}, lambda e: e.report().lookahead, True),
+        (
+            {"hypergradient": "cg"},
+            lambda e: type(e.report().problems["teacher"].estimator).__name__,
+            "ConjugateGradient",
+        ),
+        ({"hypergradient": "cg", "lookahead": True}, lambda e: e.report().lookahead, True),
     ],
     ids=lambda value: None if callable(value) else str(value),
 )
@@ -110,7 +122,7 @@ def test_a_network_is_judged_on_the_test_images():
     network = engine.problems["network"].module.eval()
     test = SPLITS.test.load()
     wrong = network(test.images).logits.argmax(1) != test.labels
-    result = job()._judge(engine)
+    result = judge(engine, job().splits)
     assert result["test_error"] == pytest.approx(100 * wrong.float().mean().item(), abs=1e-4)
     assert result["parameters"] == sum(p.numel() for p in network.parameters())
     assert result["test_images"] == len(test.labels)
@@ -120,13 +132,13 @@ def test_random_draws_are_judged_on_the_validation_images_and_trained_on_the_oth
     chooses = job(
         methods=("best_of_random",), draws=3, evaluation=FinalTraining(steps=3, channels=2, cells=1), page=False
     )
-    engine = chooses.draw_engine(PUBLISHED["DARTS_V2"])
+    engine = draw_engine(chooses, PUBLISHED["DARTS_V2"])
     assert among(engine.problems["network"].stream.next()[0], SPLITS.train)
     network = engine.problems["network"].module.eval()
     validation = SPLITS.validation.load()
     wrong = network(validation.images).logits.argmax(1) != validation.labels
-    assert chooses._judge_draw(engine) == pytest.approx(100 * wrong.float().mean().item(), abs=1e-4)
-    run = Run.create("lbt", chooses, tmp_path / "run")
+    assert judge_draw(chooses, engine) == pytest.approx(100 * wrong.float().mean().item(), abs=1e-4)
+    run = RunFolder.create("lbt", chooses, tmp_path / "run")
     run.execute()
     judged = [json.loads((run.path / f"stages/draw-{n}/result.json").read_text()) for n in (1, 2, 3)]
     drawn = torch.Generator().manual_seed(0)
@@ -135,8 +147,8 @@ def test_random_draws_are_judged_on_the_validation_images_and_trained_on_the_oth
 
 
 def test_the_students_part_is_what_gamma_adds():
-    engine = job(hypergradient="one_step").search_engine("lbt")
-    engine.run(30)
+    engine = job(hypergradient="one_step", steps=5).search_engine("lbt")
+    engine.run(4)
     groups = [engine.problems[name].optimizer.param_groups[0] for name in ("teacher", "student")]
     decayed = groups[0]["lr"]
     assert decayed < 0.03

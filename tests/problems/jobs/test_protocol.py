@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mlo.options.config import Config, parse
-from mlo.runs.run import Run
+from mlo.runs.folder import RunFolder
 from problems.data.images import Part
-from problems.data.sources import Place, load_source
-from problems.data.splits import Data
-from problems.evaluation.training import Training
+from problems.data.options import Data
+from problems.data.sources import LoadOptions, load_source
+from problems.evaluation.options import Training
+from problems.evaluation.training import judge, training_engine
 from problems.jobs.evaluate import EvaluateJob
 from problems.jobs.lbt import LbtJob
 from problems.nas import PUBLISHED, ArchitectureLogits, Genotype, derive, random_genotype
@@ -103,8 +104,8 @@ def test_the_top_5_error_is_told_of_more_than_10_classes(tmp_path, classes, told
     sizes = dict.fromkeys(("train_size", "validation_size", "unlabeled_size"), classes)
     splits = Data(source=npz(tmp_path / "x.npz", classes), **sizes).splits(seed=0)
     options = Training(**SMALL_TRAINING)
-    engine = options.engine(PUBLISHED["DARTS_V2"], splits, splits.labeled, 1, "cpu")
-    result = options.judge(engine, splits)
+    engine = training_engine(options, PUBLISHED["DARTS_V2"], splits, splits.labeled, 1, "cpu")
+    result = judge(engine, splits)
     assert ("test_top5_error" in result) == told
     if told:
         assert 0 <= result["test_top5_error"] < result["test_error"]
@@ -114,7 +115,7 @@ def test_the_auxiliary_head_has_the_papers_weight(tmp_path):
     sizes = {"train_size": 20, "validation_size": 10, "unlabeled_size": 10}
     splits = Data(source=npz(tmp_path / "x.npz", 10, side=32), **sizes).splits(seed=0)
     options = Training(channels=2, cells=3, batch_size=10, auxiliary=True, label_smoothing=0.1)
-    problem = options.engine(PUBLISHED["DARTS_V2"], splits, splits.labeled, 2, "cpu").problems["network"]
+    problem = training_engine(options, PUBLISHED["DARTS_V2"], splits, splits.labeled, 2, "cpu").problems["network"]
     batch = seen(problem)
     logits, auxiliary = problem.module(batch[0])
     main, extra = (F.cross_entropy(each, batch[1], label_smoothing=0.1).item() for each in (logits, auxiliary))
@@ -129,7 +130,7 @@ def test_imagenet_is_trained_on_train_and_tested_on_val(tmp_path):
             for i in range(count):
                 Image.fromarray(np.full((20, 30, 3), value, np.uint8)).save(root / part / name / f"{i}.png")
     torch.save(({"n01440764": ("tench",), "n01443537": ("goldfish",)}, []), root / "meta.bin")
-    labeled, test = load_source("imagenet", Place(tmp_path, image_size=16))
+    labeled, test = load_source("imagenet", LoadOptions(tmp_path, image_size=16))
     assert test is not None
     assert (labeled.labels.tolist(), test.labels.tolist()) == ([0, 0, 0, 1, 1, 1], [0, 0, 1, 1])
     assert (labeled.load().images * 255).round().unique().tolist() == [50]
@@ -139,7 +140,7 @@ def test_imagenet_is_trained_on_train_and_tested_on_val(tmp_path):
 def executed(path: Path, **options: Any) -> Path:
     """The folder of a whole run of `lbt`, its networks as small as can be."""
     evaluation = {**SMALL_TRAINING, "steps": 1}
-    Run.create("lbt", job(LbtJob, page=False, evaluation=evaluation, **options), path).execute()
+    RunFolder.create("lbt", job(LbtJob, page=False, evaluation=evaluation, **options), path).execute()
     return path
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mlo.runs.run import Run
+from mlo.runs.folder import RunFolder
 from problems.jobs import report
 from problems.jobs.lbt import LbtJob
 from problems.nas import DARTS, PUBLISHED
@@ -16,16 +16,16 @@ RESULT = {"title": "LBT(RN18, DARTS-2nd)", "test_error": 12.345, "test_images": 
 
 @pytest.fixture
 def run(tmp_path):
-    made = Run.create("lbt", LbtJob(), tmp_path / "run")
+    run = RunFolder.create("lbt", LbtJob(), tmp_path / "run").run
     for stage in ("search-lbt", "train-lbt", "train-random"):
         losses = {"network/loss": 2.0}
-        folder = made.path / "stages" / stage
+        folder = run.path / "stages" / stage
         folder.mkdir(parents=True)
         weights = {f"arch/{kind}/{name}": 0.125 for kind in ("normal", "reduce") for name in DARTS.operations}
         weights |= {"arch/skips": 2.0, "arch/normal/entropy": 0.9, "arch/reduce/entropy": 0.8}
         lines = [json.dumps({"step": step, **losses, **weights}) for step in (1, 2)]
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    return made
+    return run
 
 
 def test_cells_are_drawn_under_their_own_names(run, monkeypatch):

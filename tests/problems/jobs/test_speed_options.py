@@ -34,17 +34,14 @@ def test_a_search_trains_in_each_precision(precision, hypergradient):
     assert {problem.autocast for problem in engine.problems.values()} == {TYPES[precision]}
     before = engine.problems["arch"].module.normal.detach().clone()
     (losses,) = losses_of(engine, 1)
-    exactly = losses_of(job(hypergradient=hypergradient).search_engine("lbt"), 1)[0]
-    assert losses.keys() == exactly.keys() == {"teacher", "student", "arch"}
+    assert losses.keys() == {"teacher", "student", "arch"}
     assert not torch.equal(engine.problems["arch"].module.normal, before)
     assert engine.problems["arch"].module.normal.isfinite().all()
 
 
 def first_loss(precision: str) -> torch.Tensor:
     torch.manual_seed(0)
-    engine = job(precision).search_engine("lbt")
-    engine.run(1)
-    return engine.losses["teacher"]
+    return job(precision).search_engine("lbt").objective("teacher")
 
 
 def test_a_lower_precision_is_near_the_full_one_and_not_the_same():
@@ -79,7 +76,7 @@ def test_a_compiled_search_takes_the_same_steps(monkeypatch):
     for compile in (False, True):
         torch.manual_seed(0)
         engine = job(compile=compile, hypergradient="one_step").search_engine("lbt")
-        found[compile] = losses_of(engine, 3)
+        found[compile] = losses_of(engine, 2)
         assert bool(calls) == compile
     for one, other in zip(found[False], found[True], strict=True):
         assert one == pytest.approx(other, rel=1e-4)

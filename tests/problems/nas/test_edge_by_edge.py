@@ -1,27 +1,22 @@
-"""The supernet against the one that is written edge by edge: values, derivatives, statistics, and what they cost."""
+"""The supernet against one written edge by edge: values, derivatives, running statistics, number of operators."""
 
 import copy
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from problems.nas import P_DARTS, PC_DARTS, Architecture, ArchitectureLogits, SearchSpace, Supernet
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # benchmarks/ is not installed
 
 from benchmarks.edge_by_edge import EdgeByEdge, load_edges
+from benchmarks.supernet import OperatorCount
+from problems.nas import P_DARTS, PC_DARTS, Architecture, ArchitectureLogits, SearchSpace, Supernet
 
 pytestmark = pytest.mark.usefixtures("float64")
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def pair(seed=0, **options):
-    """A supernet and the edge-by-edge one with its weights, and with running statistics that are not the first."""
+    """A supernet and one written edge by edge, with the same weights and the same random running statistics."""
     torch.manual_seed(seed)
     options = {"channels": 4, "cells": 3, "classes": 5, "image_channels": 2} | options
     ours, theirs = Supernet(**options), EdgeByEdge(**options)
@@ -33,18 +28,18 @@ def pair(seed=0, **options):
 
 
 def by_edge(net, values):
-    """{name on its edge: piece} of one value a parameter."""
+    """Rearrange values, one for each parameter, as {name of an edge's parameter: value}."""
     if isinstance(net, Supernet):
-        holder = copy.deepcopy(net)
+        copied = copy.deepcopy(net)
         with torch.no_grad():
-            for parameter, value in zip(holder.parameters(), values, strict=True):
+            for parameter, value in zip(copied.parameters(), values, strict=True):
                 parameter.copy_(value)
-        return {name: tensor for name, tensor in holder.edge_tensors().items() if name.endswith(("weight", "bias"))}
+        return {name: tensor for name, tensor in copied.edge_tensors().items() if name.endswith(("weight", "bias"))}
     return {name: value for (name, _), value in zip(net.named_parameters(), values, strict=True)}
 
 
 def derivatives(net, direction, size):
-    """Loss, its gradient, the Hessian's product with a direction, running statistics; the direction is a network."""
+    """The loss, its gradient, a Hessian-vector product along the weights of `direction`, and running statistics."""
     torch.manual_seed(1)
     shape = net.space.shape
     logits, tangents = torch.randn(2, *shape).requires_grad_().unbind(), torch.randn(2, *shape)
@@ -60,7 +55,7 @@ def derivatives(net, direction, size):
 
 
 def narrowed():
-    """A space with other operations on each edge: 3 of 8, drawn at random."""
+    """A space with 3 random operations on each edge."""
     logits = torch.randn(2, 14, 8, generator=torch.Generator().manual_seed(0))
     return P_DARTS.narrow(ArchitectureLogits(*logits), 5)
 
@@ -74,14 +69,14 @@ CASES = {
     "PC-DARTS": ((8, 8), {"space": PC_DARTS, "channels": 8}),
     "K of 2": ((7, 6), {"space": replace(PC_DARTS, partial=2)}),
     "no edge weights": ((6, 7), {"space": replace(PC_DARTS, edge_weights=False)}),
-    "edge weights alone": ((6, 6), {"space": replace(PC_DARTS, partial=1)}),
+    "only edge weights": ((6, 6), {"space": replace(PC_DARTS, partial=1)}),
     "P-DARTS": ((7, 6), {"space": narrowed()}),
 }
 
 
 @pytest.mark.parametrize(("size", "options"), CASES.values(), ids=CASES)
 def test_values_derivatives_and_statistics(size, options):
-    """In training: value, gradient, Hessian-vector product in weights and architecture at once, statistics."""
+    """In training mode, with derivatives with respect to weights and architecture together."""
     results = [derivatives(*nets, size) for nets in zip(pair(**options), pair(seed=2, **options), strict=True)]
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
@@ -101,7 +96,7 @@ def test_single_precision_too():
     torch.testing.assert_close(ours(images, logits), theirs(images, logits), rtol=1e-3, atol=1e-4)
 
 
-def test_weights_can_be_loaded_from_the_edges():
+def test_weights_can_be_loaded_edge_by_edge():
     ours, theirs = pair()
     trained = pair(seed=3)[1].state_dict()
     theirs.load_state_dict(trained)
@@ -111,8 +106,8 @@ def test_weights_can_be_loaded_from_the_edges():
     torch.testing.assert_close(ours.eval()(images, logits), theirs.eval()(images, logits), rtol=1e-10, atol=1e-10)
 
 
-def test_weights_start_with_the_distribution_that_an_edge_has():
-    """Uniform within 1 / sqrt(fan in), the fan in being that of one edge."""
+def test_initial_weights_have_the_distribution_of_a_single_edge():
+    """Uniform in +-1 / sqrt(fan in), with the fan in of one edge."""
     torch.manual_seed(0)
     net = Supernet(channels=16, cells=2)
     for name, tensor in net.edge_tensors().items():
@@ -120,16 +115,6 @@ def test_weights_start_with_the_distribution_that_an_edge_has():
             bound = tensor[0].numel() ** -0.5
             assert 0.8 * bound < tensor.abs().max() <= bound
             assert abs(tensor.mean()) < 5 * bound / (3 * tensor.numel()) ** 0.5
-
-
-class OperatorCount(TorchDispatchMode):
-    """How many operators are dispatched."""
-
-    count = 0
-
-    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
-        self.count += 1
-        return operator(*arguments, **(keywords or {}))
 
 
 def test_a_forward_pass_dispatches_few_operators():

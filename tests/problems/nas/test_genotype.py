@@ -1,4 +1,4 @@
-"""Genotypes: validation, JSON, derivation from logits, random drawing."""
+"""Genotypes: validation, JSON files, derivation from logits, random genotypes."""
 
 import json
 from collections import Counter
@@ -26,7 +26,7 @@ ROW = {(edge.source, edge.node): row for row, edge in enumerate(DARTS.edges)}
 
 
 def logits_of(**cells):
-    """Logits that are zero but for cells[kind][source, node, operation] = value."""
+    """Logits that are zero except cells[kind][source, node, operation] = value."""
     matrices = {kind: torch.zeros(14, 8) for kind in ("normal", "reduce")}
     for kind, entries in cells.items():
         for (source, node, operation), value in entries.items():
@@ -64,7 +64,7 @@ def test_ties_go_to_the_first_operation_and_the_lower_source():
 
 
 def test_none_is_never_chosen_but_weakens_its_edge():
-    """A large "none" takes softmax weight from its edge's best operation, though that one's logit is the largest."""
+    """A large logit of "none" lowers the softmax weight of the best operation of the same edge."""
     normal = {(0, 1, "none"): 5.0, (0, 1, "sep_conv_3x3"): 2.0, (2, 1, "dil_conv_3x3"): 0.5}
     normal |= {(source, 2, "none"): 9.0 for source in range(4)} | {(3, 2, "skip_connect"): 1.0}
     cell = derive(DARTS, logits_of(normal=normal)).normal
@@ -72,8 +72,8 @@ def test_none_is_never_chosen_but_weakens_its_edge():
     assert cell[2] == (Choice("skip_connect", 3), Choice("max_pool_3x3", 0))
 
 
-def test_edges_are_as_strong_as_the_product_of_both_weights():
-    """PC-DARTS: the edge from 0 has the strongest operation of node 1, but hardly any weight itself."""
+def test_the_strength_of_an_edge_is_the_product_of_both_weights():
+    """PC-DARTS: the edge from 0 has the strongest operation of node 1, but then a small edge weight."""
     matrix = torch.zeros(14, 9)
     matrix[ROW[0, 1], OPERATION["sep_conv_5x5"]] = 3.0
     matrix[ROW[1, 1], OPERATION["sep_conv_3x3"]] = 2.0
@@ -86,8 +86,8 @@ def test_edges_are_as_strong_as_the_product_of_both_weights():
 
 
 def test_only_operations_that_an_edge_still_has_are_chosen():
-    kept = tuple(("none", "dil_conv_3x3") if edge.node else ("skip_connect",) for edge in DARTS.edges)
-    space = SearchSpace(DARTS.operations, normal=kept)
+    choices = tuple(("none", "dil_conv_3x3") if edge.node else ("skip_connect",) for edge in DARTS.edges)
+    space = SearchSpace(DARTS.operations, normal=choices)
     strong = logits_of(normal={(0, 2, "sep_conv_3x3"): 9.0, (1, 2, "dil_conv_3x3"): 1.0})
     cell = derive(space, strong).normal
     assert cell[0] == (Choice("skip_connect", 0), Choice("skip_connect", 1))
@@ -97,8 +97,8 @@ def test_only_operations_that_an_edge_still_has_are_chosen():
     assert {choice.operation for node in drawn[1:] for choice in node} == {"dil_conv_3x3"}
 
 
-def test_the_weakest_skip_connections_give_way_in_the_normal_cell():
-    """Edges 1 to node 1 and 4 to node 3 lose theirs: the one has another operation, the other loses its place."""
+def test_the_weakest_skip_connections_of_the_normal_cell_are_replaced():
+    """Two are replaced: the edge 1 -> node 1 gets another operation, and 4 -> node 3 another edge in its stead."""
     entries = {
         (0, 0, "skip_connect"): 5.0,
         (0, 1, "skip_connect"): 4.0,
@@ -122,15 +122,15 @@ def test_the_weakest_skip_connections_give_way_in_the_normal_cell():
     assert not any(choice.operation == "skip_connect" for node in none_at_all.normal for choice in node)
 
 
-def test_skip_connections_without_alternative_are_told():
+def test_a_limit_on_skip_connections_that_cannot_be_reached_is_an_error():
     bare = (("none", "skip_connect"),) * 2 + (DARTS.operations,) * 12
     space = replace(P_DARTS, normal=bare)
     assert derive(space, logits_of()).normal[0] == (Choice("skip_connect", 0), Choice("skip_connect", 1))
-    with pytest.raises(ValueError, match="cannot do with 1 skip-connections"):
+    with pytest.raises(ValueError, match=r"cannot be limited to 1 skip-connections.* increase max_skips"):
         derive(replace(space, max_skips=1), logits_of())
 
 
-def test_derivation_refuses_nan_and_other_shapes():
+def test_derivation_rejects_nan_and_wrong_shapes():
     with pytest.raises(ValueError, match=r"reduce cell: .* NaN"):
         derive(DARTS, logits_of(reduce={(0, 0, "none"): float("nan")}))
     with pytest.raises(ValueError, match=r"normal cell: .* shape"):
@@ -138,7 +138,7 @@ def test_derivation_refuses_nan_and_other_shapes():
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_genotypes_survive_json(name, tmp_path):
+def test_published_genotypes_are_unchanged_by_saving_and_loading(name, tmp_path):
     path = tmp_path / "genotype.json"
     PUBLISHED[name].save(path)
     genotype = Genotype.load(path)
@@ -149,7 +149,7 @@ def test_published_genotypes_survive_json(name, tmp_path):
 
 
 def broken(tmp_path, change):
-    """Save DARTS_V2 changed by `change`, and return what loading it says."""
+    """Save DARTS_V2 changed by `change`, and return the error message of loading it."""
     content = PUBLISHED["DARTS_V2"].model_dump(mode="json")
     change(content)
     path = tmp_path / "broken.json"
@@ -159,7 +159,7 @@ def broken(tmp_path, change):
     return str(error.value)
 
 
-def test_all_faults_of_a_file_are_told_by_cell_and_node(tmp_path):
+def test_all_errors_in_a_file_are_listed_with_cell_and_node(tmp_path):
     def change(content):
         content["normal"][2] = [["sep_conv_3x4", 9], ["skip_connect", 0]]
         content["reduce"][0] = [["none", 0], ["skip_connect", -1]]
@@ -168,7 +168,7 @@ def test_all_faults_of_a_file_are_told_by_cell_and_node(tmp_path):
     message = broken(tmp_path, change)
     assert "normal cell, node 2: 'sep_conv_3x4' is not an operation; the nearest is 'sep_conv_3x3'" in message
     assert "normal cell, node 2: source 9 does not come before the node; valid: 0 to 3" in message
-    assert "reduce cell, node 0: 'none' stands for the absence of an edge" in message
+    assert "reduce cell, node 0: 'none' means the absence of an edge" in message
     assert "reduce cell, node 0: source -1 does not come before the node; valid: 0 to 1" in message
     assert "reduce cell, node 1: both edges come from source 2" in message
 
@@ -179,17 +179,17 @@ def test_all_faults_of_a_file_are_told_by_cell_and_node(tmp_path):
         (lambda content: content["normal"][1][0].__setitem__(1, "0"), "normal.1.0.1: Input should be a valid integer"),
         (lambda content: content["normal"][1][0].__setitem__(1, True), "normal.1.0.1: Input should be a valid integer"),
         (lambda content: content["normal"][1].pop(), "normal.1.1: Field required"),
-        (lambda content: content["normal"].pop(), "normal has 3, reduce 4"),
-        (lambda content: content.update(normal=[], reduce=[]), "1 or more; normal has 0, reduce 0"),
+        (lambda content: content["normal"].pop(), "normal has 3, reduce has 4"),
+        (lambda content: content.update(normal=[], reduce=[]), "at least 1; normal has 0, reduce has 0"),
         (lambda content: content.pop("reduce"), "reduce: Field required"),
         (lambda content: content.update(color="red"), "color: Extra inputs are not permitted"),
     ],
 )
-def test_malformed_files_are_refused(change, message, tmp_path):
+def test_malformed_files_are_rejected(change, message, tmp_path):
     assert message in broken(tmp_path, change)
 
 
-def test_no_json_and_no_file(tmp_path):
+def test_invalid_json_and_a_missing_file(tmp_path):
     path = tmp_path / "text.json"
     path.write_text("Genotype(normal=")
     with pytest.raises(ValueError, match=r"text\.json is not a genotype:\nInvalid JSON"):
@@ -198,7 +198,7 @@ def test_no_json_and_no_file(tmp_path):
         Genotype.load(tmp_path / "absent.json")
 
 
-def test_genotypes_are_frozen():
+def test_genotypes_are_immutable():
     with pytest.raises(ValidationError):
         PUBLISHED["DARTS_V1"].normal = ()
 

@@ -1,14 +1,13 @@
-"""The operation that is known to be bad: noise, on an edge, in the supernet, in genotypes and their networks."""
+"""The noise operation: on an edge, in the supernet, in genotypes and their networks."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import mlo
+from benchmarks.edge_by_edge import EdgeByEdge, load_edges
 from problems.evaluation.training import TrainNetwork
 from problems.nas import (
     DARTS,
@@ -28,14 +27,10 @@ from problems.nas import (
     draw_cell,
     random_genotype,
 )
-from problems.nas.grouped_edges import Fan
-from problems.nas.network import GenotypeEdge
+from problems.nas.evaluation_network import GenotypeEdge
+from problems.nas.grouped_edges import GroupedEdges
 from problems.nas.operations import make_operation
 from problems.nas.skeleton import CellPlan
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # benchmarks/ is not installed
-
-from benchmarks.edge_by_edge import EdgeByEdge, load_edges
 
 WITH_NOISE = SearchSpace((*OPERATIONS, NOISE))
 
@@ -55,7 +50,7 @@ def test_the_darts_space_has_no_noise():
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_noise_is_standard_normal_drawn_anew_and_blind(stride, train):
+def test_noise_is_standard_normal_drawn_at_each_call_and_independent_of_its_input(stride, train):
     torch.manual_seed(0)
     operation = make_operation(NOISE, 8, stride, affine=True).train(train)
     features = torch.full((50, 8, 17, 15), 7.0)
@@ -69,13 +64,15 @@ def test_noise_is_standard_normal_drawn_anew_and_blind(stride, train):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_each_edge_of_a_fan_has_its_own_noise_times_its_weight(stride):
+def test_each_edge_from_one_state_has_its_own_noise_times_its_weight(stride):
     torch.manual_seed(0)
-    fan = Fan({1: ("sep_conv_3x3", NOISE), 2: ("sep_conv_3x3",), 4: (NOISE,)}, ROBUST_S4.operations, 4, stride)
+    group = GroupedEdges(
+        {1: ("sep_conv_3x3", NOISE), 2: ("sep_conv_3x3",), 4: (NOISE,)}, ROBUST_S4.operations, 4, stride
+    )
     weights = torch.zeros(5, 2)
-    weights[1, 1], weights[2, 1], weights[4, 1] = 0.5, 100.0, 2.0  # edge 2 has none
+    weights[1, 1], weights[2, 1], weights[4, 1] = 0.5, 100.0, 2.0  # edge 2 has no noise
     state = torch.zeros(100, 4, 9, 9)
-    first, without, second = (sum(terms).detach() for terms in fan(state, weights, 0.0))
+    first, without, second = (sum(terms).detach() for terms in group(state, weights, 0.0))
     assert first.shape == second.shape == (100, -(-9 // stride), -(-9 // stride), 4)
     assert not without.any()
     for edge, weight in ((first, 0.5), (second, 2.0)):
@@ -85,18 +82,18 @@ def test_each_edge_of_a_fan_has_its_own_noise_times_its_weight(stride):
     assert abs(correlation) < 4 / first.numel() ** 0.5
 
 
-def test_noise_passes_a_gradient_to_its_weight_alone():
+def test_only_the_weight_of_noise_gets_a_gradient():
     torch.manual_seed(0)
-    fan = Fan({0: (NOISE,)}, (NOISE,), 3, 1)
+    group = GroupedEdges({0: (NOISE,)}, (NOISE,), 3, 1)
     state, weights = images(2, 3).requires_grad_(), torch.ones(1, 1, requires_grad=True)
-    ((output,),) = fan(state, weights, 0.0)
+    ((output,),) = group(state, weights, 0.0)
     to_state, to_weight = torch.autograd.grad(output.square().sum(), [state, weights], allow_unused=True)
     assert to_state is None
     assert to_weight.item() == pytest.approx(2 * output.square().sum().item(), rel=1e-5)
 
 
-def test_without_weight_noise_is_absent():
-    """Equal to the supernet of the same space narrowed by it, from the same weights."""
+def test_noise_of_weight_zero_changes_nothing():
+    """The output equals that of the supernet of the space without noise, with the same weights."""
     torch.manual_seed(0)
     noisy = Supernet(WITH_NOISE, 4, 3, image_channels=2)
     plain = Supernet(DARTS, 4, 3, image_channels=2)
@@ -111,7 +108,7 @@ def test_without_weight_noise_is_absent():
 
 SPACES = {
     "S4": ROBUST_S4,
-    "beside DARTS": WITH_NOISE,
+    "DARTS and noise": WITH_NOISE,
     "PC-DARTS": replace(PC_DARTS, operations=(*OPERATIONS, NOISE)),
     "some edges": replace(ROBUST_S4, normal=(("sep_conv_3x3", NOISE), ("sep_conv_3x3",)) * 7),
 }
@@ -119,8 +116,8 @@ SPACES = {
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
-def test_the_supernet_is_the_one_edge_by_edge_but_for_the_draw(space, monkeypatch):
-    """Under a draw that is the same for both: values, gradients, and products of the Hessian."""
+def test_the_supernet_equals_the_one_edge_by_edge_given_the_same_noise(space, monkeypatch):
+    """Values, gradients and Hessian-vector products, with `torch.randn` replaced by the same pattern for both."""
 
     def pattern(*shape, **options):
         shape = shape[0] if isinstance(shape[0], tuple) else shape
@@ -144,7 +141,7 @@ def test_the_supernet_is_the_one_edge_by_edge_but_for_the_draw(space, monkeypatc
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
 
 
-def test_the_draw_is_replayed_with_the_global_generator():
+def test_noise_comes_from_the_global_generator():
     torch.manual_seed(0)
     net, logits, batch = Supernet(ROBUST_S4, 4, 2, image_channels=2), Architecture(ROBUST_S4)(), images()
     state = torch.get_rng_state()
@@ -159,7 +156,7 @@ def noise_everywhere():
     return Genotype(normal=cell, reduce=cell)
 
 
-def test_genotypes_may_hold_noise(tmp_path):
+def test_genotypes_may_contain_noise(tmp_path):
     matrix = torch.zeros(14, 2)
     matrix[:, 1] = 1.0
     genotype = derive(ROBUST_S4, ArchitectureLogits(matrix, matrix))
@@ -167,18 +164,18 @@ def test_genotypes_may_hold_noise(tmp_path):
     genotype.save(tmp_path / "genotype.json")
     assert Genotype.load(tmp_path / "genotype.json") == genotype
     drawn = [random_genotype(ROBUST_S4, torch.Generator().manual_seed(seed)) for seed in range(8)]
-    kept = [choice.operation for genotype in drawn for node in genotype.normal for choice in node]
-    assert set(kept) == {"sep_conv_3x3", NOISE}
+    operations = [choice.operation for genotype in drawn for node in genotype.normal for choice in node]
+    assert set(operations) == {"sep_conv_3x3", NOISE}
     with pytest.raises(ValueError, match="'noize' is not an operation; the nearest is 'noise'"):
         SearchSpace(("noize", "sep_conv_3x3"))
 
 
-def test_cells_with_noise_are_drawn():
+def test_cells_with_noise_can_be_drawn():
     (axes,) = draw_cell(noise_everywhere(), "reduce").axes
     assert [text.get_text() for text in axes.texts].count(NOISE) == 8
 
 
-def test_drop_path_drops_noise_as_it_drops_convolutions():
+def test_drop_path_applies_to_noise():
     torch.manual_seed(0)
     edge = GenotypeEdge(Choice(NOISE, 0), CellPlan((4, 4), 4, True, follows_reduction=False))
     output = edge([torch.zeros(400, 4, 5, 5)], 0.5)
@@ -189,7 +186,7 @@ def test_drop_path_drops_noise_as_it_drops_convolutions():
 
 
 @pytest.mark.parametrize("genotype", [noise_everywhere(), PUBLISHED["DARTS_V2"]], ids=["noise", "DARTS"])
-def test_a_network_with_noise_can_be_trained_though_no_gradient_passes_it(genotype):
+def test_a_network_with_noise_can_be_trained(genotype):
     torch.manual_seed(0)
     if genotype != noise_everywhere():
         first = ((Choice(NOISE, 0), Choice(NOISE, 1)), *genotype.normal[1:])

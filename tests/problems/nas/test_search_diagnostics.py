@@ -1,4 +1,4 @@
-"""Watching a search: kept operations, entropy, the Hessian's dominant eigenvalue, and when to stop."""
+"""Diagnostics of a search: derived operations, entropy, the Hessian's dominant eigenvalue, early stopping."""
 
 import math
 
@@ -16,30 +16,30 @@ from problems.nas import (
     SearchSpace,
     Supernet,
     architecture_loss,
+    count_operations,
+    count_skips,
     dominant_eigenvalue,
+    early_stop_epoch,
     entropy,
-    kept,
-    skips,
-    stop_at,
 )
 
 
-def test_what_would_be_kept_is_counted_as_derive_has_it():
+def test_operations_of_the_derived_genotype_are_counted():
     normal, reduce = torch.zeros(14, 8), torch.zeros(14, 8)
     normal[:, DARTS.operations.index("sep_conv_3x3")] = 1.0
     normal[[0, 1, 2], DARTS.operations.index("skip_connect")] = 2.0  # both inputs of node 0, the first of node 1
     normal[:, 0] = 3.0
     logits = ArchitectureLogits(normal, reduce)
-    assert skips(DARTS, logits) == 3
-    assert skips(P_DARTS, logits) == 2
-    assert kept(DARTS, logits) == {"skip_connect": 3, "sep_conv_3x3": 5}
-    assert kept(DARTS, logits, "reduce") == {"max_pool_3x3": 8}
-    assert kept(DARTS, logits)["noise"] == 0
+    assert count_skips(DARTS, logits) == 3
+    assert count_skips(P_DARTS, logits) == 2
+    assert count_operations(DARTS, logits) == {"skip_connect": 3, "sep_conv_3x3": 5}
+    assert count_operations(DARTS, logits, "reduce") == {"max_pool_3x3": 8}
+    assert count_operations(DARTS, logits)["noise"] == 0
     with pytest.raises(ValueError, match="valid: normal, reduce"):
-        kept(DARTS, logits, "reduction")
+        count_operations(DARTS, logits, "reduction")
 
 
-def test_entropy_is_the_mean_over_edges_in_units_of_a_uniform_choice():
+def test_entropy_is_the_mean_over_edges_relative_to_equal_weights():
     normal = torch.zeros(14, 8)
     normal[0] = torch.tensor([0.5, 0.25, 0.25, *[1e-30] * 5]).log()
     reduce = torch.full((14, 8), -1e4)
@@ -52,7 +52,7 @@ def test_entropy_is_the_mean_over_edges_in_units_of_a_uniform_choice():
         entropy(ROBUST_S4, ArchitectureLogits(normal, reduce))
 
 
-def test_entropy_counts_the_operations_that_an_edge_has_and_no_edge_weights():
+def test_entropy_uses_the_operations_of_each_edge_and_ignores_edge_weights():
     few = (("none", "skip_connect"), ("sep_conv_3x3",)) + (DARTS.operations,) * 12
     found = entropy(SearchSpace(DARTS.operations, normal=few), ArchitectureLogits(*torch.zeros(2, 14, 8)))
     assert found["normal"].item() == pytest.approx(13 / 14)
@@ -99,7 +99,7 @@ def test_the_dominant_eigenvalue_is_that_of_the_whole_hessian(space, skip_dropou
 
 
 @pytest.mark.usefixtures("float64")
-def test_it_is_the_largest_in_value_not_in_size():
+def test_it_is_the_largest_in_value_not_in_magnitude():
     def loss(logits):
         return (logits.normal.square() * torch.tensor([0.5, -4.0])).sum() + 1.5 * logits.reduce.square().sum() / 2
 
@@ -107,7 +107,7 @@ def test_it_is_the_largest_in_value_not_in_size():
     assert dominant_eigenvalue(loss, logits) == pytest.approx(1.5)
 
 
-def test_watching_changes_nothing():
+def test_diagnostics_change_neither_supernet_nor_random_state():
     net, loss, logits = small(ROBUST_S4)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     random, numbers = torch.get_rng_state(), logits.normal.clone()
@@ -120,7 +120,7 @@ def test_watching_changes_nothing():
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_the_loss_follows_the_weights():
+def test_the_loss_uses_the_current_weights():
     net, loss, logits = small(DARTS)
     before = loss(logits)
     with torch.no_grad():
@@ -137,14 +137,14 @@ def test_flat_and_linear_losses_have_eigenvalue_zero():
     assert dominant_eigenvalue(lambda given: 0 * given.normal.square().sum(), logits) == 0
 
 
-def test_what_cannot_be_had_is_told():
+def test_eigenvalues_that_cannot_be_computed_are_errors():
     logits = ArchitectureLogits(*torch.ones(2, 14, 8))
-    with pytest.raises(ValueError, match="does not depend on the architecture's logits"):
+    with pytest.raises(ValueError, match="does not depend on the architecture logits"):
         dominant_eigenvalue(lambda given: logits.normal.sum(), logits)
     with pytest.raises(ValueError, match="loss is nan"):
         dominant_eigenvalue(lambda given: given.normal.square().sum() * float("nan"), logits)
     scale = torch.linspace(1, 1.001, 112).view(14, 8)
-    with pytest.raises(RuntimeError, match="not found to 1e-09 in 1 iterations; raise"):
+    with pytest.raises(RuntimeError, match="did not converge to a relative error of 1e-09 in 1 iterations; increase"):
         dominant_eigenvalue(lambda given: (given.normal.square() * scale).sum(), logits, 1e-9, iterations=1)
 
 
@@ -152,32 +152,32 @@ RISING = [1.0] * 12 + [1.0, 1.0, 1.0, 2.0, 4.0]
 """The mean around epoch 14 is 9/5 of that around epoch 10, once epoch 16 is known."""
 
 
-def test_the_search_stops_when_the_mean_rises_and_goes_back_to_the_epoch_before():
-    assert stop_at(RISING) == 10
-    assert stop_at(RISING[:-1]) is None  # epoch 14 has no full window yet
-    assert stop_at([*RISING, 100.0]) == 10  # the first decision stands
-    assert stop_at(RISING, first=11) is None
-    assert stop_at(RISING[1:]) is None  # it would be epoch 9
-    assert stop_at(RISING[1:], first=9) == 9
-    assert stop_at([]) is None
-    assert stop_at([1.0] * 50) is None
+def test_the_search_stops_when_the_mean_rises_and_returns_the_epoch_before():
+    assert early_stop_epoch(RISING) == 10
+    assert early_stop_epoch(RISING[:-1]) is None  # epoch 14 has no full window yet
+    assert early_stop_epoch([*RISING, 100.0]) == 10  # the first decision is kept
+    assert early_stop_epoch(RISING, first=11) is None
+    assert early_stop_epoch(RISING[1:]) is None  # it would be epoch 9
+    assert early_stop_epoch(RISING[1:], first=9) == 9
+    assert early_stop_epoch([]) is None
+    assert early_stop_epoch([1.0] * 50) is None
 
 
-def test_the_ratio_has_to_be_exceeded():
+def test_the_ratio_must_be_exceeded():
     level = [1.0] * 14 + [1.0, 1.0, 2.5]
-    assert stop_at(level) is None  # 6.5 / 5 is 1.3 itself
+    assert early_stop_epoch(level) is None  # 6.5 / 5 is exactly 1.3
     level[-1] = 2.51
-    assert stop_at(level) == 10
-    assert stop_at(level, ratio=1.31) is None
+    assert early_stop_epoch(level) == 10
+    assert early_stop_epoch(level, ratio=1.31) is None
 
 
-def test_the_means_are_those_around_both_epochs():
+def test_the_means_are_centered_at_both_epochs():
     """Means of 3 around epochs 2 and 4: of entries 1 to 3, and 3 to 5; entries 0 and 6 must not count."""
     history = [50.0, 1.0, 2.0, 3.0, 4.0, 8.0]
-    assert stop_at(history, window=3, lag=2, ratio=2.4, first=2) == 2  # 5 against 2
-    assert stop_at(history, window=3, lag=2, ratio=2.6, first=2) is None
-    assert stop_at(history, window=3, lag=3, ratio=0.1, first=0) == 1  # 0 has no full window
-    assert stop_at([1.0, 2.0], window=1, lag=1, ratio=1.5, first=0) == 0
+    assert early_stop_epoch(history, window=3, lag=2, ratio=2.4, first=2) == 2  # 5 against 2
+    assert early_stop_epoch(history, window=3, lag=2, ratio=2.6, first=2) is None
+    assert early_stop_epoch(history, window=3, lag=3, ratio=0.1, first=0) == 1  # 0 has no full window
+    assert early_stop_epoch([1.0, 2.0], window=1, lag=1, ratio=1.5, first=0) == 0
 
 
 @pytest.mark.parametrize(
@@ -189,6 +189,6 @@ def test_the_means_are_those_around_both_epochs():
         ({"history": [1.0, math.nan]}, r"not finite: 1 \(nan\)"),
     ],
 )
-def test_stopping_refuses_what_makes_no_sense(options, message):
+def test_early_stopping_rejects_invalid_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        stop_at(**{"history": [1.0] * 20} | options)
+        early_stop_epoch(**{"history": [1.0] * 20} | options)

@@ -1,4 +1,4 @@
-"""The supernet against published counts, a brute-force mixture, and golden values of a second-order gradient."""
+"""The supernet against published counts, a brute-force mixture, and known values of a second-order gradient."""
 
 import math
 from dataclasses import replace
@@ -10,20 +10,20 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from problems.nas import DARTS, P_DARTS, PC_DARTS, Architecture, ArchitectureLogits, SearchSpace, Supernet
-from problems.nas.grouped_edges import Fan
+from problems.nas.grouped_edges import GroupedEdges
 
 
 def parameter_count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def keeping(*names):
+def with_operations(*names):
     """P-DARTS' space with these operations on every edge."""
     return replace(P_DARTS, normal=(names,) * 14, reduce=(names,) * 14)
 
 
-STAGE_2 = keeping("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
-STAGE_3 = keeping("skip_connect", "sep_conv_3x3", "sep_conv_5x5")
+STAGE_2 = with_operations("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5")
+STAGE_3 = with_operations("skip_connect", "sep_conv_3x3", "sep_conv_5x5")
 IMAGENET = {"space": replace(PC_DARTS, partial=2), "classes": 1000, "stem": "imagenet"}
 
 
@@ -48,14 +48,14 @@ def test_parameter_counts(options, count):
 
 @pytest.mark.parametrize(("space", "count"), [(DARTS, 300_255_744), (PC_DARTS, 56_596_992)])
 def test_multiply_accumulates(space, count):
-    """Of convolutions and the classifier, as they are counted; to mix what edges share is a product of matrices."""
+    """Papers count convolutions and the classifier; the matrix products that mix shared operations are left out."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         Supernet(space)(torch.empty(1, 3, 32, 32), Architecture(space)())
     by_operator = counter.get_flop_counts()["Global"]
     assert by_operator[torch.ops.aten.convolution] + by_operator[torch.ops.aten.addmm] == 2 * count
 
 
-def test_architecture_starts_small_and_is_its_only_state():
+def test_the_architecture_starts_small_and_has_no_other_state():
     torch.manual_seed(0)
     architecture = Architecture()
     assert {name: tuple(value.shape) for name, value in architecture.state_dict().items()} == {
@@ -103,16 +103,16 @@ def all_operations(features, weights, stride):
 def weights_in_order(net):
     """Stem, cell after cell (its inputs, then edge after edge), classifier."""
 
-    def place(item):
+    def position(item):
         part, index, *_ = item[0].split(".")
         return ("stem", "cells", "classifier").index(part), int(index) if part == "cells" else 0
 
-    ordered = sorted(net.edge_tensors().items(), key=place)
+    ordered = sorted(net.edge_tensors().items(), key=position)
     return [tensor for name, tensor in ordered if name.endswith((".weight", ".bias"))]
 
 
 def brute_force(net, cells, images, logits):
-    """The supernet in training, written out from its definition."""
+    """The supernet in training mode, written out from its definition."""
     weights = iter(weights_in_order(net))
     stem = normalize(F.conv2d(images, next(weights), padding=1))
     before = last = stem * next(weights).view(1, -1, 1, 1) + next(weights).view(1, -1, 1, 1)
@@ -160,31 +160,31 @@ def test_every_architecture_logit_of_the_space_gets_a_gradient(space):
     torch.manual_seed(0)
     net, architecture = Supernet(space, channels=4, cells=3, image_channels=1), Architecture(space)
     loss = F.cross_entropy(net(torch.randn(4, 1, 8, 8), architecture()), torch.arange(4))
-    alive = torch.tensor([name in space.choices("normal")[0] for name in space.operations] + [True])
+    used = torch.tensor([name in space.choices("normal")[0] for name in space.operations] + [True])
     for gradient in torch.autograd.grad(loss, list(architecture.parameters())):
         assert gradient.shape == space.shape
-        assert torch.equal(gradient != 0, alive[: space.shape[1]].expand(space.shape))
+        assert torch.equal(gradient != 0, used[: space.shape[1]].expand(space.shape))
 
 
 def test_imagenet_stem_divides_the_resolution_by_eight():
     net = Supernet(**IMAGENET | {"channels": 4, "cells": 1})
-    seen = []
-    net.cells[0].register_forward_hook(lambda *call: seen.append(call[2].shape))
+    shapes = []
+    net.cells[0].register_forward_hook(lambda *call: shapes.append(call[2].shape))
     assert net(torch.randn(2, 3, 64, 64), Architecture(PC_DARTS)()).shape == (2, 1000)
-    assert seen == [(2, 32, 4, 4)]  # the one cell reduces
+    assert shapes == [(2, 32, 4, 4)]  # the only cell is a reduction cell
 
 
-def skipping(stride):
-    """The edges out of one state, with skip-connections only: as a function of the dropout's probability."""
+def skip_connections(stride):
+    """Two edges from one state, each a skip-connection, and their outputs as a function of the dropout probability."""
     torch.manual_seed(0)
-    fan = Fan({0: ("skip_connect",), 1: ("skip_connect",)}, ("skip_connect",), 4, stride)
+    group = GroupedEdges({0: ("skip_connect",), 1: ("skip_connect",)}, ("skip_connect",), 4, stride)
     state = torch.rand(8, 4, 16, 16) + 1
-    return fan, state, lambda probability: fan(state, torch.tensor([[1.0], [2.0]]), probability)
+    return group, state, lambda probability: group(state, torch.tensor([[1.0], [2.0]]), probability)
 
 
-def test_dropout_behind_skip_connections():
-    """Each edge drops values of its own, scales the others up, and does neither in evaluation."""
-    fan, state, run = skipping(stride=1)
+def test_dropout_after_skip_connections():
+    """In training each edge drops different values and scales up the others; in evaluation it does neither."""
+    group, state, run = skip_connections(stride=1)
     pixels = state.permute(0, 2, 3, 1)
     (first,), (second,) = run(0.25)
     for weight, output in ((1, first), (2, second)):
@@ -192,17 +192,17 @@ def test_dropout_behind_skip_connections():
         torch.testing.assert_close(output[kept], weight * pixels[kept] / 0.75)
         assert abs(kept.float().mean() - 0.75) < 4 * (0.1875 / kept.numel()) ** 0.5
     assert not torch.equal(first == 0, second == 0)
-    fan.eval()
+    group.eval()
     for weight, (output,) in zip((1, 2), run(0.25), strict=True):
         torch.testing.assert_close(output, weight * pixels)
 
 
-def test_skip_connections_of_stride_2_drop_nothing():
-    _, _, run = skipping(stride=2)
+def test_skip_connections_of_stride_2_have_no_dropout():
+    _, _, run = skip_connections(stride=2)
     assert torch.equal(run(0.5)[0][0], run(0.0)[0][0])
 
 
-def test_skip_dropout_can_be_set_during_the_run():
+def test_skip_dropout_can_be_changed_at_any_time():
     torch.manual_seed(0)
     net, images, logits = Supernet(channels=4, cells=1), torch.randn(4, 3, 8, 8), Architecture()()
     plain = net(images, logits)
@@ -215,10 +215,10 @@ def test_skip_dropout_can_be_set_during_the_run():
         net(images, logits)
 
 
-def test_wrong_arguments_are_refused():
+def test_invalid_arguments_are_rejected():
     with pytest.raises(ValueError, match="at least 1 cell"):
         Supernet(cells=0)
-    with pytest.raises(ValueError, match="6 channels cannot be parted in 4"):
+    with pytest.raises(ValueError, match=r"6 channels cannot be split into the 4 equal parts .*; use a multiple of 4"):
         Supernet(PC_DARTS, channels=6)
     with pytest.raises(ValueError, match="'cifr' is not a stem; valid: cifar, imagenet"):
         Supernet(stem="cifr")
@@ -228,7 +228,7 @@ def test_wrong_arguments_are_refused():
 
 
 def golden_weights(net):
-    """Deterministic weights: sin(1), sin(2), ... by tensor of an edge, scaled by sqrt(2 / fan in); return them."""
+    """Set the weights of each edge to sin(1), sin(2), ... times sqrt(2 / fan in), and return all weights."""
     for name, tensor in net.edge_tensors().items():
         if tensor.ndim > 1:
             value = torch.arange(1.0, tensor.numel() + 1, dtype=torch.float64).sin()
@@ -238,8 +238,8 @@ def golden_weights(net):
     return dict(net.named_parameters())
 
 
-def test_second_order_gradient_has_its_golden_value():
-    """One virtual SGD step (0.025, weight decay 3e-4), differentiated twice; values from two other implementations."""
+def test_the_second_order_gradient_has_its_golden_value():
+    """Through one virtual SGD step (rate 0.025, weight decay 3e-4). Two other implementations give these values."""
     net = Supernet(channels=4, cells=3).double()
     weights = golden_weights(net)
     index = torch.arange(112, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Every number of the paper-scale runs, beside those of the papers that the search spaces come from."""
+"""The hyperparameters of the paper-scale runs equal those of the papers that introduced the search spaces."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CROP_AND_FLIP = {"crop": 4, "flip": True, "cutout": 0, "resized_crop": False, "j
 OF_IMAGENET = {"crop": 0, "flip": True, "cutout": 0, "resized_crop": True, "jitter": 1.0}
 P_DARTS_CELLS = (5, 11, 17)
 
-# space: channels, cells, batch, first and last rate, architecture's rate, epochs, frozen epochs, first order, dropout
+# channels, cells, batch, first and last rate, architecture's rate, epochs, warm-up epochs, first order?, dropout
 SEARCHES = {
     ("cifar10", "darts1"): (16, 8, 64, 0.025, 0.001, 3e-4, 50, 0, True, 0.0),
     ("cifar10", "darts2"): (16, 8, 64, 0.025, 0.001, 3e-4, 50, 0, False, 0.0),
@@ -75,12 +75,12 @@ def test_a_search(data, space, student):
 
 @pytest.mark.parametrize("scale", ["laptop", "paper"])
 @pytest.mark.parametrize("space", PAPER_SPACES)
-def test_the_first_order_methods_are_so_at_every_scale(scale, space):
+def test_first_order_methods_are_first_order_at_every_scale(scale, space):
     options = Setting("cifar10", space).options(scale)
     assert options.get("teacher_hypergradient") == (None if space == "darts2" else "first_order")
 
 
-def test_the_students_training_shares_what_the_papers_give_for_search():
+def test_the_student_trains_with_the_hyperparameters_of_the_search():
     engine = validate(
         LbtJob, {"search": {"channels": 1, "cells": 3, "learning_rate": 0.025}, "device": "cpu"}, "test"
     ).search_engine("lbt")
@@ -115,7 +115,7 @@ def test_a_final_training_on_imagenet(space):
     assert (training.weight_decay, training.label_smoothing, training.drop_path) == (3e-5, 0.1, 0.0)
     assert (training.auxiliary, training.images) == (True, "everything")
     assert training.augmentation.model_dump() == OF_IMAGENET
-    if space == "pcdarts":  # searched on ImageNet itself, its final training is that of the search's own job
+    if space == "pcdarts":  # the search on ImageNet trains its result in the same job, with the same options
         own = paper("imagenet", "pcdarts", "rn50").evaluation
         assert own.model_dump() == {**training.model_dump(), "steps": job.steps}
 
@@ -149,7 +149,7 @@ def test_trade_offs_and_ablations_reach_the_job(changes, expected):
     ("method", "student_weight", "judged_by"),
     [("plain", 1.0, "both"), ("lbt", 20.0, "both"), ("lbt", 1.0, "student"), ("random", 1.0, "both")],
 )
-def test_the_setting_where_a_benefit_should_show(method, student_weight, judged_by):
+def test_the_setting_in_which_teaching_should_help(method, student_weight, judged_by):
     options = benefit_options(method, student_weight, judged_by)
     job = validate(LbtJob, merge(defaults(LbtJob), options), "test")
     assert (job.methods, job.student_weight, job.judged_by) == ((method,), student_weight, judged_by)

@@ -1,4 +1,4 @@
-"""The paper's networks, students and training options at their own size, on a few images and for a step or two."""
+"""The paper's networks, students and training options in full size, on a few images and for one step."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_an_evaluation_on_cifar(cifar):
     assert engine.losses["network"].isfinite()
 
 
-def test_a_search_on_imagenet_and_the_evaluation_of_what_was_found_elsewhere(imagenet):
+def test_a_search_on_imagenet_and_an_evaluation_of_a_cifar_architecture(imagenet):
     job = paper(Setting("imagenet", "pcdarts"), imagenet, batch=2)
     engine = job.search_engine("plain")
     engine.run(1)

@@ -1,4 +1,4 @@
-"""What each run of the paper is: valid options at both scales, the sizes of the papers, one key a run."""
+"""The runs of the paper: valid options at both scales, the sizes of the papers, one key for each run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def paper(*run: object, **changes: object) -> LbtJob:
     return validate(LbtJob, merge(defaults(LbtJob), Setting(*run, **changes).options("paper")), "test")
 
 
-def test_the_papers_sizes():
+def test_the_sizes_of_the_paper():
     darts = paper("cifar10", "darts2", "rn18")
     assert (darts.search.channels, darts.search.cells, darts.search.batch_size) == (16, 8, 64)
     assert darts.steps == 50 * (25000 // 64)
@@ -75,13 +75,13 @@ def test_the_sizes_of_the_other_spaces():
     assert (imagenet.evaluation.label_smoothing, imagenet.evaluation.weight_decay) == (0.1, 3e-5)
 
 
-def test_with_and_without_a_student_differ_in_the_method_and_the_student_alone():
+def test_runs_with_and_without_a_student_differ_only_in_method_and_student():
     with_student, without = (Setting("cifar10", "pdarts", student).options("paper") for student in ("rn18", None))
     differing = {name for name in {**with_student, **without} if with_student.get(name) != without.get(name)}
     assert differing <= {"methods", "student", "judged_by", "student_learns_from", "pseudo_weight", "student_weight"}
 
 
-def test_the_ablations_test_on_5000_images_held_out():
+def test_the_ablations_test_on_5000_held_out_images():
     run = Setting("cifar10", "darts2", "rn18", held_out=True)
     for scale in ("laptop", "paper"):
         assert run.options(scale)["data"]["held_out_size"] == 5000

@@ -15,7 +15,8 @@ from mlo.options.config import parse
 from problems import nas
 from problems.jobs.lbt import LbtJob
 from problems.nas import Architecture, ArchitectureLogits
-from problems.search.search import Search, skip_dropout_at
+from problems.search.levels import skip_dropout_at
+from problems.search.options import Search
 
 TINY = {"train_size": 40, "validation_size": 50, "unlabeled_size": 60}
 
@@ -95,7 +96,7 @@ def test_first_order_leaves_out_the_teacher_alone():
     engine.run(2)
     passes = engine.passes
     assert sum(passes["student"].values()) > 2, "the student is differentiated through"
-    assert engine._plan.lookahead is False
+    assert engine.report().lookahead is False
     gradients = []
     for weight in (0.0, 1.0):
         engine.problems["arch"].student_weight = weight

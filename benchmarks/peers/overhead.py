@@ -1,6 +1,8 @@
-"""Where time goes that is not arithmetic, in microseconds: `python -m benchmarks.peers.where`.
+"""The overhead of the engine: time that is not arithmetic, in microseconds.
 
-First the tiny unroll, piece by piece, of a step; then rounds of meta-weight-net at a size where arithmetic is nothing.
+    python -m benchmarks.peers.overhead
+
+First the parts of the tiny unroll, per step; then rounds of meta-weight-net, so small that arithmetic hardly counts.
 """
 
 from __future__ import annotations
@@ -16,30 +18,32 @@ import mlo
 from benchmarks.peers.by_hand import combined, leaves, mlp
 from benchmarks.peers.libraries import build, with_mlo
 from benchmarks.peers.workloads import Bilevel, make
-from mlo.steps.optimizer import optimizer_state
+from mlo.steps.evaluation import Evaluator
+from mlo.steps.optimizer_state import optimizer_state
 
 
 def microseconds(calls: dict[str, Callable[[], object]], count: int = 10, rounds: int = 30) -> dict[str, float]:
-    """CPU time of each call, the least of some blocks, which are taken in turn."""
-    found = dict.fromkeys(calls, float("inf"))
+    """CPU time of each call in microseconds: the minimum over ``rounds`` blocks; the calls take turns."""
+    times = dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
         for what, call in calls.items():
-            begun = time.process_time()
+            start = time.process_time()
             for _ in range(count):
                 call()
-            found[what] = min(found[what], 1e6 * (time.process_time() - begun) / count)
-    return found
+            times[what] = min(times[what], 1e6 * (time.process_time() - start) / count)
+    return times
 
 
 def pieces() -> dict[str, Callable[[], object]]:
-    """{what: a call of it, of as many steps as the workload (d) has}."""
+    """{part: a function that runs it, for all steps of workload (d)}."""
     task = make("tiny")
     assert isinstance(task, Bilevel)
     problems, top = with_mlo._bilevel(task)
     engine = mlo.Engine(problems, "unrolled", lookahead=False, device="cpu")
     engine.hypergradient(top)
     hand = build("hand", make("tiny"), "unrolled")
-    model, evaluator, states = engine.problems["model"], engine._evaluator, engine._live_states()
+    model, evaluator = engine.problems["model"], Evaluator(engine.problems, engine.device)
+    states = {name: problem.live_state() for name, problem in engine.problems.items()}
     batches, at = [model.batches_ahead(n)[0] for n in range(task.steps)], optimizer_state(model, copies=False)
     hyper = list(task.weights.parameters())
 
@@ -73,17 +77,17 @@ def pieces() -> dict[str, Callable[[], object]]:
         "by hand: the losses": losses_by_hand,
         "by hand: the steps, in one graph": lambda: unrolled(mlp),
         "the same, the network called by functional_call": lambda: unrolled(called),
-        "by hand: the walk back": lambda: torch.autograd.grad(ends, hyper, vector, retain_graph=True),
+        "by hand: the backward pass": lambda: torch.autograd.grad(ends, hyper, vector, retain_graph=True),
         "by hand: all": hand.round,
         "the losses": losses,
         "the steps, in one graph": several,
-        "the walk back": lambda: taken.pull(vector, {}, hyper, True),
+        "the backward pass": lambda: taken.pull(vector, {}, hyper, True),
         "all": lambda: engine.hypergradient(top),
     }
 
 
 def rounds() -> dict[str, Callable[[], object]]:
-    """{what: a round of the workload (a) with a network of 12-8-4}."""
+    """{estimator and library: a round of workload (a) with a 12-8-4 network}."""
     found: dict[str, Callable[[], object]] = {}
     for estimator in ("one_step", "darts", "neumann"):
         for library in ("hand", "mlo"):
@@ -93,7 +97,7 @@ def rounds() -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    """Print the pieces."""
+    """Print the times."""
     torch.set_num_threads(1)
     for calls, share in ((pieces(), 20), (rounds(), 1)):
         for what, found in microseconds(calls).items():

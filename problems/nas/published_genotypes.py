@@ -1,4 +1,4 @@
-"""The genotypes of published searches, as data."""
+"""Genotypes found by published searches: DARTS, P-DARTS and PC-DARTS."""
 
 from collections.abc import Mapping
 

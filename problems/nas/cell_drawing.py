@@ -1,4 +1,4 @@
-"""A picture of one cell of a genotype: a directed graph, read from left to right."""
+"""Draws one cell of a genotype as a directed graph, from left to right."""
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
@@ -10,14 +10,14 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 
 from problems.nas.genotype import CellGenotype, Genotype
-from problems.nas.space import CellKind
+from problems.nas.search_space import CellKind
 
 # All lengths are in inches, which are also the units of the axes.
 _PITCH, _LANE = 1.7, 0.36  # between nodes, between lanes
-_HALF_HEIGHT, _HALF_WIDTH = 0.16, 0.27  # of the boxes; a node's is as wide as high
-_PORT = 0.06  # how far from a node's middle an edge arrives
+_HALF_HEIGHT, _HALF_WIDTH = 0.16, 0.27  # half the size of a box; the box of a node is a square
+_PORT = 0.06  # distance from the middle of a node at which its edges arrive
 _TURN = 0.28  # the length over which an edge changes height
-_FIRST_GAP, _LAST_GAP = _PITCH + _HALF_WIDTH - _HALF_HEIGHT, 1.2  # from the inputs and to the output
+_FIRST_GAP, _LAST_GAP = _PITCH + _HALF_WIDTH - _HALF_HEIGHT, 1.2  # after the inputs, and before the output
 _MARGIN = 0.12  # around the picture
 _END_COLOR, _NODE_COLOR, _CONCATENATION_COLOR = "#e9e9e4", "#cfe2f3", "#b4b4b4"
 _COLORS = {
@@ -31,7 +31,7 @@ _COLORS = {
 
 
 class _Route(NamedTuple):
-    """An edge's way: from a height in column `start` along one lane to column `stop`; heights count lanes."""
+    """The route of an edge: from a height in column `start`, along one lane, to column `stop`. Heights are in lanes."""
 
     start: int
     stop: int
@@ -42,9 +42,11 @@ class _Route(NamedTuple):
 def draw_cell(genotype: Genotype, kind: CellKind) -> Figure:
     """Draw the normal or the reduction cell; `figure.savefig(path)` writes it as PNG, PDF or SVG.
 
-    The figure is free of pyplot's global state. Each edge runs on a lane of its own between any two columns, so that
-    no label meets another edge or label. Grey lines are the concatenation of the nodes. Raises ValueError for another
-    kind.
+    The figure does not use pyplot's global state. Between two columns no two edges share a lane, so that labels do not
+    overlap other edges or labels. Grey lines show the concatenation of the nodes.
+
+    Raises:
+        ValueError: if `kind` is neither "normal" nor "reduce".
     """
     routes = list(_routes(genotype.cell(kind)))
     lanes = _choose_lanes(routes)
@@ -70,7 +72,7 @@ def draw_cell(genotype: Genotype, kind: CellKind) -> Figure:
 
 
 def _routes(cell: CellGenotype) -> Iterator[_Route]:
-    """List the edges, two for each node. Column 0 holds the inputs, one lane up and one down; column 1 + i node i."""
+    """List the edges, two for each node. Column 0 has the inputs, one lane up and one down; column 1 + i has node i."""
     for node, choices in enumerate(cell):
         for operation, source in choices:
             height = (1, -1)[source] if source < 2 else 0
@@ -78,10 +80,10 @@ def _routes(cell: CellGenotype) -> Iterator[_Route]:
 
 
 def _choose_lanes(routes: Sequence[_Route]) -> list[int]:
-    """Give each edge a lane, so that few edges cross and none strays far.
+    """Choose a lane for each edge so that few edges cross and lanes stay close to the middle.
 
-    A local search: start with each edge outside all before, then move edges one by one or exchange two, as long as
-    that lowers the cost.
+    A local search: start with each edge outside all previous ones, then move one edge or swap two for as long as that
+    lowers the cost.
     """
     lanes = [(index + 1) * (1 if route.start_height > 0 else -1) for index, route in enumerate(routes)]
     best = _cost(routes, lanes)
@@ -102,13 +104,13 @@ def _neighbors(lanes: Sequence[int]) -> Iterator[list[int]]:
         for lane in sorted(range(-count, count + 1), key=abs):
             yield [*lanes[:index], lane, *lanes[index + 1 :]]
     for first, second in combinations(range(count), 2):
-        exchanged = list(lanes)
-        exchanged[first], exchanged[second] = exchanged[second], exchanged[first]
-        yield exchanged
+        swapped = list(lanes)
+        swapped[first], swapped[second] = swapped[second], swapped[first]
+        yield swapped
 
 
 def _cost(routes: Sequence[_Route], lanes: Sequence[int]) -> float:
-    """Weigh crossings and climbs; infinite where two edges share a lane or one runs through a node."""
+    """The cost of crossings and height changes; infinite if two edges share a lane or an edge runs through a node."""
     cost = 0.0
     for route, lane in zip(routes, lanes, strict=True):
         if lane == 0 and route.stop - route.start > 1:
@@ -128,7 +130,7 @@ def _cost(routes: Sequence[_Route], lanes: Sequence[int]) -> float:
 
 
 def _height(route: _Route, lane: int, gap: int) -> int:
-    """The height at which an edge comes into the gap behind column `gap`."""
+    """The height at which an edge enters the gap to the right of column `gap`."""
     return route.start_height if gap == route.start else lane
 
 
@@ -155,7 +157,7 @@ def _draw_concatenation(axes: Axes, node: int, right: float, lane: int) -> None:
 def _draw_curve(
     axes: Axes, begin: tuple[float, float], height: float, end: tuple[float, float], color: str, arrow: bool
 ) -> None:
-    """Draw a line that climbs to `height` right behind its begin, and leaves it right before its end."""
+    """Draw a line that turns to `height` just after its start, and leaves it just before its end."""
     (left, low), (right, high) = begin, end
     half = _TURN / 2
     first, last = left + _TURN, right - _TURN

@@ -1,4 +1,4 @@
-"""Convolutions of stride 1 that keep the size, differentiated by the kernels that are fast on a CPU."""
+"""Size-preserving convolutions of stride 1 whose gradients use kernels that are fast on a CPU."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.autograd import forward_ad
 
 
 def convolve(features: Tensor, weight: Tensor, dilation: int = 1, groups: int = 1) -> Tensor:
-    """Convolve (N, C, H, W) with `weight`, (C', C / groups, k, k) for an odd k, into (N, C', H, W).
+    """Convolve (N, C, H, W) with a `weight` of shape (C', C / groups, k, k), k odd, to (N, C', H, W).
 
-    The same function as `F.conv2d` with stride 1 and a padding that keeps the size, to any order of derivative. On a
-    CPU its gradients are other kernels than those of `F.conv2d`, where oneDNN has no fast ones: the gradient with
-    respect to the features is a forward convolution, and the one with respect to a dilated or 5x5 weight is put
-    together of gradients with respect to 3 columns of an undilated one.
+    Computes what `F.conv2d` computes with stride 1 and size-preserving padding, with derivatives of any order. On a
+    CPU it differs in how gradients are computed, because oneDNN has no fast kernels for some of them: the gradient
+    with respect to the features is a forward convolution, and the gradient with respect to a dilated or 5x5 weight is
+    assembled from gradients with respect to undilated weights 3 columns wide.
     """
     if features.device.type != "cpu" or _has_tangent(features, weight):
         return F.conv2d(features, weight, None, 1, _padding(weight, dilation), dilation, groups)
@@ -28,12 +28,12 @@ def convolve(features: Tensor, weight: Tensor, dilation: int = 1, groups: int = 
 
 
 def _may_call_onednn() -> bool:
-    """Whether its operator can be called by name; torch.compile knows none of it, and chooses kernels by itself."""
+    """Whether oneDNN can be called directly; torch.compile does not know its operator and chooses kernels itself."""
     return not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available()
 
 
 def _has_tangent(*tensors: Tensor) -> bool:
-    """Whether forward-mode differentiation is under way; `_Convolution` has no rule for it, as Dynamo refuses those."""
+    """Whether forward-mode differentiation is active. `_Convolution` has no jvp rule, since Dynamo rejects those."""
     return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
@@ -42,13 +42,13 @@ def _padding(weight: Tensor, dilation: int) -> int:
 
 
 def _transposed(weight: Tensor, groups: int) -> Tensor:
-    """The weight of the transposed convolution, which is of stride 1 too: inputs and outputs exchanged, flipped."""
+    """The weight of the transposed convolution (also of stride 1): inputs and outputs swapped, spatially flipped."""
     grouped: Tensor = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     return grouped.flip(-1, -2) if weight.shape[-1] > 1 else grouped
 
 
 class _Convolution(torch.autograd.Function):
-    """(features, weight) -> output; bilinear, so its pullbacks are itself and `_WeightGradient`."""
+    """(features, weight) -> output. It is bilinear, so its backward is itself and `_WeightGradient`."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, weight: Tensor, dilation: int, groups: int) -> Tensor:
@@ -56,7 +56,7 @@ class _Convolution(torch.autograd.Function):
         ctx.dilation, ctx.groups = dilation, groups
         padding = _padding(weight, dilation)
         if padding == 0 and groups > 1 and weight.dtype == torch.float32 and _may_call_onednn():
-            # F.conv2d takes the groups of a 1x1 weight one by one, if batch and thread count are small.
+            # With a small batch and few threads, F.conv2d runs the groups of a 1x1 weight one after another.
             return torch.mkldnn_convolution(features, weight, None, (0, 0), (1, 1), (1, 1), groups)
         return F.conv2d(features, weight, None, 1, padding, dilation, groups)
 
@@ -73,7 +73,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class _WeightGradient(torch.autograd.Function):
-    """(features, cotangent of the output) -> cotangent of the weight; bilinear too."""
+    """(features, cotangent of the output) -> cotangent of the weight. It is bilinear as well."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, cotangent: Tensor, size: int, dilation: int, groups: int) -> Tensor:
@@ -86,7 +86,7 @@ class _WeightGradient(torch.autograd.Function):
             features, cotangent = _phases(features, dilation), _phases(cotangent, dilation)
         if size != 5:
             return _columns(features, cotangent, size, size, groups)
-        # oneDNN is fast for weights 3 columns wide: the left and the right 3 of the 5, which share the middle one.
+        # oneDNN is fast for weights 3 columns wide: take the left 3 and the right 3 columns; they share one.
         features = F.pad(features, (1, 1))
         left = _columns(features, F.pad(cotangent, (0, 2)), 5, 3, groups)
         right = _columns(features, F.pad(cotangent, (2, 0)), 5, 3, groups)
@@ -105,13 +105,13 @@ class _WeightGradient(torch.autograd.Function):
 
 
 def _grouped(features: Tensor, groups: int) -> Tensor:
-    """Reshape (N, C, H, W) to (groups, N H W, C / groups): a view, if the features are channels-last."""
+    """Reshape (N, C, H, W) to (groups, N H W, C / groups), a view if the features are channels-last."""
     pixels = features.permute(0, 2, 3, 1)
     return pixels.reshape(-1, groups, pixels.shape[-1] // groups).transpose(0, 1)
 
 
 def _phases(features: Tensor, dilation: int) -> Tensor:
-    """Deal the pixels out to dilation^2 images, between whose pixels a dilated convolution has no gaps."""
+    """Split each image into dilation^2 smaller ones, on which the dilated convolution is an undilated one."""
     height, width = features.shape[2:]
     if height % dilation or width % dilation:
         features = F.pad(features, (0, -width % dilation, 0, -height % dilation))
@@ -120,7 +120,7 @@ def _phases(features: Tensor, dilation: int) -> Tensor:
 
 
 def _columns(features: Tensor, cotangent: Tensor, height: int, width: int, groups: int) -> Tensor:
-    """The gradient with respect to a weight of this height and width."""
+    """The gradient with respect to an undilated weight of this height and width."""
     shape = (cotangent.shape[1], features.shape[1] // groups, height, width)
     gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
         cotangent, features, features.new_empty(shape), None, [1, 1], [height // 2, width // 2], [1, 1],

@@ -1,4 +1,4 @@
-"""The picture of a cell: all edges are there, labels are legible, no global state."""
+"""The drawing of a cell: it shows all edges, labels are legible, and pyplot's global state is not used."""
 
 import io
 from itertools import combinations
@@ -16,7 +16,7 @@ GENOTYPES = [*PUBLISHED.values(), *(random_genotype(DARTS, torch.Generator().man
 
 
 def measure(figure):
-    """Return labels and states with their boxes in pixels, and the lines' paths in pixels."""
+    """Return the labels and boxes, and the paths of the lines, all in pixels."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     (axes,) = figure.axes
     texts = [(text.get_text(), text.get_window_extent(renderer)) for text in axes.texts]
@@ -33,7 +33,7 @@ def without_arrowhead(path):
 
 @pytest.mark.parametrize("kind", ["normal", "reduce"])
 @pytest.mark.parametrize("genotype", GENOTYPES)
-def test_labels_meet_only_their_own_edge(genotype, kind):
+def test_labels_overlap_only_their_own_edge(genotype, kind):
     labels, states, paths = measure(draw_cell(genotype, kind))
     cell = genotype.cell(kind)
     assert sorted(text for text, _ in labels) == sorted(choice.operation for node in cell for choice in node)
@@ -63,7 +63,7 @@ def test_each_edge_leads_from_its_source_to_its_node(genotype, kind):
     assert sum(output.padded(2).contains(*path.vertices[-1]) for path in paths) == 4
 
 
-def test_figure_can_be_saved_and_leaves_pyplot_alone():
+def test_a_figure_can_be_saved_and_does_not_use_pyplot():
     for form in ("png", "pdf", "svg"):
         stream = io.BytesIO()
         draw_cell(PUBLISHED["DARTS_V2"], "normal").savefig(stream, format=form)
@@ -71,6 +71,6 @@ def test_figure_can_be_saved_and_leaves_pyplot_alone():
     assert plt.get_fignums() == []
 
 
-def test_unknown_kind_is_refused():
+def test_an_unknown_kind_of_cell_is_rejected():
     with pytest.raises(ValueError, match="valid: normal, reduce"):
         draw_cell(PUBLISHED["DARTS_V2"], "reduction")

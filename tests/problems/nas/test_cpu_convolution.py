@@ -1,11 +1,11 @@
-"""Convolutions that are differentiated by other kernels: the function and all its derivatives are conv2d's."""
+"""`convolve` equals `F.conv2d` in values and in derivatives of first and second order."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from problems.nas.convolution import convolve
+from problems.nas.cpu_convolution import convolve
 
 CASES = [(3, 1, 4), (5, 1, 4), (7, 1, 4), (3, 2, 4), (5, 2, 4), (3, 3, 4), (1, 1, 2), (1, 1, 1), (3, 1, 2)]
 
@@ -35,7 +35,7 @@ def test_derivatives_of_first_and_second_order(kernel, dilation, groups):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(("kernel", "dilation", "groups"), CASES)
-def test_single_precision_has_kernels_of_its_own(kernel, dilation, groups, memory_format):
+def test_single_precision_uses_other_kernels(kernel, dilation, groups, memory_format):
     features, weight = case(kernel, groups * 16, torch.float32, size=(9, 8), channels=64, outputs=64)
     inputs = features.detach().contiguous(memory_format=memory_format).requires_grad_(), weight
 

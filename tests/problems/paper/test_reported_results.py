@@ -1,15 +1,15 @@
-"""The numbers of the paper's tables, transcribed from its text a second time, and what the tables' runs are."""
+"""The reported numbers equal a second transcription of the paper, and the runs of the tables match their labels."""
 
 from __future__ import annotations
 
 import pytest
 
-from problems.paper import published
+from problems.paper import reported_results
 from problems.paper.figures import Benefit, Figure3, Figure4
-from problems.paper.published import Row
+from problems.paper.reported_results import Row
 from problems.paper.tables import Table4
 
-# a row: label as the paper has it, error, deviation, parameters, GPU-days; "-" where the paper gives none
+# each row: label as in the paper, error, deviation, parameters, GPU-days; "-" where the paper gives none
 CIFAR = {
     "TABLE2": """
         DARTS-1st            20.52 0.31 1.8 0.4
@@ -52,7 +52,7 @@ CIFAR = {
         Pseudo labels + human labels (CIFAR-10)  2.61  0.05 - -
     """,
 }
-# a row: label, top-1 error, top-5 error, parameters, GPU-days
+# each row: label, top-1 error, top-5 error, parameters, GPU-days
 IMAGENET = """
     DARTS-2nd(CIFAR10)               26.7 8.7 4.7 1.5
     LBT(RN50, DARTS-2nd, CIFAR10)    25.5 7.9 4.8 2.1
@@ -73,14 +73,14 @@ def transcribed(text: str) -> list[tuple[str, list[float | None]]]:
 
 @pytest.mark.parametrize("table", CIFAR)
 def test_the_numbers_on_cifar_are_the_papers(table):
-    rows = [row for row in getattr(published, table) if row.reported is not None]
+    rows = [row for row in getattr(reported_results, table) if row.reported is not None]
     found = [(r.label, [r.reported.error, r.reported.deviation, r.reported.parameters, r.reported.cost]) for r in rows]
     assert found == transcribed(CIFAR[table])
     assert all(row.reported.top5_error is None for row in rows)
 
 
 def test_the_numbers_on_imagenet_are_the_papers():
-    rows = published.TABLE4
+    rows = reported_results.TABLE4
     found = [(r.label, [r.reported.error, r.reported.top5_error, r.reported.parameters, r.reported.cost]) for r in rows]
     assert found == transcribed(IMAGENET)
     assert all(row.reported.deviation is None for row in rows)
@@ -91,19 +91,19 @@ def test_the_numbers_on_imagenet_are_the_papers():
     [
         (row, data, row.label)
         for table, data in (("TABLE2", "cifar100"), ("TABLE3", "cifar10"))
-        for row in getattr(published, table)
+        for row in getattr(reported_results, table)
         if row.reported is not None
     ],
     ids=str,
 )
-def test_the_run_of_a_row_is_what_its_label_says(row: Row, data: str, name: str):
+def test_the_run_of_a_row_matches_its_label(row: Row, data: str, name: str):
     inside = name.removeprefix("LBT(").removesuffix(")").split(", ")
     student = inside[0].lower() if len(inside) == 2 else None
     assert (row.run.data, row.run.space, row.run.student) == (data, SPACES[inside[-1]], student)
 
 
-@pytest.mark.parametrize("row", published.TABLE4, ids=lambda row: row.label)
-def test_the_run_of_a_row_on_imagenet_is_what_its_label_says(row: Row):
+@pytest.mark.parametrize("row", reported_results.TABLE4, ids=lambda row: row.label)
+def test_the_run_of_a_row_on_imagenet_matches_its_label(row: Row):
     name, _, inside = row.label.partition("(")
     words = inside.removesuffix(")").split(", ")
     student, space, data = (words[0].lower(), *words[1:]) if name == "LBT" else (None, name, words[0])
@@ -116,8 +116,8 @@ def test_the_run_of_a_row_on_imagenet_is_what_its_label_says(row: Row):
         assert (searched.data, searched.space, searched.student) == (data.lower(), SPACES[space], student)
 
 
-@pytest.mark.parametrize("rows", [published.TABLE5, published.TABLE6])
-def test_an_ablation_differs_from_the_full_method_by_what_its_label_says(rows):
+@pytest.mark.parametrize("rows", [reported_results.TABLE5, reported_results.TABLE6])
+def test_an_ablation_differs_from_the_full_method_as_its_label_says(rows):
     for row in rows:
         data = {"CIFAR-100": "cifar100", "CIFAR-10": "cifar10"}[row.label.split("(")[1].rstrip(")")]
         run = row.run
@@ -139,17 +139,17 @@ def test_the_cost_of_a_transfer_is_that_of_its_search(tmp_path):
     for n, (key, wanted) in enumerate(keys.items()):
         costs[key] = 1000.0 + n
         rows = {seed: measured(40.0 + n, costs[key]) for seed in range(2)}
-        if wanted.job == "evaluate":  # which has searched nothing
+        if wanted.job == "evaluate":  # it did not search
             for seed in rows.values():
                 del seed["any"]["search_seconds"]
         results[key] = rows
     page, *_ = experiment.write("laptop", results, tmp_path)
     lines = [line for line in page.read_text().splitlines() if line.startswith("| ")]
-    for row in published.TABLE4:
-        (told, *_) = (line for line in lines if line.startswith(f"| {row.label} "))
+    for row in reported_results.TABLE4:
+        (line, *_) = (line for line in lines if line.startswith(f"| {row.label} "))
         searched = row.run.key if row.searched is None else row.searched.key
-        assert [cell.strip() for cell in told.strip("|").split("|")][4] == f"{costs[searched]:.0f} ± 0"
-    assert len({costs[row.searched.key] for row in published.TABLE4 if row.searched}) == 6
+        assert [cell.strip() for cell in line.strip("|").split("|")][4] == f"{costs[searched]:.0f} ± 0"
+    assert len({costs[row.searched.key] for row in reported_results.TABLE4 if row.searched}) == 6
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_the_cost_of_a_transfer_is_that_of_its_search(tmp_path):
     [(Figure3, "pseudo_weight", "student_weight"), (Figure4, "student_weight", "pseudo_weight")],
 )
 @pytest.mark.parametrize(("scale", "train"), [("laptop", 1000), ("paper", 22_500)])
-def test_a_trade_off_varies_alone_and_is_judged_on_images_held_out(figure, option, other, scale, train):
+def test_only_the_trade_off_varies_and_the_error_is_on_held_out_images(figure, option, other, scale, train):
     runs = [wanted.options for wanted in figure().runs(scale).values()]
     assert len(runs) == 6
     for source in {options["data"]["source"] for options in runs}:
@@ -170,10 +170,10 @@ def test_a_trade_off_varies_alone_and_is_judged_on_images_held_out(figure, optio
         assert "teacher_hypergradient" not in options
 
 
-def test_the_runs_of_the_benefit_are_what_their_labels_say():
+def test_the_runs_of_the_benefit_match_their_labels():
     labels, runs = Benefit.labels, Benefit().runs("laptop")
-    told = {label: runs[key].options for label, (key, _) in labels.items()}
-    found = {label: (o["methods"], o["student_weight"], o["judged_by"]) for label, o in told.items()}
+    options = {label: runs[key].options for label, (key, _) in labels.items()}
+    found = {label: (o["methods"], o["student_weight"], o["judged_by"]) for label, o in options.items()}
     assert found == {
         "random": (["random"], 1.0, "both"),
         "best of 4 random": (["best_of_random"], 1.0, "both"),

@@ -1,4 +1,4 @@
-"""What the paper reports, as data: the rows of Tables 2 to 6 that are run here, in the paper's order."""
+"""The numbers that the paper reports: the rows of Tables 2 to 6 that are reproduced here, in the paper's order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from problems.paper.settings import DataSet, Setting
 
 
 class Reported(NamedTuple):
-    """Error in percent with its deviation over runs, and with the top-5 error on ImageNet; millions; GPU-days."""
+    """The numbers of one row, None where the paper gives none.
+
+    Attributes:
+        error: test error in percent.
+        deviation: standard deviation of the error over runs.
+        parameters: in millions.
+        cost: of the search, in GPU-days.
+        top5_error: in percent, on ImageNet.
+    """
 
     error: float
     deviation: float | None = None
@@ -18,7 +26,14 @@ class Reported(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a table: its label, the run that makes it (and whose architecture it is, where that is another's)."""
+    """A row of a table.
+
+    Attributes:
+        label: as in the paper.
+        run: the run whose results the row shows.
+        reported: the numbers of the paper, or None.
+        searched: the search that found the architecture, if `run` is only its evaluation.
+    """
 
     label: str
     run: Setting
@@ -30,7 +45,7 @@ _SPACES = {"darts1": "DARTS-1st", "darts2": "DARTS-2nd", "pdarts": "P-DARTS", "p
 
 
 def _searches(data: DataSet, reported: dict[str, tuple[Reported, Reported, Reported]]) -> tuple[Row, ...]:
-    """Three rows a space (plain, and with each student), and the random architectures that both have to beat."""
+    """Three rows for each space (without and with each student), and random architectures as baselines."""
     rows = []
     for space, numbers in reported.items():
         for student, number in zip((None, "rn18", "rn50"), numbers, strict=True):
@@ -98,4 +113,4 @@ TABLE6 = (
 )
 
 TRADE_OFFS = (0.1, 1.0, 10.0)
-"""The paper's figures show how the error goes, without numbers; these are the values taken here."""
+"""The values of the trade-offs that are run. The paper's figures show curves without numbers."""

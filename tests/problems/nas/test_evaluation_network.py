@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from problems.nas import PUBLISHED, Choice, EvaluationNetwork
-from problems.nas.network import GenotypeEdge, drop_samples
+from problems.nas.drop_path import apply_drop_path
+from problems.nas.evaluation_network import GenotypeEdge
 from problems.nas.skeleton import CellPlan
 
 IMAGENET = {"channels": 48, "cells": 14, "classes": 1000, "stem": "imagenet"}
@@ -27,43 +28,43 @@ def test_auxiliary_head(options, parameters, size):
     with torch.device("meta"):
         network = EvaluationNetwork(PUBLISHED["PC_DARTS_cifar"], auxiliary=True, **options)
         assert parameter_count(network.auxiliary) == parameters
-        seen = {}
-        network.cells[2 * len(network.cells) // 3].register_forward_hook(lambda *call: seen.update(cell=call[2]))
-        network.auxiliary.register_forward_hook(lambda *call: seen.update(head=call[1][0]))
+        outputs = {}
+        network.cells[2 * len(network.cells) // 3].register_forward_hook(lambda *call: outputs.update(cell=call[2]))
+        network.auxiliary.register_forward_hook(lambda *call: outputs.update(head=call[1][0]))
         logits, auxiliary = network.train()(torch.empty(2, 3, size, size))
         assert logits.shape == auxiliary.shape == (2, options.get("classes", 10))
-        assert seen.pop("cell") is seen.pop("head")
+        assert outputs.pop("cell") is outputs.pop("head")
         assert network.eval()(torch.empty(2, 3, size, size)).auxiliary is None
-        assert "head" not in seen
+        assert "head" not in outputs
 
 
-def test_auxiliary_head_refuses_small_images_in_training_only():
+def test_auxiliary_head_rejects_small_images_only_in_training():
     network = small(auxiliary=True)
     with pytest.raises(ValueError, match=r"at least 8x8 .*32x32.* got 2x2; .*auxiliary=False"):
         network(torch.randn(2, 1, 8, 8))
     assert network.eval()(torch.randn(2, 1, 8, 8)).logits.shape == (2, 10)
 
 
-def test_larger_images_pass_the_auxiliary_head():
+def test_auxiliary_head_accepts_larger_images():
     assert small(auxiliary=True)(torch.randn(2, 1, 48, 48)).auxiliary.shape == (2, 10)
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_expectation():
     torch.manual_seed(0)
     features = torch.rand(4000, 3, 2, 2) + 0.5
-    dropped = drop_samples(features, 0.3)
+    dropped = apply_drop_path(features, 0.3)
     kept = dropped.flatten(1).any(1)
     torch.testing.assert_close(dropped[kept], features[kept] / 0.7)
     assert not dropped[~kept].any()
     assert abs(kept.float().mean() - 0.7) < 4 * (0.3 * 0.7 / 4000) ** 0.5
-    torch.testing.assert_close(drop_samples(features, torch.tensor(0.0)), features)
+    torch.testing.assert_close(apply_drop_path(features, torch.tensor(0.0)), features)
 
 
 @pytest.mark.parametrize(
     ("operation", "reduces", "drops"),
     [("skip_connect", False, False), ("skip_connect", True, True), ("max_pool_3x3", False, True)],
 )
-def test_drop_path_spares_the_identity_alone_and_only_in_training(operation, reduces, drops):
+def test_drop_path_applies_only_in_training_and_not_to_the_identity(operation, reduces, drops):
     torch.manual_seed(0)
     edge = GenotypeEdge(Choice(operation, 1), CellPlan((4, 4), 4, reduces, follows_reduction=False))
     states = [torch.zeros(()), torch.rand(64, 4, 4, 4) + 0.1]
@@ -110,6 +111,6 @@ def test_every_parameter_gets_a_gradient_and_double_backward_works():
         ({"cells": 0}, "at least 1 cell"),
     ],
 )
-def test_wrong_arguments_are_refused(options, message):
+def test_invalid_arguments_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         small(**options)

@@ -1,0 +1,132 @@
+"""The help of `mlo run NAME` and other commands that take a job's options, and their completion in a shell."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from textwrap import shorten
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+from typer import Context
+from typer.core import TyperCommand
+
+from mlo.errors import ConfigError
+from mlo.options import registry
+from mlo.options.config import Option, options, parts, registered, type_text
+from mlo.options.yaml_options import KIND, shown
+from mlo.runs.job import Job, load_job
+
+Section = tuple[str, list[Option]]
+
+
+def job_help(context: Context, name: str, model: type[Job], every: bool) -> str:
+    """The help page of a command with a job: its main options, or all of them.
+
+    The main options are those that the job's ``main_options`` name, or all that its class declares.
+    """
+    command = f"mlo {context.info_name} {name}"
+    page = context.make_formatter()
+    grid = "--output DIR [--grid.OPTION LIST]... " if context.info_name == "sweep" else ""
+    page.write_usage(command, f"{grid}[--OPTION VALUE]...")
+    page.write_paragraph()
+    page.write_text((inspect.getdoc(model) or "") if every else registry.summary(model))
+    for title, found in _all_sections(model) if every else _main_sections(model):
+        names = [f"--{_dashed(option.path)}" for option in found]
+        room = None if every else page.width - max(map(len, names)) - 6
+        with page.section(title):
+            page.write_dl([(name, _meaning(option, room)) for name, option in zip(names, found, strict=True)], 40)
+    records = [parameter.get_help_record(context) for parameter in context.command.params]
+    with page.section(f"Options of mlo {context.info_name}"):
+        page.write_dl([record for record in records if record and re.match("--(?!help)", record[0])], 40)
+    examples = [example for example in model.examples if f"{example} ".startswith(f"{command} ")]
+    if examples:
+        with page.section("Examples"):
+            page.write("".join(f"  {example}\n" for example in examples))
+    page.write_paragraph()
+    notes = (
+        "Write a list as '[1, 2]' and no value as null. A switch needs no VALUE. A FILE.yaml holds the same options."
+    )
+    page.write_text(notes if every else f"{command} --help-all shows all options.")
+    return page.getvalue()
+
+
+def _main_sections(model: type[Job]) -> Iterator[Section]:
+    known = list(options(model, kinds="none"))
+    own = [name for base in model.__mro__ if base not in Job.__mro__ for name in inspect.get_annotations(base)]
+    for title, names in (model.main_options or {"Options": own}).items():
+        found = [o for name in names for o in known if o.path == name or o.path.startswith(f"{name}.")]
+        yield title, [option for option in found if _takes_value(option)]
+
+
+def _all_sections(model: type[Job]) -> Iterator[Section]:
+    """The options of the job, then those of each class that can be chosen by name, each class once."""
+    sections: dict[Any, tuple[str, dict[str, Option]]] = {None: ("Options", {})}
+    groups: dict[str, str] = {}
+    for option in filter(_takes_value, options(model)):
+        mark = registered(option.field)
+        if mark:
+            groups[option.path] = mark.group
+        key, start = None, ""
+        if option.choice:
+            start, name = option.choice
+            key = groups[start], name
+            sections.setdefault(key, (f"--{_dashed(start)} {name}: {registry.summary_of(*key)}", {}))
+        sections[key][1].setdefault(option.path.removeprefix(start), option)
+    yield from ((title, list(found.values())) for title, found in sections.values())
+
+
+def _takes_value(option: Option) -> bool:
+    return not option.nested or registered(option.field) is not None
+
+
+def _dashed(path: str) -> str:
+    return path.replace("_", "-")
+
+
+def _meaning(option: Option, room: int | None) -> str:
+    """The description, the type and the default; with little room the first part of the description, and no type."""
+    mark, value = registered(option.field), option.value
+    value = mark.dump(value) if mark else value
+    value = value[KIND] if isinstance(value, dict) and KIND in value else value
+    default = "required" if value is PydanticUndefined else "default " + shown(value).replace('"', "")
+    text = option.field.description or ""
+    whole = f"{text} ({type_text(option.field)}; {default})".lstrip()
+    if room is None or len(whole) <= room:
+        return whole
+    return f"{shorten(text.partition(';')[0], room - len(default) - 3, placeholder='...')} ({default})".lstrip()
+
+
+class JobCommand(TyperCommand):
+    """A command whose argument is a job and whose options are the job's too, also when a shell completes them."""
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """Completions of the command's own options, and of the job's options and their values."""
+        item = type(super().shell_complete(ctx, "--")[0])  # typer has no public name for it
+        found = {word: meaning for word, meaning in _completions(ctx, incomplete) if word.startswith(incomplete)}
+        return [*super().shell_complete(ctx, incomplete), *(item(word, help=found[word]) for word in found)]
+
+
+def _completions(context: Context, incomplete: str) -> Iterator[tuple[str, str]]:
+    try:
+        model = load_job(context.params.get("name") or "")
+    except ConfigError:  # a shell that completes has no place for errors
+        return
+    plain, grid = "--", "--grid."
+    start = grid if incomplete.startswith(grid) else plain
+    known = list(options(model, kinds="none"))
+    if any(incomplete.startswith(f"{start}{_dashed(option.path)}.") for option in known if registered(option.field)):
+        known = list(options(model))  # only here, because it imports the classes that can be chosen
+    last = context.args[-1] if context.args else ""
+    for option in filter(_takes_value, known):
+        if last in (f"--{_dashed(option.path)}", f"--{option.path}") and not incomplete.startswith("-"):
+            mark, inside = registered(option.field), list(parts(option.field.annotation))
+            words = registry.entries(mark.group) if mark else [part for part in inside if isinstance(part, str)]
+            yield from ((word, "") for word in (*words, *(["true", "false"] if bool in inside else [])))
+        elif incomplete.startswith("-"):
+            for prefix in [plain, grid] if context.info_name == "sweep" else [plain]:
+                yield f"{prefix}{_dashed(option.path)}", option.field.description or ""
+
+
+def complete_names(group: str) -> Callable[[str], list[str]]:
+    """A completion of the names in an entry-point group."""
+    return lambda incomplete: [name for name in registry.entries(group) if name.startswith(incomplete)]

@@ -1,0 +1,143 @@
+"""Iterative linear solvers: conjugate gradient, Neumann series and Nyström approximation.
+
+Each solves A z = b, given only a function ``matvec`` that computes A u, and returns z with its relative residual.
+Vectors are tuples of tensors. The solvers do not change their arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mlo.ops.vectors import Vector, add, add_, copied, dot, norm, scaled
+
+MatVec = Callable[[Vector], Vector]
+
+
+def conjugate_gradient(
+    matvec: MatVec, b: Vector, iterations: int, tolerance: float, start: Vector | None = None
+) -> tuple[Vector, Tensor]:
+    """Solve A z = b for a symmetric, positive definite A by conjugate gradient (Hestenes and Stiefel 1952).
+
+    The iteration stops early when the relative residual reaches ``tolerance``, or at a direction of non-positive
+    curvature. On a GPU the remaining iterations still run, but leave the solution unchanged, so that the CPU need not
+    wait for the device.
+
+    Args:
+        matvec: u -> A u.
+        b: the right-hand side.
+        iterations: maximum number of iterations, each with one product.
+        tolerance: relative residual at which to stop.
+        start: the initial z; it costs one more product. None: zero.
+
+    Returns:
+        The solution z, and |A z - b| / |b|, a scalar tensor, as updated by the iteration.
+    """
+    solution = tuple(torch.zeros_like(t) for t in b) if start is None else copied(start)
+    direction = b if start is None else add(b, matvec(start), -1.0)
+    residual = copied(direction)
+    size, whole = dot(residual, residual), dot(b, b)
+    active = size > tolerance**2 * whole
+    for _ in range(iterations):
+        if _finished(active):
+            break
+        image = matvec(direction)
+        curvature = dot(direction, image)
+        active = active & (curvature > 0)
+        stride = torch.where(active, size / torch.where(active, curvature, 1.0), 0.0)
+        add_(solution, direction, stride)
+        add_(residual, image, -stride)
+        previous, size = size, dot(residual, residual)
+        active = active & (size > tolerance**2 * whole)
+        direction = add(residual, direction, torch.where(previous > 0, size / previous, 0.0))
+    return solution, (size / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt()
+
+
+def neumann_series(
+    matvec: MatVec, b: Vector, terms: int, rate: float | Tensor, start: Vector | None = None
+) -> tuple[Vector, Tensor]:
+    """Approximate the solution of A z = b by the Neumann series z = rate * sum_{k < terms} (I - rate * A)^k b.
+
+    The series converges if all eigenvalues of A are between 0 and 2 / ``rate``. From the first term on that is larger
+    than the one before, terms are left out, so that the result stays finite.
+
+    Args:
+        matvec: u -> A u.
+        b: the right-hand side.
+        terms: number of terms; each after the first takes one product.
+        rate: the step size of the series.
+        start: an approximate solution. The series then approximates the solution of A dz = b - A start, and the result
+            is start + dz; this costs one more product. None: zero.
+
+    Returns:
+        The solution z, and |last term| / |b|, a scalar tensor. The last term, before it is multiplied by ``rate``, is
+        the residual of the sum of the terms before it.
+    """
+    term = copied(b) if start is None else add(b, matvec(start), -1.0)
+    total = copied(term)
+    size, whole = norm(term), norm(b)
+    active = size > 0
+    for _ in range(terms - 1):
+        if _finished(active):
+            break
+        add_(term, matvec(term), -rate)
+        last, size = size, norm(term)
+        active = active & (size <= last)
+        if active.device.type == "cpu":
+            if active:
+                add_(total, term)
+        else:
+            total = _chosen(active, add(total, term), total)
+    solution = scaled(total, rate) if start is None else add(start, total, rate)
+    return solution, size / whole.clamp(min=torch.finfo(whole.dtype).tiny)
+
+
+def nystrom(matvec: MatVec, b: Vector, probes: Sequence[Vector], damping: float) -> tuple[Vector, Tensor]:
+    """Approximate the solution of (A + damping * I) z = b by a low-rank Nyström approximation of a symmetric A.
+
+    With the orthonormalized probes P and Y = A P, A is approximated by Y (P'Y)^-1 Y', and the system is solved by the
+    Woodbury identity (Hataya and Yamada 2023). It is exact once there are as many probes as variables.
+
+    Args:
+        matvec: u -> A u.
+        b: the right-hand side.
+        probes: linearly independent vectors; each takes one product, and the residual one more.
+        damping: a positive number.
+
+    Returns:
+        The solution z, and |b - (A + damping * I) z| / |b|, a scalar tensor.
+    """
+    basis = _orthonormal(probes)
+    images = torch.stack([_flat(matvec(probe)) for probe in basis])
+    core = torch.stack([_flat(probe) for probe in basis]) @ images.T
+    core = (core + core.T) / 2 + damping**-1 * (images @ images.T)
+    right = _flat(b)
+    weights = torch.linalg.pinv(core, hermitian=True) @ (images @ right)
+    solution = _shaped((right - images.T @ weights / damping) / damping, b)
+    residual = add(add(b, matvec(solution), -1.0), solution, -damping)
+    return solution, norm(residual) / norm(b)
+
+
+def _orthonormal(vectors: Sequence[Vector]) -> list[Vector]:
+    basis = torch.linalg.qr(torch.stack([_flat(vector) for vector in vectors], dim=1)).Q
+    return [_shaped(column, vectors[0]) for column in basis.T]
+
+
+def _flat(vector: Vector) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in vector])
+
+
+def _shaped(flat: Tensor, like: Vector) -> Vector:
+    parts = flat.split([part.numel() for part in like])
+    return tuple(part.view_as(shape) for part, shape in zip(parts, like, strict=True))
+
+
+def _chosen(active: Tensor, one: Vector, other: Vector) -> Vector:
+    return tuple(torch.where(active, a, b) for a, b in zip(one, other, strict=True))
+
+
+def _finished(active: Tensor) -> bool:
+    """Whether the iteration can stop; only known on the CPU, since a GPU would have to be waited for."""
+    return active.device.type == "cpu" and not bool(active)

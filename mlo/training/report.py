@@ -1,0 +1,134 @@
+"""The report on an engine: how it trains each problem, and what of it runs compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mlo.hypergradient import Estimator
+from mlo.levels.problem import Problem
+from mlo.steps.evaluation import Evaluator
+from mlo.training.gradients import Gradients
+from mlo.training.plan import Plan
+
+
+@dataclass(frozen=True)
+class ProblemReport:
+    """How an engine trains one problem.
+
+    Attributes:
+        name: the problem's name.
+        level: 1 for the lowest.
+        steps: number of steps in a round.
+        looks_ahead: whether it steps after virtual (lookahead) steps of the problems below it.
+        through: the lower problems that its hypergradient goes through, highest level first; empty for a problem that
+            steps on the plain gradient of its loss.
+        inner: the lower problems whose steps are part of its curvature (``Engine(..., inner_path=True)``).
+        estimator: the estimator with which it is differentiated through, with its options; None if it is not.
+        recorded: how many of its steps in a round are recorded for these hypergradients.
+        graph_bytes: memory of the graph of one of its gradients; None until such a graph was first kept.
+        loss_scale: the factor by which its loss is multiplied under float16; None in other precisions and before the
+            first step.
+        compiled: what runs compiled so far: "gradient", "gradient with its graph" (which its curvature products need),
+            "product", "5 steps as one"; under autocast with the precision, as in "gradient in bfloat16".
+        not_compiled: {what cannot be compiled: the reason}; "everything" for a problem that runs without compilation.
+    """
+
+    name: str
+    level: int
+    steps: int
+    looks_ahead: bool
+    through: tuple[str, ...]
+    inner: tuple[str, ...]
+    estimator: Estimator | None
+    recorded: int
+    graph_bytes: int | None
+    loss_scale: float | None
+    compiled: tuple[str, ...]
+    not_compiled: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"level {self.level}  {self.name}: {_count(self.steps, 'step')} a round"]
+        if self.through:
+            ahead = ", after virtual steps of the problems below" if self.looks_ahead else ""
+            lines.append(f"hypergradient through {', '.join(self.through)}{ahead}")
+        if self.inner:
+            lines.append(f"its curvature includes the steps of {', '.join(self.inner)}")
+        if self.estimator is not None:
+            lines.append(f"differentiated by {self.estimator!r}, with {_count(self.recorded, 'recorded step')} a round")
+        if self.graph_bytes is not None:
+            lines.append(f"graph of one gradient: {self.graph_bytes / 2**20:.1f} MB")
+        if self.loss_scale is not None:
+            lines.append(f"loss scale: {self.loss_scale:g}")
+        if self.compiled:
+            lines.append(f"compiled: {', '.join(self.compiled)}")
+        lines += [f"not compiled: {what} ({reason})" for what, reason in self.not_compiled.items()]
+        return "\n    ".join(lines)
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """The result of :meth:`mlo.Engine.report`. ``print`` shows it as text.
+
+    Attributes:
+        device: the device of the problems.
+        lookahead: whether the top problems step after virtual steps of the others.
+        inner_path: as the engine was given.
+        compile: as the engine was given.
+        problems: {name: its report}, lowest level first.
+    """
+
+    device: torch.device
+    lookahead: bool
+    inner_path: bool
+    compile: bool
+    problems: Mapping[str, ProblemReport]
+
+    def __str__(self) -> str:
+        flags = {"lookahead": self.lookahead, "inner_path": self.inner_path, "compile": self.compile}
+        first = ", ".join([f"device={str(self.device)!r}", *(f"{flag}={value}" for flag, value in flags.items())])
+        return "\n".join([first, *(str(problem) for problem in reversed(list(self.problems.values())))])
+
+
+def engine_report(plan: Plan, evaluator: Evaluator, gradients: Gradients, inner_path: bool) -> EngineReport:
+    """The report on the engine with these parts."""
+    return EngineReport(
+        device=evaluator.device,
+        lookahead=plan.lookahead,
+        inner_path=inner_path,
+        compile=evaluator.compiler is not None,
+        problems={
+            name: _problem_report(problem, level, plan, evaluator, gradients)
+            for level, (name, problem) in enumerate(evaluator.problems.items(), start=1)
+        },
+    )
+
+
+def _problem_report(
+    problem: Problem, level: int, plan: Plan, evaluator: Evaluator, gradients: Gradients
+) -> ProblemReport:
+    name = problem.name
+    estimator = plan.estimators[name] if any(name in path for path in plan.paths.values()) else None
+    taken = problem.steps_ahead if plan.lookahead and problem.steps_ahead else problem.steps
+    scale = gradients.scales.get(name)
+    compiled, not_compiled = evaluator.compilation(name)
+    return ProblemReport(
+        name=name,
+        level=level,
+        steps=problem.steps,
+        looks_ahead=plan.lookahead and name in plan.tops,
+        through=tuple(plan.paths[name]),
+        inner=tuple(plan.inner.get(name, ())),
+        estimator=estimator,
+        recorded=0 if estimator is None else sum(estimator.records(left) for left in range(taken)),
+        graph_bytes=evaluator.graph_bytes.get(name),
+        loss_scale=None if scale is None else scale.value,
+        compiled=compiled,
+        not_compiled=not_compiled,
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

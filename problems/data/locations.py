@@ -1,0 +1,26 @@
+"""Where data sets lie on the disk, and whether two sources are the same files. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # torchvision's names
+
+
+def data_root(given: str | None) -> Path:
+    """The folder where data sets lie: the given one, or $MLO_DATA, or ~/.cache/mlo/data."""
+    return Path(given or os.environ.get("MLO_DATA") or "~/.cache/mlo/data").expanduser()
+
+
+def read_from(name: str, root: Path) -> str:
+    """What the labeled images of a source are read from, the same text for every way of writing its path."""
+    if name in ("digits", "fashion_mnist"):
+        return name
+    path = Path(name).expanduser()
+    if name in CIFAR_FOLDERS:
+        folder = root / CIFAR_FOLDERS[name]
+        path = folder if folder.is_dir() else root / f"{name}.npz"
+    elif name == "imagenet":
+        path = root / name
+    return str((path / "train" if path.is_dir() else path).resolve())

@@ -1,0 +1,189 @@
+"""The stages of `mlo run lbt`: the engine of each, what it finds, and the report at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import mlo
+from mlo import Run
+from problems.evaluation import training
+from problems.jobs.lbt import LbtJob, Method
+from problems.jobs.report import save_genotypes, write_report
+from problems.lbt import ArchValidate
+from problems.nas import NOISE, Architecture, ArchitectureLogits, Genotype, derive, random_genotype
+from problems.search import levels
+from problems.search.early_stop import found_by, grown_sharp
+from problems.search.students import make_student
+
+
+def search_engine(job: LbtJob, method: Method, found: list[ArchitectureLogits]) -> mlo.Engine:
+    """A search stage: LBT's three levels, or two without a student; ``found``: the logits of the stages before it."""
+    lbt, search, splits = method == "lbt", job.search, job.splits
+    space = search.stage_space(found)
+    authors = job.variant == "authors"
+    own = {"hypergradient": job.teacher_hypergradient, "clip_ahead": not authors}
+    problems: list[mlo.Problem] = [levels.teacher(search, space, len(found), job.steps, splits, **own)]
+    if lbt:
+        options: dict[str, Any] = {"pseudo_weight": job.pseudo_weight, "in_turn": authors}
+        options["held"] = ("arch",) if job.label_path == "paper" else ()
+        with_labels = job.student_learns_from == "both"
+        problems.append(levels.student(search, new_student(job), job.steps, splits, with_labels, **options))
+    left_out = [] if lbt else ["student"]
+    left_out += ["teacher"] if lbt and job.judged_by == "student" else []
+    judged = {"student_weight": job.student_weight, "in_turn": authors and lbt}
+    problems.append(levels.architecture(search, space, splits, reads=dict.fromkeys(left_out), **judged))
+    lookahead = job.teacher_estimator.lookahead or authors if job.lookahead is None else job.lookahead
+    return mlo.Engine(problems, job.hypergradient, lookahead=lookahead, compile=job.compile, device=job.device)
+
+
+def new_student(job: LbtJob) -> nn.Module:
+    """A student of the job's kind, for its images."""
+    splits = job.splits
+    return make_student(job.student, splits.image_channels, splits.classes, splits.image_size)
+
+
+def training_engine(job: LbtJob, genotype: Genotype) -> mlo.Engine:
+    """The final training of a genotype's network, on the train and the validation images or on all."""
+    part = job.splits.labeled if job.evaluation.images == "labeled" else job.splits.everything
+    return training.training_engine(job.evaluation, genotype, job.splits, part, job.evaluation.steps, job.device)
+
+
+def draw_engine(job: LbtJob, genotype: Genotype) -> mlo.Engine:
+    """The training of a random draw's network on the train images; the validation images will judge it."""
+    options, splits = job.evaluation, job.splits
+    return training.training_engine(options, genotype, splits, splits.train, options.steps, job.device)
+
+
+def stages(job: LbtJob) -> Iterator[tuple[str, Callable[[], mlo.Engine], int]]:
+    """(name, builder of the engine, rounds) of every stage, for `mlo graph` and for estimates of the cost.
+
+    A stage that depends on what earlier ones find gets random architectures.
+    """
+    random = random_genotype(job.search.first_space, torch.Generator().manual_seed(0))
+    for method in dict.fromkeys(job.methods):
+        for stage in range(job.search.stages if method in ("lbt", "plain") else 0):
+            logits = [Architecture(job.search.first_space)() for _ in range(stage)]
+            yield _stage_name(job, method, stage), partial(job.search_engine, method, logits), job.steps
+        draws = job.draws if method == "best_of_random" else 0
+        yield f"train-{method}", partial(job.training_engine, random), job.evaluation.steps * (1 + draws)
+
+
+def run_methods(job: LbtJob, run: Run) -> dict[str, dict[str, Any]]:
+    """Search and train with each method in turn, then write genotypes, pictures, curves and the page."""
+    genotypes: dict[str, Genotype] = {}
+    results: dict[str, dict[str, Any]] = {}
+    searches: dict[str, list[str]] = {}
+    for method in dict.fromkeys(job.methods):
+        genotype, searches[method], found = _find_architecture(job, run, method)
+        stage = f"train-{method}"
+        trained = run.stage(
+            stage,
+            partial(job.training_engine, genotype),
+            job.evaluation.steps,
+            lambda engine: training.judge(engine, job.splits),
+        )
+        genotypes[method] = genotype
+        results[method] = {
+            "title": job.title(method),
+            **trained,
+            **found,
+            **_kept(genotype, job.search.first_space.operations),
+            "search_seconds": sum(map(run.seconds, searches[method])),
+            "train_seconds": run.seconds(stage),
+        }
+    save_genotypes(run, genotypes)
+    for result in results.values():
+        print(f"{result['title']}: {result['test_error']:.2f} % test error, {result['parameters']:,} weights")
+    if job.page:
+        print(f"page: {write_report(run, genotypes, results, searches, _about(job))}")
+    return results
+
+
+def _find_architecture(job: LbtJob, run: Run, method: Method) -> tuple[Genotype, list[str], dict[str, Any]]:
+    """What a method finds, the names of the stages that it took, and further results of the last one."""
+    generator = torch.Generator().manual_seed(job.seed)
+    space = job.search.first_space
+    if method == "random":
+        return random_genotype(space, generator), [], {}
+    if method == "best_of_random":
+        drawn = [random_genotype(space, generator) for _ in range(job.draws)]
+        names = [f"draw-{number + 1}" for number in range(job.draws)]
+        errors = [
+            run.stage(name, partial(draw_engine, job, genotype), job.evaluation.steps, partial(judge_draw, job))
+            for name, genotype in zip(names, drawn, strict=True)
+        ]
+        return drawn[min(range(job.draws), key=errors.__getitem__)], names, {}
+    logits: list[ArchitectureLogits] = []
+    names = [_stage_name(job, method, stage) for stage in range(job.search.stages)]
+    for name in names:
+        space = job.search.stage_space(logits)
+        build, result = partial(job.search_engine, method, list(logits)), partial(_search_result, job, method)
+        found = run.stage(name, build, job.steps, result, stop=grown_sharp)
+        logits.append(ArchitectureLogits(torch.tensor(found["normal"]), torch.tensor(found["reduce"])))
+    return derive(space, logits[-1]), names, {k: v for k, v in found.items() if k not in ("normal", "reduce")}
+
+
+def _stage_name(job: LbtJob, method: Method, stage: int) -> str:
+    return f"search-{method}" + (f"-{stage + 1}" if job.search.stages > 1 else "")
+
+
+def _search_result(job: LbtJob, method: Method, engine: mlo.Engine) -> dict[str, Any]:
+    """The logits that a stage found, and how large the student's part of the architecture's gradient is."""
+    found = found_by(engine)
+    part = student_part(engine) if method == "lbt" and job.judged_by == "both" else None
+    return found if part is None else {**found, "student_part": part}
+
+
+def judge_draw(job: LbtJob, engine: mlo.Engine) -> float:
+    """The error of a random draw's network on the validation images, in percent."""
+    return float(training.judge(engine, job.splits, job.splits.validation)["test_error"])
+
+
+def _about(job: LbtJob) -> str:
+    """A sentence on what was run, for the page."""
+    splits, each = job.splits, f" in each of {job.search.stages} stages" * (job.search.stages > 1)
+    return (
+        f"Architectures were searched for {job.steps} rounds{each} on {job.data.source}: {len(splits.train):,} "
+        f"training, {len(splits.validation):,} validation and {len(splits.unlabeled):,} unlabeled images."
+    )
+
+
+def _kept(genotype: Genotype, operations: tuple[str, ...]) -> dict[str, int]:
+    """The known signs of a failed search: skip-connections of the normal cell, and noise in both where it competes."""
+    cells = (genotype.normal, genotype.reduce)
+    normal, reduce = ([choice.operation for node in cell for choice in node] for cell in cells)
+    kept = {"skip_connect": normal.count("skip_connect")}
+    return kept | ({NOISE: (normal + reduce).count(NOISE)} if NOISE in operations else {})
+
+
+def student_part(engine: mlo.Engine) -> float | None:
+    """The norm of the student's part of the architecture's gradient over that of the teacher's, at the present state.
+
+    The gradient is a sum of the two (equation 6), so the student's is what is left when the teacher's, taken with gamma
+    = 0, is subtracted. The student's is as large as its and the teacher's steps are, so they are taken here with the
+    learning rates that the search began with: at its end those have decayed. None where the teacher's is zero.
+    """
+    arch = engine.problems["arch"]
+    assert isinstance(arch, ArchValidate)
+    weight, in_turn = arch.student_weight, arch.in_turn
+    groups = [group for name in ("teacher", "student") for group in engine.problems[name].optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
+    arch.in_turn = False
+    try:
+        for group in groups:
+            group["lr"] = group.get("initial_lr", group["lr"])
+        whole = engine.hypergradient("arch")
+        arch.student_weight = 0.0
+        teacher = engine.hypergradient("arch")
+    finally:
+        arch.student_weight, arch.in_turn = weight, in_turn
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+    of_student = torch.cat([(whole[n] - teacher[n]).flatten() for n in whole]).norm()
+    of_teacher = torch.cat([part.flatten() for part in teacher.values()]).norm()
+    return float(of_student / of_teacher) if of_teacher else None
