@@ -41,7 +41,7 @@ def optimizer_state(problem: Problem, copies: bool = True) -> OptimizerState:
 
 
 def without_values(state: OptimizerState) -> OptimizerState:
-    """The same hyperparameters and slots, with an empty tensor in each slot: enough where only their presence counts."""
+    """The same hyperparameters, and an empty tensor in each slot, for where only the presence of slots matters."""
     slots = {
         name: {key: value.new_empty(0) if isinstance(value, Tensor) else value for key, value in slot.items()}
         for name, slot in state.slots.items()

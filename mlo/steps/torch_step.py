@@ -44,7 +44,7 @@ def transpose(
     cotangent: Tensors,
     slots: Slots | None,
 ) -> NamedCotangents:
-    """See :func:`mlo.steps.formulas.transpose`. Without ``slots``, only the cotangents of the gradients are computed."""
+    """See :func:`mlo.steps.formulas.transpose`. Without ``slots``, only cotangents of the gradients are computed."""
     leaves = {n: None if g is None else off_zero(g.detach()).requires_grad_() for n, g in gradients.items()}
     held, like = slots is None, tuple(cotangent.values())
     start = {n: parameters[n].detach().requires_grad_(not held) for n in cotangent}

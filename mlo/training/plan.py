@@ -85,8 +85,8 @@ class Plan:
             for low in lows:
                 if not self.estimators[low].needs_before:
                     raise ConfigError(
-                        f"inner_path: {low!r}, below {middle!r}, has an estimator that does not differentiate steps; give "
-                        "it hypergradient='one_step' or 'unrolled', or pass inner_path=False"
+                        f"inner_path: {low!r}, below {middle!r}, has an estimator that does not differentiate steps; "
+                        "give it hypergradient='one_step' or 'unrolled', or pass inner_path=False"
                     )
 
     def targets(self, lower: str, uppers: Collection[str]) -> tuple[str, ...]:
