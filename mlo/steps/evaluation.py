@@ -266,9 +266,10 @@ class Evaluator:
         buffers = {n: states[n].buffers for n in parameters}
         reads = tuple((read, read in through) for read in problem.node.reads)
         numbers = sgd.group_numbers(problem)
-        function = segment_function(self.problems, name, reads, numbers, self.device)
+        real = kind == "step"
+        function = segment_function(self.problems, name, reads, numbers, self.device, real)
         with twice_differentiable():
-            if self._compiles(name, states):
+            if self._compiles(name, states) and not real:
                 done = self._at_once(
                     name, function, (reads, *numbers.items()), parameters, buffers, batches, begun, groups
                 )
@@ -276,10 +277,10 @@ class Evaluator:
                 done = function(parameters, buffers, batches, begun, groups)
         if done is None or not done[0]:
             return None
-        _, end, left, after, calls = done
+        _, end, left, after, calls, losses = done
         for n, count in calls.items():
             self.passes[n][kind if n == name else "read"] += count
-        return Segment(tuple(start[v] for v in problem.variables), begun, tuple(end), left, after)
+        return Segment(tuple(start[v] for v in problem.variables), begun, tuple(end), left, after, losses)
 
     def _at_once(
         self,

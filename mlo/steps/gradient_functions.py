@@ -127,11 +127,13 @@ def segment_function(
     reads: Reads,
     groups: Mapping[str, int],
     device: torch.device,
+    real: bool = False,
 ) -> Callable[..., Any]:
     """Steps of a problem by torch's SGD, one after another, as a function of tensors alone that leaves their graph.
 
     Args:
         groups: {variable: the number of its optimizer's parameter group}.
+        real: whether the problem's counter of steps advances with each, for losses that ask it.
     """
 
     def run(
@@ -140,11 +142,11 @@ def segment_function(
         batches: Sequence[Any],
         slots: sgd.Slots,
         rates: sgd.Groups,
-    ) -> tuple[bool, list[Tensor], sgd.Slots, Mapping[str, Tensor], dict[str, int]]:
+    ) -> tuple[bool, list[Tensor], sgd.Slots, Mapping[str, Tensor], dict[str, int], list[Tensor]]:
         calls = {name: 0, **{read: 0 for read, _ in reads}}
         state = State(parameters[name], buffers[name])
         of = {variable: rates[group] for variable, group in groups.items()}
-        reached = True
+        reached, losses = True, []
         try:
             for read, differentiate in reads:
                 there = State(parameters[read], buffers[read])
@@ -160,10 +162,13 @@ def segment_function(
                 reached = reached and any(gradient is not None for gradient in found)
                 moved, slots = sgd.step(of, state.parameters, dict(zip(of, found, strict=True)), slots)
                 state = State({**state.parameters, **moved}, own.buffers)
+                losses.append(loss.detach())
+                if real:
+                    problems[name].steps_taken += 1
         finally:
             for used in (name, *(read for read, _ in reads)):
                 problems[used].substitute(None)
-        return reached, [state.parameters[variable] for variable in of], slots, state.buffers, calls
+        return reached, [state.parameters[variable] for variable in of], slots, state.buffers, calls, losses
 
     return run
 
@@ -176,6 +181,7 @@ class Segment:
         start, end: the variables before the first step, which the graph ends at, and after the last one.
         begun, left: the optimizer's slots there.
         buffers: the module's after the last step.
+        losses: of each step, detached.
     """
 
     start: Vector
@@ -183,6 +189,7 @@ class Segment:
     end: Vector
     left: sgd.Slots
     buffers: Mapping[str, Tensor]
+    losses: Sequence[Tensor]
 
     def pull(
         self, cotangent: Vector, slots: sgd.Slots, onto: Sequence[Tensor], oldest: bool

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mlo.errors import CheckpointError, ConfigError
-from mlo.hypergradient.step import Record
 from mlo.levels.graph import Graph
 from mlo.levels.problem import Problem, State
 from mlo.ops import distributed
@@ -21,10 +19,10 @@ from mlo.ops.loss_scale import LossScale
 from mlo.ops.rng import global_state, replay, set_global_state
 from mlo.ops.vectors import filled
 from mlo.steps.evaluation import Evaluator
-from mlo.steps.optimizer_state import optimizer_state
 from mlo.training.checkpoint import of_this_process, with_other_processes
-from mlo.training.gradients import Gradient, Gradients, Records
+from mlo.training.gradients import Gradients, Records
 from mlo.training.plan import Plan, move_to
+from mlo.training.real_steps import RealSteps
 from mlo.training.report import EngineReport, engine_report
 from mlo.training.update import Updater
 from mlo.training.virtual_steps import Rollout, cast_batches, cast_state, looking_ahead
@@ -81,11 +79,16 @@ class Engine:
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
         self.device = move_to(problems, device)
         self.rounds = 0
-        self.losses: dict[str, Tensor] = {}
         self._evaluator = Evaluator(self.problems, self.device, Compiler(self.device) if compile else None)
         self._gradients = Gradients(self._plan, self._evaluator)
         self._rollout = Rollout(self._plan, self._evaluator, self._gradients)
         self._updater = Updater(self.device, deferred=self.device.type != "cpu")
+        self._real = RealSteps(self._plan, self._evaluator, self._gradients, self._rollout, self._updater)
+
+    @property
+    def losses(self) -> Mapping[str, Tensor]:
+        """{problem: the loss of its last real step}, detached, on the device."""
+        return self._real.losses
 
     @property
     def graph(self) -> Graph:
@@ -135,11 +138,11 @@ class Engine:
             for _ in range(self.problems[top].steps):
                 with self._ahead(top):
                     states, records = self._rollout.below(top, due, self._live_states())
-                    self._real_step(top, states, records)
+                    self._real.step(top, states, records)
         rest = [name for name in due if name not in tops]
         states, records = self._live_states(), Records()
         for position, name in enumerate(rest):
-            self._real_steps(name, states, records, [n for n in rest[position + 1 :] if self._plan.paths[n]])
+            self._real.steps(name, states, records, rest[position + 1 :])
         self.rounds += 1
         self._updater.check_arrived()
 
@@ -265,7 +268,7 @@ class Engine:
         }
         self._evaluator.load_state_dict(state["evaluator"])
         self._gradients.scales = {name: LossScale(*scale) for name, scale in state["scales"].items()}
-        self.losses = {name: loss.to(self.device) for name, loss in state["losses"].items()}
+        self._real.losses = {name: loss.to(self.device) for name, loss in state["losses"].items()}
         self._gradients.reports = {key: value.to(self.device) for key, value in state["reports"].items()}
         set_global_state(state["random"])
         if self.device.type == "cuda" and state["cuda_random"] is not None:
@@ -281,44 +284,3 @@ class Engine:
 
     def _live_states(self) -> dict[str, State]:
         return {name: problem.live_state() for name, problem in self.problems.items()}
-
-    def _real_step(
-        self,
-        name: str,
-        states: Mapping[str, State],
-        records: Records,
-        targets: Collection[str] = (),
-        freeze: bool = False,
-    ) -> Gradient:
-        """One real step of a problem, whose gradient keeps what a pullback onto ``targets`` needs.
-
-        With ``freeze``, ``records`` are still needed afterwards, so they keep copies of what the step changes.
-        """
-        problem = self.problems[name]
-        gradient = self._gradients.of(name, states, records, problem.batches_ahead(), "step", targets)
-        if freeze:
-            for record in itertools.chain.from_iterable(records.values()):
-                record.freeze(name)
-        self._updater.update(problem, gradient.loss, gradient.own, gradient.buffers)
-        problem.advance()
-        self.losses[name] = gradient.loss
-        return gradient
-
-    def _real_steps(self, name: str, states: Mapping[str, State], records: Records, later: Sequence[str]) -> None:
-        """The real steps of a problem in one round; recorded if one of ``later`` is differentiated through them."""
-        problem, estimator = self.problems[name], self._plan.estimators[name]
-        targets = self._plan.targets(name, later)
-        recorded: list[Record] = []
-        for left in reversed(range(problem.steps)):
-            keep = bool(targets) and estimator.records(left)
-            keeps = keep and estimator.needs_before
-            at = optimizer_state(problem, copies=self._gradients.needs_optimizer_state(name)) if keeps else None
-            stored = (None, None) if at is None else estimator.stored(states[name], at, len(recorded))
-            onto = targets if keep and self._gradients.kept_for_pullback(name, len(recorded), left) else ()
-            seen = self._gradients.seen(name, states, stored[0]) if onto else states
-            gradient = self._real_step(name, seen, records, onto, freeze=bool(later or left))
-            if keep:
-                fresh = problem.batches_ahead() if estimator.takes_fresh_batches else ()
-                recorded.append(gradient.record(problem, *stored, states[name], states, fresh))
-        if targets:
-            records[name] = recorded

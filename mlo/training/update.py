@@ -17,6 +17,7 @@ from mlo.levels.problem import Problem
 from mlo.ops import distributed
 from mlo.ops.vectors import norm
 from mlo.steps.clipping import clip
+from mlo.steps.gradient_functions import Segment
 
 ROUNDS_BEHIND = 2  # after which several processes check the losses of a round: by then a GPU has usually sent them
 
@@ -64,6 +65,26 @@ class Updater:
                 old = before.get(id(tensor))
                 tensor.copy_(torch.where(self._finite, tensor, torch.zeros_like(tensor) if old is None else old))
 
+    def commit(self, problem: Problem, segment: Segment) -> bool:
+        """Set variables, momentum and buffers to where several steps led; they are counted already.
+
+        Returns:
+            False, with nothing changed, if not deferred and a loss or a variable is NaN or infinite.
+        """
+        size = norm([end.detach() for end in segment.end]).double()
+        seen = torch.stack([torch.stack([loss.double(), size]) for loss in segment.losses])
+        finite = torch.isfinite(seen).all()
+        if self._deferred:
+            first = problem.steps_taken - len(segment.losses)
+            self._round += [(problem.name, first + index, each) for index, each in enumerate(seen)]
+            self._finite = finite = self._finite & finite
+        elif not finite:
+            return False
+        with torch.no_grad():
+            for target, value in _targets(problem, segment):
+                target.copy_(torch.where(finite, value, target) if self._deferred else value)
+        return True
+
     def check_arrived(self) -> None:
         """After a round: start copying its losses to the CPU, and check those of earlier rounds that have arrived.
 
@@ -108,6 +129,20 @@ class _Sent:
             self._event.synchronize()
         for (name, step), value in zip(self._labels, self._values.tolist(), strict=True):
             _check(name, step, value)
+
+
+def _targets(problem: Problem, segment: Segment) -> Iterator[tuple[Tensor, Tensor]]:
+    """The problem's own tensors with the values that steps by torch's SGD gave them; momentum begins at zero."""
+    yield from zip(problem.variables.values(), segment.end, strict=True)
+    for name, slot in segment.left.items():
+        state = problem.optimizer.state[problem.variables[name]]
+        for key, value in slot.items():
+            if value is not None:
+                if state.get(key) is None:
+                    state[key] = torch.zeros_like(value, requires_grad=False)
+                yield state[key], value
+    for name, buffer in problem.live_state().buffers.items() if segment.buffers else ():
+        yield buffer, segment.buffers[name]
 
 
 def _take_step(problem: Problem, gradients: Mapping[str, Tensor | None], buffers: Mapping[str, Tensor]) -> None:

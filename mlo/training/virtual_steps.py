@@ -81,7 +81,7 @@ class Rollout:
             keep = bool(targets) and estimator.records(left - 1)
             count = self._gradients.at_once(name, states, taken, left) if keep else 0
             batches = [cast_batches(problem.batches_ahead(step + i), dtype) for i in range(max(count, 1))]
-            if count and (several := self._at_once(name, states, batches, at, targets)) is not None:
+            if count and (several := self.at_once(name, states, batches, at, targets, "virtual")) is not None:
                 record, states[name], at = several
                 recorded.append(record)
                 step, taken = step + count, taken + count
@@ -106,13 +106,14 @@ class Rollout:
         if targets:
             records[name] = recorded
 
-    def _at_once(
+    def at_once(
         self,
         name: str,
         states: Mapping[str, State],
         batches: Sequence[tuple[Any, ...]],
         optimizer_state: OptimizerState,
         targets: Collection[str],
+        kind: str,
     ) -> tuple[Record, State, OptimizerState] | None:
         """Several steps in one graph: their record, and what they led to; None if they can only be taken one by one."""
         problem, before = self._evaluator.problems[name], states[name]
@@ -123,7 +124,7 @@ class Rollout:
             [batch for (batch,) in batches],
             optimizer_state.groups,
             optimizer_state.slots,
-            kind="virtual",
+            kind=kind,
             through=targets,
         )
         if taken is None:  # it may have drawn random numbers before it failed

@@ -1,0 +1,174 @@
+"""Several real steps in one graph: the same run as one by one, and one by one where something must see each step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mlo
+from mlo.training.update import Updater
+
+
+class Fit(mlo.Problem):
+    def loss(self, batch, top):
+        return (top() * (self(batch) - batch.sum(1, keepdim=True)).square()).mean()
+
+
+class Judge(mlo.Problem):
+    def loss(self, batch, low):
+        return low(batch).square().mean()
+
+
+class Weight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self) -> Tensor:
+        return self.log.exp()
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.3), nn.Tanh(), nn.Linear(5, 1))
+
+
+def engine(
+    fit: type[mlo.Problem] = Fit, memory: float = 16.0, *, tops: int = 1, make=None, **low: object
+) -> mlo.Engine:
+    """Four lower steps a round; without ``memory`` for graphs they are taken one by one."""
+    torch.manual_seed(0)
+    module, make = network(), make or (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1))
+    data = [torch.linspace(-1.0, 1.0, 24).reshape(6, 4) + 0.1 * index for index in range(3)]
+    problems = [fit("low", module=module, optimizer=make(module.parameters()), data=data, steps=4, **low)]
+    for name in ("top", "other")[:tops]:
+        weight = Weight()
+        problems.append(Judge(name, module=weight, optimizer=torch.optim.SGD(weight.parameters(), lr=0.5), data=data))
+    return mlo.Engine(problems, {"kind": "unrolled", "graph_memory": memory}, device="cpu")
+
+
+def everything(made: mlo.Engine) -> list[Tensor]:
+    found = []
+    for problem in made.problems.values():
+        found += [*problem.module.parameters(), *problem.module.buffers()]
+        for slots in problem.optimizer.state.values():
+            found += [value for value in slots.values() if isinstance(value, Tensor)]
+    return [tensor.detach() for tensor in found]
+
+
+def commits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many steps each call of commit has taken at once, as they come."""
+    seen, own = [], Updater.commit
+
+    def counted(self: Updater, problem: mlo.Problem, segment: object) -> bool:
+        seen.append(len(segment.losses))
+        return own(self, problem, segment)
+
+    monkeypatch.setattr(Updater, "commit", counted)
+    return seen
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_run_is_the_same_as_one_by_one(monkeypatch):
+    seen = commits(monkeypatch)
+    runs = []
+    for memory in (16.0, 0.0):
+        made = engine(memory=memory)
+        torch.manual_seed(1)
+        made.run(4)
+        runs.append((made, made.hypergradient("top")["log"], torch.rand(3)))
+    (joined, *found), (single, *expected) = runs
+    assert seen == [4] * 3, "the first round measures how large a graph is"
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(everything(joined), everything(single), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(joined.metrics(), single.metrics(), rtol=1e-10, atol=0)
+    assert joined.passes["low"]["step"] == single.passes["low"]["step"] == 16
+    assert joined.problems["low"].steps_taken == 16
+    assert joined.problems["low"].stream.state_dict() == single.problems["low"].stream.state_dict()
+
+
+@pytest.mark.usefixtures("float64")
+def test_two_tops_are_differentiated_through_one_graph(monkeypatch):
+    """The first one's step changes what the steps read, whose graph has copies of it."""
+
+    class Both(mlo.Problem):
+        def loss(self, batch, top, other):
+            return (top() * (self(batch) - batch).square() + other() * self(batch).cos()).mean()
+
+    seen = commits(monkeypatch)
+    joined, single = (engine(Both, memory, tops=2) for memory in (16.0, 0.0))
+    for made in (joined, single):
+        torch.manual_seed(1)
+        made.run(3)
+    assert seen == [4] * 2
+    torch.testing.assert_close(everything(joined), everything(single), rtol=1e-10, atol=1e-14)
+    assert joined.passes["low"]["step"] == 2 * 12, "each step is evaluated once, however many go through it"
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_top_of_several_steps_goes_through_the_same_graph():
+    joined, single = (engine(memory=memory) for memory in (16.0, 0.0))
+    for made in (joined, single):
+        made.problems["top"].steps = 3
+        torch.manual_seed(1)
+        made.run(3)
+    torch.testing.assert_close(everything(joined), everything(single), rtol=1e-10, atol=1e-14)
+
+
+def test_a_loss_sees_how_many_steps_were_taken(monkeypatch):
+    asked: list[int] = []
+
+    class Asking(mlo.Problem):
+        def loss(self, batch, top):
+            asked.append(self.steps_taken)
+            return (top() * self(batch).square()).mean() / (1 + self.steps_taken)
+
+    seen = commits(monkeypatch)
+    engine(Asking).run(3)
+    assert seen == [4] * 2
+    assert asked[:4] == [*range(4)]
+    assert asked[-8:] == [*range(4, 12)]
+
+
+class Rising(mlo.Problem):
+    """Its loss is NaN in its seventh step."""
+
+    def loss(self, batch, top):
+        loss = (top() * self(batch).square()).mean()
+        return loss * float("nan") if self.steps_taken == 6 else loss
+
+
+def test_a_loss_that_is_not_finite_ends_at_its_own_step():
+    joined, single = (engine(Rising, memory) for memory in (16.0, 0.0))
+    for made in (joined, single):
+        torch.manual_seed(1)
+        with pytest.raises(mlo.NonFiniteLossError, match="at its step 7; that step was not taken"):
+            made.run(3)
+        assert made.problems["low"].steps_taken == 6
+    torch.testing.assert_close(everything(joined), everything(single))
+
+
+def test_a_deferred_check_leaves_what_was_before_all_of_them():
+    """As on a GPU, where no step is waited for: the steps joined with a bad one are undone on the device."""
+    made = engine(Rising)
+    made.run(1)
+    before = [tensor.clone() for tensor in everything(made)]
+    made._real._updater = Updater(made.device, deferred=True)
+    made.step()
+    torch.testing.assert_close(everything(made)[: len(before)][:4], before[:4], rtol=0, atol=0)
+
+
+def test_where_something_sees_each_step_they_are_taken_one_by_one(monkeypatch):
+    seen = commits(monkeypatch)
+    for prepare in (
+        lambda problem: problem.optimizer.register_step_pre_hook(lambda *_: None),
+        lambda problem: problem.optimizer.register_step_post_hook(lambda *_: None),
+        lambda problem: next(problem.module.parameters()).register_hook(lambda g: g),
+        lambda problem: setattr(problem, "scheduler", torch.optim.lr_scheduler.StepLR(problem.optimizer, 1)),
+    ):
+        made = engine()
+        prepare(made.problems["low"])
+        made.run(3)
+    engine(clip_norm=0.1).run(3)
+    engine(make=torch.optim.Adam).run(3)
+    assert seen == []
