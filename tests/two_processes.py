@@ -12,7 +12,7 @@ from torch import nn
 
 import mlo
 from mlo.ops import distributed
-from mlo.training.update import Updater
+from mlo.training.checked_updates import Updater
 
 CPU = torch.device("cpu")
 

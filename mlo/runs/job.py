@@ -42,7 +42,7 @@ class Job(RunSettings):
         starts, once for all runs that differ only in the seed. Override it, and call this one too, if options name
         files, data or code.
         """
-        from mlo.training.plan import known_device
+        from mlo.training.devices import known_device
 
         known_device(self.device)
 

@@ -31,6 +31,6 @@ class RunSettings(Config):
         Raises:
             ConfigError: if there is no such device.
         """
-        from mlo.training.plan import move_to
+        from mlo.training.devices import move_to
 
         return move_to([], self.device)

@@ -11,11 +11,11 @@ from torch import Tensor
 from mlo.errors import ConfigError
 from mlo.levels.problem import Problem
 from mlo.ops.vectors import Vector
-from mlo.steps import formulas, sgd, torch_step
+from mlo.steps import parameter_groups, sgd, torch_step
 from mlo.steps.adaptive import formula_of
 from mlo.steps.clipping import clip, transpose_clip
-from mlo.steps.formulas import Gradients, Tensors
 from mlo.steps.optimizer_state import OptimizerState
+from mlo.steps.parameter_groups import Gradients, Tensors
 
 
 def virtual_step(
@@ -51,7 +51,7 @@ def _step(
         moved, slots = sgd.step(of, parameters, gradients, optimizer_state.slots)
         return moved, OptimizerState(groups, slots)
     if formula := formula_of(problem.optimizer, groups):
-        return formulas.step(problem, formula, parameters, gradients, optimizer_state)
+        return parameter_groups.step(problem, formula, parameters, gradients, optimizer_state)
     return torch_step.step(problem, parameters, gradients, optimizer_state, differentiable=differentiable)
 
 
@@ -102,9 +102,9 @@ def pull_through_step(
         return StepCotangents(tuple(c * scale for c, scale in zip(cotangent, scales, strict=True)), (), {})
     clipped, named = clip(gradients, problem.clip_norm_now), dict(zip(names, cotangent, strict=True))
     if plain_sgd:
-        found = sgd.pull(problem, groups, clipped, begun, named, slots or {})
+        found = sgd.transpose(problem, groups, clipped, begun, named, slots or {})
     elif formula := formula_of(problem.optimizer, groups):
-        found = formulas.transpose(problem, formula, parameters, clipped, optimizer_state, named, slots or {})
+        found = parameter_groups.transpose(problem, formula, parameters, clipped, optimizer_state, named, slots or {})
     else:
         found = torch_step.transpose(problem, parameters, clipped, optimizer_state, named, slots)
     to_gradients = transpose_clip(gradients, problem.clip_norm_now, found[0])

@@ -82,7 +82,7 @@ def scales(problem: Problem, groups: Groups, unreached: Collection[str], begun: 
     return found
 
 
-def pull(
+def transpose(
     problem: Problem,
     groups: Groups,
     gradients: Mapping[str, Tensor | None],

@@ -11,8 +11,8 @@ from torch.optim import SGD, Optimizer
 
 from mlo.levels.problem import Problem
 from mlo.ops.vectors import filled
-from mlo.steps.formulas import Gradients, NamedCotangents, Slots, Tensors
 from mlo.steps.optimizer_state import COUNTERS, OptimizerState, copied
+from mlo.steps.parameter_groups import Gradients, NamedCotangents, Slots, Tensors
 
 
 def step(
@@ -44,7 +44,7 @@ def transpose(
     cotangent: Tensors,
     slots: Slots | None,
 ) -> NamedCotangents:
-    """See :func:`mlo.steps.formulas.transpose`. Without ``slots``, only cotangents of the gradients are computed."""
+    """As :func:`mlo.steps.parameter_groups.transpose`; without ``slots``, only for the cotangents of gradients."""
     leaves = {n: None if g is None else off_zero(g.detach()).requires_grad_() for n, g in gradients.items()}
     held, like = slots is None, tuple(cotangent.values())
     start = {n: parameters[n].detach().requires_grad_(not held) for n in cotangent}

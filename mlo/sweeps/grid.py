@@ -19,7 +19,7 @@ from mlo.options.yaml_options import flat, merge, nested, of_any_seed, shown
 from mlo.runs.folder import LOG, RunFolder, create_folder, has_started, is_free, read_results, stored_job
 from mlo.runs.job import Job, load_job
 from mlo.sweeps.processes import Command, available_cores, run_processes
-from mlo.training.plan import known_device
+from mlo.training.devices import known_device
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ from mlo.ops.loss_scale import LossScale
 from mlo.ops.rng import global_state, replay, set_global_state
 from mlo.ops.vectors import filled
 from mlo.steps.evaluation import Evaluator
+from mlo.training.checked_updates import Updater
 from mlo.training.checkpoint import of_this_process, with_other_processes
+from mlo.training.devices import move_to
 from mlo.training.gradients import Gradients, Records
-from mlo.training.plan import Plan, move_to
+from mlo.training.plan import Plan
 from mlo.training.real_steps import RealSteps
 from mlo.training.report import EngineReport, engine_report
-from mlo.training.update import Updater
 from mlo.training.virtual_steps import Rollout, cast_batches, cast_state, looking_ahead
 
 Callback = Callable[["Engine"], None]

@@ -11,9 +11,9 @@ from mlo.hypergradient.step import Record, copied
 from mlo.levels.problem import Problem, State
 from mlo.steps.evaluation import Evaluator
 from mlo.steps.optimizer_state import optimizer_state
+from mlo.training.checked_updates import Updater
 from mlo.training.gradients import Gradient, Gradients, Records
 from mlo.training.plan import Plan
-from mlo.training.update import Updater
 from mlo.training.virtual_steps import Rollout
 
 

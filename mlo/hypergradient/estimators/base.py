@@ -9,7 +9,7 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from mlo.hypergradient.products import Exact, ProductOption
+from mlo.hypergradient.curvature_products import Exact, ProductOption
 from mlo.hypergradient.step import Step, copied
 from mlo.levels.problem import Problem, State
 from mlo.ops.vectors import Vector

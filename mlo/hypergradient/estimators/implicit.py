@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 
+from mlo.hypergradient.curvature_products import Exact, ProductOption
 from mlo.hypergradient.estimators.base import AtSolution, Pulled
-from mlo.hypergradient.products import Exact, ProductOption
 from mlo.hypergradient.solvers import conjugate_gradient, neumann_series, nystrom
 from mlo.hypergradient.step import Step
 from mlo.ops.rng import replay

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from mlo.hypergradient.curvature_products import Central
 from mlo.hypergradient.estimators.base import AlongSteps, Estimator, Pulled
-from mlo.hypergradient.products import Central
 from mlo.hypergradient.step import Step
 from mlo.levels.problem import Problem
 from mlo.ops.vectors import Vector

@@ -9,7 +9,7 @@ from torch import nn
 
 import mlo
 from mlo.hypergradient import Neumann
-from mlo.training.plan import DEVICES, known_device
+from mlo.training.devices import DEVICES, known_device
 
 
 class Low(mlo.Problem):

@@ -12,7 +12,7 @@ from torch import nn
 
 import mlo
 from mlo.hypergradient import Pulled
-from mlo.hypergradient.products import Exact
+from mlo.hypergradient.curvature_products import Exact
 
 
 @pytest.mark.parametrize(("steps", "estimator"), [(1, "one_step"), (1, "unrolled"), (4, "unrolled")])

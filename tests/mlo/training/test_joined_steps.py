@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import mlo
-from mlo.training.update import Updater
+from mlo.training.checked_updates import Updater
 
 
 class Fit(mlo.Problem):

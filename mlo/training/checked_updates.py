@@ -1,6 +1,6 @@
 """Applies updates, and stops at the first non-finite loss or gradient; on a GPU without synchronizing.
 
-Gradient clipping is in :func:`mlo.steps.optimizer.clip`, the loss scale for float16 in :mod:`mlo.ops.loss_scale`.
+Gradient clipping is in :func:`mlo.steps.clipping`, the loss scale for float16 in :mod:`mlo.ops.loss_scale`.
 """
 
 from __future__ import annotations

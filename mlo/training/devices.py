@@ -1,0 +1,65 @@
+"""The device of an engine: chosen by name, checked, and problems moved to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mlo.errors import ConfigError
+from mlo.levels.problem import Problem
+from mlo.ops import distributed
+
+
+def known_device(device: str | torch.device) -> torch.device:
+    """The device of this name; nothing is moved to it.
+
+    Raises:
+        ConfigError: if there is no device of this name, or it is not available.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:  # whose message lists all that torch was ever built for
+        raise ConfigError(f"device={device!r} cannot be used: there is no device of this name; {DEVICES}") from error
+    gpus = torch.cuda.device_count() if found.type == "cuda" else 0
+    if found.type == "cuda" and (found.index or 0) >= gpus:
+        built = "torch finds" if torch.backends.cuda.is_built() else "this build of torch cannot use them, so there are"
+        count = f"{gpus or 'no'} CUDA GPU{'s' * (gpus != 1)}"
+        raise ConfigError(f"device={str(device)!r} cannot be used: {built} {count} here; {DEVICES}")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if found.type not in ("cpu", "cuda") and (
+        accelerator is None or found.type != accelerator.type or (found.index or 0) >= torch.accelerator.device_count()
+    ):
+        raise ConfigError(f"device={str(device)!r} cannot be used: there is no such device here; {DEVICES}")
+    return found
+
+
+DEVICES = "pass 'cpu', 'cuda' or 'cuda:1' for a GPU, or 'auto' for a GPU if there is one"
+
+
+def move_to(problems: Sequence[Problem], device: str | torch.device) -> torch.device:
+    """Move modules, optimizer states and data streams to ``device``; "auto" is a CUDA GPU if there is one.
+
+    In a distributed run each process has its own GPU, and all start with the parameters and buffers of the first one.
+
+    Returns:
+        The device, with an index.
+
+    Raises:
+        ConfigError: if the device is not available.
+    """
+    try:
+        target = torch.empty(0, device=distributed.own_device(known_device(device))).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={device!r} cannot be used ({error}); {DEVICES}") from error
+    for problem in problems:
+        problem.module.to(target)
+        for slots in problem.optimizer.state.values():
+            for key, value in slots.items():
+                if isinstance(value, torch.Tensor) and not (key == "step" and value.device.type == "cpu"):
+                    slots[key] = value.to(target)
+        problem.stream.device = target
+        distributed.follow_main([*problem.module.parameters(), *problem.module.buffers()])
+    return target
