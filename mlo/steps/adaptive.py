@@ -31,10 +31,25 @@ class Formula(Protocol):
     ) -> tuple[Tensors, State]:
         """The parameters and the state after a step along ``gradients``."""
 
+    def reached(self, group: Group, gradients: Tensors, state: State) -> State:
+        """The state after a step along ``gradients``."""
+
     def transpose(
-        self, group: Group, counts: Sequence[float], gradients: Tensors, state: State, cotangents: Tensors, after: State
+        self,
+        group: Group,
+        counts: Sequence[float],
+        gradients: Tensors,
+        reached: State,
+        cotangents: Tensors,
+        after: State | None,
     ) -> tuple[Tensors, State]:
-        """From cotangents of parameters and state after the step, those of the gradients and of the state before it."""
+        """Cotangents of the gradients and of the state before the step, from those of parameters and state after it.
+
+        Args:
+            reached: the state after the step.
+            cotangents, after: of the parameters, and of those tensors of the state that have one; None: those of the
+                state before the step are not asked for.
+        """
 
 
 def formula_of(optimizer: Optimizer, groups: Sequence[Group]) -> Formula | None:
@@ -53,13 +68,15 @@ def step(
     formula: Formula, group: Group, counts: Sequence[float], parameters: Tensors, gradients: Tensors, state: State
 ) -> tuple[Tensors, State]:
     """Parameters and state after one step, weight decay and ``maximize`` included."""
-    decay = group["weight_decay"]
-    along = torch._foreach_neg(gradients) if group["maximize"] else gradients
-    if decay and group.get("decoupled_weight_decay"):
+    along = _along(group, parameters, gradients)
+    if decay := _decoupled_decay(group):
         parameters = torch._foreach_mul(parameters, 1 - group["lr"] * decay)
-    elif decay:
-        along = torch._foreach_add(along, parameters, alpha=decay)
     return formula.step(group, counts, parameters, along, state)
+
+
+def reached(formula: Formula, group: Group, parameters: Tensors, gradients: Tensors, state: State) -> State:
+    """The state after one step."""
+    return formula.reached(group, _along(group, parameters, gradients), state)
 
 
 def transpose(
@@ -68,22 +85,38 @@ def transpose(
     counts: Sequence[float],
     parameters: Tensors,
     gradients: Tensors,
-    state: State,
+    reached: State,
     cotangents: Tensors,
-    after: State,
+    after: State | None,
 ) -> tuple[Tensors, Tensors, State]:
-    """Cotangents of gradients, parameters and state before a step, from those of parameters and state after it."""
-    decay, decoupled = group["weight_decay"], group.get("decoupled_weight_decay")
-    along = torch._foreach_neg(gradients) if group["maximize"] else gradients
-    if decay and not decoupled:
-        along = torch._foreach_add(along, parameters, alpha=decay)
-    to_along, to_state = formula.transpose(group, counts, along, state, cotangents, after)
+    """Cotangents of gradients, parameters and state before a step, from those of parameters and state after it.
+
+    Args:
+        reached: the state after the step.
+        cotangents, after: of the parameters, and of those tensors of the state that have one; None: of what was before
+            the step, only the cotangents of the gradients are asked for.
+    """
+    along = _along(group, parameters, gradients)
+    to_along, to_state = formula.transpose(group, counts, along, reached, cotangents, after)
     before = cotangents
-    if decay and decoupled:
+    if after is None:
+        before = ()
+    elif decay := _decoupled_decay(group):
         before = torch._foreach_mul(cotangents, 1 - group["lr"] * decay)
-    elif decay:
-        before = torch._foreach_add(cotangents, to_along, alpha=decay)
+    elif group["weight_decay"]:
+        before = torch._foreach_add(cotangents, to_along, alpha=group["weight_decay"])
     return torch._foreach_neg(to_along) if group["maximize"] else to_along, before, to_state
+
+
+def _decoupled_decay(group: Group) -> float:
+    return float(group["weight_decay"]) if group.get("decoupled_weight_decay") else 0.0
+
+
+def _along(group: Group, parameters: Tensors, gradients: Tensors) -> Tensors:
+    """The direction of the step: the gradient, with its sign and with weight decay that is not decoupled."""
+    along: Tensors = torch._foreach_neg(gradients) if group["maximize"] else gradients
+    decay = 0 if group.get("decoupled_weight_decay") else group["weight_decay"]
+    return torch._foreach_add(along, parameters, alpha=decay) if decay else along
 
 
 class _Adam:
@@ -92,48 +125,58 @@ class _Adam:
     def begin(self, group: Group) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())
 
-    def step(
-        self, group: Group, counts: Sequence[float], parameters: Tensors, gradients: Tensors, state: State
-    ) -> tuple[Tensors, State]:
-        after, fraction = self._update(group, counts, gradients, state)
-        rates = [-rate for rate in self._rates(group, counts)]
-        return torch._foreach_addcdiv(parameters, after["exp_avg"], fraction.bottom, rates), after
-
-    def transpose(
-        self, group: Group, counts: Sequence[float], gradients: Tensors, state: State, cotangents: Tensors, after: State
-    ) -> tuple[Tensors, State]:
+    def reached(self, group: Group, gradients: Tensors, state: State) -> State:
         beta1, beta2 = group["betas"]
-        reached, fraction = self._update(group, counts, gradients, state)
-        given = torch._foreach_mul(cotangents, [-rate for rate in self._rates(group, counts)])
-        to_mean, to_square = fraction.transpose(given, reached["exp_avg"])
-        to_mean = _sum(to_mean, after.get("exp_avg"))
-        before: dict[str, Tensors] = {}
-        if group["amsgrad"]:
-            to_square = _sum(to_square, after.get("max_exp_avg_sq"))
-            shares = [_share(old, new) for old, new in zip(state["max_exp_avg_sq"], reached["exp_avg_sq"], strict=True)]
-            to_new = torch._foreach_mul(to_square, shares)
-            before["max_exp_avg_sq"] = torch._foreach_sub(to_square, to_new)
-            to_square = to_new
-        to_square = _sum(to_square, after.get("exp_avg_sq"))
-        before |= {"exp_avg": torch._foreach_mul(to_mean, beta1), "exp_avg_sq": torch._foreach_mul(to_square, beta2)}
-        to_gradients = torch._foreach_mul(to_mean, 1 - beta1)
-        return torch._foreach_addcmul(to_gradients, gradients, to_square, value=2 * (1 - beta2)), before
-
-    def _update(
-        self, group: Group, counts: Sequence[float], gradients: Tensors, state: State
-    ) -> tuple[dict[str, Tensors], _Fraction]:
-        beta1, beta2 = group["betas"]
-        after: dict[str, Tensors] = {
+        after = {
             "exp_avg": torch._foreach_lerp(state["exp_avg"], gradients, 1 - beta1),
             "exp_avg_sq": _mean_square(state["exp_avg_sq"], gradients, beta2),
         }
-        square = after["exp_avg_sq"]
         if group["amsgrad"]:
-            after["max_exp_avg_sq"] = square = torch._foreach_maximum(state["max_exp_avg_sq"], square)
-        return after, _Fraction.over(square, [(1 - beta2**count) ** 0.5 for count in counts], group["eps"])
+            after["max_exp_avg_sq"] = torch._foreach_maximum(state["max_exp_avg_sq"], after["exp_avg_sq"])
+        return after
+
+    def step(
+        self, group: Group, counts: Sequence[float], parameters: Tensors, gradients: Tensors, state: State
+    ) -> tuple[Tensors, State]:
+        after = self.reached(group, gradients, state)
+        bottom = self._fraction(group, counts, after).bottom
+        return torch._foreach_addcdiv(parameters, after["exp_avg"], bottom, self._rates(group, counts)), after
+
+    def transpose(
+        self,
+        group: Group,
+        counts: Sequence[float],
+        gradients: Tensors,
+        reached: State,
+        cotangents: Tensors,
+        after: State | None,
+    ) -> tuple[Tensors, State]:
+        beta1, beta2 = group["betas"]
+        given = torch._foreach_mul(cotangents, self._rates(group, counts))
+        to_mean, to_square = self._fraction(group, counts, reached).transpose(given, reached["exp_avg"])
+        to_mean = _sum(to_mean, after, "exp_avg")
+        before: dict[str, Tensors] = {}
+        if group["amsgrad"]:
+            to_square = _sum(to_square, after, "max_exp_avg_sq")
+            largest, square = reached["max_exp_avg_sq"], reached["exp_avg_sq"]
+            is_new = [(new == most).to(new.dtype) for new, most in zip(square, largest, strict=True)]
+            to_new = torch._foreach_mul(to_square, is_new)
+            before["max_exp_avg_sq"] = torch._foreach_sub(to_square, to_new)
+            to_square = to_new
+        to_square = _sum(to_square, after, "exp_avg_sq")
+        if after is not None:
+            before["exp_avg"] = torch._foreach_mul(to_mean, beta1)
+            before["exp_avg_sq"] = torch._foreach_mul(to_square, beta2)
+        torch._foreach_mul_(to_mean, 1 - beta1)
+        torch._foreach_addcmul_(to_mean, gradients, to_square, value=2 * (1 - beta2))
+        return to_mean, before
+
+    def _fraction(self, group: Group, counts: Sequence[float], after: State) -> _Fraction:
+        square = after["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        return _Fraction.over(square, [(1 - group["betas"][1] ** count) ** 0.5 for count in counts], group["eps"])
 
     def _rates(self, group: Group, counts: Sequence[float]) -> list[float]:
-        return [group["lr"] / (1 - group["betas"][0] ** count) for count in counts]
+        return [-(group["lr"] / (1 - group["betas"][0] ** count)) for count in counts]
 
 
 class _RMSprop:
@@ -143,44 +186,54 @@ class _RMSprop:
         names = {"square_avg": True, "grad_avg": group["centered"], "momentum_buffer": group["momentum"] > 0}
         return tuple(name for name, used in names.items() if used)
 
+    def reached(self, group: Group, gradients: Tensors, state: State) -> State:
+        after = {"square_avg": _mean_square(state["square_avg"], gradients, group["alpha"])}
+        if group["centered"]:
+            after["grad_avg"] = torch._foreach_lerp(state["grad_avg"], gradients, 1 - group["alpha"])
+        if group["momentum"] > 0:
+            kept = torch._foreach_mul(state["momentum_buffer"], group["momentum"])
+            after["momentum_buffer"] = torch._foreach_addcdiv(kept, gradients, self._fraction(group, after).bottom)
+        return after
+
     def step(
         self, group: Group, counts: Sequence[float], parameters: Tensors, gradients: Tensors, state: State
     ) -> tuple[Tensors, State]:
-        after, fraction = self._update(group, gradients, state)
+        after = self.reached(group, gradients, state)
         if group["momentum"] > 0:
-            kept = torch._foreach_mul(state["momentum_buffer"], group["momentum"])
-            after["momentum_buffer"] = torch._foreach_addcdiv(kept, gradients, fraction.bottom)
             return torch._foreach_add(parameters, after["momentum_buffer"], alpha=-group["lr"]), after
-        return torch._foreach_addcdiv(parameters, gradients, fraction.bottom, value=-group["lr"]), after
+        bottom = self._fraction(group, after).bottom
+        return torch._foreach_addcdiv(parameters, gradients, bottom, value=-group["lr"]), after
 
     def transpose(
-        self, group: Group, counts: Sequence[float], gradients: Tensors, state: State, cotangents: Tensors, after: State
+        self,
+        group: Group,
+        counts: Sequence[float],
+        gradients: Tensors,
+        reached: State,
+        cotangents: Tensors,
+        after: State | None,
     ) -> tuple[Tensors, State]:
         alpha = group["alpha"]
-        reached, fraction = self._update(group, gradients, state)
         given: Tensors = torch._foreach_mul(cotangents, -group["lr"])
         before: dict[str, Tensors] = {}
         if group["momentum"] > 0:
-            given = _sum(given, after.get("momentum_buffer"))
+            given = _sum(given, after, "momentum_buffer")
             before["momentum_buffer"] = torch._foreach_mul(given, group["momentum"])
-        to_gradients, to_variance = fraction.transpose(given, gradients)
+        to_gradients, to_variance = self._fraction(group, reached).transpose(given, gradients)
         if group["centered"]:
-            to_mean = _sum(
-                torch._foreach_mul(torch._foreach_mul(reached["grad_avg"], to_variance), -2.0), after.get("grad_avg")
-            )
+            twice = torch._foreach_mul(torch._foreach_mul(reached["grad_avg"], to_variance), -2.0)
+            to_mean = _sum(twice, after, "grad_avg")
             before["grad_avg"] = torch._foreach_mul(to_mean, alpha)
             to_gradients = torch._foreach_add(to_gradients, to_mean, alpha=1 - alpha)
-        to_square = _sum(to_variance, after.get("square_avg"))
+        to_square = _sum(to_variance, after, "square_avg")
         before["square_avg"] = torch._foreach_mul(to_square, alpha)
         return torch._foreach_addcmul(to_gradients, gradients, to_square, value=2 * (1 - alpha)), before
 
-    def _update(self, group: Group, gradients: Tensors, state: State) -> tuple[dict[str, Tensors], _Fraction]:
-        after: dict[str, Tensors] = {"square_avg": _mean_square(state["square_avg"], gradients, group["alpha"])}
-        variance: Tensors = after["square_avg"]
+    def _fraction(self, group: Group, after: State) -> _Fraction:
+        variance = after["square_avg"]
         if group["centered"]:
-            after["grad_avg"] = mean = torch._foreach_lerp(state["grad_avg"], gradients, 1 - group["alpha"])
-            variance = torch._foreach_addcmul(variance, mean, mean, value=-1)
-        return after, _Fraction.over(variance, None, group["eps"])
+            variance = torch._foreach_addcmul(variance, after["grad_avg"], after["grad_avg"], value=-1)
+        return _Fraction.over(variance, None, group["eps"])
 
 
 class _Adagrad:
@@ -189,20 +242,28 @@ class _Adagrad:
     def begin(self, group: Group) -> tuple[str, ...]:
         return ("sum",)
 
+    def reached(self, group: Group, gradients: Tensors, state: State) -> State:
+        return {"sum": torch._foreach_addcmul(state["sum"], gradients, gradients)}
+
     def step(
         self, group: Group, counts: Sequence[float], parameters: Tensors, gradients: Tensors, state: State
     ) -> tuple[Tensors, State]:
-        square = torch._foreach_addcmul(state["sum"], gradients, gradients)
-        bottom = _Fraction.over(square, None, group["eps"]).bottom
-        return torch._foreach_addcdiv(parameters, gradients, bottom, self._rates(group, counts)), {"sum": square}
+        after = self.reached(group, gradients, state)
+        bottom = _Fraction.over(after["sum"], None, group["eps"]).bottom
+        return torch._foreach_addcdiv(parameters, gradients, bottom, self._rates(group, counts)), after
 
     def transpose(
-        self, group: Group, counts: Sequence[float], gradients: Tensors, state: State, cotangents: Tensors, after: State
+        self,
+        group: Group,
+        counts: Sequence[float],
+        gradients: Tensors,
+        reached: State,
+        cotangents: Tensors,
+        after: State | None,
     ) -> tuple[Tensors, State]:
-        square = torch._foreach_addcmul(state["sum"], gradients, gradients)
         given = torch._foreach_mul(cotangents, self._rates(group, counts))
-        to_gradients, to_square = _Fraction.over(square, None, group["eps"]).transpose(given, gradients)
-        to_square = _sum(to_square, after.get("sum"))
+        to_gradients, to_square = _Fraction.over(reached["sum"], None, group["eps"]).transpose(given, gradients)
+        to_square = _sum(to_square, after, "sum")
         return torch._foreach_addcmul(to_gradients, gradients, to_square, value=2.0), {"sum": to_square}
 
     def _rates(self, group: Group, counts: Sequence[float]) -> list[float]:
@@ -220,19 +281,23 @@ class _Fraction:
     @classmethod
     def over(cls, square: Tensors, corrections: list[float] | None, eps: float) -> _Fraction:
         root = torch._foreach_sqrt(square)
-        scaled = root if corrections is None else torch._foreach_div(root, corrections)
-        return cls(root, corrections or [1.0] * len(root), torch._foreach_add(scaled, eps))
+        if corrections is None:
+            return cls(root, [1.0] * len(root), torch._foreach_add(root, eps))
+        bottom = torch._foreach_div(root, corrections)
+        return cls(root, corrections, torch._foreach_add(bottom, eps))
 
     def transpose(self, cotangents: Tensors, top: Tensors) -> tuple[Tensors, Tensors]:
-        """Cotangents of the numerator ``top`` and of ``square``, from those of top / bottom.
+        """Cotangents of the numerator ``top`` and of ``square``, from those of top / bottom, which are overwritten.
 
         Where the root is zero, so is the numerator and all that it could pass on to ``square``.
         """
-        to_top = torch._foreach_div(cotangents, self.bottom)
-        to_bottom = torch._foreach_div(torch._foreach_mul(to_top, top), self.bottom)
-        smallest = [torch.finfo(root.dtype).tiny for root in self.root]
-        inverse = torch._foreach_div(torch._foreach_sign(self.root), torch._foreach_clamp_min(self.root, smallest))
-        to_square = torch._foreach_mul(torch._foreach_mul(to_bottom, inverse), [-0.5 / c for c in self.corrections])
+        to_top = cotangents
+        torch._foreach_div_(to_top, self.bottom)
+        to_square = torch._foreach_mul(to_top, top)
+        torch._foreach_div_(to_square, self.bottom)
+        torch._foreach_mul_(to_square, torch._foreach_sign(self.root))
+        torch._foreach_div_(to_square, torch._foreach_clamp_min(self.root, torch.finfo(self.root[0].dtype).tiny))
+        torch._foreach_mul_(to_square, [-0.5 / correction for correction in self.corrections])
         return to_top, to_square
 
 
@@ -240,13 +305,9 @@ def _mean_square(square: Tensors, gradients: Tensors, decay: float) -> Tensors:
     return torch._foreach_addcmul(torch._foreach_mul(square, decay), gradients, gradients, value=1 - decay)
 
 
-def _share(old: Tensor, new: Tensor) -> Tensor:
-    """The derivative of max(old, new) in ``new``: one half where they are equal, as torch has it."""
-    return torch.heaviside(new - old, new.new_tensor(0.5))
-
-
-def _sum(one: Tensors, other: Tensors | None) -> Tensors:
-    return one if other is None else torch._foreach_add(one, other)
+def _sum(one: Tensors, state: State | None, key: str) -> Tensors:
+    """``one``, with the state's tensors of this name added where there are any."""
+    return torch._foreach_add(one, state[key]) if state and key in state else one
 
 
 _FORMULAS: dict[type[Optimizer], Formula] = {Adam: _Adam(), AdamW: _Adam(), RMSprop: _RMSprop(), Adagrad: _Adagrad()}

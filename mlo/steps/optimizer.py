@@ -75,6 +75,11 @@ def is_linear(problem: Problem) -> bool:
     return problem.clip_norm_now is None and sgd.applies(problem, problem.optimizer.param_groups)
 
 
+def needs_only_state_after(problem: Problem) -> bool:
+    """Whether the state after a step is enough to differentiate it: then no copy of the one before is needed."""
+    return formula_of(problem.optimizer, problem.optimizer.param_groups) is not None
+
+
 @torch.no_grad()
 def pull_through_step(
     problem: Problem,
@@ -104,7 +109,7 @@ def pull_through_step(
     if plain_sgd:
         found = sgd.transpose(problem, groups, clipped, begun, named, slots or {})
     elif formula := formula_of(problem.optimizer, groups):
-        found = parameter_groups.transpose(problem, formula, parameters, clipped, optimizer_state, named, slots or {})
+        found = parameter_groups.transpose(problem, formula, parameters, clipped, optimizer_state, named, slots)
     else:
         found = torch_step.transpose(problem, parameters, clipped, optimizer_state, named, slots)
     to_gradients = transpose_clip(gradients, problem.clip_norm_now, found[0])

@@ -22,10 +22,12 @@ class OptimizerState:
     Attributes:
         groups: the hyperparameters of each parameter group, with the learning rates that schedulers have set.
         slots: {parameter name: {key: value}}, the optimizer's state of each parameter, such as its momentum buffer.
+        stepped: whether the slots are those after the step that is to be differentiated, rather than those before it.
     """
 
     groups: tuple[Mapping[str, Any], ...]
     slots: Mapping[str, Mapping[str, Any]]
+    stepped: bool = False
 
 
 def optimizer_state(problem: Problem, copies: bool = True) -> OptimizerState:

@@ -43,27 +43,39 @@ def transpose(
     gradients: Gradients,
     optimizer_state: OptimizerState,
     cotangent: Tensors,
-    slots: Slots,
+    slots: Slots | None,
 ) -> NamedCotangents:
-    """Cotangents of gradients, variables and slots before a step, from those of variables and slots after it."""
+    """Cotangents of gradients, variables and slots before a step, from those of variables and slots after it.
+
+    Without ``slots``, only those of the gradients.
+    """
     to_gradients = {name: torch.zeros_like(c) for name, c in cotangent.items() if gradients[name] is None}
-    to_parameters, to_slots = dict(cotangent), {name: dict(slot) for name, slot in slots.items()}
+    to_parameters = dict(cotangent)
+    to_slots = {name: dict(slot) for name, slot in (slots or {}).items()}
     for part in _parts(problem, formula, parameters, gradients, optimizer_state):
-        after = {
-            key: [slots[n][key] if key in slots.get(n, {}) else torch.zeros_like(cotangent[n]) for n in part.names]
-            for key in part.state
-            if any(key in slots.get(name, {}) for name in part.names)
-        }
+        after = None if slots is None else _gathered(slots, part, cotangent)
         given = [cotangent[name] for name in part.names]
+        reached: adaptive.State = part.state
+        if not optimizer_state.stepped:
+            reached = adaptive.reached(formula, part.group, part.parameters, part.gradients, part.state)
         found, before, state = adaptive.transpose(
-            formula, part.group, part.counts, part.parameters, part.gradients, part.state, given, after
+            formula, part.group, part.counts, part.parameters, part.gradients, reached, given, after
         )
         to_gradients.update(zip(part.names, found, strict=True))
-        to_parameters.update(zip(part.names, before, strict=True))
+        to_parameters.update(zip(part.names, before, strict=False))
         for index, name in enumerate(part.names):  # before the first step there is no state to pass anything on to
             held = name not in optimizer_state.slots
             to_slots[name] = {} if held else {key: tensors[index] for key, tensors in state.items()}
     return to_gradients, to_parameters, to_slots
+
+
+def _gathered(slots: Slots, part: _Part, like: Tensors) -> dict[str, list[Tensor]]:
+    """The slots of each kind that one of the variables has, with zeros for the others."""
+    return {
+        key: [slots[n][key] if key in slots.get(n, {}) else torch.zeros_like(like[n]) for n in part.names]
+        for key in part.state
+        if any(key in slots.get(name, {}) for name in part.names)
+    }
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,9 @@ def _parts(
         }
         counters = {id(c): c for n in names if (c := slots.get(n, {}).get("step")) is not None}
         values = dict(zip(counters, torch.stack([*counters.values()]).tolist(), strict=True)) if counters else {}
-        counts = [1.0 + values.get(id(slots.get(n, {}).get("step")), 0.0) for n in names]
+        taken = [values.get(id(slots.get(n, {}).get("step")), 0.0) for n in names]
+        # a step that was undone, for it was not finite, has not been counted
+        counts = [max(1.0, count + (not optimizer_state.stepped)) for count in taken]
         yield _Part(group, names, counts, [parameters[n] for n in names], list(found.values()), state)
 
 

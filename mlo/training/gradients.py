@@ -22,7 +22,7 @@ from mlo.ops.loss_scale import LossScale
 from mlo.ops.vectors import Vector, filled
 from mlo.steps.evaluation import Evaluator
 from mlo.steps.gradient_functions import MicroBatch, Pass, mean
-from mlo.steps.optimizer import is_linear
+from mlo.steps.optimizer import is_linear, needs_only_state_after
 from mlo.steps.optimizer_state import OptimizerState
 from mlo.training.plan import Plan
 
@@ -226,9 +226,19 @@ class Gradients:
         return self._evaluator.at_once(name, states, left if room >= taken + left else int(room) - taken)
 
     def needs_optimizer_state(self, name: str) -> bool:
-        """Whether a record of the problem's steps needs the values in its optimizer's state."""
+        """Whether a record of the problem's steps needs the values in its optimizer's state before them."""
+        if self._takes_again(name):
+            return True
+        return not (is_linear(self._evaluator.problems[name]) or self.needs_only_state_after(name))
+
+    def needs_only_state_after(self, name: str) -> bool:
+        """Whether a record of the problem's last step, the only one recorded, can do with the state after it."""
+        last_alone = not self._plan.estimators[name].records(1) and not self._takes_again(name)
+        return last_alone and needs_only_state_after(self._evaluator.problems[name])
+
+    def _takes_again(self, name: str) -> bool:
         inner = any(name in lows for lows in self._plan.inner.values())
-        return inner or self._plan.estimators[name].repeats or not is_linear(self._evaluator.problems[name])
+        return inner or self._plan.estimators[name].repeats
 
     def _accumulated(
         self, name: str, states: Mapping[str, State], batches: Sequence[Any], kind: str, options: dict[str, Any]

@@ -10,7 +10,7 @@ from torch import Tensor
 from mlo.hypergradient.step import Record, copied
 from mlo.levels.problem import Problem, State
 from mlo.steps.evaluation import Evaluator
-from mlo.steps.optimizer_state import optimizer_state
+from mlo.steps.optimizer_state import OptimizerState, optimizer_state
 from mlo.training.checked_updates import Updater
 from mlo.training.gradients import Gradient, Gradients, Records
 from mlo.training.plan import Plan
@@ -76,7 +76,11 @@ class RealSteps:
             gradient = self.step(name, seen, records, onto, freeze=bool(later) or left > 1)
             if keep:
                 fresh = problem.batches_ahead() if estimator.takes_fresh_batches else ()
-                recorded.append(gradient.record(problem, *stored, states[name], states, fresh))
+                record = gradient.record(problem, *stored, states[name], states, fresh)
+                if at is not None and self._gradients.needs_only_state_after(name):
+                    slots = optimizer_state(problem, copies=False).slots
+                    record.optimizer_state = OptimizerState(at.groups, slots, stepped=True)
+                recorded.append(record)
             step, taken = step + 1, taken + keep
         if targets:
             records[name] = recorded

@@ -98,7 +98,10 @@ class Rollout:
             moved, at = virtual_step(problem, before.parameters, gradient.own, was)
             if keep:
                 fresh = cast_batches(problem.batches_ahead(step + 1), dtype) if estimator.takes_fresh_batches else ()
-                recorded.append(gradient.record(problem, *stored, _NOT_YET, states, fresh))
+                record = gradient.record(problem, *stored, _NOT_YET, states, fresh)
+                if stored[1] is not None and self._gradients.needs_only_state_after(name):
+                    record.optimizer_state = OptimizerState(was.groups, at.slots, stepped=True)
+                recorded.append(record)
             states[name] = State({**before.parameters, **moved}, gradient.buffers)
             step, taken = step + 1, taken + keep
         for record in recorded:
