@@ -79,17 +79,15 @@ def _dashed(path: str) -> str:
 
 
 def _meaning(option: Option, room: int | None) -> str:
-    """The description, the type and the default; with little room the first part of the description, and no type."""
-    mark, value = registered(option.field), option.default
-    value = mark.dump(value) if mark else value
+    """The description, the type and the default; or, on one line, the first part of the description and the default."""
+    value = mark.dump(option.default) if (mark := registered(option.field)) else option.default
     value = value[KIND] if isinstance(value, dict) and KIND in value else value
     default = "required" if value is PydanticUndefined else "default " + shown(value).replace('"', "")
-    text = option.field.description or ""
-    types = " | ".join(_choices(option.field)) or inspect.formatannotation(option.field.annotation)
-    whole = f"{text} ({types}; {default})".lstrip()
-    if room is None or len(whole) <= room:
-        return whole
-    return f"{shorten(text.partition(';')[0], room - len(default) - 3, placeholder='...')} ({default})".lstrip()
+    kinds = " | ".join(_choices(option.field)) or inspect.formatannotation(option.field.annotation)
+    text, kinds = option.field.description or "", kinds.replace("None", "null")
+    if room is None:
+        return f"{text} ({kinds}; {default})".lstrip()
+    return f"{shorten(text.partition(';')[0] or kinds, room - len(default) - 3, placeholder='...')} ({default})"
 
 
 def _choices(field: FieldInfo) -> list[str]:
