@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
@@ -169,14 +168,15 @@ def parts(annotation: Any) -> Iterator[Any]:
         yield from parts(argument)
 
 
-WORDS = {
+WORDS = {  # what pydantic says, and what users of YAML understand
     "Input": "it",
     "Tuple": "it",
-    "valid array": "valid list",
-    "valid tuple": "valid list",
+    "a valid array": "a list",
+    "a valid tuple": "a list",
     "an object": "a mapping",
+    "a valid boolean": "true or false",
+    "a valid string": "text",
 }
-WORDS |= {"a valid boolean": "true or false", "a valid string": "text"}
 
 
 def explain(error: ValidationError, model: type[Config]) -> list[str]:
@@ -189,8 +189,8 @@ def explain(error: ValidationError, model: type[Config]) -> list[str]:
         own = names | {detail["loc"][-1]} if unknown else names  # beside these, pydantic puts members of unions there
         path = ".".join(str(part) for part in detail["loc"] if isinstance(part, int) or part in own)
         context, given, allowed = detail.get("ctx", {}), detail["input"], detail["msg"]
-        for word, ours in WORDS.items():
-            allowed = allowed.replace(word, ours)
+        for theirs, ours in WORDS.items():
+            allowed = allowed.replace(theirs, ours)
         if unknown:
             faults[path] = _unknown(path, known)
         elif "error" in context:  # raised by a validator
@@ -213,15 +213,16 @@ def _unknown(path: str, known: Sequence[Option]) -> str:
     kinds = dict.fromkeys(option.choice[1] for option in known if option.path == path and option.choice)
     if kinds:
         return f"is an option of {', '.join(kinds)}, not of the chosen {section}"
-    # options and sections: "a", "a.b" and "a.b.c" for each "a.b.c"
-    paths = dict.fromkeys(part for o in known for part in accumulate(o.path.split("."), lambda *two: ".".join(two)))
-    split = [(other.rpartition("."), other) for other in paths]
-    nearest = registry.nearest(name, [last for (_, _, last), _ in split])
-    meant = {other: above for (above, _, last), other in split if last == nearest}
-    here = [other for other in meant if meant[other] == section] or list(meant)
-    if here:
-        return f"unknown option; did you mean {' or '.join(here)}?"
-    return f"unknown option; there are: {', '.join(last for (above, _, last), _ in split if above == section)}"
+    names = [option.path.split(".") for option in known]
+    paths = dict.fromkeys(".".join(words[: n + 1]) for words in names for n in range(len(words)))  # sections too
+    last = {other: other.rpartition(".")[2] for other in paths}
+    here = [other for other in paths if other.rpartition(".")[0] == section]
+    nearest = registry.nearest(name, last.values())
+    meant = [other for other in paths if last[other] == nearest]
+    meant = [other for other in meant if other in here] or meant
+    if meant:
+        return f"unknown option; did you mean {' or '.join(meant)}?"
+    return f"unknown option; there are: {', '.join(last[other] for other in here) or 'none'}"
 
 
 def shown(value: object) -> str:

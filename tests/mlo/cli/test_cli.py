@@ -124,7 +124,7 @@ def test_all_faults_are_told_at_once_and_nothing_is_written(mlo):
         (["run", "ridge", "stray"], "'stray' is not an option; write --option VALUE"),
         (["run", "ridge", "--rate", "-0.5"], "-0.5 was given, but it should be greater than 0"),
         (["run", "ridge", "--start", "{a"], '--start: "{a" is not valid YAML: '),
-        (["run", "ridge", "--tags", "a"], 'tags: "a" was given, but it should be a valid list'),
+        (["run", "ridge", "--tags", "a"], 'tags: "a" was given, but it should be a list'),
         (
             ["run", "ridge", "--tags", "[a,", "b]"],
             "'b]' is not an option; write --option VALUE, and quote a VALUE that has spaces",

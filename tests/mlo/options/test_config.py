@@ -102,9 +102,9 @@ def test_the_options_are_frozen():
         ({"open": 1}, "  open: 1 was given, but it should be true or false"),
         ({"mood": "so"}, "  mood: \"so\" was given, but it should be 'good' or 'bad'"),
         ({"mood": "god"}, "  mood: \"god\" was given, but it should be 'good' or 'bad'; did you mean good?"),
-        ({"span": "3"}, '  span: "3" was given, but it should be a valid list'),
-        ({"baskets": "a,b"}, '  baskets: "a,b" was given, but it should be a valid list'),
-        ({"span": None}, "  span: null was given, but it should be a valid list"),
+        ({"span": "3"}, '  span: "3" was given, but it should be a list'),
+        ({"baskets": "a,b"}, '  baskets: "a,b" was given, but it should be a list'),
+        ({"span": None}, "  span: null was given, but it should be a list"),
         ({"span": [3]}, "  span.1: is missing, and has no default"),
         (
             {"span": [3, 4, 5]},
@@ -199,11 +199,11 @@ def test_a_list_in_python_is_as_good_as_a_tuple():
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ({"fruits": "apple"}, 'Bowl: fruits: "apple" was given, but it should be a valid list'),
-        ({"fruits": {"apple"}}, "Bowl: fruits: \"{'apple'}\" was given, but it should be a valid list"),
+        ({"fruits": "apple"}, 'Bowl: fruits: "apple" was given, but it should be a list'),
+        ({"fruits": {"apple"}}, "Bowl: fruits: \"{'apple'}\" was given, but it should be a list"),
         ({"fruits": ["appel"]}, "Bowl: fruits.0: \"appel\" was given, but it should be 'apple' or 'cherry'"),
         ({"sizes": [3, 4.5]}, "Bowl: sizes.1: 4.5 was given, but it should be a valid integer"),
-        ({"sizes": "x"}, 'Bowl: sizes: "x" was given, but it should be a valid integer, or it should be a valid list'),
+        ({"sizes": "x"}, 'Bowl: sizes: "x" was given, but it should be a valid integer, or it should be a list'),
     ],
 )
 def test_what_is_wrong_with_a_list_in_python_is_told_of_its_items(given, line):

@@ -258,7 +258,7 @@ def test_the_run_of_another_job_and_a_folder_planned_twice_are_refused(ridge, mo
         ),
         (["--output", "o", "--grid.rate"], "--grid.rate: has no value; write --grid.rate VALUE"),
         (["--output", "o", "--grid.rate", "[1]", "--grid.rate", "[2]"], "--grid.rate: is given twice"),
-        (["--output", "o", "--grid.tags", "[a, b]"], 'tags: "a" was given, but it should be a valid list'),
+        (["--output", "o", "--grid.tags", "[a, b]"], 'tags: "a" was given, but it should be a list'),
         (["--output", "o", "--grid.rat", "[1]"], "rat: unknown option; did you mean rate?"),
         (["--output", "o", "--one-core-each", "--workers", "5000"], "5000 workers, but"),
     ],
