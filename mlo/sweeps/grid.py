@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mlo.errors import ConfigError
-from mlo.options.config import defaults, validate
-from mlo.options.yaml_options import flat, merge, nested, of_any_seed, shown
+from mlo.options.config import defaults, shown, validate
+from mlo.options.yaml_options import flat, merge, nested, of_any_seed
 from mlo.runs.folder import LOG, RunFolder, create_folder, has_started, is_free, read_results, stored_job
 from mlo.runs.job import Job, load_job
 from mlo.sweeps.processes import Command, available_cores, run_processes

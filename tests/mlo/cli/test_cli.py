@@ -111,7 +111,7 @@ def test_all_faults_are_told_at_once_and_nothing_is_written(mlo):
     assert (code, out) == (2, "")
     assert "ridge: 3 invalid options" in err
     assert "hypergradent: unknown option; did you mean hypergradient?" in err
-    assert 'rate: "x" was given, but it should be number > 0' in err
+    assert 'rate: "x" was given, but it should be a valid number' in err
     assert "start.ridg: unknown option; did you mean start.ridge?" in err
     assert "`mlo run ridge --help-all` shows all options" in err
     assert not Path("out").exists()
@@ -122,29 +122,26 @@ def test_all_faults_are_told_at_once_and_nothing_is_written(mlo):
     [
         (["run", "rigde"], "did you mean ridge?"),
         (["run", "ridge", "stray"], "'stray' is not an option; write --option VALUE"),
-        (["run", "ridge", "--rate", "-0.5"], "-0.5 was given, but it should be number > 0"),
+        (["run", "ridge", "--rate", "-0.5"], "-0.5 was given, but it should be greater than 0"),
         (["run", "ridge", "--start", "{a"], '--start: "{a" is not valid YAML: '),
-        (["run", "ridge", "--tags", "a"], 'tags: "a" was given, but it should be [text, ...]'),
+        (["run", "ridge", "--tags", "a"], 'tags: "a" was given, but it should be a list'),
         (
             ["run", "ridge", "--tags", "[a,", "b]"],
             "'b]' is not an option; write --option VALUE, and quote a VALUE that has spaces",
         ),
         (["run", "ridge", "--mode", "onn"], "did you mean on?"),
-        (["run", "ridge", "--rate"], "--rate: has no value; write --rate VALUE (number > 0)"),
-        (["run", "ridge", "--label", "--rate", "1"], "--label: has no value; write --label VALUE (text)"),
+        (["run", "ridge", "--rate"], "--rate: has no value; write --rate VALUE"),
+        (["run", "ridge", "--label", "--rate", "1"], "--label: has no value; write --label VALUE"),
         (["run", "ridge", "--start.ridge", "--rate=1"], "--start.ridge: has no value; write --start.ridge VALUE"),
         (
             ["run", "ridge", "--hypergradient.product.radius"],
-            "--hypergradient.product.radius: has no value; write --hypergradient.product.radius VALUE (number > 0)",
+            "--hypergradient.product.radius: has no value; write --hypergradient.product.radius VALUE",
         ),
         (
             ["run", "ridge", "--hypergradient.radius"],  # which the first kind has not
-            "--hypergradient.radius: has no value; write --hypergradient.radius VALUE (number > 0)",
+            "--hypergradient.radius: has no value; write --hypergradient.radius VALUE",
         ),
-        (
-            ["run", "ridge", "--start"],
-            "--start: has no value; write --start VALUE (a mapping with ridge, dropout)",
-        ),
+        (["run", "ridge", "--start"], "start: true was given, but it should be a mapping"),
         (["run", "ridge", "--steps=5", "--steps", "6"], "--steps: is given twice, as 5 and as 6; give it once"),
         (["run", "ridge", "--log-every=5", "--log_every=6"], "--log_every: is given twice, as 5 and as 6"),
         (["run", "ridge", "--rat"], "rat: unknown option; did you mean rate?"),

@@ -165,7 +165,7 @@ def test_different_values_have_different_folders(tmp_path):
     [
         (["--rate", "[0.5, 1e-3]"], {"rate": [0.5, 1e-3]}),
         (["--mode", "[on, off]"], {"mode": ["on", "off"]}),
-        (["--label", "[1, null, 'a, b', [x]]"], {"label": ["1", "null", "a, b", "[x]"]}),
+        (["--label", "['1', null, 'a, b']"], {"label": ["1", None, "a, b"]}),
         (["--tags=[[a, b], [c], []]"], {"tags": [["a", "b"], ["c"], []]}),
         (["--start.ridge", "[1, 2]"], {"start.ridge": [1, 2]}),
         (
@@ -175,8 +175,6 @@ def test_different_values_have_different_folders(tmp_path):
     ],
 )
 def test_the_values_of_a_grid_are_read_as_the_option_is(ridge, words, values):
-    if "null" in words[-1]:
-        values = {"label": ["1", None, "a, b", "[x]"]}
     first, *rest = words
     assert read_sweep(ridge.RidgeJob, [first.replace("--", "--grid."), *rest]) == ({}, values)
 
@@ -254,10 +252,13 @@ def test_the_run_of_another_job_and_a_folder_planned_twice_are_refused(ridge, mo
         ([], "a sweep needs a folder for its runs: mlo sweep ridge --output DIR"),
         (["--output", "o", "--seed", "3"], "a sweep takes --seeds N"),
         (["--output", "o", "--grid.seed", "[1, 2]"], "a sweep takes --seeds N"),
-        (["--output", "o", "--grid.rate", "0.5"], '--grid.rate: "0.5" is not a list of values; write --grid.rate'),
-        (["--output", "o", "--grid.rate"], "--grid.rate: has no value; write --grid.rate '[a, b]'"),
+        (
+            ["--output", "o", "--grid.rate", "0.5"],
+            "--grid.rate: 0.5 is not a list of values; write --grid.rate '[a, b]'",
+        ),
+        (["--output", "o", "--grid.rate"], "--grid.rate: has no value; write --grid.rate VALUE"),
         (["--output", "o", "--grid.rate", "[1]", "--grid.rate", "[2]"], "--grid.rate: is given twice"),
-        (["--output", "o", "--grid.tags", "[a, b]"], 'tags: "a" was given, but it should be [text, ...]'),
+        (["--output", "o", "--grid.tags", "[a, b]"], 'tags: "a" was given, but it should be a list'),
         (["--output", "o", "--grid.rat", "[1]"], "rat: unknown option; did you mean rate?"),
         (["--output", "o", "--one-core-each", "--workers", "5000"], "5000 workers, but"),
     ],
