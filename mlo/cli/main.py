@@ -217,7 +217,7 @@ def reproduce(
     """
     from mlo.sweeps import experiment as experiments
     from mlo.sweeps.cost import cost
-    from mlo.sweeps.grid import report_failures
+    from mlo.sweeps.grid import report_failures, run_all
 
     experiment = experiments.load_experiment(name)
     scale = experiments.chosen_scale(experiment, scale)
@@ -231,7 +231,7 @@ def reproduce(
             print(f"what is left takes {cost(left, workers, one_core_each)}", flush=True)
         if estimate:
             return
-        failures = experiments.run_planned(planned, workers, one_core_each)
+        failures = run_all(runs, workers, one_core_each)
     if report_failures(failures, len(runs)):
         print("no pages are written until all runs are finished", file=sys.stderr)
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mlo.errors import ConfigError
 from mlo.ops import distributed
 from mlo.runs.settings import RunSettings
-from mlo.runs.stage import METRICS, Stage, training_seconds
+from mlo.runs.stage import METRICS, run_stage, training_seconds
 
 if TYPE_CHECKING:
     from mlo.training.engine import Engine
@@ -62,8 +62,8 @@ class Run:
         if name in self._stages:
             raise ConfigError(f"two stages of this job are named {name!r}; give each a different name")
         self._stages.add(name)
-        stage = Stage(self.path / "stages" / name, self.settings, steps)
-        return stage.run(lambda: self._built(engine), result, stop)
+        folder = self.path / "stages" / name
+        return run_stage(folder, self.settings, steps, lambda: self._built(engine), result, stop)
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The metrics that a stage has logged so far, a dictionary for each line; empty if it has not started."""

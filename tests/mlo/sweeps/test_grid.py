@@ -73,7 +73,7 @@ def test_a_run_that_fails_does_not_stop_the_others(moody, tmp_path, monkeypatch,
     resumed = RunFolder.create("moody", planned[2].load(), planned[2].folder)
     (resumed.path / "stages").mkdir()
     (resumed.path / "run.json").write_text(json.dumps({"job": "moody", "versions": {}}))
-    failed = {run.folder.name: run.message for run in run_all(planned, workers=2)}
+    failed = {folder.name: message for folder, message in run_all(planned, workers=2).items()}
     assert failed == {
         "bad": "ValueError: that is no way\nto run",
         "lost later": "mood: cannot be found",
@@ -96,15 +96,15 @@ def test_finished_runs_are_left_as_they_are(moody, tmp_path, monkeypatch):
     assert results(tmp_path / "empty") == {}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     monkeypatch.setattr("subprocess.Popen", None)  # no process is started
-    assert run_all(planned) == []
+    assert run_all(planned) == {}
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_a_folder_that_cannot_be_created_is_the_failure_of_its_run(moody, tmp_path, same_process):
     planned = [Planned(tmp_path / "good", "moody"), Planned(tmp_path / "later", "moody", {"mood": "takes"})]
-    (failed,) = run_all([planned[1], planned[0]])
-    assert failed.folder == planned[0].folder
-    assert "the folder is not empty, and nothing is overwritten" in failed.message
+    ((folder, message),) = run_all([planned[1], planned[0]]).items()
+    assert folder == planned[0].folder
+    assert "the folder is not empty, and nothing is overwritten" in message
     assert (tmp_path / "good" / "config.yaml").read_text() == "mine"
 
 
