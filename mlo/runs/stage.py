@@ -17,8 +17,8 @@ from mlo.errors import CheckpointError, ConfigError
 from mlo.files import write_atomic
 from mlo.ops import distributed
 from mlo.ops.rng import seed_everything
+from mlo.runs.job import Job
 from mlo.runs.progress import StageProgress
-from mlo.runs.settings import RunSettings
 from mlo.runs.signals import handle_stop_signals
 from mlo.training import checkpoint
 
@@ -32,7 +32,7 @@ KEPT = 2
 
 def run_stage(
     path: Path,
-    settings: RunSettings,
+    job: Job,
     steps: int,
     build: Callable[[], "Engine"],
     result: Callable[["Engine"], Any],
@@ -44,21 +44,21 @@ def run_stage(
     """
     store = path / "result.json"
     if not distributed.on_main(store.exists):
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
-        seed_everything(stage_seed(settings.seed, path.name))
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        seed_everything(stage_seed(job.seed, path.name))
         engine = build()
         if not distributed.is_main():  # same weights and data order, different dropout
-            seed_everything(stage_seed(settings.seed, f"{path.name}/{distributed.rank()}"))
+            seed_everything(stage_seed(job.seed, f"{path.name}/{distributed.rank()}"))
         state = distributed.on_main(lambda: _newest_checkpoint(path))
         if state is not None:
             engine.load_state_dict(state)
-        _train(path, settings, steps, engine, stop or (lambda engine: False))
+        _train(path, job, steps, engine, stop or (lambda engine: False))
         distributed.on_main(lambda: write_atomic(store, _result_text(path.name, result(engine))))
     return distributed.on_main(lambda: json.loads(store.read_text(encoding="utf-8")))
 
 
-def _train(path: Path, settings: RunSettings, steps: int, engine: "Engine", stop: Callable[["Engine"], bool]) -> None:
+def _train(path: Path, job: Job, steps: int, engine: "Engine", stop: Callable[["Engine"], bool]) -> None:
     signals: list[int] = []
 
     def interrupted(number: int, frame: Any) -> None:
@@ -68,7 +68,7 @@ def _train(path: Path, settings: RunSettings, steps: int, engine: "Engine", stop
         if distributed.is_main():
             print("stopping after this round (once more to stop at once)", file=sys.stderr)
 
-    recorder = Recorder(path, settings, steps, engine) if distributed.is_main() else nullcontext()
+    recorder = Recorder(path, job, steps, engine) if distributed.is_main() else nullcontext()
     with recorder as record, handle_stop_signals(interrupted):
 
         def save() -> None:
@@ -82,7 +82,7 @@ def _train(path: Path, settings: RunSettings, steps: int, engine: "Engine", stop
             last = ended or engine.rounds == steps
             if record:
                 record.log(engine, last)
-            if engine.rounds % settings.checkpoint_every == 0 or last or stopped:
+            if engine.rounds % job.checkpoint_every == 0 or last or stopped:
                 save()
             if stopped:
                 break
@@ -117,8 +117,8 @@ class Recorder:
     Lines of metrics after the engine's last round, which a killed process wrote, are removed.
     """
 
-    def __init__(self, path: Path, settings: RunSettings, steps: int, engine: "Engine") -> None:
-        self._path, self._log_every = path, settings.log_every
+    def __init__(self, path: Path, job: Job, steps: int, engine: "Engine") -> None:
+        self._path, self._log_every = path, job.log_every
         metrics = path / METRICS
         if metrics.exists():
             lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mlo.errors import ConfigError
 from mlo.options.config import defaults, validate
 from mlo.options.yaml_options import flat, merge, nested, of_any_seed, shown
-from mlo.runs.folder import LOG, RunFolder, create_folder, has_started, is_free, read_results, stored_job
+from mlo.runs.folder import LOG, create_folder, discard_folder, has_started, is_free, read_results, stored_job
 from mlo.runs.job import Job, load_job
 from mlo.sweeps.processes import Command, Failure, run_processes
 from mlo.training.plan import known_device
@@ -90,7 +90,7 @@ def run_all(planned: Sequence[Planned], workers: int = 1, one_core_each: bool = 
                 failed[plan.folder] = failure.message
                 text += f"  FAILED: {failure.message}".partition("\n")[0]
                 if failure.refused and plan.folder.is_dir():
-                    RunFolder(plan.folder, plan.load()).discard()  # a refused run leaves nothing, as with `mlo run`
+                    discard_folder(plan.folder)  # a refused run leaves nothing, as with `mlo run`
             bar.advance(task)
             done = f"{bar.tasks[0].completed:.0f}/{len(planned)}"
             console.print(f"{done}  {text}", soft_wrap=True, markup=False, highlight=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlo.errors import ConfigError, MloError
-from mlo.runs.folder import RunFolder
+from mlo.runs.run import Run
 from mlo.sweeps import cost, grid
 from mlo.sweeps.processes import Failure, error_message
 
@@ -20,7 +20,7 @@ def same_process(monkeypatch):
             cost.main(Path(words[1]))
         else:
             assert words[:2] == ["mlo", "resume"]
-            RunFolder.open(Path(words[-1])).execute()
+            Run.open(Path(words[-1])).execute()
 
     def run_processes(items, command, ended, workers=1, one_core_each=False):
         for item in items:

@@ -12,7 +12,7 @@ import torch
 
 from mlo.cli.options import read_sweep
 from mlo.errors import ConfigError
-from mlo.runs.folder import RunFolder
+from mlo.runs.run import Run
 from mlo.sweeps.grid import Planned, check, grid, run_all
 
 MOODY = '''
@@ -70,7 +70,7 @@ def test_a_run_that_fails_does_not_stop_the_others(moody, tmp_path, monkeypatch,
     monkeypatch.setenv("SWEEP", str(os.getpid()))
     moods = ["bad", "lost later", "resumed"]
     planned = [Planned(tmp_path / mood, "moody", {"mood": mood}) for mood in moods]
-    resumed = RunFolder.create("moody", planned[2].load(), planned[2].folder)
+    resumed = Run.create("moody", planned[2].load(), planned[2].folder)
     (resumed.path / "stages").mkdir()
     (resumed.path / "run.json").write_text(json.dumps({"job": "moody", "versions": {}}))
     failed = {folder.name: message for folder, message in run_all(planned, workers=2).items()}
@@ -92,7 +92,7 @@ def test_a_run_that_fails_does_not_stop_the_others(moody, tmp_path, monkeypatch,
 def test_finished_runs_are_left_as_they_are(moody, tmp_path, monkeypatch):
     planned = [Planned(tmp_path / mood, "moody", {"mood": mood}) for mood in ("good", "empty")]
     for plan in planned:
-        RunFolder.create(plan.job, plan.load(), plan.folder).execute()
+        Run.create(plan.job, plan.load(), plan.folder).execute()
     assert results(tmp_path / "empty") == {}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     monkeypatch.setattr("subprocess.Popen", None)  # no process is started
@@ -189,7 +189,7 @@ def test_grids_are_separated_from_other_options(ridge):
 
 
 def test_all_errors_are_reported_before_anything_runs(ridge, mlo):
-    run = RunFolder.create("ridge", ridge.RidgeJob(rate=0.5, steps=1), Path("out/rate=0.5,seed=0"))
+    run = Run.create("ridge", ridge.RidgeJob(rate=0.5, steps=1), Path("out/rate=0.5,seed=0"))
     (run.path / "stages").mkdir()
     Path("out/rate=0.5,seed=1").mkdir()
     Path("out/rate=0.5,seed=1/mine").write_text("")
@@ -239,7 +239,7 @@ def test_a_missing_gpu_is_reported_before_anything_runs(mlo):
 
 
 def test_the_run_of_another_job_and_a_folder_planned_twice_are_refused(ridge, moody, tmp_path):
-    RunFolder.create("ridge", ridge.RidgeJob(), tmp_path / "run")
+    Run.create("ridge", ridge.RidgeJob(), tmp_path / "run")
     (tmp_path / "run" / "stages").mkdir()
     with pytest.raises(ConfigError, match="holds a run of ridge, not of moody"):
         check([Planned(tmp_path / "run", "moody")])
