@@ -19,7 +19,6 @@ from mlo.options import registry
 from mlo.reports.compare import (
     MIN_PAIRS,
     Group,
-    Paired,
     chosen_baseline,
     chosen_measure,
     interval,
@@ -68,13 +67,12 @@ def table(
         return _csv(compared)
     measure, base = chosen_measure(compared, measure), chosen_baseline(compared, baseline)
     names = measures(compared)
-    differences = [None if group is base else paired(group.values(measure), base.values(measure)) for group in compared]
     head = ["", "seeds", *names]
     rows = [[group.label, str(len(group.seeds)), *(_cell(group, name) for name in names)] for group in compared]
     if len(compared) > 1:
         head += [f"{measure}: difference", "95 % interval", "p", "pairs"]
-        for row, found in zip(rows, differences, strict=True):
-            row += _difference(found) if found else ["baseline", NOTHING, NOTHING, NOTHING]
+        for row, group in zip(rows, compared, strict=True):
+            row += _difference(group, base, measure)
     if form == "markdown":
         head, *rows = ([cell.replace("|", "\\|") for cell in row] for row in [head, *rows])
     if form == "text":
@@ -149,7 +147,10 @@ def shown(number: float) -> str:
     return str(int(number)) if number == int(number) and abs(number) < 1e15 else f"{number:.4g}"
 
 
-def _difference(found: Paired) -> list[str]:
+def _difference(group: Group, base: Group, measure: str) -> list[str]:
+    if group is base:
+        return ["baseline", NOTHING, NOTHING, NOTHING]
+    found = paired(group.values(measure), base.values(measure))
     mean = NOTHING if found.mean is None else f"{found.mean:+.3g}"
     if found.low is None or found.high is None or found.p is None:
         return [mean, NOTHING, NOTHING, f"{found.n} (fewer than {MIN_PAIRS})"]

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from mlo.files import write_atomic
 from mlo.ops import distributed
 from mlo.ops.rng import seed_everything
 from mlo.runs.job import Job
-from mlo.runs.progress import StageProgress
+from mlo.runs.progress import stage_progress
 from mlo.runs.signals import handle_stop_signals
 from mlo.training import checkpoint
 
@@ -68,8 +68,8 @@ def _train(path: Path, job: Job, steps: int, engine: "Engine", stop: Callable[["
         if distributed.is_main():
             print("stopping after this round (once more to stop at once)", file=sys.stderr)
 
-    recorder = Recorder(path, job, steps, engine) if distributed.is_main() else nullcontext()
-    with recorder as record, handle_stop_signals(interrupted):
+    with ExitStack() as held, handle_stop_signals(interrupted):
+        record = Recorder(path, job, steps, engine, held) if distributed.is_main() else None
 
         def save() -> None:
             state = engine.state_dict()
@@ -117,24 +117,16 @@ class Recorder:
     Lines of metrics after the engine's last round, which a killed process wrote, are removed.
     """
 
-    def __init__(self, path: Path, job: Job, steps: int, engine: "Engine") -> None:
+    def __init__(self, path: Path, job: Job, steps: int, engine: "Engine", held: ExitStack) -> None:
         self._path, self._log_every = path, job.log_every
         metrics = path / METRICS
         if metrics.exists():
             lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             write_atomic(metrics, "".join(line for line in lines if _up_to(line, engine.rounds)))
-        self._metrics = metrics.open("a", encoding="utf-8")
-        self._progress = StageProgress(path.name, steps, engine.rounds)
+        self._metrics = held.enter_context(metrics.open("a", encoding="utf-8"))
+        self._show = held.enter_context(stage_progress(path.name, steps, engine.rounds))
         self._clock = time.process_time if engine.device.type == "cpu" else time.monotonic
         self._started = self._clock() - training_seconds(path)
-
-    def __enter__(self) -> "Recorder":
-        self._progress.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._metrics.close()
-        self._progress.__exit__(*error)
 
     def log(self, engine: "Engine", last: bool) -> None:
         """Show a round, and log its metrics every ``log_every`` rounds and in the last one.
@@ -142,7 +134,7 @@ class Recorder:
         NaN and infinity are written as null, since JSON has neither.
         """
         step = engine.rounds
-        self._progress.update(step, lambda: {name: float(loss) for name, loss in engine.losses.items()})
+        self._show(step, lambda: {name: float(loss) for name, loss in engine.losses.items()})
         if step % self._log_every == 0 or last:
             values = {name: value if math.isfinite(value) else None for name, value in engine.metrics().items()}
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
