@@ -38,7 +38,7 @@ def create_folder(name: str, job: Job, output: Path | None = None) -> Path:
         if output is None:
             path = _new_folder(path)
         path.mkdir(parents=True, exist_ok=True)
-        full = not is_free(path, job)
+        full = not is_free(path)
     except OSError as error:
         raise ConfigError(
             f"{path}: the folder cannot be created there ({error.strerror}); give another --output"
@@ -74,16 +74,18 @@ def has_started(path: Path) -> bool:
     return (path / "run.json").exists() and not _only_created(path)
 
 
-def is_free(path: Path, job: Job) -> bool:
-    """Whether the job's run can be created in a folder: it is empty, or a run was created there but never started.
+def is_free(path: Path) -> bool:
+    """Whether a run can be created in a folder: it is empty, or a run was created there but never started.
 
-    An edited config.yaml counts as the user's file, so that folder is not free.
+    A config.yaml that was edited, or that belongs to no run, counts as the user's file, so that folder is not free.
     """
     config = path / "config.yaml"
     try:
+        if config.exists():
+            return _only_created(path) and _options_text(stored_job(path)[1]) == config.read_text(encoding="utf-8")
         if (path / "run.json").exists():
-            job = stored_job(path)[1] if config.exists() else (run_info(path) and job)
-        return _only_created(path) and (not config.exists() or config.read_bytes() == _options_text(job).encode())
+            run_info(path)
+        return _only_created(path)
     except ConfigError:
         return False
 

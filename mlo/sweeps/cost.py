@@ -31,35 +31,21 @@ class Cost(NamedTuple):
 
     Attributes:
         seconds: wall-clock time of all runs.
-        processes: how many run at the same time.
         core_seconds: CPU time of all cores.
         cuda: whether they run on a GPU, which the processes share.
+        processes: how many run at the same time.
     """
 
     seconds: float
-    processes: int
     core_seconds: float
     cuda: bool
+    processes: int = 1
 
     def __str__(self) -> str:
         processes = f"{self.processes} process{'es' * (self.processes > 1)}"
         number, unit = (self.seconds / 86400, "GPU-days") if self.cuda else (self.core_seconds / 3600, "CPU-hours")
         total = f"{number:.0f} {unit}" if number >= 10 else f"{max(number, 0.01):.2g} {unit}"
         return f"about {duration(self.seconds)} on {processes} ({total})"
-
-
-class Measured(NamedTuple):
-    """The measured cost of one run.
-
-    Attributes:
-        seconds: wall-clock time.
-        threads: how many CPU threads it uses.
-        cuda: whether it runs on a GPU.
-    """
-
-    seconds: float
-    threads: int
-    cuda: bool
 
 
 def cost(left: Mapping[str, Sequence[Planned]], workers: int, one_core_each: bool) -> Cost:
@@ -70,18 +56,22 @@ def cost(left: Mapping[str, Sequence[Planned]], workers: int, one_core_each: boo
         KeyboardInterrupt: if a SIGINT or SIGTERM came.
     """
     firsts = {key: runs[0] for key, runs in left.items() if runs}
-    measured = _measure_all(firsts, workers, one_core_each)
-    seconds = {key: len(left[key]) * one.seconds for key, one in measured.items()}
-    core_seconds = sum(seconds[key] * (1 if one_core_each else one.threads) for key, one in measured.items())
-    longest = max(one.seconds for one in measured.values())
+    costs = _measure_all(firsts, workers, one_core_each)
+    seconds = sum(len(left[key]) * one.seconds for key, one in costs.items())
+    core_seconds = sum(len(left[key]) * one.core_seconds for key, one in costs.items())
+    longest = max(one.seconds for one in costs.values())
     processes = min(workers, sum(map(len, left.values())))
-    cuda = any(one.cuda for one in measured.values())
-    return Cost(max(sum(seconds.values()) / processes, longest), processes, core_seconds, cuda)
+    return Cost(
+        max(seconds / processes, longest),
+        seconds if one_core_each else core_seconds,
+        any(one.cuda for one in costs.values()),
+        processes,
+    )
 
 
-def _measure_all(runs: Mapping[str, Planned], workers: int, one_core_each: bool) -> dict[str, Measured]:
+def _measure_all(runs: Mapping[str, Planned], workers: int, one_core_each: bool) -> dict[str, Cost]:
     """Measure runs with as many at the same time as there will be later, since they slow each other down."""
-    measured: dict[str, Measured] = {}
+    measured: dict[str, Cost] = {}
     with TemporaryDirectory() as temporary:
 
         def command(key: str) -> Command:
@@ -92,13 +82,13 @@ def _measure_all(runs: Mapping[str, Planned], workers: int, one_core_each: bool)
             if failure:
                 raise MloError(f"measuring the cost of {key} failed: {failure.message}")
             *_, last = Path(temporary, key, LOG).read_text(encoding="utf-8").splitlines()
-            measured[key] = Measured(*json.loads(last))
+            measured[key] = Cost(*json.loads(last))
 
         run_processes([*runs], command, ended, workers, one_core_each)
     return measured
 
 
-def measure(job: Job) -> Measured:
+def measure(job: Job) -> Cost:
     """Estimate what a run costs from the median of a few rounds of each of its stages.
 
     The first round, which allocates memory and warms up, is not counted. What the job does outside its stages is not
@@ -117,7 +107,7 @@ def measure(job: Job) -> Measured:
             seconds.append(_now() - start)
         total += rounds * statistics.median(seconds[1:] or seconds)
     cuda = torch.cuda.is_available() if job.device == "auto" else job.device.startswith("cuda")
-    return Measured(total, torch.get_num_threads(), cuda)
+    return Cost(total, total * torch.get_num_threads(), cuda)
 
 
 def _now() -> float:

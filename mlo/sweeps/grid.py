@@ -178,7 +178,7 @@ def _job_error(job: Job) -> str | None:
 def _conflict(plan: Planned, job: Job) -> str | None:
     """How the run in a folder differs from the planned one; None if the folder is free or holds this run."""
     folder = plan.folder
-    if not folder.exists() or (folder.is_dir() and is_free(folder, job)):
+    if not folder.exists() or (folder.is_dir() and is_free(folder)):
         return None
     name, stored = stored_job(folder)
     remedy = "give another --output, or the options that it was started with, or remove that folder"

@@ -9,7 +9,7 @@ import torch
 from mlo.errors import ConfigError, MloError
 from mlo.runs.folder import create_folder
 from mlo.sweeps import cost as costs
-from mlo.sweeps.cost import Cost, Measured, cost, duration, measure
+from mlo.sweeps.cost import Cost, cost, duration, measure
 from mlo.sweeps.experiment import Wanted, chosen_scale, load_experiment, plan
 from mlo.sweeps.grid import Planned, report_failures, run_all
 
@@ -123,7 +123,7 @@ def test_a_run_costs_the_median_of_its_rounds_times_their_number(ridge, monkeypa
     monkeypatch.setattr(costs, "_now", lambda: next(times))
     before = torch.get_num_threads()
     try:
-        assert measure(TwoStages(device="cpu", threads=3)) == Measured(100 * 2 + 7, threads=3, cuda=False)
+        assert measure(TwoStages(device="cpu", threads=3)) == Cost(100 * 2 + 7, 3 * (100 * 2 + 7), cuda=False)
     finally:
         torch.set_num_threads(before)
 
@@ -143,12 +143,12 @@ def test_durations_in_words(seconds, words):
 
 
 def test_gpus_are_counted_in_days_and_cores_in_hours():
-    assert str(Cost(9600, 2, 19200, cuda=False)) == "about 2 h 40 min on 2 processes (5.3 CPU-hours)"
-    assert str(Cost(86400, 1, 86400, cuda=True)) == "about 1 day on 1 process (1 GPU-days)"
+    assert str(Cost(9600, 19200, cuda=False, processes=2)) == "about 2 h 40 min on 2 processes (5.3 CPU-hours)"
+    assert str(Cost(86400, 86400, cuda=True)) == "about 1 day on 1 process (1 GPU-days)"
 
 
 def test_the_cost_is_that_of_each_kind_shared_among_processes(ridge, tmp_path, monkeypatch):
-    measured = {"quick": Measured(10, 1, cuda=False), "slow": Measured(100, 4, cuda=False)}
+    measured = {"quick": Cost(10, 10, cuda=False), "slow": Cost(100, 400, cuda=False)}
 
     def measure_all(firsts, workers, one_core_each):
         return {key: measured[key] for key in firsts}
@@ -159,22 +159,22 @@ def test_the_cost_is_that_of_each_kind_shared_among_processes(ridge, tmp_path, m
         "slow": [Planned(tmp_path / "slow" / f"seed-{seed}", "ridge") for seed in (0, 1)],
         "done": [],
     }
-    assert cost(left, 2, one_core_each=False) == Cost(115, 2, 3 * 10 + 2 * 100 * 4, cuda=False)
+    assert cost(left, 2, one_core_each=False) == Cost(115, 3 * 10 + 2 * 100 * 4, cuda=False, processes=2)
     assert cost(left, 2, one_core_each=True).core_seconds == 230
-    assert cost(left, 50, one_core_each=False) == Cost(100, 5, 830, cuda=False)  # no sooner than the longest
+    assert cost(left, 50, one_core_each=False) == Cost(100, 830, cuda=False, processes=5)  # no sooner than the longest
 
 
 def test_each_kind_of_run_is_measured_in_a_process_and_as_many_at_once_as_run_later(
     ridge, tmp_path, monkeypatch, same_process
 ):
-    monkeypatch.setattr(costs, "measure", lambda job: Measured(job.steps, job.threads, cuda=False))
+    monkeypatch.setattr(costs, "measure", lambda job: Cost(job.steps, job.steps * job.threads, cuda=False))
     started = []
     run_processes = costs.run_processes
     monkeypatch.setattr(
         costs, "run_processes", lambda *given: started.append((given[0], *given[3:])) or run_processes(*given)
     )
     left = {f"{n}": [Planned(tmp_path / f"{n}", "ridge", {"steps": n, "threads": 2 * n})] for n in (1, 2, 3)}
-    assert cost(left, 2, one_core_each=False) == Cost(3, 2, 2 + 8 + 18, cuda=False)
+    assert cost(left, 2, one_core_each=False) == Cost(3, 2 + 8 + 18, cuda=False, processes=2)
     assert started == [(["1", "2", "3"], 2, False)]
 
 
@@ -187,9 +187,9 @@ def test_a_failure_while_measuring_names_the_kind_of_run(ridge, tmp_path, monkey
 
 def test_the_process_that_measures_prints_one_line_or_its_error(ridge, tmp_path, monkeypatch, capsys):
     folder = create_folder("ridge", ridge.RidgeJob(), tmp_path / "run")
-    monkeypatch.setattr(costs, "measure", lambda job: Measured(job.steps, 3, cuda=False))
+    monkeypatch.setattr(costs, "measure", lambda job: Cost(job.steps, 3, cuda=False))
     costs.main(folder)
-    assert capsys.readouterr().out == "[12, 3, false]\n"
+    assert capsys.readouterr().out == "[12, 3, false, 1]\n"
     monkeypatch.setattr(costs, "measure", lambda job: (_ for _ in ()).throw(MloError("no GPU")))
     with pytest.raises(SystemExit, match=r"^error: no GPU$"):
         costs.main(folder)
