@@ -88,8 +88,8 @@ def test_list_shows_experiments(dropout, mlo):
     lines = [" ".join(line.split()) for line in mlo("list")[1].splitlines()]
     assert "dropout Whether dropout helps." in lines
     assert "Experiments: mlo reproduce NAME" in lines
-    told = mlo("--help")[1]
-    assert all(f" {command} " in told for command in ("sweep", "compare", "reproduce"))
+    text = mlo("--help")[1]
+    assert all(f" {command} " in text for command in ("sweep", "compare", "reproduce"))
 
 
 @pytest.mark.parametrize(
