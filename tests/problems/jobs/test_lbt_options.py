@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mlo import ConfigError
-from mlo.runs.folder import RunFolder
+from mlo.runs.run import Run
 from problems.data.images import Part
 from problems.data.options import Data
 from problems.evaluation.options import FinalTraining
@@ -138,7 +138,7 @@ def test_random_draws_are_judged_on_the_validation_images_and_trained_on_the_oth
     validation = SPLITS.validation.load()
     wrong = network(validation.images).logits.argmax(1) != validation.labels
     assert judge_draw(chooses, engine) == pytest.approx(100 * wrong.float().mean().item(), abs=1e-4)
-    run = RunFolder.create("lbt", chooses, tmp_path / "run")
+    run = Run.create("lbt", chooses, tmp_path / "run")
     run.execute()
     judged = [json.loads((run.path / f"stages/draw-{n}/result.json").read_text()) for n in (1, 2, 3)]
     drawn = torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mlo.options.config import Config, parse
-from mlo.runs.folder import RunFolder
+from mlo.runs.run import Run
 from problems.data.images import Part
 from problems.data.options import Data
 from problems.data.sources import LoadOptions, load_source
@@ -140,7 +140,7 @@ def test_imagenet_is_trained_on_train_and_tested_on_val(tmp_path):
 def executed(path: Path, **options: Any) -> Path:
     """The folder of a whole run of `lbt`, its networks as small as can be."""
     evaluation = {**SMALL_TRAINING, "steps": 1}
-    RunFolder.create("lbt", job(LbtJob, page=False, evaluation=evaluation, **options), path).execute()
+    Run.create("lbt", job(LbtJob, page=False, evaluation=evaluation, **options), path).execute()
     return path
 
 

@@ -7,7 +7,7 @@ import torch
 from engine_state import same
 
 from mlo.options.config import parse
-from mlo.runs.folder import RunFolder
+from mlo.runs.run import Run
 from problems.jobs.lbt import LbtJob
 from problems.jobs.report import eigenvalue_curve
 from problems.nas import architecture_loss, dominant_eigenvalue, early_stop_epoch
@@ -83,7 +83,7 @@ def test_a_round_is_looked_at_once(rising):
     assert "arch/eigenvalue" not in searching.metrics(), "only in the rounds that it is taken in"
 
 
-def search(folder: RunFolder, before=lambda rounds: None) -> dict:
+def search(folder: Run, before=lambda rounds: None) -> dict:
     assert folder.job.splits, "made once, before the stages, as in a run"
 
     def build():
@@ -97,24 +97,24 @@ def search(folder: RunFolder, before=lambda rounds: None) -> dict:
         built.step = stepped
         return built
 
-    return folder.run.stage("search", build, 30, found_by, grown_sharp)
+    return folder.stage("search", build, 30, found_by, grown_sharp)
 
 
 def test_a_search_that_grew_sharp_ends_and_goes_back(rising, tmp_path):
-    folder = RunFolder.create("lbt", job(search={"eigenvalue_every": 1}), tmp_path / "run")
+    folder = Run.create("lbt", job(search={"eigenvalue_every": 1}), tmp_path / "run")
     found = search(folder)
     entries = next(n for n in range(len(RISING)) if early_stop_epoch(RISING[:n]) is not None)
     earlier = early_stop_epoch(RISING[:entries])
     assert (entries, earlier) == (17, 10)
     assert found == {**rising[earlier], "search_rounds": entries, "architecture_of_round": earlier + 1}
     assert rising[earlier] != rising[-1]
-    assert [line["arch/eigenvalue"] for line in folder.run.metrics("search")] == RISING[:entries]
+    assert [line["arch/eigenvalue"] for line in folder.metrics("search")] == RISING[:entries]
 
 
 @pytest.mark.parametrize("dies", [4, 15])
 def test_a_watched_search_that_died_ends_as_an_unbroken_one(rising, tmp_path, dies):
     watched = job(search={"eigenvalue_every": 1}, checkpoint_every=3)
-    unbroken = search(RunFolder.create("lbt", watched, tmp_path / "unbroken"))
+    unbroken = search(Run.create("lbt", watched, tmp_path / "unbroken"))
     del rising[:]
 
     def power_cut(rounds):
@@ -122,19 +122,19 @@ def test_a_watched_search_that_died_ends_as_an_unbroken_one(rising, tmp_path, di
             raise PowerCutError
 
     with pytest.raises(PowerCutError):
-        search(RunFolder.create("lbt", watched, tmp_path / "run"), power_cut)
+        search(Run.create("lbt", watched, tmp_path / "run"), power_cut)
     del rising[dies // 3 * 3 :]
-    assert search(RunFolder.open(tmp_path / "run")) == unbroken
+    assert search(Run.open(tmp_path / "run")) == unbroken
     texts = [(tmp_path / name / "stages/search/metrics.jsonl").read_text() for name in ("run", "unbroken")]
     assert texts[0] == texts[1]
 
 
 def test_a_search_that_did_not_grow_sharp_ends_with_its_last(rising, tmp_path):
-    folder = RunFolder.create("lbt", job(search={"eigenvalue_every": 15}), tmp_path / "run")
+    folder = Run.create("lbt", job(search={"eigenvalue_every": 15}), tmp_path / "run")
     found = search(folder)
     assert (found["search_rounds"], found["architecture_of_round"]) == (30, 30)
     assert found["normal"] == rising[-1]["normal"]
-    assert set(search(RunFolder.create("lbt", job(), tmp_path / "other"))) == {"normal", "reduce"}
+    assert set(search(Run.create("lbt", job(), tmp_path / "other"))) == {"normal", "reduce"}
 
 
 def test_the_curve_shows_the_rounds_that_were_looked_at():
