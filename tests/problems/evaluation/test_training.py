@@ -120,5 +120,5 @@ def test_labels_are_smoothed_and_a_small_image_has_no_auxiliary_head():
     expected = F.cross_entropy(logits, batch[1], label_smoothing=0.3)
     assert smooth.loss(batch).item() == pytest.approx(expected.item(), rel=1e-3)
     splits = Data(train_size=40, validation_size=40, unlabeled_size=40).splits(seed=0)
-    with pytest.raises(ConfigError, match="the head needs images of 32x32, and these are 8 high"):
+    with pytest.raises(ConfigError, match="the head needs images of at least 32x32 pixels, but these are 8 high"):
         check_images(Training(auxiliary=True), splits)
