@@ -19,7 +19,7 @@ from benchmarks.peers.by_hand import combined, leaves, mlp
 from benchmarks.peers.libraries import build, with_mlo
 from benchmarks.peers.workloads import Bilevel, make
 from mlo.steps.evaluation import Evaluator
-from mlo.steps.optimizer import optimizer_state
+from mlo.steps.optimizer_state import optimizer_state
 
 
 def microseconds(calls: dict[str, Callable[[], object]], count: int = 10, rounds: int = 30) -> dict[str, float]:

@@ -17,15 +17,9 @@ from mlo.ops.vectors import Vector, add, filled, scaled
 from mlo.steps import sgd
 from mlo.steps.evaluation import Evaluator
 from mlo.steps.gradient_functions import MicroBatch, Segment, mean
-from mlo.steps.optimizer import (
-    OptimizerState,
-    StepCotangents,
-    differentiable_step,
-    is_linear,
-    off_zero,
-    pull_through_step,
-    virtual_step,
-)
+from mlo.steps.optimizer import StepCotangents, differentiable_step, is_linear, pull_through_step, virtual_step
+from mlo.steps.optimizer_state import OptimizerState
+from mlo.steps.torch_step import off_zero
 
 
 class Curvature(Protocol):
@@ -278,19 +272,39 @@ class LocalLoss:
         moved = dict(zip(record.problem.variables, variables, strict=True))
         state = replace(micro.state(self._state), parameters={**self._state.parameters, **moved})
         states = {**record.reads, name: state}
-        for low, records in record.inner.items():
-            states[low] = self._inner_steps(low, records, states)
+        if record.inner:
+            above = [n for n in states if n not in self._below(name)]
+            states |= self._inner_states(record.inner, {n: states[n] for n in above}, {})
         return states, {
             "kind": "product",
-            "through": {*self._targets, *record.inner},
+            "through": {*self._targets, *record.inner}.difference(record.problem.node.held),
             "read_cache": self._read_cache,
             "moving": record.inner,
             "autocast": self._autocast,
             "randomness": micro.randomness,
         }
 
-    def _inner_steps(self, name: str, records: Sequence[Record], states: Mapping[str, State]) -> State:
-        """Where the recorded steps of a lower problem lead under ``states``, with the graph of all of them."""
+    def _inner_states(
+        self, inner: Mapping[str, Sequence[Record]], states: Mapping[str, State], lower: Mapping[str, State]
+    ) -> dict[str, State]:
+        """Where the steps of the problems below one lead, lowest first, when they are taken again under ``states``."""
+        reached = dict(lower)
+        for name, records in inner.items():
+            reached[name] = self._inner_steps(name, records, states, reached)
+        return {name: reached[name] for name in inner}
+
+    def _inner_steps(
+        self, name: str, records: Sequence[Record], states: Mapping[str, State], lower: Mapping[str, State]
+    ) -> State:
+        """Where the recorded steps of one problem lead, with the graph of all of them.
+
+        Args:
+            states: of the problem whose steps these are part of and of those above it. What lies between is read as it
+                was recorded, before its own steps.
+            lower: of those below, after the steps that they took before.
+        """
+        below = self._below(name)
+        read_from = {**states, **{read: state for read, state in lower.items() if read in below}}
         first = records[0]
         assert first.before is not None and first.optimizer_state is not None
         variables = {v: first.before.parameters[v].detach().requires_grad_() for v in first.problem.variables}
@@ -300,17 +314,18 @@ class LocalLoss:
         )
         for record in records:
             assert record.optimizer_state is not None
-            reads = {read: states.get(read, there) for read, there in record.reads.items()}
+            reads = {read: read_from.get(read, there) for read, there in record.reads.items()}
             losses, buffers = [], state.buffers
             for micro in record.micro:
                 at_micro = {**reads, name: State(state.parameters, buffers)}
+                at_micro |= self._inner_states(record.inner, {**states, name: at_micro[name]}, lower)
                 with twice_differentiable(), ThriceDifferentiable():
                     evaluation = self._evaluator.evaluate(
                         name,
                         at_micro,
                         micro.batch,
                         kind="product",
-                        through=reads,
+                        through=at_micro.keys() - set(record.problem.node.held),
                         autocast=record.problem.autocast is not torch.float16,  # whose gradients would vanish
                         randomness=micro.randomness,
                     )
@@ -324,6 +339,10 @@ class LocalLoss:
             variables, optimizer_state = differentiable_step(record.problem, variables, gradients, at)
             state = State({**state.parameters, **variables}, buffers)
         return state
+
+    def _below(self, name: str) -> list[str]:
+        names = list(self._evaluator.problems)
+        return names[: names.index(name)]
 
     def gradients(
         self, variables: Vector, own: bool = True, inputs: bool = True, keep_graph: bool = False

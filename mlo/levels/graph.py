@@ -83,7 +83,7 @@ class Graph:
         useful: dict[str, tuple[str, ...]] = {}
         for lower in self.names[: self._level[name]]:
             if lower in reached:
-                reads = self._joint_reads(lower, inner.get(lower, ()))
+                reads = self._joint_reads(lower, inner)
                 targets = tuple(r for r in reads if r == name or (self._level[r] < self._level[lower] and r in useful))
                 if targets:
                     useful[lower] = targets
@@ -104,16 +104,35 @@ class Graph:
         node = self._nodes[name]
         return tuple(read for read in node.reads if read not in node.held)
 
-    def _joint_reads(self, name: str, inner: Sequence[str]) -> tuple[str, ...]:
-        reads = dict.fromkeys(read for reader in (name, *inner) for read in self._live_reads(reader))
-        return tuple(read for read in reads if read != name and read not in inner)
+    def _joint_reads(
+        self,
+        name: str,
+        inner: Mapping[str, Sequence[str]],
+        retaken: frozenset[str] = frozenset(),
+        whole: str | None = None,
+    ) -> tuple[str, ...]:
+        """What a problem reads, by itself and by the steps of lower problems that are part of its loss.
+
+        Such a step reads a problem above it as it was before its own step, which depends on nothing; only what is above
+        the ``whole`` whose part it is counts. Of the problems below it, those whose steps are ``retaken`` are part too.
+        """
+        whole = whole or name
+        retaken = retaken.union(inner.get(name, ()))
+        reads = dict.fromkeys(
+            read
+            for read in self._live_reads(name)
+            if self._level[read] > self._level[whole] or (self._level[read] < self._level[name] and read not in retaken)
+        )
+        for low in inner.get(name, ()):
+            reads.update(dict.fromkeys(self._joint_reads(low, inner, retaken, whole)))
+        return tuple(reads)
 
     def _reached(self, name: str, blocked: Collection[str], inner: Mapping[str, Sequence[str]]) -> set[str]:
         reached: set[str] = set()
         waiting = [name]
         while waiting:
             reader = waiting.pop()
-            for read in self._joint_reads(reader, () if reader == name else inner.get(reader, ())):
+            for read in self._joint_reads(reader, {} if reader == name else inner):
                 if self._level[read] < self._level[reader] and read not in reached and read not in blocked:
                     reached.add(read)
                     waiting.append(read)

@@ -181,7 +181,8 @@ class Evaluator:
             if leaves and read_cache is not None:
                 inputs += read_cache.leaves
             gradients: dict[Tensor, Tensor] = {}
-            if name not in self._searched and not states[name].live:
+            searchable = not states[name].live and not options.get("moving")  # inner steps read what they recorded
+            if searchable and name not in self._searched:
                 self._searched.add(name)
                 self._warn_of_strays(name, evaluation.loss, states)
             if not all(tensor.requires_grad for tensor in inputs):

@@ -141,7 +141,7 @@ def diagnose(engine: Engine, name: str | None = None, estimators: Sequence[objec
     """Compare estimators at the engine's current state: their accuracy, time and memory.
 
     The exact hypergradient is the derivative through all next steps of the lower problems, by double backward, in
-    float64.
+    float64. It includes the inner paths of nested levels, whether or not the engine does.
 
     Args:
         engine: in any state; it is not changed.
@@ -149,7 +149,7 @@ def diagnose(engine: Engine, name: str | None = None, estimators: Sequence[objec
         estimators: names or options of estimators; None: all registered ones, with their defaults.
     """
     top = _top(engine, name)
-    with _every(engine, EXACT) as exactly:
+    with _every(engine, EXACT, inner_path=True) as exactly:
         exact = tuple(exactly.hypergradient(top, torch.float64).values())
     if isinstance(estimators, str):
         estimators = [estimators]
@@ -232,7 +232,7 @@ class _PeakMemory(TorchDispatchMode):
 
 
 @contextmanager
-def _every(engine: Engine, option: object) -> Iterator[Engine]:
+def _every(engine: Engine, option: object, inner_path: bool | None = None) -> Iterator[Engine]:
     """An engine with the same problems that uses one estimator for all of them."""
     problems = list(engine.problems.values())
     own = [problem.hypergradient for problem in problems]
@@ -242,7 +242,8 @@ def _every(engine: Engine, option: object) -> Iterator[Engine]:
         with warnings.catch_warnings():
             # the engine itself has warned already
             warnings.filterwarnings("ignore", message="the gradient of .* itself runs through")
-            yield Engine(problems, option, inner_path=engine.inner_path, device=engine.device)
+            inner = engine.inner_path if inner_path is None else inner_path
+            yield Engine(problems, option, inner_path=inner, device=engine.device)
     finally:
         for problem, hypergradient in zip(problems, own, strict=True):
             problem.hypergradient = hypergradient

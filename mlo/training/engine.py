@@ -21,7 +21,7 @@ from mlo.ops.loss_scale import LossScale
 from mlo.ops.rng import global_state, replay, set_global_state
 from mlo.ops.vectors import filled
 from mlo.steps.evaluation import Evaluator
-from mlo.steps.optimizer import optimizer_state
+from mlo.steps.optimizer_state import optimizer_state
 from mlo.training.checkpoint import of_this_process, with_other_processes
 from mlo.training.gradients import Gradient, Gradients, Records
 from mlo.training.plan import Plan, move_to

@@ -22,7 +22,8 @@ from mlo.ops.loss_scale import LossScale
 from mlo.ops.vectors import Vector, filled
 from mlo.steps.evaluation import Evaluator
 from mlo.steps.gradient_functions import MicroBatch, Pass, mean
-from mlo.steps.optimizer import OptimizerState, is_linear
+from mlo.steps.optimizer import is_linear
+from mlo.steps.optimizer_state import OptimizerState
 from mlo.training.plan import Plan
 
 Records = dict[str, list[Record]]
@@ -86,8 +87,8 @@ class Gradient:
 
         Where the gradient itself is not kept, the loss gives it again.
         """
-        readers = [problem, *(records[0].problem for records in self.inner.values())]
-        names = {read for reader in readers for read in reader.node.reads} - {problem.name, *self.inner}
+        deeper = [read for records in self.inner.values() for read in records[0].reads]
+        names = {*problem.node.reads, *deeper} - {problem.name, *self.inner}
         return Record(
             problem,
             before,

@@ -83,15 +83,10 @@ class Plan:
                     f"differentiated through the same lower steps; give {middle!r} steps=1"
                 )
             for low in lows:
-                if not self.estimators[low].needs_before or low in self.inner:
-                    kind = (
-                        "is nested itself"
-                        if low in self.inner
-                        else "has an estimator that does not differentiate steps"
-                    )
+                if not self.estimators[low].needs_before:
                     raise ConfigError(
-                        f"inner_path: {low!r}, below {middle!r}, {kind}; give it hypergradient='one_step' or "
-                        "'unrolled', or pass inner_path=False"
+                        f"inner_path: {low!r}, below {middle!r}, has an estimator that does not differentiate steps; "
+                        "give it hypergradient='one_step' or 'unrolled', or pass inner_path=False"
                     )
 
     def targets(self, lower: str, uppers: Collection[str]) -> tuple[str, ...]:

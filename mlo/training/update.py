@@ -16,7 +16,7 @@ from mlo.errors import NonFiniteLossError
 from mlo.levels.problem import Problem
 from mlo.ops import distributed
 from mlo.ops.vectors import norm
-from mlo.steps.optimizer import clip
+from mlo.steps.clipping import clip
 
 ROUNDS_BEHIND = 2  # after which several processes check the losses of a round: by then a GPU has usually sent them
 
@@ -111,7 +111,7 @@ class _Sent:
 
 
 def _take_step(problem: Problem, gradients: Mapping[str, Tensor | None], buffers: Mapping[str, Tensor]) -> None:
-    for name, gradient in clip(problem, gradients).items():
+    for name, gradient in clip(gradients, problem.clip_norm_now).items():
         problem.variables[name].grad = gradient
     problem.optimizer.step()
     for parameter in problem.variables.values():

@@ -15,7 +15,8 @@ from mlo.levels.problem import Problem, State
 from mlo.ops.rng import replay
 from mlo.steps.evaluation import Evaluator
 from mlo.steps.gradient_functions import MicroBatch
-from mlo.steps.optimizer import COUNTERS, OptimizerState, optimizer_state, virtual_step
+from mlo.steps.optimizer import virtual_step
+from mlo.steps.optimizer_state import COUNTERS, OptimizerState, optimizer_state, without_values
 from mlo.training.gradients import Gradients, Records
 from mlo.training.plan import Plan
 
@@ -31,6 +32,9 @@ def looking_ahead(problems: Iterable[Problem], really: bool = True) -> Iterator[
     finally:
         for problem in affected:
             problem.looking_ahead = False
+
+
+_NOT_YET = State({}, {})  # where a record's steps lead, until all of the round are taken
 
 
 class Rollout:
@@ -70,6 +74,7 @@ class Rollout:
             self._plan.targets(name, later),
             cast_optimizer_state(optimizer_state(problem, copies=False), dtype),
         )
+        values = self._gradients.needs_optimizer_state(name)
         recorded: list[Record] = []
         step = taken = 0  # steps taken, and of these recorded
         while (left := problem.steps_now - step) > 0:
@@ -83,13 +88,17 @@ class Rollout:
                 continue
             before, was = states[name], at
             onto = targets if keep and self._gradients.kept_for_pullback(name, taken, left - 1) else ()
-            stored = estimator.stored(before, was, taken) if keep and estimator.needs_before else (None, None)
+            stored = (
+                estimator.stored(before, was if values else without_values(was), taken)
+                if keep and estimator.needs_before
+                else (None, None)
+            )
             seen = self._gradients.seen(name, states, stored[0]) if onto else states
             gradient = self._gradients.of(name, seen, records, batches[0], "virtual", onto)
             moved, at = virtual_step(problem, before.parameters, gradient.own, was)
             if keep:
                 fresh = cast_batches(problem.batches_ahead(step + 1), dtype) if estimator.takes_fresh_batches else ()
-                recorded.append(gradient.record(problem, *stored, before, states, fresh))
+                recorded.append(gradient.record(problem, *stored, _NOT_YET, states, fresh))
             states[name] = State({**before.parameters, **moved}, gradient.buffers)
             step, taken = step + 1, taken + keep
         for record in recorded:

@@ -14,7 +14,8 @@ from mlo.hypergradient.step import Step, copied
 from mlo.levels.problem import Problem, State
 from mlo.ops.vectors import Vector
 from mlo.options.config import Config
-from mlo.steps.optimizer import OptimizerState, check_differentiable
+from mlo.steps.optimizer import check_differentiable
+from mlo.steps.optimizer_state import OptimizerState
 
 
 class Estimator(Config, ABC):

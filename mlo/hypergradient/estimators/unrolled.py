@@ -14,7 +14,7 @@ from mlo.hypergradient.estimators.base import AlongSteps, Pulled
 from mlo.hypergradient.step import Cotangents, Slots, Step, copied
 from mlo.levels.problem import State
 from mlo.ops.vectors import Vector, add
-from mlo.steps.optimizer import OptimizerState, moved_optimizer_state
+from mlo.steps.optimizer_state import OptimizerState, moved_optimizer_state
 
 
 class Backpropagation(AlongSteps, ABC):
@@ -126,7 +126,9 @@ def _backwards(steps: Sequence[Step]) -> Iterator[Step]:
         for step in reversed(segment):
             yield step
             if step is not segment[0]:
+                assert step.record.optimizer_state is not None
                 step.record.before = None
+                step.record.optimizer_state = OptimizerState(step.record.optimizer_state.groups, {})
             if len(steps) > 1:  # with one step, another upper problem may reuse them; with many, memory matters more
                 step.record.read_cache = step.record.base = step.record.graph = None
         record.before, record.optimizer_state = kept

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import mlo
-from mlo.steps.optimizer import differentiable_step, optimizer_state
+from mlo.steps.optimizer import differentiable_step
+from mlo.steps.optimizer_state import optimizer_state
 
 
 class Vector(nn.Module):

@@ -12,7 +12,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import mlo
-from mlo.steps.optimizer import differentiable_step, optimizer_state
+from mlo.steps.optimizer import differentiable_step
+from mlo.steps.optimizer_state import optimizer_state
 
 pytestmark = pytest.mark.usefixtures("float64")
 ESTIMATORS = ["unrolled", {"kind": "unrolled", "product": "forward"}]

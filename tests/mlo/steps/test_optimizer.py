@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import mlo
 from mlo.ops.vectors import dot
-from mlo.steps.optimizer import moved_optimizer_state, optimizer_state, pull_through_step, virtual_step
+from mlo.steps.optimizer import pull_through_step, virtual_step
+from mlo.steps.optimizer_state import moved_optimizer_state, optimizer_state
 from mlo.training.virtual_steps import cast_optimizer_state
 
 COUNTERS = {"step", "mu_product", "eta", "mu"}  # what the number of steps alone moves

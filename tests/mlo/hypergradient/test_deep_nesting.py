@@ -1,0 +1,144 @@
+"""Levels nested to any depth, with their inner paths, against brute-force autograd on random graphs of 3 to 5 levels.
+
+A middle level steps on its total gradient, which runs through the steps of the levels below it; those may be nested in
+turn. By brute force, each such step takes the steps of the levels below anew, as a function of its own variables.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from analytic import LR, Point, Shape, Smooth
+from torch import Tensor
+
+import mlo
+
+CHAIN = {"a": ("b",), "b": ("a", "c"), "c": ("b", "top"), "top": ("c",)}
+DIAMOND = {"a": ("left", "right", "top"), "left": ("a", "top"), "right": ("a", "left", "top"), "top": ("left", "right")}
+MOMENTUM = 0.9
+Values = dict[str, Tensor]
+
+
+@dataclass
+class Nested:
+    """A stack of which each level that is not nested takes ``steps`` steps a round."""
+
+    reads: dict[str, tuple[str, ...]]
+    steps: int
+
+    def __post_init__(self) -> None:
+        self.made = Smooth.make(Shape("nested", self.reads), seed=len(self.reads), settled=False)
+        self.names = list(self.reads)
+        self.problems = self.made.problems(momentum=MOMENTUM)
+        for name, problem in zip(self.names, self.problems, strict=True):
+            problem.steps = 1 if self._runs_through_lower(name) else self.steps
+
+    def _runs_through_lower(self, name: str) -> bool:
+        """Whether the loss of a level depends on its own variables through levels below it."""
+        below, reached, waiting = self.names[: self.names.index(name)], set(), [name]
+        while waiting:
+            reader = waiting.pop()
+            lower = self.names[: self.names.index(reader)]
+            new = [r for r in self.reads[reader] if r in lower and r not in reached]
+            reached.update(new)
+            waiting += new
+        return any(name in self.reads[low] for low in reached & set(below))
+
+    def settled(self, count: int, values: Values) -> Values:
+        """The lowest ``count`` levels after their steps of a round, where each starts at ``values``, with the graph."""
+        after = dict(values)
+        for index, name in enumerate(self.names[:count]):
+            own, buffer = values[name], None
+            for _ in range(self.problems[index].steps):
+                own = own if own.requires_grad else own.clone().requires_grad_()
+                lower = self.settled(index, {**values, name: own})
+                there = {**values, **{low: lower[low] for low in self.names[:index]}, name: own}
+                found = torch.autograd.grad(self.made.loss(name, there), own, create_graph=True)[0]
+                buffer = found if buffer is None else MOMENTUM * buffer + found
+                own = own - LR * buffer
+            after[name] = own
+        return after
+
+    def brute_force(self) -> Tensor:
+        values = {
+            n: p.module.value.detach().clone().requires_grad_() for n, p in zip(self.names, self.problems, strict=True)
+        }
+        top = self.names[-1]
+        after = self.settled(len(self.names) - 1, values)
+        return torch.autograd.grad(self.made.loss(top, after), values[top])[0]
+
+
+def engine(nested: Nested, estimator: object, **options: object) -> mlo.Engine:
+    return mlo.Engine(nested.problems, estimator, inner_path=True, device="cpu", **options)
+
+
+def drawn(seed: int) -> Nested | None:
+    draw = random.Random(seed)
+    names = [f"p{index}" for index in range(draw.choice([3, 4, 4, 5]))]
+    reads = {n: tuple(r for r in names if r != n and draw.random() < 0.6) for n in names}
+    nested = Nested(reads, draw.choice([1, 2]))
+    try:
+        deep = len(engine(nested, "unrolled").graph.names) > 3 and any(p.steps == 1 for p in nested.problems[1:-1])
+    except mlo.GraphError:
+        return None
+    return nested if deep else None
+
+
+SEEDS = [seed for seed in range(120) if drawn(seed)][:24]
+
+
+@pytest.mark.parametrize("estimator", ["unrolled", {"kind": "unrolled", "product": "forward"}], ids=str)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("reads", [CHAIN, DIAMOND], ids=["chain", "diamond"])
+def test_levels_nested_in_nested_ones(reads, steps, estimator):
+    nested = Nested(reads, steps)
+    made = engine(nested, estimator)
+    expected = nested.brute_force()
+    torch.testing.assert_close(made.hypergradient("top")["value"], expected, rtol=1e-10, atol=1e-13)
+    before = nested.problems[-1].module.value.detach().clone()
+    made.step()  # without lookahead, the top steps on the real steps of the others
+    torch.testing.assert_close(before - nested.problems[-1].module.value, LR * expected, rtol=1e-10, atol=1e-13)
+    mlo.check(made)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_graphs(seed):
+    nested = drawn(seed)
+    found = engine(nested, "unrolled").hypergradient(nested.names[-1])["value"]
+    torch.testing.assert_close(found, nested.brute_force(), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("held", [(), ("top",)], ids=["differentiated", "held"])
+def test_a_read_that_is_held_is_a_constant_in_the_inner_path_too(held):
+    def value(start: list[float]) -> Point:
+        return Point(torch.tensor(start, dtype=torch.float64))
+
+    class Low(mlo.Problem):
+        def loss(self, batch, mid, top):
+            return (self() * mid()).sin().sum() + (self() * top()).exp().sum()
+
+    class Mid(mlo.Problem):
+        def loss(self, batch, low, top):
+            return (self() - low().cos()).square().sum() + (self() * top()).exp().sum()
+
+    class Top(mlo.Problem):
+        def loss(self, batch, mid, low):
+            return (mid() * self()).sum() + low().square().sum()
+
+    low, mid, top = value([0.3, -0.7]), value([0.5, 0.2]), value([-0.4, 0.9])
+    classes, modules, options = (Low, Mid, Top), (low, mid, top), ({"held": held}, {}, {})
+    problems = [
+        c(n, module=m, optimizer=torch.optim.SGD(m.parameters(), lr=LR), **o)
+        for c, n, m, o in zip(classes, ("low", "mid", "top"), modules, options, strict=True)
+    ]
+    a, b, x = (m.value.detach().clone().requires_grad_() for m in modules)
+    seen = x.detach() if held else x
+    slope = torch.autograd.grad((a * b).sin().sum() + (a * seen).exp().sum(), a, create_graph=True)[0]
+    a = a - LR * slope
+    total = torch.autograd.grad((b - a.cos()).square().sum() + (b * x).exp().sum(), b, create_graph=True)[0]
+    loss = ((b - LR * total) * x).sum() + a.square().sum()
+    found = mlo.Engine(problems, "one_step", inner_path=True, device="cpu").hypergradient("top")["value"]
+    torch.testing.assert_close(found, torch.autograd.grad(loss, x)[0], rtol=1e-10, atol=1e-13)
