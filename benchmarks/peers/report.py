@@ -70,8 +70,8 @@ Columns:
 - **error**: relative error of the first hypergradient, in float32, against plain autograd in float64. **Cosine**: of
   the angle between the two.
 - **peak**: peak memory of a fresh process, minus that of a process that only imports torch, makes the data and steps
-  an optimizer ({baseline} MB); in brackets, the whole process. It includes importing the library. malloc is set to return
-  freed memory to the system at once. Compiled rows were not measured, since the compiler itself needs more.
+  an optimizer ({baseline} MB); in brackets, the whole process. It includes importing the library. Freed memory goes
+  back to the system at once. Compiled rows were not measured, since the compiler itself needs more.
 - **default**: the same with malloc's default settings, which keep freed memory.
 """
 
