@@ -231,9 +231,10 @@ def _torchvision(options: LoadOptions, name: str, load: Callable[[bool], Any]) -
 def _absent(options: LoadOptions, name: str, looked: str) -> ConfigError:
     data = {**CIFAR, "fashion_mnist": datasets.FashionMNIST}[name].__name__
     return ConfigError(
-        f"{options.named_by}: {name} was not found in {looked}; write data.download: true, or download it with `python "
-        f"-c \"from torchvision.datasets import {data}; {data}('{options.root}', download=True)\"`, or set data.root "
-        "or the environment variable MLO_DATA to the folder that contains it"
+        f"{options.named_by}: {name} was not found in {looked}; download it with `python -c "
+        f"\"from torchvision.datasets import {data}; {data}('{options.root}', download=True)\"` (in a run, "
+        "data.download: true does the same), or set the environment variable MLO_DATA or data.root to the folder that "
+        "contains it"
     )
 
 
