@@ -296,7 +296,9 @@ class TestJob:
 
     @pytest.mark.parametrize("options", [{"lookahead": False}, {"teacher_hypergradient": "first_order"}], ids=str)
     def test_incompatible_options_are_errors(self, options):
-        with pytest.raises(ValueError, match="variant: the authors' architecture steps"):
+        with pytest.raises(
+            ValueError, match="variant: authors needs lookahead and a hypergradient through the teacher's steps"
+        ):
             job(**options)
 
 

@@ -43,7 +43,9 @@ def test_what_is_no_architecture_is_told_before_anything_is_trained(tmp_path):
         ConfigError, match=r"'PDART' is not known .* did you mean PDARTS\? there are: DARTS_V1, DARTS_V2"
     ):
         find_genotype("PDART")
-    with pytest.raises(ConfigError, match=r"holds no genotype\.json .* give the folder of a run that has found"):
+    with pytest.raises(
+        ConfigError, match=r"the genotype\.json in .* cannot be read .* give the folder of a run that has found"
+    ):
         find_genotype(str(tmp_path))
     (tmp_path / "broken.json").write_text('{"normal": [], "reduce": []}')
     with pytest.raises(ConfigError, match=r"broken\.json is not a genotype"):
@@ -62,7 +64,7 @@ def test_a_head_that_the_images_are_too_small_for_is_told_before_anything_runs(c
     words = ("--genotype", "PDARTS", "--training.auxiliary", *SMALL)
     code, out, err = command_line("sweep", "evaluate", *words, "--output", tmp_path / "s")
     assert (code, out) == (2, "")
-    assert "auxiliary: the head needs images of 32x32" in err
+    assert "auxiliary: the head needs images of at least 32x32" in err
     assert not (tmp_path / "s").exists()
 
 

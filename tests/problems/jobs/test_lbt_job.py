@@ -164,7 +164,7 @@ def test_options_reach_the_search(command_line, tmp_path, options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data.source", "digit"], "data.source: 'digit' is not there; did you mean digits"),
+        (["--data.source", "digit"], "data.source: 'digit' does not exist; did you mean digits"),
         (["--data.unlabeled-size", 1700], "but digits has 1797 images"),
         (["--data.train-size", 5], "train_size=5 is less than one image for each of the 10 classes"),
         (["--hypergradent", "cg"], "did you mean hypergradient?"),
@@ -172,7 +172,7 @@ def test_options_reach_the_search(command_line, tmp_path, options):
         (["--student", "resnet19", "--methods", "[plain, lbt]"], "resnet18"),
         (["--search.space", "pdarts"], "did you mean p_darts?"),
         (["--search.cells", "[1, 2]"], "cells has 2 entries, but the search has 1 stage;"),
-        (["--evaluation.auxiliary"], "the head needs images of 32x32, and these are 8 high"),
+        (["--evaluation.auxiliary"], "the head needs images of at least 32x32 pixels, but these are 8 high"),
         (["--methods", "[lbt, dart]"], "dart"),
     ],
     ids=str,
@@ -191,7 +191,7 @@ def test_a_sweep_reports_what_is_not_there_before_anything_runs(command_line, tm
     code, out, err = command_line("sweep", "lbt", *grid, "--output", tmp_path / "s")
     assert (code, out) == (2, "")
     assert "s/student=smal,data.source=digits,seed=0: 'smal' is not known as a student; did you mean small?" in err
-    assert "s/student=smal,data.source=digit,seed=0 (and 1 more): data.source: 'digit' is not there" in err
+    assert "s/student=smal,data.source=digit,seed=0 (and 1 more): data.source: 'digit' does not exist" in err
     assert not (tmp_path / "s").exists()
 
 

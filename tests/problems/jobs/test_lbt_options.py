@@ -34,7 +34,7 @@ def among(images: torch.Tensor, part: Part) -> bool:
 
 
 def test_a_method_given_twice_is_an_error():
-    with pytest.raises(ConfigError, match=r"^LbtJob: methods: lbt is given twice; give each method once$"):
+    with pytest.raises(ConfigError, match=r"^LbtJob: methods: lbt is given twice; write each method once$"):
         job(methods=["lbt", "plain", "lbt"])
 
 

@@ -12,7 +12,7 @@ from problems.jobs.lbt import LbtJob
 from problems.jobs.report import eigenvalue_curve
 from problems.nas import architecture_loss, dominant_eigenvalue, early_stop_epoch
 from problems.search import early_stop
-from problems.search.early_stop import found_by, grown_sharp, sharpness
+from problems.search.early_stop import final_logits, sharpness, should_stop
 
 FEW = ["avg_pool_3x3", "skip_connect", "max_pool_3x3"]  # cheap ones, to be fast
 RISING = [1.0] * 13 + [3.0] * 8  # the mean of 5 around 12 is 1.4, of 4 earlier 1.0
@@ -51,7 +51,7 @@ def test_looking_changes_nothing():
     for _ in range(4):
         for searching in (watched, left_alone):
             searching.step()
-            assert not grown_sharp(searching)
+            assert not should_stop(searching)
     assert sharpness(watched).rounds == [2, 4]
     one, other = watched.state_dict(), left_alone.state_dict()
     del one["problems"]["arch"]["module"]["sharpness._extra_state"]
@@ -61,7 +61,7 @@ def test_looking_changes_nothing():
 def test_the_eigenvalue_is_that_of_the_next_validation_batch():
     searching = engine(1)
     searching.step()
-    grown_sharp(searching)
+    should_stop(searching)
     images, labels = searching.problems["arch"].stream.next()
     loss = architecture_loss(searching.problems["teacher"].module, images, labels)
     expected = dominant_eigenvalue(loss, searching.problems["arch"].module())
@@ -75,11 +75,11 @@ def test_a_round_is_looked_at_once(rising):
     searching = engine(2)
     for _ in range(2):
         searching.step()
-        grown_sharp(searching)
-        grown_sharp(searching)
+        should_stop(searching)
+        should_stop(searching)
     assert sharpness(searching).rounds == [2]
     searching.step()
-    grown_sharp(searching)
+    should_stop(searching)
     assert "arch/eigenvalue" not in searching.metrics(), "only in the rounds that it is taken in"
 
 
@@ -97,7 +97,7 @@ def search(folder: Run, before=lambda rounds: None) -> dict:
         built.step = stepped
         return built
 
-    return folder.stage("search", build, 30, found_by, grown_sharp)
+    return folder.stage("search", build, 30, final_logits, should_stop)
 
 
 def test_a_search_that_grew_sharp_ends_and_goes_back(rising, tmp_path):
@@ -144,5 +144,5 @@ def test_the_curve_shows_the_rounds_that_were_looked_at():
 
 
 def test_an_interval_that_is_not_logged_is_told():
-    with pytest.raises(ValueError, match="3 is no multiple of log_every, 2"):
+    with pytest.raises(ValueError, match=r"3 is not a multiple of log_every \(2\)"):
         job(search={"eigenvalue_every": 3}, log_every=2)
