@@ -1,16 +1,13 @@
 """The command `mlo` as a user meets it, with a job from a package that this repository does not know."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
 import pytest
 import yaml
+from command_process import CommandProcess
 from engine_state import same
 
 from mlo.cli.options import read_options
@@ -18,8 +15,6 @@ from mlo.hypergradient import Estimator
 from mlo.options import registry
 from mlo.options.config import Config, Registered
 from mlo.training import checkpoint
-
-COMMAND = [sys.executable, "-c", "import sys; from mlo.cli.main import main; sys.argv[0] = 'mlo'; main()"]
 
 
 def options(folder):
@@ -252,26 +247,16 @@ def test_version(mlo):
 MARK = b" "  # before the first line of metrics: only a run that goes on keeps it, one that begins again does not
 
 
-def process(ridge, folder, *words):
-    paths = [str(Path(ridge.__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return subprocess.Popen(
-        [*COMMAND, *words], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 def test_a_third_partys_job_that_was_stopped_or_killed_ends_as_an_unbroken_one(mlo, ridge, tmp_path):
     words = ("run", "ridge", "--device", "cpu", "--steps", "400", "--checkpoint_every", "10", "--output")
+    path = [Path(ridge.__file__).parent]
     codes = {}
     for number in (signal.SIGTERM, signal.SIGKILL):
         stage = tmp_path / number.name / "stages" / "train"
-        stopped = process(ridge, tmp_path, *words, number.name)
-        while not list(stage.glob("*.pt")):
-            assert stopped.poll() is None, stopped.communicate()
-            time.sleep(0.01)  # a busy wait would take a core from it
-        stopped.send_signal(number)
-        _, err = stopped.communicate(timeout=60)
-        codes[number] = stopped.returncode
+        stopped = CommandProcess(*words, number.name, folder=tmp_path, logs=tmp_path / f"{number.name}-logs", path=path)
+        stopped.wait_until(lambda stage=stage: list(stage.glob("*.pt")))
+        _, err = stopped.send(number)
+        codes[number] = stopped.code
         assert ("stopped; continue with: mlo resume SIGTERM" in err) == (number == signal.SIGTERM)
         assert not (stage / "result.json").exists()
         (stage / "metrics.jsonl").write_bytes(MARK + (stage / "metrics.jsonl").read_bytes())
