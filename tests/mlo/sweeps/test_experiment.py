@@ -89,8 +89,8 @@ def test_list_shows_experiments(dropout, mlo):
     lines = [" ".join(line.split()) for line in mlo("list")[1].splitlines()]
     assert "dropout Whether dropout helps." in lines
     assert "Experiments: mlo reproduce NAME" in lines
-    told = mlo("--help")[1]
-    assert all(f" {command} " in told for command in ("sweep", "compare", "reproduce"))
+    help_page = mlo("--help")[1]
+    assert all(f" {command} " in help_page for command in ("sweep", "compare", "reproduce"))
 
 
 @pytest.mark.parametrize(

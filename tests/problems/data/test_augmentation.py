@@ -98,15 +98,15 @@ def test_nothing_is_changed_by_default():
 
 
 @pytest.mark.parametrize(
-    ("options", "channels", "told"),
+    ("options", "channels", "message"),
     [
         ({"jitter": 0.5}, 2, "jitter: 0.5 was given, but the images have 2 channels.*write jitter: 0"),
         ({"cutout": 16}, 1, "cutout: 16 was given, but the images are 8x9 pixels; write at most 8"),
         ({"crop": 9}, 1, "crop: 9 was given.*write at most 8"),
     ],
 )
-def test_what_does_not_fit_the_images(options, channels, told):
-    with pytest.raises(ConfigError, match=told):
+def test_what_does_not_fit_the_images(options, channels, message):
+    with pytest.raises(ConfigError, match=message):
         make_transforms(Augmentation(**options), channels, (8, 9))
 
 

@@ -1,4 +1,4 @@
-"""Sources of images: each kind as it lies on disk, and what people are told when it is not as it should be."""
+"""Sources of images: each kind as it lies on disk, and the error when it is not as it should be."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_images_of_arrays_are_resized_with_antialiasing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"train_images": np.zeros((40, 4, 4, 3))}, r"train_images are float64 of shape.*make them uint8 of \(N, H"),
         ({"train_images": np.zeros((40, 4, 4), np.uint8)}, r"shape \(40, 4, 4\)"),
@@ -101,11 +101,11 @@ def test_images_of_arrays_are_resized_with_antialiasing(tmp_path):
         ({"test_images": np.zeros((8, 5, 4, 3), np.uint8)}, r"test_images are .* \(5, 4, 3\), and train_images \(4"),
     ],
 )
-def test_arrays_that_cannot_be_used(tmp_path, change, told):
+def test_arrays_that_cannot_be_used(tmp_path, change, message):
     np.savez(tmp_path / "x.npz", **{**arrays(), **change})
     with pytest.raises(ConfigError, match=r"data.source: .*x.npz cannot be used") as raised:
         load_source(str(tmp_path / "x.npz"), LoadOptions(Path()))
-    assert raised.match(told)
+    assert raised.match(message)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_cifar_in_torchvisions_files(name, kind, labels, tmp_path, monkeypatch):
         load_source(name, LoadOptions(tmp_path))
 
 
-def test_download_is_torchvisions_and_its_failure_is_told(tmp_path, monkeypatch):
+def test_download_is_torchvisions_and_its_failure_is_reported(tmp_path, monkeypatch):
     asked = []
 
     def fail(self):
@@ -273,18 +273,18 @@ def test_a_folder_of_files(name, tmp_path):
 
 
 def test_folders_that_are_not_as_they_should_be(tmp_path):
-    def told(match: str) -> None:
+    def fails_with(match: str) -> None:
         with pytest.raises(ConfigError, match=match):
             load_source(str(tmp_path), LoadOptions(Path()))
 
-    told(r"should hold train/ and test/ \(or val/\).*it holds nothing")
+    fails_with(r"should hold train/ and test/ \(or val/\).*it holds nothing")
     class_folders(tmp_path / "train", {"cat": 1, "dog": 1})
-    told("it holds train")
+    fails_with("it holds train")
     class_folders(tmp_path / "val", {"cat": 1, "cow": 1})
-    told("cow, dog are in only one of")
+    fails_with("cow, dog are in only one of")
     shutil.rmtree(tmp_path / "val" / "cow")
     (tmp_path / "val" / "dog").mkdir()
-    told("should hold train/ and val/.*dog")
+    fails_with("should hold train/ and val/.*dog")
 
 
 def test_imagenet_of_torchvision(tmp_path):

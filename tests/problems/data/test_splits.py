@@ -147,8 +147,10 @@ def test_unlabeled_images_of_another_source(source, tmp_path):
 
 def test_unlabeled_images_of_other_channels(source):
     data = Data(source=source, train_size=60, validation_size=60, unlabeled_source="digits")
-    told = "data.unlabeled_source: the images of digits have 1 channels, and those of .* have 3; give a source with 3"
-    with pytest.raises(ConfigError, match=told):
+    message = (
+        "data.unlabeled_source: the images of digits have 1 channels, and those of .* have 3; give a source with 3"
+    )
+    with pytest.raises(ConfigError, match=message):
         data.splits(seed=0)
 
 
@@ -195,7 +197,7 @@ def test_a_folder_of_files_is_split_and_normalized(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (
             {"train_size": 1000, "validation_size": 500, "unlabeled_size": 297},
@@ -219,8 +221,8 @@ def test_a_folder_of_files_is_split_and_normalized(tmp_path):
         ),
     ],
 )
-def test_sizes_that_do_not_fit(options, told):
-    with pytest.raises(ConfigError, match=told):
+def test_sizes_that_do_not_fit(options, message):
+    with pytest.raises(ConfigError, match=message):
         Data(**options).splits(seed=0)
 
 

@@ -48,8 +48,8 @@ def test_the_top_5_error_counts_labels_that_are_not_among_the_5():
             return Predictions(-torch.arange(12.0).expand(len(images), 12), None)  # class 0 first, class 11 last
 
     data = Part.of(ArrayPixels(torch.zeros(12, 1, 2, 2)), torch.arange(12))
-    told = errors(Ranks(), data, (1, 5))
-    assert told == {"test_error": pytest.approx(100 * 11 / 12), "test_top5_error": pytest.approx(100 * 7 / 12)}
+    found = errors(Ranks(), data, (1, 5))
+    assert found == {"test_error": pytest.approx(100 * 11 / 12), "test_top5_error": pytest.approx(100 * 7 / 12)}
 
 
 def train(**options: object) -> TrainNetwork:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_state import same
+from interruption import PowerCutError, before_each_step
 
 from mlo.options.config import parse
 from mlo.runs.folder import RunFolder
@@ -16,10 +17,6 @@ from problems.search.early_stop import found_by, grown_sharp, sharpness
 
 FEW = ["avg_pool_3x3", "skip_connect", "max_pool_3x3"]  # cheap ones, to be fast
 RISING = [1.0] * 13 + [3.0] * 8  # the mean of 5 around 12 is 1.4, of 4 earlier 1.0
-
-
-class PowerCutError(Exception):
-    """What the power cut of these tests raises."""
 
 
 def job(**options: object) -> LbtJob:
@@ -87,15 +84,7 @@ def search(folder: RunFolder, before=lambda rounds: None, rounds: int = 30) -> d
     assert folder.job.splits, "made once, before the stages, as in a run"
 
     def build():
-        built = folder.job.search_engine("plain")
-        step = built.step
-
-        def stepped():
-            before(built.rounds)
-            step()
-
-        built.step = stepped
-        return built
+        return before_each_step(folder.job.search_engine("plain"), before)
 
     return folder.run.stage("search", build, rounds, found_by, grown_sharp)
 

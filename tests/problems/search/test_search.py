@@ -111,7 +111,7 @@ def test_titles_are_the_papers():
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"space": "p_darts", "cells": [1, 2]}, "cells has 2 entries, but the search has 3 stages"),
         ({"space": "darts", "cells": [2]}, "cells must be at least 3; a supernet of fewer has reduction cells alone"),
@@ -123,10 +123,10 @@ def test_titles_are_the_papers():
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_told(options, told):
+def test_what_does_not_fit_is_an_error(options, message):
     with pytest.raises(ValueError, match=r".") as caught:
         parse(Search, options)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_the_papers_path_needs_the_teachers_training():

@@ -89,7 +89,7 @@ def test_a_student_of_ones_own():
 
 @pytest.mark.usefixtures("own")
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("resnet81", "'resnet81' is not known as a student; did you mean resnet"),
         ("smal", "did you mean small.*package.module:callable"),
@@ -102,8 +102,8 @@ def test_a_student_of_ones_own():
         ("alexnet", "cannot take images of 3x8x8.*choose another, or another data.image_size"),
     ],
 )
-def test_students_that_cannot_be(name, told):
-    with pytest.raises(ConfigError, match=told):
+def test_students_that_cannot_be(name, message):
+    with pytest.raises(ConfigError, match=message):
         make_student(name, 3, 10, 8)
 
 
