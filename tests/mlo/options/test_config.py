@@ -1,4 +1,4 @@
-"""Options as plain data: strict types, registered choices, layers, and faults told all at once."""
+"""Options as plain data: strict types, registered choices, layers, and all errors reported at once."""
 
 import math
 from pathlib import Path
@@ -77,7 +77,7 @@ def fruits(register):
     register("fruits", FRUITS, {"test.fruits": names})
 
 
-def told(model, data):
+def message(model, data):
     with pytest.raises(ConfigError) as error:
         validate(model, data, "shop")
     return str(error.value)
@@ -132,7 +132,7 @@ def test_the_options_are_frozen():
     ],
 )
 def test_a_fault_names_the_option_and_the_remedy(given, line):
-    assert line in told(Shop, given)
+    assert line in message(Shop, given)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +144,8 @@ def test_a_fault_names_the_option_and_the_remedy(given, line):
         ({"kind": "plum", "seed": 3}, "fruit.seed: unknown option; did you mean seed?"),
     ],
 )
-def test_an_option_of_another_kind_is_told_with_the_kinds(fruit, line):
-    assert told(Shop, {"fruit": fruit}) == f"shop: 1 invalid option\n  {line}"
+def test_an_option_of_another_kind_is_reported_with_the_kinds(fruit, line):
+    assert message(Shop, {"fruit": fruit}) == f"shop: 1 invalid option\n  {line}"
     with pytest.raises(ConfigError) as error:
         Shop(fruit=fruit)
     assert str(error.value) == f"Shop: {line}"
@@ -153,7 +153,7 @@ def test_an_option_of_another_kind_is_told_with_the_kinds(fruit, line):
 
 def test_what_other_kinds_have_is_not_taken_for_an_option_elsewhere():
     line = "fruit.stones: is an option of cherry, plum, not of the chosen fruit"
-    assert told(Market, {"fruit": {"kind": "apple", "stones": 3}}) == f"shop: 1 invalid option\n  {line}"
+    assert message(Market, {"fruit": {"kind": "apple", "stones": 3}}) == f"shop: 1 invalid option\n  {line}"
 
 
 def test_an_option_is_found_below_an_instance():
@@ -179,12 +179,12 @@ def test_an_option_is_found_below_an_instance():
 )
 def test_an_option_of_another_section_is_found(given, meant):
     remedy = f"did you mean {meant}?" if meant else "there are: number, shop, left"
-    assert told(Street, given).endswith(f"unknown option; {remedy}")
+    assert message(Street, given).endswith(f"unknown option; {remedy}")
 
 
 def test_a_list_whose_items_are_at_fault_is_not_called_too_short_too():
-    assert told(Bowl, {"fruits": ["appel"]}).startswith("shop: 1 invalid option\n  fruits.0: ")
-    assert "fruits: [] was given, but it should have at least 1 item after validation, not 0" in told(
+    assert message(Bowl, {"fruits": ["appel"]}).startswith("shop: 1 invalid option\n  fruits.0: ")
+    assert "fruits: [] was given, but it should have at least 1 item after validation, not 0" in message(
         Bowl, {"fruits": []}
     )
 
@@ -206,20 +206,22 @@ def test_a_list_in_python_is_as_good_as_a_tuple():
         ({"sizes": "x"}, 'Bowl: sizes: "x" was given, but it should be a valid integer, or it should be a list'),
     ],
 )
-def test_what_is_wrong_with_a_list_in_python_is_told_of_its_items(given, line):
+def test_what_is_wrong_with_a_list_in_python_is_reported_for_its_items(given, line):
     with pytest.raises(ConfigError) as error:
         Bowl(**given)
     assert str(error.value).partition(";")[0] == line
 
 
-def test_every_fault_is_told_at_once():
-    text = told(Shop, {"sed": 1, "open": "x", "basket": {"wait": 1}, "fruit": {"kind": "cherry", "stones": 0, "q": 1}})
+def test_all_errors_are_reported_at_once():
+    text = message(
+        Shop, {"sed": 1, "open": "x", "basket": {"wait": 1}, "fruit": {"kind": "cherry", "stones": 0, "q": 1}}
+    )
     assert text.startswith("shop: 5 invalid options\n")
     assert text.count("\n") == 5
 
 
 def test_an_option_without_default_must_be_given():
-    assert told(Strict, {}) == "shop: 1 invalid option\n  must: is missing, and has no default"
+    assert message(Strict, {}) == "shop: 1 invalid option\n  must: is missing, and has no default"
     assert defaults(Strict) == {}
 
 

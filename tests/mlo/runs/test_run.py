@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from interruption import PowerCutError, before_each_step
 
 from mlo import Engine
 from mlo.errors import ConfigError
@@ -19,10 +20,6 @@ from mlo.runs.stage import stage_seed
 from mlo.training import checkpoint
 
 STEPS = 12
-
-
-class PowerCutError(Exception):
-    """What the power cut of these tests raises."""
 
 
 @pytest.fixture
@@ -42,15 +39,7 @@ def train(folder, before_step=lambda rounds: None, result=weights, stop=None):
     """The stage "train" of a run, with something that happens before each step."""
 
     def build():
-        engine = folder.job.engine()
-        step = engine.step
-
-        def stepped():
-            before_step(engine.rounds)
-            step()
-
-        engine.step = stepped
-        return engine
+        return before_each_step(folder.job.engine(), before_step)
 
     return folder.stage("train", build, STEPS, result, stop)
 

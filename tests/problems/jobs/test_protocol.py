@@ -1,4 +1,4 @@
-"""What the levels and trainings of the jobs really see and tell: images, losses, errors, seeds, stages."""
+"""What the levels and trainings of the jobs really see and report: images, losses, errors, seeds, stages."""
 
 from __future__ import annotations
 
