@@ -74,7 +74,7 @@ def test_a_head_that_the_images_are_too_small_for_is_an_error_before_anything_ru
         (("--genotype", "PDART"), "did you mean PDARTS"),
         (
             ("--genotype", "PDARTS", "--data.source", "cifar11"),
-            "data.source: 'cifar11' is not there; did you mean cifar10",
+            "data.source: 'cifar11' does not exist; did you mean cifar10",
         ),
     ],
 )

@@ -163,7 +163,7 @@ def test_options_reach_the_search(command_line, tmp_path, options):
             ["--student", "resnet19", "--methods", "[plain, lbt]"],
             "'resnet19' is not known as a student; did you mean resnet18?",
         ),
-        (["--search.space", "pdarts"], "darts | pc_darts | p_darts; did you mean p_darts?"),
+        (["--search.space", "pdarts"], "it should be 'darts', 'pc_darts' or 'p_darts'; did you mean p_darts?"),
         (["--search.cells", "[1, 2]"], "cells has 2 entries, but the search has 1 stage;"),
         (["--evaluation.auxiliary"], "the head needs images of at least 32x32 pixels, but these are 8 high"),
         (["--methods", "[lbt, dart]"], "dart"),
