@@ -11,22 +11,21 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], 
 
     Args:
         package: its ``__name__``.
-        homes: {module: its public names, separated by spaces}; a module without names is public itself, under the
-            last part of its own name.
+        homes: {module or package: its public names, separated by spaces}. A name may be a module of that package.
 
     Raises:
         ModuleNotFoundError: when a name is used whose module needs a package that is not installed; the message has
             the command that installs it.
     """
-    module_of = {name: module for module, names in homes.items() for name in names.split()}
-    public_modules = {module.rpartition(".")[2]: module for module, names in homes.items() if not names}
+    home_of = {name: home for home, names in homes.items() for name in names.split()}
 
     def find(name: str) -> Any:
-        module = public_modules.get(name) or module_of.get(name)
-        if module is None:
+        if name not in home_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         try:
-            found = import_module(module)
+            home = import_module(home_of[name])
+            found = vars(home)
+            value = found[name] if name in found else import_module(f"{home_of[name]}.{name}")
         except ModuleNotFoundError as error:
             from mlo.extras import explain_missing
 
@@ -34,8 +33,7 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], 
             if message is None:
                 raise
             raise ModuleNotFoundError(message, name=error.name) from error
-        value = found if name in public_modules else getattr(found, name)
         setattr(sys.modules[package], name, value)  # the next use finds it without this function
         return value
 
-    return find, lambda: sorted({*vars(sys.modules[package]), *module_of, *public_modules})
+    return find, lambda: sorted({*vars(sys.modules[package]), *home_of})

@@ -13,6 +13,7 @@ from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from command_process import CommandProcess
 
 import mlo
 from mlo.extras import DISTRIBUTION, INSTALLED_AS, explain_missing
@@ -51,6 +52,27 @@ mlo.check(mlo.Engine([*engine.problems.values()], "unrolled", device="cpu"))
 """
 REPORT = "import atexit, json, sys\natexit.register(lambda: print('\\n' + json.dumps(sorted(sys.modules))))\n"
 HIDE = "import sys\nsys.modules.update(dict.fromkeys({hidden!r}))\n"  # importing any of these is a ModuleNotFoundError
+ASKED = (
+    REPORT.replace("sorted(sys.modules)", "{{**dict.fromkeys(sys.modules, []), **asked}}")
+    + """
+asked = {{}}
+
+class Hidden:
+    def find_spec(name, path=None, target=None):
+        if name in {hidden!r}:
+            frame = sys._getframe(1)
+            only_searched = False
+            while "importlib" in frame.f_code.co_filename:
+                only_searched |= "importlib.util" in frame.f_code.co_filename  # find_spec, which imports nothing
+                frame = frame.f_back
+            asked.setdefault(name, []).append(frame.f_globals["__name__"])
+            if only_searched:
+                return None
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Hidden)
+"""
+)
 COMMAND = "import sys\nsys.argv = {words!r}\nfrom mlo.__main__ import main\nmain()\n"
 
 
@@ -74,14 +96,23 @@ def test_importing_mlo_imports_nothing_else():
     assert not imported("import mlo") & {"torch", "pydantic", "numpy"}
 
 
-def test_the_core_needs_torch_numpy_and_pydantic_alone():
-    modules = imported(HIDE.format(hidden=FROM_EXTRAS) + BILEVEL)
-    assert {"torch", "numpy", "pydantic"} <= modules
+@pytest.fixture(scope="module")
+def bilevel() -> dict[str, list[str]]:
+    """Of a bilevel run where no package of an extra is found: {module: those that asked for it or imported it}."""
+    done = python(ASKED.format(hidden=FROM_EXTRAS) + BILEVEL)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_bilevel_run_imports_no_package_of_an_extra():
-    of_torch = imported("import torch._dynamo")  # torch's optimizers import it, and it imports some that are there
-    assert not imported(BILEVEL) & set(FROM_EXTRAS) - of_torch
+def test_the_core_needs_torch_numpy_and_pydantic_alone(bilevel):
+    assert {"torch", "numpy", "pydantic"} <= bilevel.keys()
+    assert not bilevel.keys() & set(FROM_EXTRAS) - {name for name, askers in bilevel.items() if askers}
+
+
+def test_a_bilevel_run_asks_for_no_package_of_an_extra(bilevel):
+    askers = {asker for name in FROM_EXTRAS for asker in bilevel.get(name, [])}
+    assert askers  # torch imports some of them where they are there
+    assert not {asker for asker in askers if asker.partition(".")[0] in ("mlo", "problems", "__main__")}
 
 
 @pytest.mark.parametrize("words", ["--help", "list", "run --help", "run lbt --help", "run evaluate --help"])
@@ -111,9 +142,7 @@ def test_lazy_names_are_those_that_type_checkers_see(package):
         else:
             assert found is importlib.import_module(f"{home}.{name}")
     (table,) = (node.args[1] for node in ast.walk(block) if isinstance(node, ast.Call))
-    assert sorted(ast.literal_eval(table)) == sorted(
-        {home if not hasattr(getattr(module, name), "__spec__") else f"{home}.{name}" for name, home in seen.items()}
-    )
+    assert {name: home for home, names in ast.literal_eval(table).items() for name in names.split()} == seen
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -133,12 +162,13 @@ def test_an_unknown_name_is_an_attribute_error():
     ],
 )
 def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, words, hidden, said):
-    done = python(HIDE.format(hidden=[hidden]) + command(*words.split()), cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stdout == ""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    process = CommandProcess(*words.split(), folder=folder, logs=tmp_path, hidden=[hidden])
     expected = said.replace("EXTRA", "which is not installed; install it with: pip install 'mlo-torch")
-    assert done.stderr == f"error: {expected}\n"
-    assert not list(tmp_path.iterdir())
+    assert process.output() == ("", f"error: {expected}\n")
+    assert process.code == 1
+    assert not list(folder.iterdir())
 
 
 def test_a_public_name_that_needs_an_extra_names_the_command_that_installs_it():

@@ -1,7 +1,8 @@
-"""What each of two processes of torchrun does for tests/mlo/test_distributed.py; leaves what it saw in a folder."""
+"""What each of two processes does for tests/mlo/training/test_distributed.py; its results go to a folder."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -11,10 +12,15 @@ import torch.nn.functional as F
 from torch import nn
 
 import mlo
+from mlo.cli.main import app
 from mlo.ops import distributed
 from mlo.training.checked_updates import Updater
 
 CPU = torch.device("cpu")
+STEPS = 150
+EVALUATION = ["run", "evaluate", "--genotype=DARTS_V2", "--device=cpu", "--threads=1", f"--steps={STEPS}"]
+EVALUATION += ["--training.cells=1", "--training.channels=2", "--training.batch_size=20", "--training.drop_path=0.2"]
+EVALUATION += ["--training.augmentation.flip=true", "--checkpoint_every=1000", "--log_every=1"]
 
 
 class Classify(mlo.Problem):
@@ -168,6 +174,10 @@ def main(folder):
             "of_the_first": of_the_first(),
         }
         torch.save(seen, folder / f"{distributed.rank()}.pt")
+        os.chdir(folder)
+        for words in (["resume", "stopped"], [*EVALUATION, "--output", "unbroken"]):
+            sys.argv = ["mlo", *words]
+            app(words, standalone_mode=False)
 
 
 if __name__ == "__main__":

@@ -45,10 +45,10 @@ with loops written by hand in plain PyTorch. `python -m benchmarks.peers` made i
 measured. [The benchmarks' own page](../benchmarks/README.md) describes how it measures.
 
 ## How to read the tables
-A *hypergradient* is the gradient of an upper loss through the training of a lower problem; an *estimator* is a way to
-compute it ([Which estimator?](estimators.md) describes them). Each table is about one workload and one estimator. In
-every workload, a network is trained in the lower problem, and the upper problem learns something that this training
-uses: weights of the training samples in (a), (b) and (d), an architecture in (c). LBT is [Learning by
+In every workload, the *lower* problem trains a network, and the *upper* problem learns something that this training
+uses: weights of the training samples in (a), (b) and (d), an architecture in (c). The *hypergradient* is the gradient
+of the upper loss through the training of the network. An *estimator* is a way to compute it ([Which
+estimator?](estimators.md) describes them). Each table is about one workload and one estimator. LBT is [Learning by
 Teaching](lbt.md).
 
 | name | workload |
@@ -58,37 +58,36 @@ Teaching](lbt.md).
 Rows:
 
 - **by hand** is the loop that a careful researcher would write for this estimator alone.
-- **mlo, compiled** is the engine with `compile=True`, with the seconds that compiling took.
+- **mlo, compiled** is the engine with `compile=True`. The seconds are the time that compiling took.
 
 Columns:
 
-- **time**: CPU time, divided by that of the loop by hand. The two run in turn in one process; the number is the
-  median over the pairs, with the quartiles in brackets. "Itself" is the loop by hand measured as if it were a
-  library: its distance from 1.00 is noise. Differences within the quartiles may be noise too. In the tables on
-  recomputed steps, "of the unroll" marks times divided by that of the unroll by hand that recomputes nothing.
-- **ms**: milliseconds of the library alone. Rows were measured at different times, so compare their ratios, not
-  these.
+- **time**: CPU time, divided by that of the loop by hand. The two run in turn in one process. The number is the
+  median over the pairs, with the quartiles in brackets. "Itself" is the loop by hand, measured like a library: its
+  distance from 1.00 is noise. Differences within the quartiles may be noise too. In the tables on recomputed steps,
+  times with "of the unroll" are divided by the time of the loop by hand that recomputes nothing.
+- **ms**: milliseconds of the library alone. Rows were measured at different times, so compare the ratios instead.
 - **error**: relative error of the first hypergradient, in float32, against plain autograd in float64. **Cosine**: of
   the angle between the two.
 - **peak**: peak memory of a fresh process, minus that of a process that only imports torch, makes the data and steps
-  an optimizer ({baseline} MB); in brackets, the whole process. Importing the library counts. Freed memory goes back
-  to the system at once. It was not measured for compiled rows, since the compiler itself needs more.
-- **default**: the same with malloc's default settings, which keep freed memory. The excess is lost to holes in the
-  heap.
+  an optimizer ({baseline} MB); in brackets, the whole process. It includes importing the library. Freed memory goes
+  back to the system at once. Compiled rows were not measured, since the compiler itself needs more.
+- **default**: the same with malloc's default settings, which keep freed memory.
 """
 
 TAIL = """## Explanations
 - **Compiling** helps most where time goes into Python and small operations. It takes seconds to minutes in each run,
-  so it pays over thousands of rounds.
-- **Without compiling**, the arithmetic is that of the loop by hand. What is added is Python around each loss and each
-  hypergradient, a check that gradients are finite, and a copy of the weights before each step that is differentiated.
-  The Python does not grow with the network, so it shows most in (d).
+  so it pays off over thousands of rounds.
+- **Without compiling**, the arithmetic is that of the loop by hand. `mlo` adds some Python code around each loss and
+  each hypergradient, a check that gradients are finite, and a copy of the weights before each step that is
+  differentiated. The Python code takes the same time for any network, so it matters most in (d).
 - **(b) with N = 8192, unrolled.** By default, `mlo` keeps at most 16 MiB of the steps' autograd graphs
   (`graph_memory`) and recomputes the other steps in the backward pass, which takes more time and less memory. With
-  memory for all graphs it takes about the time of the loop by hand; that is the table after it.
-- **Memory.** In the other workloads, the peak of `mlo` is above that of the loop by hand by nearly the same amount.
-- **Betty's `darts`** leaves out the learning rate and takes its difference after the step; its `cg`, as released, is
-  not conjugate gradient. Their errors show this. Their times are of another computation; that of `darts` is cheaper.
+  memory for all graphs, it takes about the time of the loop by hand, as the next table shows.
+- **Memory.** In the other workloads, `mlo` needs a few MB more than the loop by hand, about the same in all of them.
+- **Betty's `darts`** leaves out the learning rate, and computes its difference at the weights after the step. Its `cg`,
+  as released, is not conjugate gradient. So their errors are large, and their times are those of another computation,
+  which is cheaper in the case of `darts`.
 - [Where the time goes](../benchmarks/README.md#where-the-time-goes) has the measurements behind these explanations.
 """
 
@@ -168,18 +167,16 @@ def summary(rows: Rows) -> str:
     won = [race for race in races if race.ours < race.theirs]
     if not races:
         return ""
-    said = f"On one CPU thread, `mlo` (compiled where that helps) is the fastest library in {len(won)} of {len(races)} "
-    said += "comparisons" + "".join([", most clearly for ", " and ".join(map(str, won[:2]))] if won else [])
+    text = f"On one CPU thread, `mlo` (compiled where that helps) is the fastest library in {len(won)} of {len(races)} "
+    text += "comparisons" + "".join([", with the largest lead for ", " and ".join(map(str, won[:2]))] if won else [])
     lost = " and ".join(map(str, races[len(won) :]))
-    said += f"; it is slower than another one for {lost}." if lost else "."
+    text += f", but another library is faster for {lost}." if lost else "."
+    text += "\nThe numbers in brackets are CPU times, divided by that of a loop written by hand."
     close = sum(race.overlap for race in won)
     if close:
-        said += f" In {close} of the {len(won)}, the quartiles overlap, so the lead may be noise."
+        text += f" In {close} of the {len(won)}, the quartiles overlap, so the lead may be noise."
     eager = [race.eager for race in races]
-    return (
-        f"{said}\nThe numbers are CPU times relative to a loop written by hand. Without compiling, `mlo` takes "
-        f"{min(eager):.2f} to {max(eager):.2f} times as long as that loop."
-    )
+    return f"{text} Without compiling, `mlo` takes {min(eager):.2f} to {max(eager):.2f} times as long as that loop."
 
 
 def line(row: Row) -> str:

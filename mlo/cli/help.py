@@ -6,17 +6,15 @@ from collections.abc import Callable, Iterator
 from textwrap import shorten
 from typing import Any
 
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from typer import Context
 from typer.core import TyperCommand
 
 from mlo.errors import ConfigError
 from mlo.options import registry
-from mlo.options.config import Option, options, parts, registered, type_text
-from mlo.options.yaml_options import KIND, shown
+from mlo.options.config import KIND, Option, options, parts, registered, shown
 from mlo.runs.job import Job, load_job
-
-Section = tuple[str, list[Option]]
 
 
 def job_help(context: Context, name: str, model: type[Job], every: bool) -> str:
@@ -30,7 +28,7 @@ def job_help(context: Context, name: str, model: type[Job], every: bool) -> str:
     page.write_usage(command, f"{grid}[--OPTION VALUE]...")
     page.write_paragraph()
     page.write_text((inspect.getdoc(model) or "") if every else registry.summary(model))
-    for title, found in _all_sections(model) if every else _main_sections(model):
+    for title, found in (_all_sections(model) if every else _main_sections(model)).items():
         names = [f"--{_dashed(option.path)}" for option in found]
         room = None if every else page.width - max(map(len, names)) - 6
         with page.section(title):
@@ -50,33 +48,30 @@ def job_help(context: Context, name: str, model: type[Job], every: bool) -> str:
     return page.getvalue()
 
 
-def _main_sections(model: type[Job]) -> Iterator[Section]:
-    known = list(options(model, kinds="none"))
+def _main_sections(model: type[Job]) -> dict[str, list[Option]]:
+    known = list(options(model, kinds=False))
     own = [name for base in model.__mro__ if base not in Job.__mro__ for name in inspect.get_annotations(base)]
-    for title, names in (model.main_options or {"Options": own}).items():
-        found = [o for name in names for o in known if o.path == name or o.path.startswith(f"{name}.")]
-        yield title, [option for option in found if _takes_value(option)]
+    return {
+        title: [option for name in names for option in known if f"{option.path}.".startswith(f"{name}.")]
+        for title, names in (model.main_options or {"Options": own}).items()
+    }
 
 
-def _all_sections(model: type[Job]) -> Iterator[Section]:
-    """The options of the job, then those of each class that can be chosen by name, each class once."""
-    sections: dict[Any, tuple[str, dict[str, Option]]] = {None: ("Options", {})}
-    groups: dict[str, str] = {}
-    for option in filter(_takes_value, options(model)):
-        mark = registered(option.field)
-        if mark:
-            groups[option.path] = mark.group
-        key, start = None, ""
-        if option.choice:
-            start, name = option.choice
-            key = groups[start], name
-            sections.setdefault(key, (f"--{_dashed(start)} {name}: {registry.summary_of(*key)}", {}))
-        sections[key][1].setdefault(option.path.removeprefix(start), option)
-    yield from ((title, list(found.values())) for title, found in sections.values())
+def _all_sections(model: type[Job]) -> dict[str, list[Option]]:
+    """The options of the job, then those of each class that can be chosen by name, at its first place."""
+    sections: dict[Any, list[Option]] = {}
+    for option in options(model):
+        found = sections.setdefault(option.choice and option.choice[2], [option])
+        if option.choice == found[0].choice and option not in found:
+            found.append(option)
+    return {_title(found[0]): found for found in sections.values()}
 
 
-def _takes_value(option: Option) -> bool:
-    return not option.nested or registered(option.field) is not None
+def _title(option: Option) -> str:
+    if not option.choice:
+        return "Options"
+    path, kind, chosen = option.choice
+    return f"--{_dashed(path)} {kind}: {registry.summary(chosen)}"
 
 
 def _dashed(path: str) -> str:
@@ -84,16 +79,23 @@ def _dashed(path: str) -> str:
 
 
 def _meaning(option: Option, room: int | None) -> str:
-    """The description, the type and the default; with little room the first part of the description, and no type."""
-    mark, value = registered(option.field), option.value
-    value = mark.dump(value) if mark else value
+    """The description, the type and the default; or, on one line, the first part of the description and the default."""
+    value = mark.dump(option.default) if (mark := registered(option.field)) else option.default
     value = value[KIND] if isinstance(value, dict) and KIND in value else value
     default = "required" if value is PydanticUndefined else "default " + shown(value).replace('"', "")
-    text = option.field.description or ""
-    whole = f"{text} ({type_text(option.field)}; {default})".lstrip()
-    if room is None or len(whole) <= room:
-        return whole
-    return f"{shorten(text.partition(';')[0], room - len(default) - 3, placeholder='...')} ({default})".lstrip()
+    kinds = " | ".join(_choices(option.field)) or inspect.formatannotation(option.field.annotation)
+    text, kinds = option.field.description or "", kinds.replace("None", "null")
+    if room is None:
+        return f"{text} ({kinds}; {default})".lstrip()
+    return f"{shorten(text.partition(';')[0] or kinds, room - len(default) - 3, placeholder='...')} ({default})"
+
+
+def _choices(field: FieldInfo) -> list[str]:
+    """The words that an option takes; none if it takes numbers or any text."""
+    if mark := registered(field):
+        return list(registry.entries(mark.group))
+    inside = list(parts(field.annotation))
+    return [part for part in inside if isinstance(part, str)] + ["true", "false"] * (bool in inside)
 
 
 class JobCommand(TyperCommand):
@@ -113,15 +115,13 @@ def _completions(context: Context, incomplete: str) -> Iterator[tuple[str, str]]
         return
     plain, grid = "--", "--grid."
     start = grid if incomplete.startswith(grid) else plain
-    known = list(options(model, kinds="none"))
+    known = list(options(model, kinds=False))
     if any(incomplete.startswith(f"{start}{_dashed(option.path)}.") for option in known if registered(option.field)):
         known = list(options(model))  # only here, because it imports the classes that can be chosen
     last = context.args[-1] if context.args else ""
-    for option in filter(_takes_value, known):
+    for option in known:
         if last in (f"--{_dashed(option.path)}", f"--{option.path}") and not incomplete.startswith("-"):
-            mark, inside = registered(option.field), list(parts(option.field.annotation))
-            words = registry.entries(mark.group) if mark else [part for part in inside if isinstance(part, str)]
-            yield from ((word, "") for word in (*words, *(["true", "false"] if bool in inside else [])))
+            yield from ((word, "") for word in _choices(option.field))
         elif incomplete.startswith("-"):
             for prefix in [plain, grid] if context.info_name == "sweep" else [plain]:
                 yield f"{prefix}{_dashed(option.path)}", option.field.description or ""

@@ -28,7 +28,7 @@ from mlo.ops import distributed
 from mlo.options import registry
 
 if TYPE_CHECKING:
-    from mlo.runs.folder import RunFolder
+    from mlo.runs.run import Run
 
 _UsageError: Any = typer.BadParameter.__mro__[1]  # what all errors of typer derive from, under no public name
 
@@ -74,16 +74,17 @@ def run(
     `mlo run NAME --help` shows the problem's main options, `mlo run NAME --help-all` all of them.
     """
     job = distributed.on_main(lambda: make_job(context, name, config, help, help_all))
-    from mlo.runs.folder import RunFolder
+    from mlo.runs.folder import discard_folder
+    from mlo.runs.run import Run
 
-    created = RunFolder.create(str(name), job, output)
+    created = Run.create(str(name), job, output)
     try:
         _execute(created)
     except typer.Exit:
         raise
     except Exception:
         if distributed.is_main():
-            created.discard()
+            discard_folder(created.path)
         raise
 
 
@@ -92,9 +93,9 @@ def resume(folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The f
     """Continue a stopped run from its last checkpoint."""
     if not folder.is_dir():
         raise ConfigError(f"{folder}: there is no such folder; give the folder of a run, such as runs/NAME-DATE-TIME")
-    from mlo.runs.folder import RunFolder
+    from mlo.runs.run import Run
 
-    _execute(RunFolder.open(folder))
+    _execute(Run.open(folder))
 
 
 @app.command(cls=JobCommand, context_settings=EXTRA_OPTIONS, add_help_option=False)
@@ -217,7 +218,7 @@ def reproduce(
     """
     from mlo.sweeps import experiment as experiments
     from mlo.sweeps.cost import cost
-    from mlo.sweeps.grid import report_failures
+    from mlo.sweeps.grid import report_failures, run_all
 
     experiment = experiments.load_experiment(name)
     scale = experiments.chosen_scale(experiment, scale)
@@ -231,7 +232,7 @@ def reproduce(
             print(f"what is left takes {cost(left, workers, one_core_each)}", flush=True)
         if estimate:
             return
-        failures = experiments.run_planned(planned, workers, one_core_each)
+        failures = run_all(runs, workers, one_core_each)
     if report_failures(failures, len(runs)):
         print("no pages are written until all runs are finished", file=sys.stderr)
         raise typer.Exit(1)
@@ -275,11 +276,11 @@ def _summary(group: str, name: str) -> str:
         return f"(broken: {error})"
 
 
-def _execute(folder: "RunFolder") -> None:
-    with stoppable(f"{distributed.launcher()} resume {shlex.quote(str(folder.path))}"):
-        folder.execute()
+def _execute(run: "Run") -> None:
+    with stoppable(f"{distributed.launcher()} resume {shlex.quote(str(run.path))}"):
+        run.execute()
     if distributed.is_main():
-        print(f"finished: {folder.path}")
+        print(f"finished: {run.path}")
 
 
 def main() -> None:

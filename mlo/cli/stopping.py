@@ -1,6 +1,5 @@
 """How Ctrl-C and SIGTERM end a command: with one line, and exit code 130."""
 
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from mlo.ops import distributed
+from mlo.runs.signals import handle_stop_signals
 
 
 class StoppableCommands(TyperGroup):
@@ -28,12 +28,10 @@ class StoppableCommands(TyperGroup):
 @contextmanager
 def stoppable(command: str) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end the command with a line that says which command continues."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        yield
+        with handle_stop_signals():
+            yield
     except KeyboardInterrupt:
         if distributed.is_main():
             print(f"stopped; continue with: {command}", file=sys.stderr)
         raise typer.Exit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,21 +1,20 @@
-"""Typed options: strict models, options chosen by a registered name, and error messages for people."""
+"""Typed options: strict models, options chosen by a registered name, and what is wrong with given options."""
 
 import json
-import sys
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import core_schema
+from pydantic_core import PydanticUndefined, core_schema
 
 from mlo.errors import ConfigError
 from mlo.options import registry
-from mlo.options.yaml_options import KIND, shown
+
+KIND = "kind"
 
 
 class Config(BaseModel):
@@ -30,7 +29,7 @@ class Config(BaseModel):
         try:
             super().__init__(**_tuples(options))
         except ValidationError as error:
-            raise ConfigError(f"{type(self).__name__}: {'; '.join(explain(error, type(self), options))}") from error
+            raise ConfigError(f"{type(self).__name__}: {'; '.join(explain(error, type(self)))}") from error
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # lets files and defaults be read without it
 
@@ -77,7 +76,11 @@ class Registered:
 
     def kinds(self) -> dict[str, type[Config]]:
         """All classes that can be chosen, by name. Broken packages are left out."""
-        return _kinds(self.group, tuple(sys.path))
+        found = {}
+        for name in registry.entries(self.group):
+            with suppress(ConfigError):
+                found[name] = registry.load_class(self.group, name, Config)
+        return found
 
     def names(self, model: type) -> list[str]:
         """The names under which a class is registered."""
@@ -91,15 +94,6 @@ class Registered:
         if not names:
             raise ValueError(f"{type(value).__name__} is not registered in {self.group}, so a file cannot name it")
         return {KIND: names[0], **value.model_dump(mode="json")}
-
-
-@cache  # finding the entry points of one group takes milliseconds
-def _kinds(group: str, paths: tuple[str, ...]) -> dict[str, type[Config]]:
-    found = {}
-    for name in registry.entries(group):
-        with suppress(ConfigError):
-            found[name] = registry.load_class(group, name, Config)
-    return found
 
 
 if TYPE_CHECKING:
@@ -116,7 +110,7 @@ def parse(model: type[ConfigT], data: Mapping[str, Any]) -> ConfigT:
 
 
 def validate(model: type[ConfigT], data: Mapping[str, Any], title: str) -> ConfigT:
-    """The model of ``data``.
+    """As :func:`parse`, with an error for people.
 
     Raises:
         ConfigError: names every invalid option, what was given and what is allowed, under ``title``.
@@ -124,7 +118,7 @@ def validate(model: type[ConfigT], data: Mapping[str, Any], title: str) -> Confi
     try:
         return parse(model, data)
     except ValidationError as error:
-        faults = explain(error, model, data)
+        faults = explain(error, model)
     raise ConfigError("\n  ".join([f"{title}: {len(faults)} invalid option{'s' * (len(faults) > 1)}", *faults]))
 
 
@@ -134,68 +128,37 @@ def defaults(model: type[BaseModel]) -> dict[str, Any]:
 
 
 class Option(NamedTuple):
-    """One option of a model or of a model below it.
-
-    Attributes:
-        path: its dotted name.
-        field: its type and description.
-        value: its value in the options that were walked through; its default where they have none.
-        nested: whether other options stand below it.
-        choice: (path, name) of the choice that it belongs to; None where nothing had to be chosen.
-    """
+    """An option that takes a value. ``choice``: the (dotted name, kind, class) of the choice that it belongs to."""
 
     path: str
     field: FieldInfo
-    value: Any
-    nested: bool
-    choice: tuple[str, str] | None
+    default: Any
+    choice: tuple[str, str, type[Config]] | None
 
 
 def options(
-    model: type[BaseModel],
-    values: Any = None,
-    kinds: Literal["all", "chosen", "none"] = "all",
-    prefix: str = "",
-    choice: tuple[str, str] | None = None,
+    model: type[BaseModel], kinds: bool = True, held: Any = None, prefix: str = "", choice: Any = None
 ) -> Iterator[Option]:
-    """Every option of a model, those of nested models behind the option that holds them.
+    """All options of a model, of the models in it, and (with ``kinds``) of the classes that can be chosen by name.
 
-    Args:
-        model: whose options.
-        values: a mapping or an instance with values of the options; None: the defaults.
-        kinds: whether to give the options of all classes that can be chosen by name, of the chosen one, or of none,
-            which needs none of their packages.
-        prefix: what their dotted names begin with.
-        choice: see :class:`Option`.
+    The last three arguments are of a model inside another one: the instance that holds its defaults, what the dotted
+    names begin with, and its choice.
     """
-    values = model.model_construct() if values is None else values
+    held = held if isinstance(held, model) else model.model_construct()
     for name, field in model.model_fields.items():
-        path = prefix + name
-        value = values.get(name, field.default) if isinstance(values, Mapping) else getattr(values, name, field.default)
-        mark, below = registered(field), _nested_model(field)
-        yield Option(path, field, value, bool(mark or below), choice)
-        if below:
-            held = value if isinstance(value, Mapping | BaseModel) else None
-            yield from options(below, held, kinds, f"{path}.", choice)
-        if mark is None or kinds == "none" or path.split(".").count(name) > 1:  # a class that holds its own kind
+        path, default, mark = prefix + name, getattr(held, name, PydanticUndefined), registered(field)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) and not mark:
+            yield from options(field.annotation, kinds, default, f"{path}.", choice)
             continue
-        for kind, model_of_kind in mark.kinds().items():
-            here = kind == (value.get(KIND) if isinstance(value, Mapping) else value) or type(value) is model_of_kind
-            if here or kinds == "all":
-                held = value if here and not isinstance(value, str) else None
-                yield from options(model_of_kind, held, kinds, f"{path}.", (path, kind))
+        yield Option(path, field, default, choice)
+        if mark and kinds and name not in prefix.split("."):  # a class may hold its own kind
+            for kind, chosen in mark.kinds().items():
+                yield from options(chosen, kinds, default, f"{path}.", (path, kind, chosen))
 
 
 def registered(field: FieldInfo) -> Registered | None:
     """The mark of an option that is chosen by a registered name."""
     return next((mark for mark in (*field.metadata, *parts(field.annotation)) if isinstance(mark, Registered)), None)
-
-
-def _nested_model(field: FieldInfo) -> type[BaseModel] | None:
-    inside = list(parts(field.annotation))
-    if registered(field) or any(get_origin(part) in (tuple, list, dict) for part in inside):
-        return None
-    return next((part for part in inside if isinstance(part, type) and issubclass(part, BaseModel)), None)
 
 
 def parts(annotation: Any) -> Iterator[Any]:
@@ -205,78 +168,64 @@ def parts(annotation: Any) -> Iterator[Any]:
         yield from parts(argument)
 
 
-BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "of length >=", "max_length": "of length <="}
-WORDS: dict[Any, str] = {NoneType: "null", bool: "true | false", str: "text", float: "number", ...: "..."}
+WORDS = {  # what pydantic says, and what users of YAML understand
+    "Input": "it",
+    "Tuple": "it",
+    "a valid array": "a list",
+    "a valid tuple": "a list",
+    "an object": "a mapping",
+    "a valid boolean": "true or false",
+    "a valid string": "text",
+}
 
 
-def type_text(field: FieldInfo) -> str:
-    """An option's type as a user would write it, with its bounds: `int >= 1`, `true | false`, `a | b`."""
-    mark, below = registered(field), _nested_model(field)
-    if below:
-        return f"a mapping with {', '.join(below.model_fields)}"
-    text = " | ".join(registry.entries(mark.group)) if mark else _annotation_text(field.annotation)
-    bounds = " and ".join(
-        f"{sign} {getattr(m, key)}" for m in field.metadata for key, sign in BOUNDS.items() if hasattr(m, key)
-    )
-    before, null, after = text.partition(" | null")
-    return f"{before} {bounds}".rstrip() + null + after
-
-
-def _annotation_text(annotation: Any) -> str:
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _annotation_text(inner[0])
-    if origin is Literal:
-        return " | ".join(map(str, inner))
-    texts = [_annotation_text(part) for part in inner]
-    if origin in (Union, UnionType):
-        return " | ".join(texts)
-    if origin in (tuple, list):
-        return f"[{', '.join(texts)}{', ...' * (origin is list)}]"
-    if origin is dict:
-        return f"{{{': '.join(texts)}}}"
-    return WORDS.get(annotation) or getattr(annotation, "__name__", str(annotation)).lower()
-
-
-def explain(error: ValidationError, model: type[Config], data: Mapping[str, Any]) -> list[str]:
+def explain(error: ValidationError, model: type[Config]) -> list[str]:
     """One line for each invalid option: its dotted name, what was given, what is allowed."""
-    known = {option.path: option for option in options(model, data, kinds="chosen")}
+    known = list(options(model))
+    names = {name for option in known for name in option.path.split(".")}
     faults: dict[str, str] = {}
     for detail in error.errors(include_url=False):
-        path = last = ""
-        for part in detail["loc"]:  # between the names of options pydantic puts members of unions and places in lists
-            last = f"{path}.{part}".lstrip(".")
-            path = last if last in known else path
-        if detail["type"] == "extra_forbidden":
-            faults[last] = _unknown(last, detail["input"], known, model)
-        elif "error" in detail.get("ctx", {}):  # raised by a validator
-            faults[path] = str(detail["ctx"]["error"])
-        elif detail["type"] == "missing" and path == last:
-            faults[path] = "has no default, so it must be given"
+        unknown = detail["type"] == "extra_forbidden"
+        own = names | {detail["loc"][-1]} if unknown else names  # beside these, pydantic puts members of unions there
+        path = ".".join(str(part) for part in detail["loc"] if isinstance(part, int) or part in own)
+        context, given, allowed = detail.get("ctx", {}), detail["input"], detail["msg"]
+        for theirs, ours in WORDS.items():
+            allowed = allowed.replace(theirs, ours)
+        if unknown:
+            faults[path] = _unknown(path, known)
+        elif "error" in context:  # raised by a validator
+            faults[path] = str(context["error"])
+        elif detail["type"] == "missing":
+            faults[path] = "is missing, and has no default"
+        elif path in faults:  # another member of a union
+            faults[path] += f", or {allowed}"
         else:
-            faults[path] = _invalid(known[path]) if path else detail["msg"]
-    return [f"{path}: {message}" if path else message for path, message in faults.items()]
+            guess = registry.nearest(str(given), re.findall(r"'(\w+)'", context.get("expected", "")))
+            faults[path] = f"{shown(given)} was given, but {allowed}" + f"; did you mean {guess}?" * bool(guess)
+    # of the members of a union only the one that got furthest
+    found = {path: text for path, text in faults.items() if not any(other.startswith(f"{path}.") for other in faults)}
+    return [f"{path}: {message}" if path else message for path, message in found.items()]
 
 
-def _invalid(option: Option) -> str:
-    choices = [part for part in parts(option.field.annotation) if isinstance(part, str)]
-    given = [option.value] if isinstance(option.value, str) else option.value if isinstance(option.value, list) else []
-    guesses = [registry.nearest(str(item), choices) for item in given if item not in choices]
-    hint = f"; did you mean {guesses[0]}?" if guesses and guesses[0] else ""
-    return f"{shown(option.value)} was given, but it should be {type_text(option.field)}{hint}"
+def _unknown(path: str, known: Sequence[Option]) -> str:
+    """Which kinds have the option, or which option was meant, or which there are."""
+    section, _, name = path.rpartition(".")
+    kinds = dict.fromkeys(option.choice[1] for option in known if option.path == path and option.choice)
+    if kinds:
+        return f"is an option of {', '.join(kinds)}, not of the chosen {section}"
+    names = [option.path.split(".") for option in known]
+    paths = dict.fromkeys(".".join(words[: n + 1]) for words in names for n in range(len(words)))  # sections too
+    last = {other: other.rpartition(".")[2] for other in paths}
+    here = [other for other in paths if other.rpartition(".")[0] == section]
+    nearest = registry.nearest(name, last.values())
+    meant = [other for other in paths if last[other] == nearest]
+    meant = [other for other in meant if other in here] or meant
+    if meant:
+        return f"unknown option; did you mean {' or '.join(meant)}?"
+    return f"unknown option; there are: {', '.join(last[other] for other in here) or 'none'}"
 
 
-def _unknown(path: str, value: object, known: Mapping[str, Option], model: type[Config]) -> str:
-    """Which classes have the option that the chosen one lacks, or which option was meant, or which there are."""
-    parent, _, name = path.rpartition(".")
-    split = [(option, *option.path.rpartition(".")[::2]) for option in known.values()]
-    siblings = ", ".join(own for _, above, own in split if above == parent) or "none"
-    others = [option.choice[1] for option in options(model) if option.path == path and option.choice]
-    if others:
-        return f"is an option of {', '.join(others)}; those of {known[parent].value[KIND]} are: {siblings}"
-    possible = [part for part in split if part[0].nested or not isinstance(value, Mapping | BaseModel)]
-    nearest = registry.nearest(name, [own for _, _, own in possible])
-    meant = [(option.path, above) for option, above, own in possible if own == nearest]
-    meant = [part for part in meant if part[1] == parent] or meant
-    hint = f"did you mean {' or '.join(path for path, _ in meant)}?" if meant else f"the options here are: {siblings}"
-    return f"unknown option; {hint}"
+def shown(value: object) -> str:
+    """A value as a user would write it, cut to a readable length."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

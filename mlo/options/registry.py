@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 from collections.abc import Iterable
+from functools import cache
 from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
@@ -28,9 +29,15 @@ WRITTEN = {
 T = TypeVar("T")
 
 
+@cache
+def _entry_points(group: str, paths: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """All entries of a group that are found on ``sys.path``, sorted by name. Finding them takes milliseconds."""
+    return tuple(sorted(entry_points(group=group), key=lambda entry: entry.name))
+
+
 def entries(group: str) -> dict[str, EntryPoint]:
     """All entries of an entry-point group, sorted by name; nothing is imported."""
-    return {entry.name: entry for entry in sorted(entry_points(group=group), key=lambda entry: entry.name)}
+    return {entry.name: entry for entry in _entry_points(group, tuple(sys.path))}
 
 
 def load(group: str, name: str) -> Any:
@@ -54,16 +61,14 @@ def load(group: str, name: str) -> Any:
 
 def _entry(group: str, name: str) -> EntryPoint:
     """The entry of a name, checked as :func:`load` says as far as that is possible without importing it."""
-    targets = sorted({entry.value for entry in entry_points(group=group, name=name)})
-    if not targets:
+    found = {entry.value: entry for entry in _entry_points(group, tuple(sys.path)) if entry.name == name}
+    if not found:
         raise ConfigError(unknown(name, entries(group), f"among {group}{_elsewhere(name)}"))
-    if len(targets) > 1:
-        raise ConfigError(
-            f"{name!r} is registered in {group} for {' and for '.join(targets)}; uninstall the package of one of them"
-        )
-    entry = entries(group)[name]
-    hiding = _hiding(entry)
-    if hiding:
+    if len(found) > 1:
+        targets = " and for ".join(sorted(found))
+        raise ConfigError(f"{name!r} is registered in {group} for {targets}; uninstall the package of one of them")
+    (entry,) = found.values()
+    if hiding := _hiding(entry):
         raise ConfigError(
             f"{name!r} is registered in {group} as {entry.value}, but {hiding} hides that package; rename that file or "
             "folder, or take it off PYTHONPATH"

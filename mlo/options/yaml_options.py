@@ -1,14 +1,61 @@
-"""Options as plain data: read from YAML files, merged, and named by dotted paths."""
+"""Options as plain data: read from YAML, merged, and named by dotted paths."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlo.errors import ConfigError
+import yaml
 
-KIND = "kind"
+from mlo.errors import ConfigError
+from mlo.options.config import KIND, shown
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the scalars of YAML 1.2, where 1e-3 is a number and `off` is text. A name given twice is an error."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012  # those of YAML 1.1 are not inherited
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping; an error if a name is there twice."""
+        names = [key.value for key, _ in node.value]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is given twice", node.start_mark)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+for tag, pattern in {
+    "merge": "<<",
+    "null": "null|~|",
+    "bool": "true|false",
+    "int": "[-+]?(0|[1-9][0-9]*)",
+    "float": r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^({pattern})$"), None)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The options in a YAML file.
+
+    Raises:
+        ConfigError: if the file cannot be read, is not YAML, or is neither a mapping nor empty.
+    """
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid YAML: {error}") from error
+    if not isinstance(data, dict | None):
+        raise ConfigError(f"{path}: should have lines like `name: value`, but holds {shown(data)}")
+    return data or {}
 
 
 def merge(base: Any, over: Any) -> Any:
@@ -29,9 +76,7 @@ def merge(base: Any, over: Any) -> Any:
 
 def nested(path: Sequence[str], value: Any) -> Any:
     """The mapping that holds a value under the parts of its dotted name."""
-    for part in reversed(path):
-        value = {part: value}
-    return value
+    return {path[0]: nested(path[1:], value)} if path else value
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -45,37 +90,3 @@ def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def of_any_seed(value: Any, seed: int) -> Any:
     """A path with * in place of the seed, where it has the form that sweeps give it; anything else unchanged."""
     return re.sub(rf"\bseed([-=]){seed}(?!\d)", r"seed\1*", value) if isinstance(value, str) else value
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The options in a YAML file.
-
-    Raises:
-        ConfigError: if the file cannot be read, is not YAML, or is neither a mapping nor empty.
-    """
-    import yaml  # here, because options are also checked where only the core is installed
-
-    try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid YAML: {error}") from error
-    if not isinstance(data, dict | None):
-        raise ConfigError(f"{path}: should have lines like `name: value`, but holds {shown(data)}")
-    return data or {}
-
-
-def parse_yaml(text: str) -> Any:
-    """The value of a YAML text."""
-    import yaml
-
-    from mlo.options.yaml_loader import Loader
-
-    return yaml.load(text, Loader=Loader)
-
-
-def shown(value: object) -> str:
-    """A value as a user would write it, cut to a readable length."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

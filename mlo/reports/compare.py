@@ -57,14 +57,9 @@ class Group:
 
     @property
     def label(self) -> str:
-        """The row's name, and the options in which the runs differ."""
-        return ", ".join(self.label_parts)
-
-    @property
-    def label_parts(self) -> list[str]:
-        """The parts of the label: the row's name, and `option=value` for each option."""
+        """The row's name, and `option=value` for each option in which the runs differ."""
         options = [f"{name.removesuffix('.kind')}={written(value)}" for name, value in self.options.items()]
-        return [self.row, *options]
+        return ", ".join([self.row, *options])
 
     def values(self, measure: str) -> dict[int, float]:
         """{seed: value} of a measure where it is a number."""

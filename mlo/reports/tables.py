@@ -19,7 +19,6 @@ from mlo.options import registry
 from mlo.reports.compare import (
     MIN_PAIRS,
     Group,
-    Paired,
     chosen_baseline,
     chosen_measure,
     interval,
@@ -68,83 +67,58 @@ def table(
         return _csv(compared)
     measure, base = chosen_measure(compared, measure), chosen_baseline(compared, baseline)
     names = measures(compared)
-    differences = [None if group is base else paired(group.values(measure), base.values(measure)) for group in compared]
     head = ["", "seeds", *names]
     rows = [[group.label, str(len(group.seeds)), *(_cell(group, name) for name in names)] for group in compared]
     if len(compared) > 1:
         head += [f"{measure}: difference", "95 % interval", "p", "pairs"]
-        for row, found in zip(rows, differences, strict=True):
-            row += _difference(found) if found else ["baseline", NOTHING, NOTHING, NOTHING]
+        for row, group in zip(rows, compared, strict=True):
+            row += _difference(group, base, measure)
     if form == "markdown":
-        rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-        head = [cell.replace("|", "\\|") for cell in head]
+        head, *rows = ([cell.replace("|", "\\|") for cell in row] for row in [head, *rows])
     if form == "text":
-        width = get_terminal_size((WIDTH, 24)).columns
-        return _fitted([group.label_parts for group in compared], rows, head, measure, width)
-    text = tabulate(rows, head, tablefmt=STYLES[form], disable_numparse=True)
-    return (text.replace("±", "$\\pm$") if form == "latex" else text) + "\n"
+        return _fitted(rows, head, measure, get_terminal_size((WIDTH, 24)).columns)
+    text = _text(rows, head, STYLES[form])
+    return text.replace("±", "$\\pm$") if form == "latex" else text
 
 
-def _fitted(
-    labels: Sequence[Sequence[str]], rows: Sequence[Sequence[str]], head: Sequence[str], measure: str, width: int
-) -> str:
+def _fitted(rows: Sequence[Sequence[str]], head: Sequence[str], measure: str, width: int) -> str:
     """A text table that is at most ``width`` columns wide, unless a single word is wider.
 
     Args:
-        labels: the parts of each row's label.
-        rows: the cells; the first one is the whole label.
+        rows: the cells; the first one is the row's label.
         head: the names of the columns.
         measure: the column that stays even if it has the same value in all rows.
         width: the number of columns of the terminal.
     """
-    whole = _plain(rows, head)
-    if _fits(whole, width):
+    whole = _text(rows, head)
+    if _width(whole) <= width:
         return whole
-    same = [
-        name != measure and len({*cells}) == 1 < len(rows)
-        for name, cells in zip(head, zip(*rows, strict=True), strict=True)
-    ]
-    shared = [
-        f"{name} {cell}" for name, cell, alike in zip(head, rows[0], same, strict=True) if alike and cell != NOTHING
-    ]
-    note = "\n" + textwrap.fill(f"the same in all rows: {', '.join(shared)}", width) + "\n" if shared else ""
-    kept = [column for column, alike in enumerate(same) if not alike]
-    head, rows = [head[column] for column in kept], [[row[column] for column in kept] for row in rows]
-    shorter = _plain(rows, head)
-    if _fits(shorter, width):
-        return shorter + note
-    room = max(map(len, (row[0] for row in rows))) + width - max(map(len, shorter.splitlines()))
-    wrapped = _plain([["\n".join(_wrap(label, room)), *row[1:]] for label, row in zip(labels, rows, strict=True)], head)
-    if _fits(wrapped, width):
+    columns = list(zip(head, *rows, strict=True))
+    alike = [column for column in columns if column[0] != measure and len({*column[1:]}) == 1 < len(rows)]
+    shared = ", ".join(f"{name} {cell}" for name, cell, *_ in alike if cell != NOTHING)
+    note = f"\n{_wrap(f'the same in all rows: {shared}', width, indent='')}\n" if shared else ""
+    head, *rows = zip(*(column for column in columns if column not in alike), strict=True)
+    room = max(len(label) for label, *_ in rows) + width - _width(_text(rows, head))
+    wrapped = _text([[_wrap(label, max(1, room)), *cells] for label, *cells in rows], head)
+    if _width(wrapped) <= width:
         return wrapped + note
-    blocks = [_block(label, row[1:], head[1:], width) for label, row in zip(labels, rows, strict=True)]
+    blocks = []
+    for label, *cells in rows:
+        lines = _text(list(zip(head[1:], cells, strict=True)), (), "plain")
+        blocks.append(f"{_wrap(label, width)}\n{textwrap.indent(lines, '    ')}")
     return "\n".join(blocks) + note
 
 
-def _plain(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
-    return tabulate(rows, head, tablefmt=STYLES["text"], disable_numparse=True) + "\n"
+def _text(rows: Sequence[Sequence[str]], head: Sequence[str], style: str = STYLES["text"]) -> str:
+    return tabulate(rows, head, tablefmt=style, disable_numparse=True) + "\n"
 
 
-def _fits(text: str, width: int) -> bool:
-    return max(map(len, text.splitlines())) <= width
+def _width(text: str) -> int:
+    return max(map(len, text.splitlines()))
 
 
-def _block(label: Sequence[str], cells: Sequence[str], names: Sequence[str], width: int) -> str:
-    """A row as lines: its label, and then a line for each column."""
-    lines, wide = _wrap(label, width), max(map(len, names), default=0)
-    for name, cell in zip(names, cells, strict=True):
-        lines += textwrap.wrap(f"{name:<{wide}}  {cell}", width, initial_indent="    ", subsequent_indent="      ")
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _wrap(label: Sequence[str], width: int) -> list[str]:
-    """The lines of a label, broken only between its parts."""
-    lines = [""]
-    for part in [*(f"{part}, " for part in label[:-1]), label[-1]]:
-        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
-            lines.append("  ")
-        lines[-1] += part
-    return [line.rstrip() for line in lines]
+def _wrap(text: str, width: int, indent: str = "  ") -> str:
+    return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _cell(group: Group, measure: str) -> str:
@@ -173,7 +147,10 @@ def shown(number: float) -> str:
     return str(int(number)) if number == int(number) and abs(number) < 1e15 else f"{number:.4g}"
 
 
-def _difference(found: Paired) -> list[str]:
+def _difference(group: Group, base: Group, measure: str) -> list[str]:
+    if group is base:
+        return ["baseline", NOTHING, NOTHING, NOTHING]
+    found = paired(group.values(measure), base.values(measure))
     mean = NOTHING if found.mean is None else f"{found.mean:+.3g}"
     if found.low is None or found.high is None or found.p is None:
         return [mean, NOTHING, NOTHING, f"{found.n} (fewer than {MIN_PAIRS})"]

@@ -1,27 +1,28 @@
-"""Run folders of jobs: creating, opening and executing them, and reading their options and results."""
+"""The folder of a run on the disk.
+
+``config.yaml`` holds every option, ``run.json`` the job's registered name and the versions of Python and packages,
+``stages/<name>/`` what :class:`mlo.Run` describes, and ``results.json``, once the run is finished, what the job
+returned. Other files are the job's own.
+"""
 
 import contextlib
 import itertools
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Self
 
 import yaml
 from filelock import FileLock, Timeout
 
 from mlo.errors import ConfigError
 from mlo.files import write_atomic
-from mlo.ops import distributed
 from mlo.options.config import validate
 from mlo.options.registry import versions
 from mlo.options.yaml_options import read_yaml
 from mlo.runs.job import Job, Results, load_job
-from mlo.runs.run import Run
 
 RUNS = Path("runs")
 RESULTS = "results.json"
@@ -30,106 +31,14 @@ CREATED = ("config.yaml", "run.json", ".lock", LOG)
 PARTLY_WRITTEN = re.compile(r"\.(config\.yaml|run\.json)\.\d+\.tmp")
 
 
-class RunFolder:
-    """The run folder of a job.
-
-    ``config.yaml`` holds every option, ``run.json`` the job's registered name and the versions of Python and packages,
-    and ``stages/<name>/`` what :class:`mlo.Run` describes. ``results.json`` is written when the run is finished, and
-    holds what the job returned. Other files are the job's own.
-
-    Attributes:
-        path: the folder.
-        job: the job that runs in it.
-        run: what the job gets, and what reads its metrics and seconds.
-    """
-
-    def __init__(self, path: Path, job: Job) -> None:
-        self.path = path
-        self.job = job
-        self.run = Run(path, job)
-
-    @classmethod
-    def create(cls, name: str, job: Job, output: Path | None = None) -> Self:
-        """Check a job, and create a run folder for it.
-
-        Args:
-            name: the job's registered name.
-            job: the job.
-            output: the folder; runs/<name>-<date>-<time> by default.
-
-        Raises:
-            ConfigError: if ``output`` is not empty or cannot be created, if the job is for one process and there are
-                several, or from the job's :meth:`mlo.Job.check`.
-        """
-        _refuse_processes(name, job)
-        job.check()
-        return cls(distributed.on_main(lambda: create_folder(name, job, output)), job)
-
-    @classmethod
-    def open(cls, path: Path) -> Self:
-        """Open an existing run folder, with the options that the run was started with.
-
-        Raises:
-            ConfigError: if it is no run folder, if its job or its options no longer exist, or, in a run that did
-                nothing yet, from the job's :meth:`mlo.Job.check`.
-        """
-        _, old = run_info(path)
-        name, job = stored_job(path)
-        _refuse_processes(name, job)
-        new = versions()
-        changed = [f"{what} {old.get(what)} then, {new[what]} now" for what in new if old.get(what) != new[what]]
-        if changed and distributed.is_main():
-            note = f"note: {path} was started with other versions, so numbers may differ: {', '.join(changed)}"
-            print(note, file=sys.stderr)
-        if not distributed.on_main(lambda: has_started(path)):
-            job.check()
-        return cls(path, job)
-
-    def execute(self) -> None:
-        """Run the job, or the rest of it, and store its results.
-
-        Raises:
-            ConfigError: if another process runs in this folder, or the results cannot be stored.
-            KeyboardInterrupt: if a SIGINT or SIGTERM came; a stage wrote a checkpoint.
-        """
-        with self.locked():
-            results = self.job.run(self.run)
-            distributed.on_main(lambda: write_atomic(self.path / RESULTS, _results_text(results or {})))
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep processes other than those of this run from running in the folder.
-
-        Raises:
-            ConfigError: if one does already.
-        """
-        with contextlib.ExitStack() as held:
-            distributed.on_main(lambda: held.enter_context(_locked(self.path)))
-            yield
-
-    def discard(self) -> None:
-        """Remove the folder if it holds a run that has not started and no other process runs in it."""
-        with contextlib.suppress(ConfigError):
-            with _locked(self.path):
-                if has_started(self.path) or not (self.path / "run.json").exists():
-                    return
-                for name in CREATED:
-                    with contextlib.suppress(
-                        PermissionError
-                    ):  # on Windows .lock is open; releasing it deletes it there
-                        (self.path / name).unlink(missing_ok=True)
-            if not any(self.path.iterdir()):
-                self.path.rmdir()
-
-
 def create_folder(name: str, job: Job, output: Path | None = None) -> Path:
-    """Create a run folder as :meth:`RunFolder.create` does, without checking the job; returns its path."""
+    """Create a run folder, without checking the job; returns its path. See :meth:`mlo.Run.create`."""
     path = output or RUNS / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     try:
         if output is None:
             path = _new_folder(path)
         path.mkdir(parents=True, exist_ok=True)
-        full = not is_free(path, job)
+        full = not is_free(path)
     except OSError as error:
         raise ConfigError(
             f"{path}: the folder cannot be created there ({error.strerror}); give another --output"
@@ -141,10 +50,23 @@ def create_folder(name: str, job: Job, output: Path | None = None) -> Path:
         )
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     info = {"job": name, "started": now, "versions": versions()}
-    with _locked(path):
+    with locked(path):
         write_atomic(path / "run.json", json.dumps(info, indent=2) + "\n")  # first, since it says whose options follow
         write_atomic(path / "config.yaml", _options_text(job))
     return path
+
+
+def discard_folder(path: Path) -> None:
+    """Remove the folder of a run that has not started, unless another process runs in it."""
+    with contextlib.suppress(ConfigError):
+        with locked(path):
+            if has_started(path) or not (path / "run.json").exists():
+                return
+            for name in CREATED:
+                with contextlib.suppress(PermissionError):  # on Windows .lock is open; releasing it deletes it there
+                    (path / name).unlink(missing_ok=True)
+        if not any(path.iterdir()):
+            path.rmdir()
 
 
 def has_started(path: Path) -> bool:
@@ -152,16 +74,18 @@ def has_started(path: Path) -> bool:
     return (path / "run.json").exists() and not _only_created(path)
 
 
-def is_free(path: Path, job: Job) -> bool:
-    """Whether the job's run can be created in a folder: it is empty, or a run was created there but never started.
+def is_free(path: Path) -> bool:
+    """Whether a run can be created in a folder: it is empty, or a run was created there but never started.
 
-    An edited config.yaml counts as the user's file, so that folder is not free.
+    A config.yaml that was edited, or that belongs to no run, counts as the user's file, so that folder is not free.
     """
     config = path / "config.yaml"
     try:
+        if config.exists():
+            return _only_created(path) and _options_text(stored_job(path)[1]) == config.read_text(encoding="utf-8")
         if (path / "run.json").exists():
-            job = stored_job(path)[1] if config.exists() else (run_info(path) and job)
-        return _only_created(path) and (not config.exists() or config.read_bytes() == _options_text(job).encode())
+            run_info(path)
+        return _only_created(path)
     except ConfigError:
         return False
 
@@ -220,16 +144,13 @@ def read_results(path: Path) -> Results | None:
         raise ConfigError(f"{file}: cannot be read ({error}); delete it and run `mlo resume {path}`") from error
 
 
-def _refuse_processes(name: str, job: Job) -> None:
-    if distributed.world() > 1 and not job.data_parallel:
-        raise ConfigError(
-            f"{name} runs in a single process, since it does not divide its batches among processes, and there are "
-            f"{distributed.world()}; start it without torchrun: mlo run {name} ..."
-        )
-
-
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes from running in a folder.
+
+    Raises:
+        ConfigError: if one does already.
+    """
     lock = FileLock(path / ".lock", timeout=0)
     try:
         lock.acquire()
@@ -245,14 +166,20 @@ def _options_text(job: Job) -> str:
     return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False)
 
 
-def _results_text(results: Results) -> str:
+def write_results(path: Path, results: Results) -> None:
+    """Write the results of the job in a run folder, which marks the run as finished.
+
+    Raises:
+        ConfigError: if they have the wrong form.
+    """
     try:
-        return json.dumps(_checked(results), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(_checked(results), indent=2, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"the value that the job's run() returned cannot be stored ({error}); "
             "return {row: {measure: value}}, each value a finite number or text"
         ) from error
+    write_atomic(path / RESULTS, text)
 
 
 def _checked(results: Results) -> Results:

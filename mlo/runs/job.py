@@ -6,17 +6,21 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+from pydantic import Field
+
 from mlo.options import registry
-from mlo.runs.settings import RunSettings
+from mlo.options.config import Config
 
 if TYPE_CHECKING:
+    import torch
+
     from mlo.runs.run import Run
     from mlo.training.engine import Engine
 
 Results = Mapping[str, Mapping[str, float | str]]
 
 
-class Job(RunSettings):
+class Job(Config):
     """Derive from it, add options as fields, write :meth:`engine`, and register the class in `mlo.problems`.
 
     `mlo list` and `mlo run NAME --help` show the class's docstring, and the help shows the description of each field.
@@ -34,6 +38,26 @@ class Job(RunSettings):
     data_parallel: ClassVar[bool] = False
     main_options: ClassVar[Mapping[str, Sequence[str]]] = {}
     examples: ClassVar[Sequence[str]] = ()
+
+    seed: int = Field(0, ge=0, description="seed of all random numbers: the same seed gives the same run")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, or auto: a GPU if there is one, else the CPU")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads; null leaves the number to torch; small networks are fastest with 1"
+    )
+    steps: int = Field(1000, ge=1, description="rounds of the main stage")
+    log_every: int = Field(10, ge=1, description="rounds between two lines of metrics.jsonl")
+    checkpoint_every: int = Field(200, ge=1, description="rounds between two checkpoints")
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that ``device`` stands for on this machine.
+
+        Raises:
+            ConfigError: if there is no such device.
+        """
+        from mlo.training.devices import move_to
+
+        return move_to([], self.device)
 
     def check(self) -> None:
         """Raise a ConfigError if something that the options name is missing, as far as this shows without training.

@@ -1,34 +1,88 @@
-"""An open run folder: where a job trains its stages, and reads what they logged."""
+"""A run: a job in its folder, which trains stages and can be resumed."""
 
+import contextlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from mlo.errors import ConfigError
 from mlo.ops import distributed
-from mlo.runs.settings import RunSettings
-from mlo.runs.stage import METRICS, Stage, training_seconds
+from mlo.options.registry import versions
+from mlo.runs.folder import create_folder, has_started, locked, run_info, stored_job, write_results
+from mlo.runs.job import Job
+from mlo.runs.stage import METRICS, run_stage, training_seconds
 
 if TYPE_CHECKING:
     from mlo.training.engine import Engine
 
 
 class Run:
-    """What :meth:`mlo.Job.run` gets: an open run folder, with ``stages/<name>/`` for each stage.
+    """A job in its run folder. :meth:`mlo.Job.run` gets it, and trains stages with it.
 
-    A stage's folder holds its metrics, checkpoints, seconds and result. A job may write files of its own to ``path``.
+    ``stages/<name>/`` holds the metrics, checkpoints, seconds and result of a stage. A job may write files of its own
+    to ``path``.
 
     Attributes:
         path: the folder.
-        settings: the seed, threads and intervals of its stages.
+        job: the job, with its options.
     """
 
-    def __init__(self, path: Path, settings: RunSettings) -> None:
+    def __init__(self, path: Path, job: Job) -> None:
         self.path = path
-        self.settings = settings
+        self.job = job
         self._stages: set[str] = set()
         self._announced = False
+
+    @classmethod
+    def create(cls, name: str, job: Job, output: Path | None = None) -> Self:
+        """Check a job, and create a run folder for it.
+
+        Args:
+            name: the job's registered name.
+            job: the job.
+            output: the folder; runs/<name>-<date>-<time> by default.
+
+        Raises:
+            ConfigError: if ``output`` is not empty or cannot be created, if the job is for one process and there are
+                several, or from the job's :meth:`mlo.Job.check`.
+        """
+        _refuse_processes(name, job)
+        job.check()
+        return cls(distributed.on_main(lambda: create_folder(name, job, output)), job)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open an existing run folder, with the options that the run was started with.
+
+        Raises:
+            ConfigError: if it is no run folder, if its job or its options no longer exist, or, in a run that did
+                nothing yet, from the job's :meth:`mlo.Job.check`.
+        """
+        _, old = run_info(path)
+        name, job = stored_job(path)
+        _refuse_processes(name, job)
+        new = versions()
+        changed = [f"{what} {old.get(what)} then, {new[what]} now" for what in new if old.get(what) != new[what]]
+        if changed and distributed.is_main():
+            note = f"note: {path} was started with other versions, so numbers may differ: {', '.join(changed)}"
+            print(note, file=sys.stderr)
+        if not distributed.on_main(lambda: has_started(path)):
+            job.check()
+        return cls(path, job)
+
+    def execute(self) -> None:
+        """Run the job, or the rest of it, and store its results.
+
+        Raises:
+            ConfigError: if another process runs in this folder, or the results cannot be stored.
+            KeyboardInterrupt: if a SIGINT or SIGTERM came; a stage wrote a checkpoint.
+        """
+        with contextlib.ExitStack() as held:
+            distributed.on_main(lambda: held.enter_context(locked(self.path)))
+            results = self.job.run(self)
+            distributed.on_main(lambda: write_results(self.path, results or {}))
 
     def stage(
         self,
@@ -62,8 +116,8 @@ class Run:
         if name in self._stages:
             raise ConfigError(f"two stages of this job are named {name!r}; give each a different name")
         self._stages.add(name)
-        stage = Stage(self.path / "stages" / name, self.settings, steps)
-        return stage.run(lambda: self._built(engine), result, stop)
+        folder = self.path / "stages" / name
+        return run_stage(folder, self.job, steps, lambda: self._built(engine), result, stop)
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The metrics that a stage has logged so far, a dictionary for each line; empty if it has not started."""
@@ -85,3 +139,11 @@ class Run:
             print(f"run folder: {self.path}", flush=True)
             self._announced = True
         return built
+
+
+def _refuse_processes(name: str, job: Job) -> None:
+    if distributed.world() > 1 and not job.data_parallel:
+        raise ConfigError(
+            f"{name} runs in a single process, since it does not divide its batches among processes, and there are "
+            f"{distributed.world()}; start it without torchrun: mlo run {name} ..."
+        )

@@ -4,12 +4,10 @@ import hashlib
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +17,9 @@ from mlo.errors import CheckpointError, ConfigError
 from mlo.files import write_atomic
 from mlo.ops import distributed
 from mlo.ops.rng import seed_everything
-from mlo.runs.progress import StageProgress
-from mlo.runs.settings import RunSettings
+from mlo.runs.job import Job
+from mlo.runs.progress import stage_progress
+from mlo.runs.signals import handle_stop_signals
 from mlo.training import checkpoint
 
 if TYPE_CHECKING:
@@ -31,137 +30,123 @@ SECONDS = "seconds.json"
 KEPT = 2
 
 
-class _StageEnded(Exception):  # noqa: N818 - it is no error
-    """Raised between two rounds to end a stage before its last round."""
+def run_stage(
+    path: Path,
+    job: Job,
+    steps: int,
+    build: Callable[[], "Engine"],
+    result: Callable[["Engine"], Any],
+    stop: Callable[["Engine"], bool] | None = None,
+) -> Any:
+    """Return the stored result of the stage in a folder if there is one; else train the remaining rounds and store it.
+
+    The arguments are those of :meth:`mlo.Run.stage`.
+    """
+    store = path / "result.json"
+    if not distributed.on_main(store.exists):
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        seed_everything(stage_seed(job.seed, path.name))
+        engine = build()
+        if not distributed.is_main():  # same weights and data order, different dropout
+            seed_everything(stage_seed(job.seed, f"{path.name}/{distributed.rank()}"))
+        state = distributed.on_main(lambda: _newest_checkpoint(path))
+        if state is not None:
+            engine.load_state_dict(state)
+        _train(path, job, steps, engine, stop or (lambda engine: False))
+        distributed.on_main(lambda: write_atomic(store, _result_text(path.name, result(engine))))
+    return distributed.on_main(lambda: json.loads(store.read_text(encoding="utf-8")))
 
 
-class Stage:
-    """A stage's folder, number of rounds and settings: seed, threads and intervals."""
+def _train(path: Path, job: Job, steps: int, engine: "Engine", stop: Callable[["Engine"], bool]) -> None:
+    signals: list[int] = []
 
-    def __init__(self, path: Path, settings: RunSettings, steps: int) -> None:
-        self.path, self.settings, self.steps = path, settings, steps
+    def interrupted(number: int, frame: Any) -> None:
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+        if distributed.is_main():
+            print("stopping after this round (once more to stop at once)", file=sys.stderr)
 
-    def run(
-        self,
-        build: Callable[[], "Engine"],
-        result: Callable[["Engine"], Any],
-        stop: Callable[["Engine"], bool] | None = None,
-    ) -> Any:
-        """Return the stored result if there is one; else train the remaining rounds and store the result."""
-        store = self.path / "result.json"
-        if not distributed.on_main(store.exists):
-            if self.settings.threads is not None:
-                torch.set_num_threads(self.settings.threads)
-            seed_everything(stage_seed(self.settings.seed, self.path.name))
-            engine = build()
-            if not distributed.is_main():  # same weights and data order, different dropout
-                seed_everything(stage_seed(self.settings.seed, f"{self.path.name}/{distributed.rank()}"))
-            state = distributed.on_main(self._newest)
-            if state is not None:
-                engine.load_state_dict(state)
-            self._train(engine, stop or (lambda engine: False))
-            distributed.on_main(lambda: write_atomic(store, self._text(result(engine))))
-        return distributed.on_main(lambda: json.loads(store.read_text(encoding="utf-8")))
+    with ExitStack() as held, handle_stop_signals(interrupted):
+        record = Recorder(path, job, steps, engine, held) if distributed.is_main() else None
 
-    def _newest(self) -> dict[str, Any] | None:
-        """The state in the newest readable checkpoint."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for path in reversed(checkpoints(self.path)):
-            try:
-                return checkpoint.load(path)
-            except CheckpointError as error:
-                print(f"note: {error}; continuing without it", file=sys.stderr)
-        return None
+        def save() -> None:
+            state = engine.state_dict()
+            distributed.on_main(lambda: record.save(state) if record else None)
 
-    def _train(self, engine: "Engine", stop: Callable[["Engine"], bool]) -> None:
-        recorder = Recorder(self.path, self.settings, self.steps, engine) if distributed.is_main() else nullcontext()
-        with recorder as record, interruption() as interrupted:
+        ended = 0 < engine.rounds < steps and distributed.any_of(stop(engine))
+        while engine.rounds < steps and not ended:
+            engine.step()
+            ended, stopped = distributed.any_of(stop(engine)), distributed.any_of(bool(signals))
+            last = ended or engine.rounds == steps
+            if record:
+                record.log(engine, last)
+            if engine.rounds % job.checkpoint_every == 0 or last or stopped:
+                save()
+            if stopped:
+                break
+        if distributed.any_of(bool(signals)):
+            raise KeyboardInterrupt
 
-            def after_round(engine: "Engine") -> None:
-                ended, stopped = distributed.any_of(stop(engine)), distributed.any_of(interrupted())
-                last = ended or engine.rounds == self.steps
-                if record:
-                    record.log(engine, last)
-                if engine.rounds % self.settings.checkpoint_every == 0 or last or stopped:
-                    state = engine.state_dict()
-                    distributed.on_main(lambda: record.save(state) if record else None)
-                if stopped:
-                    raise KeyboardInterrupt
-                if ended:
-                    raise _StageEnded
 
-            if engine.rounds < self.steps and not (engine.rounds and distributed.any_of(stop(engine))):
-                with suppress(_StageEnded):
-                    engine.run(steps=self.steps - engine.rounds, callbacks=[after_round])
-            if distributed.any_of(interrupted()):
-                raise KeyboardInterrupt
-
-    def _text(self, result: Any) -> str:
+def _newest_checkpoint(path: Path) -> dict[str, Any] | None:
+    """The state in the newest readable checkpoint of a stage's folder, which is created if needed."""
+    path.mkdir(parents=True, exist_ok=True)
+    for file in reversed(checkpoints(path)):
         try:
-            return json.dumps(result, indent=2, allow_nan=False) + "\n"
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"stage {self.path.name!r}: its result cannot be stored as JSON ({error}); "
-                "return finite numbers, text, lists and dictionaries"
-            ) from error
+            return checkpoint.load(file)
+        except CheckpointError as error:
+            print(f"note: {error}; continuing without it", file=sys.stderr)
+    return None
+
+
+def _result_text(stage: str, result: Any) -> str:
+    try:
+        return json.dumps(result, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"stage {stage!r}: its result cannot be stored as JSON ({error}); "
+            "return finite numbers, text, lists and dictionaries"
+        ) from error
 
 
 class Recorder:
-    """Writes a stage's metrics and checkpoints and shows its progress; with several processes, in the first only."""
+    """Writes a stage's metrics and checkpoints and shows its progress; with several processes, in the first only.
 
-    def __init__(self, path: Path, settings: RunSettings, steps: int, engine: "Engine") -> None:
-        self._path, self._log_every = path, settings.log_every
-        self._metrics = Metrics(path / METRICS, engine.rounds)
-        self._progress = StageProgress(path.name, steps, engine.rounds)
+    Lines of metrics after the engine's last round, which a killed process wrote, are removed.
+    """
+
+    def __init__(self, path: Path, job: Job, steps: int, engine: "Engine", held: ExitStack) -> None:
+        self._path, self._log_every = path, job.log_every
+        metrics = path / METRICS
+        if metrics.exists():
+            lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_atomic(metrics, "".join(line for line in lines if _up_to(line, engine.rounds)))
+        self._metrics = held.enter_context(metrics.open("a", encoding="utf-8"))
+        self._show = held.enter_context(stage_progress(path.name, steps, engine.rounds))
         self._clock = time.process_time if engine.device.type == "cpu" else time.monotonic
         self._started = self._clock() - training_seconds(path)
 
-    def __enter__(self) -> "Recorder":
-        self._progress.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._metrics.close()
-        self._progress.__exit__(*error)
-
     def log(self, engine: "Engine", last: bool) -> None:
-        """Show a round, and log its metrics every ``log_every`` rounds and in the last one."""
+        """Show a round, and log its metrics every ``log_every`` rounds and in the last one.
+
+        NaN and infinity are written as null, since JSON has neither.
+        """
         step = engine.rounds
-        self._progress.update(step, lambda: {name: float(loss) for name, loss in engine.losses.items()})
+        self._show(step, lambda: {name: float(loss) for name, loss in engine.losses.items()})
         if step % self._log_every == 0 or last:
-            self._metrics.write(step, engine.metrics())
+            values = {name: value if math.isfinite(value) else None for name, value in engine.metrics().items()}
+            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._metrics.flush()
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write a checkpoint of an engine's state, and the seconds trained up to it."""
-        self._metrics.sync()
+        os.fsync(self._metrics.fileno())
         checkpoint.save(self._path / f"step-{state['rounds']:09}.pt", state)
         for old in checkpoints(self._path)[:-KEPT]:
             old.unlink()
         write_atomic(self._path / SECONDS, f"{self._clock() - self._started:.3f}\n")
-
-
-class Metrics:
-    """A file with one JSON object per line. Lines after step ``start``, which a killed process wrote, are removed."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_atomic(path, "".join(line for line in lines if _up_to(line, start)))
-        self._file = path.open("a", encoding="utf-8")
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a line. NaN and infinity are written as null, since JSON has neither."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
-
-    def sync(self) -> None:
-        """Flush all lines to the disk."""
-        os.fsync(self._file.fileno())
 
 
 def checkpoints(path: Path) -> list[Path]:
@@ -187,30 +172,3 @@ def training_seconds(path: Path) -> float:
 def stage_seed(seed: int, name: str) -> int:
     """A 32-bit seed made of the run's seed and the stage's name, so that no stage depends on earlier ones."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
-
-
-@contextmanager
-def interruption() -> Iterator[Callable[[], bool]]:
-    """Hold back the first SIGINT or SIGTERM; yields a function that returns whether one came.
-
-    A second signal raises KeyboardInterrupt at once. Outside the main thread, where Python handles no signals, nothing
-    is held back.
-    """
-    received: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        if distributed.is_main():
-            print("stopping after this round (once more to stop at once)", file=sys.stderr)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -10,7 +10,7 @@ from mlo.errors import ConfigError
 from mlo.options import registry
 from mlo.runs.folder import read_results
 from mlo.runs.job import Results
-from mlo.sweeps.grid import FailedRun, Planned, check, run_all
+from mlo.sweeps.grid import Planned, check
 
 PAGES = "pages"
 
@@ -69,10 +69,6 @@ def chosen_scale(experiment: Experiment, name: str | None) -> str:
     return name or next(iter(experiment.scales))
 
 
-def _wanted(experiment: Experiment, scale: str) -> dict[str, Wanted]:
-    return {key: Wanted(*entry) for key, entry in experiment.runs(scale).items()}
-
-
 def plan(experiment: Experiment, scale: str, seeds: int, output: Path) -> dict[str, list[Planned]]:
     """{key: its runs, one for each seed}, in OUTPUT/SCALE/KEY/seed-N; runs that use files of others come last.
 
@@ -98,28 +94,6 @@ def plan(experiment: Experiment, scale: str, seeds: int, output: Path) -> dict[s
             planned[key].append(Planned(output / scale / key / f"seed-{seed}", job, values, tuple(uses)))
     check([run for runs in planned.values() for run in runs])
     return planned
-
-
-def run_planned(planned: Mapping[str, Sequence[Planned]], workers: int, one_core_each: bool) -> list[FailedRun]:
-    """Finish the runs that use no files of others, then those that do; returns the runs that failed.
-
-    A run whose files are missing, because the run that writes them failed, counts as failed and is not started.
-
-    Raises:
-        ConfigError, KeyboardInterrupt: as :func:`mlo.sweeps.grid.run_all`.
-    """
-    runs = [run for group in planned.values() for run in group]
-    failed = run_all([run for run in runs if not run.uses], workers, one_core_each)
-    ready: list[Planned] = []
-    for run in (run for run in runs if run.uses):
-        missing = run.missing()
-        if missing and not run.finished():
-            failed.append(
-                FailedRun(run.folder, f"not started: {missing[0]} is missing, as the run that writes it failed")
-            )
-        else:
-            ready.append(run)
-    return failed + run_all(ready, workers, one_core_each)
 
 
 def status(runs: Sequence[Planned]) -> str:

@@ -8,17 +8,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mlo.errors import ConfigError
-from mlo.options.config import defaults, validate
-from mlo.options.yaml_options import flat, merge, nested, of_any_seed, shown
-from mlo.runs.folder import LOG, RunFolder, create_folder, has_started, is_free, read_results, stored_job
+from mlo.options.config import defaults, shown, validate
+from mlo.options.yaml_options import flat, merge, nested, of_any_seed
+from mlo.runs.folder import LOG, create_folder, discard_folder, has_started, is_free, read_results, stored_job
 from mlo.runs.job import Job, load_job
-from mlo.sweeps.processes import Command, available_cores, run_processes
+from mlo.sweeps.processes import Command, Failure, run_processes
 from mlo.training.devices import known_device
 
 
@@ -57,24 +57,12 @@ class Planned:
         return [file for file in files if not file.exists()]
 
 
-@dataclass(frozen=True)
-class FailedRun:
-    """A run that did not finish.
-
-    Attributes:
-        folder: its run folder.
-        message: the error; the run's log.txt has more.
-    """
-
-    folder: Path
-    message: str
-
-
-def run_all(planned: Sequence[Planned], workers: int = 1, one_core_each: bool = False) -> list[FailedRun]:
+def run_all(planned: Sequence[Planned], workers: int = 1, one_core_each: bool = False) -> dict[Path, str]:
     """Finish all planned runs: start the new ones, and resume those that were stopped.
 
     Finished runs are left as they are. Each run is a `mlo resume` process, with its output in log.txt in its folder.
-    One that fails or dies does not stop the others.
+    One that fails or dies does not stop the others. Runs that use files of other runs come last. If such a file is
+    missing, because the run that writes it failed, they fail and are not started.
 
     Args:
         planned: the runs.
@@ -82,40 +70,53 @@ def run_all(planned: Sequence[Planned], workers: int = 1, one_core_each: bool = 
         one_core_each: pin each process to a different CPU core, with one thread.
 
     Returns:
-        The runs that failed; empty if all are finished.
+        {folder of a run that failed: its error}; empty if all runs are finished.
 
     Raises:
         ConfigError: before anything runs, as from :func:`check`, or if there are fewer cores than workers.
         KeyboardInterrupt: if a SIGINT or SIGTERM came. Checkpoints were written; call this again to continue.
     """
     check(planned)
-    if one_core_each:
-        available_cores(workers)
     waiting = [plan for plan in planned if not plan.finished()]
-    failed: list[FailedRun] = []
-    with _SweepProgress(len(planned), len(planned) - len(waiting)) as progress:
-        for plan, failure in run_processes(waiting, _command, workers, one_core_each):
-            message = failure.message if failure else None
-            if failure and failure.refused and plan.folder.is_dir():
-                RunFolder(plan.folder, plan.load()).discard()  # a refused run leaves nothing, as with `mlo run`
-            failed += [FailedRun(plan.folder, failure.message)] if failure else []
-            progress.advance(plan, message)
+    failed: dict[Path, str] = {}
+    console = Console(stderr=True)
+    columns = TextColumn("[bold]runs"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(planned), completed=len(planned) - len(waiting))
+
+        def ended(plan: Planned, failure: Failure | None) -> None:
+            text = plan.folder.name
+            if failure:
+                failed[plan.folder] = failure.message
+                text += f"  FAILED: {failure.message}".partition("\n")[0]
+                if failure.refused and plan.folder.is_dir():
+                    discard_folder(plan.folder)  # a refused run leaves nothing, as with `mlo run`
+            bar.advance(task)
+            done = f"{bar.tasks[0].completed:.0f}/{len(planned)}"
+            console.print(f"{done}  {text}", soft_wrap=True, markup=False, highlight=False)
+
+        for uses_files in (False, True):
+            runs = [plan for plan in waiting if bool(plan.uses) is uses_files]
+            run_processes(runs, _command, ended, workers, one_core_each)
     return failed
 
 
 def _command(plan: Planned) -> Command:
     """The command that does the rest of a run; a run that has not started gets its folder first."""
+    missing = plan.missing()
+    if missing:
+        raise ConfigError(f"not started: {missing[0]} is missing, as the run that writes it failed")
     if not plan.started():
         create_folder(plan.job, plan.load(), plan.folder)
-    return Command(["mlo", "resume", "--", str(plan.folder)], plan.folder / LOG)
+    return ["mlo", "resume", "--", str(plan.folder)], plan.folder / LOG
 
 
-def report_failures(failed: Sequence[FailedRun], total: int) -> bool:
+def report_failures(failed: Mapping[Path, str], total: int) -> bool:
     """Print how many of the runs are finished, and which failed and why; returns whether any did."""
     print(f"{total - len(failed)} of {total} runs are finished")
-    for run in failed:
-        where = f" (see {LOG} in that folder)" if (run.folder / LOG).exists() else ""
-        print(f"failed: {run.folder}: {run.message}{where}", file=sys.stderr)
+    for folder, message in failed.items():
+        where = f" (see {LOG} in that folder)" if (folder / LOG).exists() else ""
+        print(f"failed: {folder}: {message}{where}", file=sys.stderr)
     if failed:
         print("fix the errors, then give the same command again: it does the runs that are left", file=sys.stderr)
     return bool(failed)
@@ -138,17 +139,17 @@ def check(planned: Sequence[Planned]) -> None:
             job = plan.load()
             error = _conflict(plan, job)
         except ConfigError as invalid:
-            errors.setdefault(str(invalid), [])
+            errors[str(invalid)] = []
             continue
         if plan.folder in seen:
             error = "is planned twice; each run needs a different folder"
+        seen.add(plan.folder)
         kind = _kind(plan, job)
         if not error and kind not in checked and not plan.started() and not plan.missing():
             error = _job_error(job)
             checked.add(kind)
         if error:
             errors.setdefault(error, []).append(plan.folder)
-        seen.add(plan.folder)
     if errors:
         raise ConfigError("\n".join(_prefix(folders) + error for error, folders in errors.items()))
 
@@ -157,6 +158,11 @@ def _kind(plan: Planned, job: Job) -> str:
     """A text that is the same for runs that differ only in the seed."""
     options = flat(job.model_dump(mode="json", exclude={"seed"}))
     return json.dumps([plan.job, {name: of_any_seed(value, job.seed) for name, value in options.items()}])
+
+
+def _prefix(folders: Sequence[Path]) -> str:
+    others = f" (and {len(folders) - 1} more)" if len(folders) > 1 else ""
+    return f"{folders[0]}{others}: " if folders else ""
 
 
 def _job_error(job: Job) -> str | None:
@@ -169,26 +175,19 @@ def _job_error(job: Job) -> str | None:
     return None
 
 
-def _prefix(folders: Sequence[Path]) -> str:
-    others = f" (and {len(folders) - 1} more)" if len(folders) > 1 else ""
-    return f"{folders[0]}{others}: " if folders else ""
-
-
 def _conflict(plan: Planned, job: Job) -> str | None:
     """How the run in a folder differs from the planned one; None if the folder is free or holds this run."""
     folder = plan.folder
-    if not folder.exists() or (folder.is_dir() and is_free(folder, job)):
+    if not folder.exists() or (folder.is_dir() and is_free(folder)):
         return None
     name, stored = stored_job(folder)
+    remedy = "give another --output, or the options that it was started with, or remove that folder"
     if name != plan.job:
-        return f"holds a run of {name}, not of {plan.job}; {_REMEDY}"
+        return f"holds a run of {name}, not of {plan.job}; {remedy}"
     old, new = (flat(one.model_dump(mode="json")) for one in (stored, job))
     differing = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     listed = ", ".join(f"{name} is {shown(old.get(name))} there, {shown(new.get(name))} here" for name in differing)
-    return f"holds a run with other options ({listed}); {_REMEDY}" if differing else None
-
-
-_REMEDY = "give another --output, or the options that it was started with, or remove that folder"
+    return f"holds a run with other options ({listed}); {remedy}" if differing else None
 
 
 def grid(
@@ -220,30 +219,3 @@ def _word(value: Any) -> str:
     word = "+".join(map(str, value)) if isinstance(value, list) else text
     fit = re.sub(r"[^\w.+-]+", "-", word)[:40].strip("-")
     return fit if fit == word and fit else f"{fit}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
-
-
-class _SweepProgress:
-    """Shows how many runs are done: a live bar in a terminal, and a line for each run elsewhere."""
-
-    def __init__(self, total: int, done: int) -> None:
-        self._console = Console(stderr=True)
-        self._total, self._done = total, done
-        columns = TextColumn("[bold]runs"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn()
-        last = TextColumn("{task.fields[last]}", markup=False)
-        self._bar = Progress(*columns, last, console=self._console, disable=not self._console.is_terminal)
-        self._task = self._bar.add_task("", total=total, completed=done, last="")
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def advance(self, plan: Planned, error: str | None) -> None:
-        """Count a run that has ended, and show its name and the first line of its error."""
-        self._done += 1
-        text = (f"{plan.folder.name}  FAILED: {error}" if error else plan.folder.name).partition("\n")[0]
-        self._bar.update(self._task, completed=self._done, last=text)
-        if not self._console.is_terminal:
-            self._console.print(f"{self._done}/{self._total}  {text}", soft_wrap=True, markup=False, highlight=False)

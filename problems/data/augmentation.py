@@ -1,10 +1,9 @@
 """Random changes of training images.
 
-Everything is drawn separately for each image, from torch's global CPU generator, and computed on the images' device. A
-torchvision transform draws once for a whole batch, so crop, flip and cutout are transforms of our own that draw values
-for every image and change the batch at once: on one CPU core, crop and flip of 64 images of 3x32x32 take 0.9 ms, and
-1.8 ms with torchvision's transforms, image by image. Resized crop and jitter are torchvision's, image by image (3 and
-13 ms).
+Random values are drawn for each image, from torch's global CPU generator. Images are changed on their device. A
+torchvision transform draws once for a whole batch. So crop, flip and cutout are our own: they draw for each image and
+change the whole batch at once. On one CPU core, crop and flip of 64 images of 3x32x32 take 0.9 ms, and 1.8 ms with
+torchvision's transforms, image by image. Resized crop and jitter are torchvision's, image by image (3 and 13 ms).
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from problems.data.options import Augmentation
 
 
 class Transforms(NamedTuple):
-    """What an :class:`Augmentation` does to images of one shape, in this order.
+    """The transforms of an :class:`Augmentation` for images of one shape, in the order of use.
 
     Attributes:
-        framing: cuts one image, (C, any, any), to its shape; None: the source's own way.
-        pixels: of a batch (B, C, H, W) in [0, 1].
-        normalized: of the batch once it is normalized.
+        framing: crops one image of any size to the shape; None: the default of the source.
+        pixels: for a batch (B, C, H, W) with values in [0, 1].
+        normalized: for the batch after normalization.
     """
 
     framing: v2.Transform | None
@@ -35,16 +34,16 @@ class Transforms(NamedTuple):
 
 
 def make_transforms(augmentation: Augmentation, image_channels: int, shape: tuple[int, int]) -> Transforms:
-    """The transforms of images of ``image_channels`` channels and ``shape`` (H, W).
+    """The transforms for images with ``image_channels`` channels and ``shape`` (H, W).
 
     Raises:
-        ConfigError: if there is jitter and the images do not have 1 or 3 channels, or if the border or the cutout is
-            larger than the images.
+        ConfigError: if there is jitter and the images do not have 1 or 3 channels, or if crop or cutout is larger than
+            the images.
     """
     if augmentation.jitter and image_channels not in (1, 3):
         raise ConfigError(
             f"augmentation.jitter: {augmentation.jitter} was given, but the images have {image_channels} channels, and "
-            "only colour and grey images have brightness and hue; write jitter: 0"
+            "jitter needs color or gray images; write jitter: 0"
         )
     for option, value in (("crop", augmentation.crop), ("cutout", augmentation.cutout)):
         if value > min(shape):
@@ -53,11 +52,11 @@ def make_transforms(augmentation: Augmentation, image_channels: int, shape: tupl
                 f"write at most {min(shape)}"
             )
     strength = augmentation.jitter
-    colours = v2.ColorJitter(0.4 * strength, 0.4 * strength, 0.4 * strength, 0.2 * strength)
+    colors = v2.ColorJitter(0.4 * strength, 0.4 * strength, 0.4 * strength, 0.2 * strength)
     pixels = [
         *([CropEach(augmentation.crop)] if augmentation.crop else []),
         *([FlipEach()] if augmentation.flip else []),
-        *([Each(colours)] if strength else []),
+        *([Each(colors)] if strength else []),
     ]
     return Transforms(
         framing=v2.RandomResizedCrop(shape, antialias=True) if augmentation.resized_crop else None,
@@ -67,7 +66,7 @@ def make_transforms(augmentation: Augmentation, image_channels: int, shape: tupl
 
 
 class CropEach(v2.Transform):  # type: ignore[misc]
-    """RandomCrop at the images' own size, with a border of ``padding`` zeros, of each image of (B, C, H, W)."""
+    """Pads each image of (B, C, H, W) with ``padding`` zeros on each side, and crops it at random to its old size."""
 
     def __init__(self, padding: int) -> None:
         super().__init__()
@@ -78,7 +77,7 @@ class CropEach(v2.Transform):  # type: ignore[misc]
         return {"offsets": torch.randint(2 * self.padding + 1, (len(flat_inputs[0]), 2))}
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
-        """The images (B, C, H, W), cut."""
+        """The cropped images, (B, C, H, W)."""
         count, channels, height, width = inpt.shape
         device = inpt.device
         tops, lefts = params["offsets"].to(device).T
@@ -91,10 +90,10 @@ class CropEach(v2.Transform):  # type: ignore[misc]
 
 
 class FlipEach(v2.Transform):  # type: ignore[misc]
-    """RandomHorizontalFlip of each image of (B, C, H, W)."""
+    """Mirrors each image of (B, C, H, W) left to right with probability 0.5."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Which to flip, (B,)."""
+        """Which images to flip, (B,)."""
         return {"flipped": torch.rand(len(flat_inputs[0])) < 0.5}
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
@@ -103,9 +102,10 @@ class FlipEach(v2.Transform):  # type: ignore[misc]
 
 
 class CutoutEach(v2.Transform):  # type: ignore[misc]
-    """A square of side ``length`` set to zero in each image of (B, C, H, W).
+    """Sets a square with side ``length`` to zero in each image of (B, C, H, W).
 
-    Its centre is uniform over the image, so it may hang over the edge (DeVries & Taylor, 2017, arXiv:1708.04552).
+    Its center is uniform over the image, so the square may extend beyond the edge (DeVries & Taylor 2017,
+    arXiv:1708.04552).
     """
 
     def __init__(self, length: int) -> None:
@@ -113,20 +113,20 @@ class CutoutEach(v2.Transform):  # type: ignore[misc]
         self.length = length
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """The centres, (B, 2): row and column."""
+        """The centers, (B, 2): row and column."""
         count, _, height, width = flat_inputs[0].shape
-        return {"centres": torch.stack([torch.randint(height, (count,)), torch.randint(width, (count,))], dim=1)}
+        return {"centers": torch.stack([torch.randint(height, (count,)), torch.randint(width, (count,))], dim=1)}
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
-        """The images (B, C, H, W) with their holes."""
-        centres = params["centres"].to(inpt.device)
-        rows, columns = (self._inside(centres[:, axis], inpt.shape[2 + axis]) for axis in (0, 1))
+        """The images with their squares, (B, C, H, W)."""
+        centers = params["centers"].to(inpt.device)
+        rows, columns = (self._inside(centers[:, axis], inpt.shape[2 + axis]) for axis in (0, 1))
         return inpt.masked_fill((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), 0.0)
 
-    def _inside(self, centres: Tensor, size: int) -> Tensor:
-        """Which of ``size`` positions along an axis are in each square, (B, size)."""
-        first = centres[:, None] - self.length // 2
-        positions = torch.arange(size, device=centres.device)
+    def _inside(self, centers: Tensor, size: int) -> Tensor:
+        """Which of the ``size`` positions along an axis are inside each image's square, (B, size)."""
+        first = centers[:, None] - self.length // 2
+        positions = torch.arange(size, device=centers.device)
         return (positions >= first) & (positions < first + self.length)
 
 

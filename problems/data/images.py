@@ -1,4 +1,4 @@
-"""Labeled images behind one interface, whether they lie in memory or in files, and the batches that come of them."""
+"""Labeled images in memory or in files, behind one interface, and batches of them."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from mlo import ConfigError, distributed
 from problems.data.augmentation import Transforms, make_transforms
 from problems.data.options import Augmentation
 
-RESIZED = 256 / 224  # images in files are resized to this part of the side that is then cut from their centre
-Key: TypeAlias = tuple[Tensor, int]  # the positions of a batch's images in their part, and the seed of its draws
+RESIZED = 256 / 224  # images in files are resized to this multiple of the side, and then cropped at the center
+Key: TypeAlias = tuple[Tensor, int]  # the positions of a batch's images in their part, and a seed for its augmentation
 
 
 class Images(NamedTuple):
-    """Images as networks take them, (B, C, H, W) of normalized float32, and their labels, (B,) of int64."""
+    """A batch: images, (B, C, H, W) of normalized float32, and labels, (B,) of int64."""
 
     images: Tensor
     labels: Tensor
 
 
 class Pixels(Protocol):
-    """Images as they are stored; values are read as float32 in [0, 1]."""
+    """Stored images; values are read as float32 in [0, 1]."""
 
     @property
     def image_channels(self) -> int:
-        """C of what :meth:`read` returns."""
+        """C, the number of channels that :meth:`read` returns."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(H, W) of what :meth:`read` returns."""
+        """(H, W) of the images that :meth:`read` returns."""
 
     @property
     def device(self) -> torch.device:
-        """Where :meth:`read` puts them."""
+        """The device of the images that :meth:`read` returns."""
 
     def read(self, rows: Tensor, framing: v2.Transform | None = None) -> Tensor:
-        """The images in these rows, (B, C, H, W); ``framing`` cuts each (C, any, any) to (C, H, W) in its own way."""
+        """The images in these rows, (B, C, H, W); ``framing`` crops each image of any size to (C, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -71,22 +71,24 @@ class ArrayPixels:
         return self.array.device
 
     def read(self, rows: Tensor, framing: v2.Transform | None = None) -> Tensor:
-        """Cut on the array's device."""
+        """Read and crop on the array's device."""
         images = self.array[rows.to(self.device)]
         images = images if images.is_floating_point() else images.float() / 255
         return images if framing is None else torch.stack([framing(image) for image in images])
 
 
 class FilePixels:
-    """Images in files, decoded to three channels when they are read; on the CPU.
+    """Images in files, decoded to three channels on the CPU when they are read.
 
-    Without a framing, the shorter side is resized to 256/224 of ``image_size`` and the centre is cut out.
+    Without ``framing``, the shorter side is resized to 256/224 of ``image_size``, and the center is cropped.
     """
 
     def __init__(self, paths: Sequence[str], image_size: int) -> None:
-        self._paths = np.array([os.fsencode(path) for path in paths])  # bytes: shared by loader processes, not copied
+        self._paths = np.array(
+            [os.fsencode(path) for path in paths]
+        )  # bytes: shared by loader processes without a copy
         self._size = image_size
-        self._centre = v2.Compose([v2.Resize(round(RESIZED * image_size)), v2.CenterCrop(image_size)])
+        self._center = v2.Compose([v2.Resize(round(RESIZED * image_size)), v2.CenterCrop(image_size)])
 
     @property
     def image_channels(self) -> int:
@@ -104,12 +106,12 @@ class FilePixels:
         return torch.device("cpu")
 
     def read(self, rows: Tensor, framing: v2.Transform | None = None) -> Tensor:
-        """Decode and frame.
+        """Decode and crop.
 
         Raises:
             ConfigError: if a file cannot be read as an image.
         """
-        frame = framing or self._centre
+        frame = framing or self._center
         return torch.stack([frame(self._decoded(row)) for row in rows.tolist()]).float() / 255
 
     def _decoded(self, row: int) -> Tensor:
@@ -117,20 +119,20 @@ class FilePixels:
         try:
             decoded: Tensor = v2.functional.pil_to_tensor(default_loader(path))
         except OSError as error:
-            raise ConfigError(f"data: {path} cannot be read as an image ({error}); mend or remove it") from error
+            raise ConfigError(f"data: {path} cannot be read as an image ({error}); repair or remove it") from error
         return decoded
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the images of a source, with their labels, normalized; parts share the stored images.
+    """Some of a source's images, normalized, with their labels. Parts share the stored images.
 
     Attributes:
         pixels: the stored images.
         labels: (N,) of int64, on the CPU.
-        rows: (N,), where in ``pixels`` they are.
-        mean, deviation: (C,), taken out of each channel's values in [0, 1] when images are read.
-        workers: processes that read batches; with 0, the main process reads them.
+        rows: (N,), the rows of these images in ``pixels``.
+        mean, deviation: (C,), used to normalize each channel's values in [0, 1] when images are read.
+        workers: processes that load batches; with 0, the main process loads them.
     """
 
     pixels: Pixels
@@ -151,18 +153,18 @@ class Part:
         return len(self.labels)
 
     def take(self, positions: Tensor | np.ndarray) -> Part:
-        """Those in these positions, in this order."""
+        """The images at these positions, in this order."""
         positions = torch.as_tensor(positions)
         return replace(self, labels=self.labels[positions], rows=self.rows[positions])
 
     def normalized(self, mean: Tensor, deviation: Tensor) -> Part:
-        """With this mean and deviation, (C,) each and of values in [0, 1], taken out of the stored images."""
+        """The same part, normalized by this mean and deviation, (C,) each, of values in [0, 1]."""
         return replace(self, mean=mean, deviation=deviation)
 
     def statistics(self, at_most: int | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and deviation, (C,) each, of the stored values in [0, 1]; ``at_most``: of so many images, evenly apart.
+        """Mean and deviation, (C,) each, of the stored values in [0, 1]; of ``at_most`` images, evenly spaced.
 
-        A deviation is at least 1e-6, so that a constant channel can be divided by it.
+        Deviations are at least 1e-6, so that a constant channel does not cause a division by zero.
         """
         count = len(self) if at_most is None else min(at_most, len(self))
         chosen = self.take(torch.linspace(0, len(self) - 1, count).round().long())
@@ -176,14 +178,13 @@ class Part:
         return mean.float(), (square - mean.square()).clamp(min=0).sqrt().clamp(min=1e-6).float()
 
     def batches(self, size: int, augmentation: Augmentation | None = None) -> DataLoader[Images]:
-        """Batches of :class:`Images` in a new random order each pass, for training.
+        """Batches of :class:`Images` for training, in a new random order in each pass.
 
-        A last batch of fewer images is left out; where there are fewer than ``size``, all are one batch. A pass draws
-        one number from torch's global CPU generator, and its order and every augmentation follow from that alone: a
-        stream that resumes gives the same bits, whatever the number of workers.
+        An incomplete last batch is left out. If there are fewer than ``size`` images, all of them are one batch. Each
+        pass draws one number from torch's global CPU generator. Its order and all augmentations follow from this
+        number, so a resumed run sees the same images bit for bit, with any number of workers.
 
-        Of several processes that train together, each reads its share of every batch alone, and augments it by draws
-        of its own.
+        If several processes train together, each one reads and augments only its own share of every batch.
 
         Raises:
             ConfigError: if the augmentation does not fit the images, or a batch cannot be shared out evenly.
@@ -194,17 +195,17 @@ class Part:
         return DataLoader(_Batched(self, transforms), sampler=sampler, batch_size=None, num_workers=self.workers)
 
     def in_order(self, size: int) -> DataLoader[Images]:
-        """Batches of :class:`Images`, each image once and as it is, the last batch possibly smaller; for testing."""
+        """Batches of :class:`Images` for testing: each image once, in order, without augmentation."""
         sampler = _InOrder(len(self), size)
         return DataLoader(_Batched(self, None), sampler=sampler, batch_size=None, num_workers=self.workers)
 
     def load(self) -> Images:
-        """All of them at once; only for parts that fit in memory."""
+        """All images at once; only for parts that fit into memory."""
         return Images(*(torch.cat(parts) for parts in zip(*self.in_order(500), strict=True)))
 
 
 class _Batched(Dataset[Images]):
-    """A part whose items are whole batches, so that they can be cut and augmented at once."""
+    """A part whose items are whole batches, so that a batch is cropped and augmented at once."""
 
     def __init__(self, part: Part, transforms: Transforms | None) -> None:
         self._part = part
@@ -228,7 +229,7 @@ class _Batched(Dataset[Images]):
 
 
 class _Shuffled(Sampler[Key]):
-    """Shares of whole batches in random order, and a seed for each, all from one draw of the global generator."""
+    """This process's share of each batch, in random order, with a seed; all from one draw of the global generator."""
 
     def __init__(self, count: int, size: int, share: slice) -> None:
         self._count = count
@@ -247,7 +248,7 @@ class _Shuffled(Sampler[Key]):
 
 
 class _InOrder(Sampler[Key]):
-    """Positions of batches in order; nothing is drawn, so the seed is no matter."""
+    """The positions of batches in order. Nothing is drawn, so the seed is not used."""
 
     def __init__(self, count: int, size: int) -> None:
         self._count = count

@@ -1,4 +1,4 @@
-"""Where data sets lie on the disk, and whether two sources are the same files. Imports no torch."""
+"""Where data sets are on the disk, and whether two sources are the same files. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python
 
 
 def data_root(given: str | None) -> Path:
-    """The folder where data sets lie: the given one, or $MLO_DATA, or ~/.cache/mlo/data."""
+    """The folder that holds data sets: the given one, or $MLO_DATA, or ~/.cache/mlo/data."""
     return Path(given or os.environ.get("MLO_DATA") or "~/.cache/mlo/data").expanduser()
 
 
 def read_from(name: str, root: Path) -> str:
-    """What the labeled images of a source are read from, the same text for every way of writing its path."""
+    """The file or folder that holds a source's labeled images; the same text however its path is written."""
     if name in ("digits", "fashion_mnist"):
         return name
     path = Path(name).expanduser()

@@ -1,4 +1,4 @@
-"""The options of the data: which images, how they are split, how training images are augmented. Imports no torch."""
+"""The options of the data: which images, how they are split, and how they are augmented. Does not import torch."""
 
 from __future__ import annotations
 
@@ -16,72 +16,72 @@ if TYPE_CHECKING:
 
 
 class Augmentation(Config):
-    """How training images are changed at random.
+    """Random changes of training images.
 
-    DARTS on CIFAR: crop 4 and flip, and in the final training cutout 16 too.
+    On CIFAR, DARTS uses crop 4 and flip, and in the final training cutout 16 too.
     """
 
-    crop: int = Field(0, ge=0, description="pixels of black border from which an image of the old size is cut; 0: none")
-    flip: bool = Field(False, description="mirror left and right, half of the images")
-    cutout: int = Field(0, ge=0, description="side of a square that is set to the mean (DeVries & Taylor, 2017)")
+    crop: int = Field(0, ge=0, description="pad by this many black pixels, then crop to the old size; 0: no crop")
+    flip: bool = Field(False, description="mirror half of the images left to right")
+    cutout: int = Field(0, ge=0, description="side of a square set to the mean (DeVries & Taylor 2017); 0: none")
     resized_crop: bool = Field(
-        False, description="cut 8 to 100 % of the area at an aspect of 3/4 to 4/3, as is usual for ImageNet"
+        False,
+        description="crop 8 to 100 % of the area, at an aspect ratio of 3/4 to 4/3, and resize; usual for ImageNet",
     )
     jitter: float = Field(
         0.0,
         ge=0,
         le=2.5,
-        description="change of colours; 1: brightness, contrast, saturation 0.4, hue 0.2, as DARTS on ImageNet",
+        description="strength of random color changes; 1, usual for ImageNet: brightness, contrast and saturation by "
+        "0.4, hue by 0.2",
     )
 
     @model_validator(mode="after")
     def _one_crop(self) -> Augmentation:
         if self.crop and self.resized_crop:
             raise ValueError(
-                f"crop: {self.crop} and resized_crop: true both cut the image; leave one out "
-                "(CIFAR is usually trained with crop: 4, ImageNet with resized_crop: true)"
+                f"crop: {self.crop} and resized_crop: true both crop the image; set one of them "
+                "(usually crop: 4 for CIFAR, and resized_crop: true for ImageNet)"
             )
         return self
 
 
 class Data(Config):
-    """Which images, and how many of them for what; sizes are drawn at random, each class in its share."""
+    """Which images, and how they are split: at random, with the proportions of the classes."""
 
     source: str = Field(
         "digits",
-        description="digits (scikit-learn's) | cifar10 | cifar100 | fashion_mnist | imagenet | the path of an .npz "
-        "file of images and labels | the path of a folder with train/ and test/ (or val/), one folder of files a class",
+        description="digits, cifar10, cifar100, fashion_mnist, imagenet or a path; of an .npz file, or of a folder "
+        "with train/ and test/ (or val/), each with one subfolder for each class",
     )
-    root: str | None = Field(None, description="folder where data sets lie; null: $MLO_DATA, or ~/.cache/mlo/data")
-    download: bool = Field(False, description="let torchvision download cifar10, cifar100 or fashion_mnist into root")
-    unlabeled_source: str | None = Field(
-        None, description="another source, for the unlabeled images; null: they are taken from source"
-    )
+    root: str | None = Field(None, description="folder that holds data sets; null: $MLO_DATA, or ~/.cache/mlo/data")
+    download: bool = Field(False, description="download cifar10, cifar100 or fashion_mnist if missing")
+    unlabeled_source: str | None = Field(None, description="source of the unlabeled images; null: the same as source")
     train_size: int | None = Field(
-        200, ge=1, description="labeled images that the networks learn from; null: those left over"
+        200, ge=1, description="number of labeled images to train on; null: all that are left over"
     )
     validation_size: int | None = Field(
-        200, ge=1, description="labeled images that the architecture is judged by; null: those left over"
+        200, ge=1, description="number of labeled images for validation; null: all that are left over"
     )
     unlabeled_size: int | None = Field(
-        800, ge=1, description="images whose labels are hidden; null: those left over, or all of unlabeled_source"
+        800, ge=1, description="number of unlabeled images; null: all that are left over, or all of unlabeled_source"
     )
     held_out_size: int | None = Field(
-        None, ge=1, description="labeled images that are the test instead of the source's own; null: its own"
+        None, ge=1, description="test on this many labeled images; null: on the source's own test images"
     )
-    test_size: int | None = Field(None, ge=1, description="test images to use; null: all of them")
+    test_size: int | None = Field(None, ge=1, description="number of test images to use; null: all")
     image_size: int | None = Field(
-        None, ge=1, description="side in pixels to which images are resized; null: as they are, files to 224"
+        None, ge=1, description="resize images to this side, in pixels; null: do not resize (image files: 224)"
     )
-    workers: int = Field(0, ge=0, description="processes that read batches of image files; 0: no other process")
+    workers: int = Field(0, ge=0, description="processes that load image files; 0: the main process loads them")
 
     @model_validator(mode="after")
     def _other_source(self) -> Data:
         root, other = data_root(self.root), self.unlabeled_source
         if other is not None and read_from(other, root) == read_from(self.source, root):
             raise ValueError(
-                f"unlabeled_source: {other} is the source itself, whose images would be labeled and unlabeled at "
-                "once; leave it out, and unlabeled images are drawn apart from the labeled ones"
+                f"unlabeled_source: {other} is the same as source, so the same images would be used with and without "
+                "labels; leave it out to draw other images of source as the unlabeled ones"
             )
         return self
 

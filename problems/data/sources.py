@@ -1,4 +1,4 @@
-"""Where images come from: digits, data sets by their name, .npz files, folders of image files."""
+"""Sources of images: digits, data sets by name, .npz files, and folders of image files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CIFAR: dict[str, Any] = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR
 
 
 class Source(NamedTuple):
-    """The labeled images of a source, and its test images if it says which those are."""
+    """The labeled images of a source, and its test images if it has a test set."""
 
     labeled: Part
     test: Part | None
@@ -40,9 +40,9 @@ class LoadOptions(NamedTuple):
     Attributes:
         root: the folder that holds the data sets.
         download: whether torchvision may download a data set that is missing.
-        image_size: side in pixels to which images are resized; None: their own size (224 for image files).
-        device: the device that images read from arrays are kept on; None: the CPU.
-        workers: processes that read image files.
+        image_size: images are resized to this side, in pixels; None: not resized (image files: 224).
+        device: where images from arrays are stored; None: the CPU.
+        workers: processes that load image files.
         named_by: the option that gives the source's name, for messages.
     """
 
@@ -64,7 +64,7 @@ def load_source(name: str, options: LoadOptions) -> Source:
         options: where to look, and how to read.
 
     Raises:
-        ConfigError: if it is not there, or is not in the form that it should be in.
+        ConfigError: if the source is missing or does not have the form described above.
     """
     if name in NAMED:
         return NAMED[name](options)
@@ -75,14 +75,14 @@ def load_source(name: str, options: LoadOptions) -> Source:
         return _npz(path, options)
     guess = registry.nearest(name, NAMED)
     raise ConfigError(
-        f"{options.named_by}: {name!r} is not there; {f'did you mean {guess}? ' if guess else ''}"
+        f"{options.named_by}: {name!r} does not exist; {f'did you mean {guess}? ' if guess else ''}"
         f"give {', '.join(NAMED)}, or the path of an .npz file with images and labels or of a "
         "folder with train/ and test/"
     )
 
 
 def _digits(options: LoadOptions) -> Source:
-    """Scikit-learn's 1,797 images of 1x8x8, all of them labeled and none a test image."""
+    """Scikit-learn's 1,797 labeled images of 1x8x8; there is no test set."""
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
     return Source(_in_memory(images, torch.from_numpy(digits.target), options), None)
@@ -99,26 +99,28 @@ def _npz(path: Path, options: LoadOptions) -> Source:
             arrays = {name: np.asarray(file[name]) for name in ARRAYS}
     except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(
-            f"{options.named_by}: {path} cannot be read ({error}); write it by numpy.savez, with {', '.join(ARRAYS)}: "
-            "images uint8 of (N, H, W, C), labels integers of (N,)"
+            f"{options.named_by}: {path} cannot be read ({error}); write it with numpy.savez and {', '.join(ARRAYS)}; "
+            "images are uint8 of shape (N, H, W, C), labels are integers of shape (N,)"
         ) from error
     return _from_arrays(arrays, str(path), options)
 
 
 def _from_arrays(arrays: dict[str, np.ndarray], where: str, options: LoadOptions) -> Source:
-    """The source of arrays as an .npz file has them; ``where`` they are from is for messages."""
+    """The source made from the arrays of an .npz file; messages name ``where`` they come from."""
     faults = [fault for part in ("train", "test") for fault in _faults(arrays, part)]
     train, test = arrays["train_labels"], arrays["test_labels"]
     if not faults:
         shapes = [arrays[f"{part}_images"].shape[1:] for part in ("train", "test")]
         if shapes[0] != shapes[1]:
-            faults.append(f"test_images are (H, W, C) = {shapes[1]}, and train_images {shapes[0]}: make them alike")
+            faults.append(
+                f"test_images have (H, W, C) = {shapes[1]}, and train_images {shapes[0]}: give both the same shape"
+            )
         absent = sorted(set(range(int(train.max()) + 1)) - set(train.tolist()))
         if absent:
             faults.append(f"no image has label {absent[0]}: number the classes from 0 without gaps")
         strange = sorted(set(test.tolist()) - set(train.tolist()))
         if strange:
-            faults.append(f"test_labels have {strange[0]}, which train_labels have not: take those images out")
+            faults.append(f"test_labels contain {strange[0]}, which train_labels do not: remove these images")
     if faults:
         raise ConfigError("\n  ".join([f"{options.named_by}: {where} cannot be used", *faults]))
     parts = []
@@ -129,22 +131,24 @@ def _from_arrays(arrays: dict[str, np.ndarray], where: str, options: LoadOptions
 
 
 def _faults(arrays: dict[str, np.ndarray], part: str) -> list[str]:
-    """What is wrong with the arrays of one part, each with its remedy."""
+    """What is wrong with the arrays of one part, and what to change."""
     images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
     found = []
     if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape[1:]:
-        found.append(f"{part}_images are {images.dtype} of shape {images.shape}: make them uint8 of (N, H, W, C)")
+        found.append(f"{part}_images are {images.dtype} of shape {images.shape}: use uint8 of shape (N, H, W, C)")
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
-        found.append(f"{part}_labels are {labels.dtype} of shape {labels.shape}: make them integers of (N,)")
+        found.append(f"{part}_labels are {labels.dtype} of shape {labels.shape}: use integers of shape (N,)")
     elif images.ndim and (len(labels) != len(images) or not len(labels)):
-        found.append(f"{part}_labels are {len(labels)}, and {part}_images {len(images)}: give one label an image")
+        found.append(
+            f"there are {len(labels)} {part}_labels for {len(images)} {part}_images: give one label for each image"
+        )
     elif labels.size and labels.min() < 0:
-        found.append(f"{part}_labels have {labels.min()}: number the classes from 0")
+        found.append(f"{part}_labels contain {labels.min()}: number the classes from 0")
     return found
 
 
 def _in_memory(images: torch.Tensor, labels: torch.Tensor, options: LoadOptions) -> Part:
-    """A part of images (N, C, H, W), resized once, with antialiasing, if ``options`` have a size."""
+    """A part with images (N, C, H, W) in memory, resized once, with antialiasing, if ``options`` have a size."""
     size = options.image_size
     if size is not None and images.shape[2:] != (size, size):
         images = torch.cat([v2.functional.resize(some, [size, size], antialias=True) for some in images.split(1000)])
@@ -155,21 +159,21 @@ def _folders(path: Path, options: LoadOptions) -> Source:
     test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
     if test is None or not (path / "train").is_dir():
         raise ConfigError(
-            f"{options.named_by}: {path} should hold train/ and test/ (or val/), each with a folder of image files for "
-            f"each class; it holds {', '.join(sorted(os.listdir(path))[:8]) or 'nothing'}"
+            f"{options.named_by}: {path} should contain train/ and test/ (or val/), each with a folder of image files "
+            f"for each class; it contains {', '.join(sorted(os.listdir(path))[:8]) or 'nothing'}"
         )
     try:
         found = [datasets.ImageFolder(folder) for folder in (path / "train", test)]
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{options.named_by}: {path} should hold train/ and {test.name}/, each with a folder of image files "
+            f"{options.named_by}: {path} should contain train/ and {test.name}/, each with a folder of image files "
             f"for each class: {error}"
         ) from error
     other = set(found[0].classes) ^ set(found[1].classes)
     if other:
         raise ConfigError(
-            f"{options.named_by}: the classes are the folders' names, and {', '.join(sorted(other)[:5])} "
-            f"{'is' if len(other) == 1 else 'are'} in only one of {path}/train and {test}; make them alike"
+            f"{options.named_by}: the class folders {', '.join(sorted(other)[:5])} "
+            f"{'is' if len(other) == 1 else 'are'} in only one of {path}/train and {test}; both need the same classes"
         )
     return Source(*(_in_files(images, options) for images in found))
 
@@ -185,16 +189,16 @@ def _imagenet(options: LoadOptions) -> Source:
         found = [datasets.ImageNet(root, split) for split in ("train", "val")]
     except (RuntimeError, OSError) as error:
         raise ConfigError(
-            f"{options.named_by}: ImageNet was looked for in {root}, without success ({error}). Put the archives "
-            "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there, or, where its "
-            f"images are in folders train/ and val/ already, give the path of the folder that holds these as "
-            f"{options.named_by}; data.root says where data sets lie"
+            f"{options.named_by}: ImageNet was not found in {root} ({error}). Put the archives "
+            "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there, or set "
+            f"data.root to the folder that contains imagenet/. If the images are already in folders train/ and val/, "
+            f"give the path of the folder that contains these two as {options.named_by}"
         ) from error
     return Source(*(_in_files(images, options) for images in found))
 
 
 def _cifar(name: str, options: LoadOptions) -> Source:
-    """CIFAR from torchvision's files, else from ``name``.npz, else downloaded."""
+    """CIFAR, from torchvision's files, from ``name``.npz, or downloaded, in this order."""
     kind = CIFAR[name]
     folder, file = options.root / CIFAR_FOLDERS[name], options.root / f"{name}.npz"
     if not folder.is_dir() and file.is_file():
@@ -220,21 +224,22 @@ def _torchvision(options: LoadOptions, name: str, load: Callable[[bool], Any]) -
     except (RuntimeError, OSError, EOFError) as error:
         raise ConfigError(
             f"{options.named_by}: torchvision cannot load {name} from {options.root} ({error}); remove the broken "
-            "files there and write data.download: true, or give their folder as data.root"
+            "files and write data.download: true, or set data.root to a folder that has good ones"
         ) from error
 
 
 def _absent(options: LoadOptions, name: str, looked: str) -> ConfigError:
     data = {**CIFAR, "fashion_mnist": datasets.FashionMNIST}[name].__name__
     return ConfigError(
-        f"{options.named_by}: {name} was looked for in {looked} and is not there; download it with `python -c "
-        f"\"from torchvision.datasets import {data}; {data}('{options.root}', download=True)\"` (a run can do so with "
-        "data.download: true), or name the folder that has it by data.root or the environment variable MLO_DATA"
+        f"{options.named_by}: {name} was not found in {looked}; download it with `python -c "
+        f"\"from torchvision.datasets import {data}; {data}('{options.root}', download=True)\"` (in a run, "
+        "data.download: true does the same), or set the environment variable MLO_DATA or data.root to the folder that "
+        "contains it"
     )
 
 
 def _fashion_mnist(options: LoadOptions) -> Source:
-    """Fashion-MNIST from torchvision's files, else from Debian's package dataset-fashion-mnist, else downloaded."""
+    """Fashion-MNIST, from torchvision's files, from Debian's package, or downloaded, in this order."""
     raw = options.root / "FashionMNIST" / "raw"
     folder = next((f for f in (raw, DEBIAN_FASHION_MNIST) if _idx(f, "train-images-idx3-ubyte")), None)
     if folder is None and options.download:
@@ -250,12 +255,12 @@ def _fashion_mnist(options: LoadOptions) -> Source:
 
 
 def _idx(folder: Path, name: str) -> Path | None:
-    """The file of this name, packed or not, if it is there."""
+    """The file with this name, compressed or not, or None."""
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
 def _read_idx(folder: Path, name: str, options: LoadOptions) -> np.ndarray:
-    """The array of unsigned bytes in an IDX file: two zeros, 8, the rank, the sizes as big-endian int32, the values."""
+    """The array of bytes in an IDX file: 0, 0, 8, the rank, the sizes as big-endian int32, and the values."""
     path = _idx(folder, name)
     try:
         if path is None:
@@ -266,8 +271,8 @@ def _read_idx(folder: Path, name: str, options: LoadOptions) -> np.ndarray:
         return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
     except (OSError, EOFError, ValueError) as error:
         raise ConfigError(
-            f"{options.named_by}: fashion_mnist cannot be read from {path or folder} ({error}); put the four files of "
-            "Fashion-MNIST there again"
+            f"{options.named_by}: fashion_mnist cannot be read from {path or folder} ({error}); replace the four "
+            "files of Fashion-MNIST there"
         ) from error
 
 

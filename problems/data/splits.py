@@ -13,22 +13,22 @@ from problems.data.locations import data_root
 from problems.data.options import Data
 from problems.data.sources import LoadOptions, load_source
 
-STATISTICS_FROM = 2048  # images, where they must be decoded
+STATISTICS_FROM = 2048  # number of images for mean and deviation, if images must be decoded
 
 
 class Splits(NamedTuple):
     """Parts of the data; train, validation, unlabeled and test are disjoint.
 
-    All are normalized by mean and deviation of each channel of the training images (of 2,048 of them where images are
+    All are normalized by the mean and deviation of each channel of the training images (of 2,048 of them, if they are
     decoded from files).
 
     Attributes:
-        train: the weights learn from these.
-        validation: the architecture is judged by these.
+        train: for training weights.
+        validation: for judging the architecture.
         unlabeled: images whose labels are not used.
-        test: seen by no training.
+        test: not used in any training.
         labeled: train and validation together, for the final training.
-        everything: all labeled images of the source but the test's, for the final training on the whole data set.
+        everything: all labeled images of the source but the test images, for a final training on the whole data set.
     """
 
     train: Part
@@ -45,7 +45,7 @@ class Splits(NamedTuple):
 
     @property
     def classes(self) -> int:
-        """How many classes the labeled images have."""
+        """The number of classes of the labeled images."""
         return int(self.everything.labels.max()) + 1
 
     @property
@@ -55,15 +55,15 @@ class Splits(NamedTuple):
 
 
 def load_splits(data: Data, seed: int, device: torch.device | None = None) -> Splits:
-    """Load the images and split them at random; images left over are the test images if the source has none.
+    """Load the images and split them at random. If the source has no test images, those left over are the test images.
 
     Args:
         data: the options.
-        seed: the same seed gives the same parts.
-        device: the device that images from arrays are kept on; None: the CPU.
+        seed: the same seed gives the same split.
+        device: where images from arrays are stored; None: the CPU.
 
     Raises:
-        ConfigError: if a source is missing or invalid, or has too few images.
+        ConfigError: if a source is missing or invalid, or if it has too few images.
     """
     options = LoadOptions(data_root(data.root), data.download, data.image_size, device, data.workers)
     labeled, test = load_source(data.source, options)
@@ -75,14 +75,14 @@ def load_splits(data: Data, seed: int, device: torch.device | None = None) -> Sp
     assert test is not None
     train, validation = (labeled.take(parts[option]) for option in ("train_size", "validation_size"))
     if other is not None:
-        unlabeled = _some(other, data.unlabeled_size, "unlabeled_size", seed)
+        unlabeled = _subset(other, data.unlabeled_size, "unlabeled_size", seed)
     else:
         unlabeled = labeled.take(parts["unlabeled_size"])
     splits = Splits(
         train=train,
         validation=validation,
         unlabeled=unlabeled,
-        test=_some(test, data.test_size, "test_size", seed),
+        test=_subset(test, data.test_size, "test_size", seed),
         labeled=labeled.take(np.concatenate([parts["train_size"], parts["validation_size"]])),
         everything=labeled.take(np.setdiff1d(np.arange(len(labeled)), left)),
     )
@@ -91,7 +91,7 @@ def load_splits(data: Data, seed: int, device: torch.device | None = None) -> Sp
 
 
 def _load_unlabeled(data: Data, labeled: Part, options: LoadOptions) -> Part:
-    """The images of ``unlabeled_source``, in the shape of the labeled ones."""
+    """The images of ``unlabeled_source``, resized to the shape of the labeled ones."""
     options = options._replace(image_size=labeled.pixels.shape[0], named_by="data.unlabeled_source")
     other = load_source(str(data.unlabeled_source), options).labeled
     channels, given = labeled.pixels.image_channels, other.pixels.image_channels
@@ -102,46 +102,46 @@ def _load_unlabeled(data: Data, labeled: Part, options: LoadOptions) -> Part:
         )
     if labeled.pixels.shape != other.pixels.shape:
         raise ConfigError(
-            f"data.unlabeled_source: the images of {data.source} are no squares, so those of "
-            f"{data.unlabeled_source} cannot be resized to them; give data.image_size"
+            f"data.unlabeled_source: the images of {data.source} are not square, so those of "
+            f"{data.unlabeled_source} cannot be resized to their shape; set data.image_size"
         )
     return other
 
 
 def _draw(
-    data: Data, labeled: Part, test_is_left: bool, random: np.random.Generator
+    data: Data, labeled: Part, test_is_remainder: bool, random: np.random.Generator
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Positions of the images drawn from the labeled ones, by the option that says how many, and of those left."""
+    """Positions of the labeled images that are drawn for each size option, and of those left over."""
     labels = labeled.labels.numpy()
     parts: dict[str, np.ndarray] = {}
     rest = np.arange(len(labels))
-    for option, size in _sizes(data, len(labels), int(labels.max()) + 1, test_is_left).items():
-        parts[option], rest = _drawn(rest, size, labels, random)
+    for option, size in _sizes(data, len(labels), int(labels.max()) + 1, test_is_remainder).items():
+        parts[option], rest = _stratified(rest, size, labels, random)
     return parts, rest
 
 
-def _sizes(data: Data, count: int, classes: int, test_is_left: bool) -> dict[str, int]:
-    """How many of ``count`` labeled images are drawn for what, in the order of drawing."""
-    asked = {"train_size": data.train_size, "validation_size": data.validation_size}
+def _sizes(data: Data, count: int, classes: int, test_is_remainder: bool) -> dict[str, int]:
+    """How many of the ``count`` labeled images are drawn for each size option, in the order of drawing."""
+    wanted = {"train_size": data.train_size, "validation_size": data.validation_size}
     if data.unlabeled_source is None:
-        asked["unlabeled_size"] = data.unlabeled_size
+        wanted["unlabeled_size"] = data.unlabeled_size
     if data.held_out_size is not None:
-        asked = {"held_out_size": data.held_out_size, **asked}
-        test_is_left = False
-    left_for = [option for option, size in asked.items() if size is None] + ["the test"] * test_is_left
-    if len(left_for) > 1:
+        wanted = {"held_out_size": data.held_out_size, **wanted}
+        test_is_remainder = False
+    remainders = [option for option, size in wanted.items() if size is None] + ["the test"] * test_is_remainder
+    if len(remainders) > 1:
         raise ConfigError(
-            f"data: the images left over cannot be {' and '.join(left_for)} at once; "
-            f"write a number for {' and '.join(left_for[:-1])}"
+            f"data: the images that are left over cannot be used for both {' and '.join(remainders)}; "
+            f"write a number for {' and '.join(remainders[:-1])}"
         )
-    given = {option: size for option, size in asked.items() if size is not None}
+    given = {option: size for option, size in wanted.items() if size is not None}
     needed = sum(given.values())
-    if needed > count - classes * len(left_for):
-        must = f", and some must be left for {left_for[0]}" if left_for else ""
+    if needed > count - classes * len(remainders):
+        must = f", and some must be left for {remainders[0]}" if remainders else ""
         raise ConfigError(
-            f"data: {' + '.join(given)} = {needed}, but {data.source} has {count} images{must}; lower one"
+            f"data: {' + '.join(given)} = {needed}, but {data.source} has {count} images{must}; lower one of them"
         )
-    sizes = {option: count - needed if size is None else size for option, size in asked.items()}
+    sizes = {option: count - needed if size is None else size for option, size in wanted.items()}
     for option, size in sizes.items():
         _check_classes(option, size, classes)
     return sizes
@@ -152,21 +152,21 @@ def _check_classes(option: str, size: int, classes: int) -> None:
         raise ConfigError(f"data: {option}={size} is less than one image for each of the {classes} classes; raise it")
 
 
-def _some(part: Part, size: int | None, option: str, seed: int) -> Part:
-    """``size`` images of a part, with the classes in their proportions; None: all."""
+def _subset(part: Part, size: int | None, option: str, seed: int) -> Part:
+    """``size`` images of a part, with the proportions of the classes; None: all."""
     if size is None:
         return part
     if size > len(part):
         raise ConfigError(f"data: {option}={size}, but there are {len(part)} images; lower it, or write null for all")
     labels = part.labels.numpy()
     _check_classes(option, size, len(np.unique(labels)))
-    return part.take(_drawn(np.arange(len(part)), size, labels, np.random.default_rng(seed))[0])
+    return part.take(_stratified(np.arange(len(part)), size, labels, np.random.default_rng(seed))[0])
 
 
-def _drawn(
+def _stratified(
     positions: np.ndarray, size: int, labels: np.ndarray, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``size`` of the positions in random order, with the classes in their proportions, and the other positions."""
+    """``size`` of the positions in random order, with the proportions of the classes, and the other positions."""
     order = random.permutation(positions)
     grouped = order[np.argsort(labels[order], kind="stable")]
     counts = np.unique(labels[grouped], return_counts=True)[1]

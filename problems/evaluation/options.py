@@ -1,4 +1,4 @@
-"""The options of the evaluation phase: the network of an architecture and its training. Imports no torch."""
+"""The options of the evaluation phase: an architecture's network and its training. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,28 +12,33 @@ from problems.search.options import Precision
 
 
 class Training(Config):
-    """How the network of an architecture is built and trained."""
+    """How an architecture's network is built and trained."""
 
-    channels: int = Field(8, ge=1, description="channels of the first cell (36 for CIFAR, 48 for ImageNet, in papers)")
-    cells: int = Field(3, ge=1, description="cells (20 for CIFAR, 14 for ImageNet)")
-    batch_size: int = Field(50, ge=2, description="images in a batch")
-    learning_rate: float = Field(0.05, gt=0, description="of SGD with momentum 0.9")
+    channels: int = Field(
+        8, ge=1, description="channels of the first cell; in papers, 36 for CIFAR and 48 for ImageNet"
+    )
+    cells: int = Field(3, ge=1, description="cells of the network; in papers, 20 for CIFAR and 14 for ImageNet")
+    batch_size: int = Field(50, ge=2, description="images in a training batch")
+    learning_rate: float = Field(0.05, gt=0, description="learning rate of SGD with momentum 0.9")
     schedule: Literal["cosine", "exponential", "linear"] = Field(
         "cosine",
-        description="of the learning rate: cosine to 0; exponential, x0.97 an epoch; linear to 0 after 5 epochs",
+        description="of the learning rate; cosine: down to 0; exponential: times 0.97 after each epoch; linear: up for "
+        "5 epochs, then down to 0",
     )
-    weight_decay: float = Field(3e-4, ge=0, description="of SGD")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="0.1 for ImageNet")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="last probability of dropping a path, growing from 0")
-    auxiliary: bool = Field(False, description="train with an auxiliary head (for images of 32x32 and up)")
-    augmentation: Augmentation = Field(Augmentation(), description="of the training images")
-    precision: Precision = Field("float32", description="of the loss, under autocast; the test is in float32")
+    weight_decay: float = Field(3e-4, ge=0, description="weight decay of SGD")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing (0.1 for ImageNet)")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="probability of dropping a path at the end; it grows from 0")
+    auxiliary: bool = Field(False, description="train with an auxiliary head; needs images of 32x32 or larger")
+    augmentation: Augmentation = Field(Augmentation(), description="augmentation of the training images")
+    precision: Precision = Field("float32", description="autocast type of the loss; the test is in float32")
     images: Literal["labeled", "everything"] = Field(
-        "labeled", description="train on the search's train and validation images, or on all that have labels"
+        "labeled",
+        description="which images to train on; labeled: those that a search trains and validates on; everything: "
+        "all labeled images but the test images",
     )
 
 
 class FinalTraining(Training):
-    """The networks that the found architectures stand for, trained on train and validation images together."""
+    """The final training of the architectures that a search found."""
 
-    steps: int = Field(300, ge=1, description="training steps")
+    steps: int = Field(300, ge=1, description="steps of the final training")

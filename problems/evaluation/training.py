@@ -1,4 +1,4 @@
-"""The evaluation phase: an architecture's network trained from scratch, and its error, size and cost."""
+"""The evaluation phase: train an architecture's network from scratch, and measure its error and size."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def check_images(training: Training, splits: Splits) -> None:
     smallest = 32 if stem_for(splits.image_size) == "cifar" else 224
     if training.auxiliary and splits.image_size < smallest:
         raise ConfigError(
-            f"auxiliary: the head needs images of {smallest}x{smallest}, and these are {splits.image_size} high; "
-            "leave it out, or take larger images"
+            f"auxiliary: the head needs images of at least {smallest}x{smallest} pixels, but these are "
+            f"{splits.image_size} high; leave it out, or set a larger data.image_size"
         )
 
 
@@ -39,12 +39,12 @@ def network(training: Training, genotype: Genotype, splits: Splits) -> Evaluatio
 def training_engine(
     training: Training, genotype: Genotype, splits: Splits, part: Part, steps: int, device: str
 ) -> mlo.Engine:
-    """The engine of a training of `steps` steps on a part of the data."""
-    built = network(training, genotype, splits)
-    optimizer = SGD(built.parameters(), lr=training.learning_rate, momentum=0.9, weight_decay=training.weight_decay)
+    """The engine that trains a genotype's network for `steps` steps on a part of the data."""
+    module = network(training, genotype, splits)
+    optimizer = SGD(module.parameters(), lr=training.learning_rate, momentum=0.9, weight_decay=training.weight_decay)
     problem = TrainNetwork(
         "network",
-        module=built,
+        module=module,
         optimizer=optimizer,
         scheduler=_scheduler(training, optimizer, steps, max(1, len(part) // training.batch_size)),
         data=part.batches(training.batch_size, training.augmentation),
@@ -66,9 +66,9 @@ def _scheduler(training: Training, optimizer: SGD, steps: int, epoch: int) -> LR
 
 
 def judge(engine: mlo.Engine, splits: Splits, part: Part | None = None) -> dict[str, Any]:
-    """The results of a trained network: its errors in percent on a part (by default the test images), and its size.
+    """The results of a trained network: errors in percent on a part (by default, the test images), and size.
 
-    "multiply_adds" counts those for one image; "parameters" leaves out the auxiliary head.
+    "multiply_adds" is for one image; "parameters" leaves out the auxiliary head.
     """
     trained = engine.problems["network"].module
     assert isinstance(trained, EvaluationNetwork)
@@ -84,11 +84,12 @@ def judge(engine: mlo.Engine, splits: Splits, part: Part | None = None) -> dict[
 
 
 def linear_with_warmup(step: int, steps: int, epoch: int, warm_epochs: int = 5) -> float:
-    """The factor of the learning rate in epochs of `epoch` steps: up over 5 epochs, down linearly, its end slower.
+    """The factor of the learning rate after `step` of `steps` steps; an epoch has `epoch` steps.
 
-    Of E epochs, e done: (e + 1)/5 in the first five, then (E - 5 - e)/(E - 5) and, in the last five, (E - e)/(5 (E -
-    5)) (the ImageNet schedule of Chen et al. 2019 and Xu et al. 2020, as in their code). Shorter trainings than 15
-    epochs are taken for one of 15.
+    It rises for 5 epochs, then falls linearly, and more slowly at the end. With E epochs in all and e of them done, it
+    is (e + 1)/5 in the first five epochs, then (E - 5 - e)/(E - 5), and in the last five (E - e)/(5 (E - 5)). This is
+    the ImageNet schedule of Chen et al. 2019 and Xu et al. 2020, as in their code. If there are fewer than 15 epochs,
+    the steps are mapped to 15.
     """
     epochs = max(15.0, steps / epoch)
     done = float(int(step / steps * epochs + 1e-9))
@@ -100,13 +101,13 @@ def linear_with_warmup(step: int, steps: int, epoch: int, warm_epochs: int = 5) 
 
 
 class TrainNetwork(mlo.Problem):
-    """An evaluation network trained by cross-entropy; a batch is (images, labels).
+    """Trains an evaluation network with the cross-entropy; a batch is (images, labels).
 
     Args:
-        total_steps: steps in all; the probability of drop-path grows to ``drop_path`` over them (DARTS, section 3.2).
-        drop_path: its last probability.
+        total_steps: number of steps; the probability of drop-path grows over them (DARTS, section 3.2).
+        drop_path: probability of drop-path at the end.
         auxiliary_weight: weight of the auxiliary head's loss.
-        label_smoothing: the part of the target that is spread over all classes.
+        label_smoothing: the fraction of the target that is spread over all classes.
         **problem: see :class:`mlo.Problem`.
     """
 
@@ -138,9 +139,9 @@ class TrainNetwork(mlo.Problem):
 
 @torch.no_grad()
 def errors(network: EvaluationNetwork, part: Part, tops: tuple[int, ...] = (1,), size: int = 500) -> dict[str, float]:
-    """{"test_error": percent of the images whose label is not the network's first, "test_top5_error": not of its 5}.
+    """{"test_error": percent of images whose label is not ranked first, "test_top5_error": ... not in the first five}.
 
-    The network is left in the mode that it was in.
+    The network keeps its training or eval mode.
     """
     device = next(network.parameters()).device
     training = network.training

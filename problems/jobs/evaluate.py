@@ -1,6 +1,6 @@
 """`mlo run evaluate`: train the network of a published or a searched architecture from scratch, and test it.
 
-Imports no torch before it runs, so that its help is there at once.
+Does not import torch before it runs, so that the help appears at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class EvaluateJob(Job):
-    """The evaluation phase: an architecture's network trained from scratch and tested once, after its last step."""
+    """Train an architecture's network from scratch, and test it once, after the last step."""
 
     data_parallel: ClassVar[bool] = True
     main_options: ClassVar[Mapping[str, Sequence[str]]] = {
@@ -46,13 +46,13 @@ class EvaluateJob(Job):
 
     steps: int = Field(300, ge=1, description="training steps")
     genotype: str = Field(
-        description=f"what to train: {', '.join(PUBLISHED)}, or a genotype.json, or the run folder that holds one"
+        description=f"a published name, a genotype.json, or a run folder; the names are {', '.join(PUBLISHED)}"
     )
     data: Data = Field(Data(), description="the images")
     training: Training = Field(Training(), description="the network and its training")
 
     def check(self) -> None:
-        """Also check that the genotype can be found, and that the images can be loaded and suit the training.
+        """Also check that the genotype can be found, and that the images can be loaded and fit the training.
 
         See :meth:`mlo.Job.check`.
         """
@@ -75,41 +75,41 @@ class EvaluateJob(Job):
         return training_engine(self.training, genotype, splits, part, self.steps, self.device)
 
     def stages(self) -> Iterator[tuple[str, Callable[[], mlo.Engine], int]]:
-        """The training, with a published architecture: the one in ``genotype`` may not be searched yet."""
+        """The training, with a published architecture, because the one in ``genotype`` may not exist yet."""
         yield "train", lambda: self._training(PUBLISHED["DARTS_V2"]), self.steps
 
     def run(self, run: Run) -> dict[str, dict[str, Any]]:
-        """Train, test, and keep the genotype beside the result."""
+        """Train, test, and save a copy of the genotype in the run folder."""
         from problems.evaluation.training import judge
 
-        kept = run.path / "genotype.json"  # a resumed run uses this copy, even if the original has changed
-        genotype = distributed.on_main(lambda: find_genotype(str(kept) if kept.exists() else self.genotype))
+        copy = run.path / "genotype.json"  # a resumed run uses this copy, even if the original has changed
+        genotype = distributed.on_main(lambda: find_genotype(str(copy) if copy.exists() else self.genotype))
 
-        def engine() -> mlo.Engine:
-            made = self._training(genotype)
-            distributed.on_main(lambda: write_atomic(kept, genotype.model_dump_json(indent=2) + "\n"))
-            return made
+        def build() -> mlo.Engine:
+            engine = self._training(genotype)
+            distributed.on_main(lambda: write_atomic(copy, genotype.model_dump_json(indent=2) + "\n"))
+            return engine
 
-        result = run.stage("train", engine, self.steps, lambda engine: judge(engine, self.splits))
+        result = run.stage("train", build, self.steps, lambda engine: judge(engine, self.splits))
         if distributed.is_main():
             print(
                 f"{self.genotype}: {result['test_error']:.2f} % test error, {result['parameters']:,} weights, "
-                f"{result['multiply_adds']:,} multiply-adds an image"
+                f"{result['multiply_adds']:,} multiply-adds for an image"
             )
         return {"network": {"genotype": self.genotype, **result, "train_seconds": run.seconds("train")}}
 
     @cached_property
     def splits(self) -> Splits:
-        """The images, loaded at the first use."""
+        """The images, loaded when first used."""
         with distributed.main_first() if self.data.download else nullcontext():
             return self.data.splits(self.seed, self.torch_device)
 
 
 def find_genotype(name: str) -> Genotype:
-    """A published genotype by its name, or the one in a JSON file or a run folder.
+    """A genotype from the name of a published one, the path of a JSON file, or a run folder.
 
     Raises:
-        ConfigError: if there is none, or the file holds no valid one.
+        ConfigError: if there is no such genotype, or the file does not contain a valid one.
     """
     if name in PUBLISHED:
         return PUBLISHED[name]
@@ -120,13 +120,13 @@ def find_genotype(name: str) -> Genotype:
     except OSError as error:
         if folder:
             raise ConfigError(
-                f"genotype: {name} holds no genotype.json that can be read ({error.strerror}); give the folder of a "
-                "run that has found an architecture, a genotype.json, or a published name"
+                f"genotype: the genotype.json in {name} cannot be read ({error.strerror}); give the folder of a run "
+                "that has found an architecture, a genotype.json, or the name of a published genotype"
             ) from error
         published = registry.unknown(name, PUBLISHED, "among the published genotypes")
         raise ConfigError(
-            f"genotype: {published}; nor can it be read as a file ({error.strerror}): give a name, a "
-            "genotype.json, or the run folder that holds one"
+            f"genotype: {published}; it cannot be read as a file either ({error.strerror}); give one of these names, a "
+            "genotype.json, or a run folder that contains one"
         ) from error
     except ValueError as error:
         raise ConfigError(f"genotype: {error}") from error

@@ -1,6 +1,6 @@
-"""The options of `mlo run lbt`: search with Learning by Teaching and without, and train what was found.
+"""The options of `mlo run lbt`: search with and without Learning by Teaching, and train the networks found.
 
-Imports no torch, so that its help is there at once; :mod:`problems.jobs.lbt_stages` does the work.
+Does not import torch, so that the help appears at once. :mod:`problems.jobs.lbt_stages` does the work.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STUDENT_TITLES = {"resnet18": "RN18", "resnet50": "RN50"}
 
 
 class LbtJob(Job):
-    """Learning by Teaching: a teacher's architecture from how well it learns and teaches; beside it, plain DARTS."""
+    """Search architectures with Learning by Teaching and with plain DARTS, then train and test the networks found."""
 
     main_options: ClassVar[Mapping[str, Sequence[str]]] = {
         "Method": ("methods", "hypergradient", "student", "pseudo_weight", "student_weight"),
@@ -44,52 +44,61 @@ class LbtJob(Job):
         "mlo graph lbt --judged-by student",
     )
 
-    threads: int | None = Field(1, ge=1, description="CPU threads; null: torch's own choice. Small images want 1")
-    steps: int = Field(60, ge=1, description="search rounds of a stage, each a step of every level")
-    log_every: int = Field(2, ge=1, description="rounds between two lines of metrics.jsonl")
-    checkpoint_every: int = Field(20, ge=1, description="rounds between two checkpoints")
+    threads: int | None = Field(
+        1, ge=1, description="CPU threads; null: torch's default. 1 is fastest for small images"
+    )
+    steps: int = Field(60, ge=1, description="rounds of the search; of each stage, if it has several")
+    log_every: int = Field(2, ge=1, description="log metrics every so many rounds")
+    checkpoint_every: int = Field(20, ge=1, description="save a checkpoint every so many rounds")
     methods: tuple[Method, ...] = Field(
         ("lbt", "plain"),
         min_length=1,
-        description="how to find an architecture; plain is the space's own method, without a student; random draws "
-        "one, best_of_random several, and takes the best on the validation images",
+        description="how to find architectures; lbt: Learning by Teaching; plain: the same search without a student; "
+        "random: draw one; best_of_random: draw several and keep the best on the validation images",
     )
     hypergradient: EstimatorOption = Field(
-        "darts", validate_default=True, description="how teacher and student are differentiated through"
+        "darts",
+        validate_default=True,
+        description="how to differentiate through teacher and student",
     )
     teacher_hypergradient: EstimatorOption | None = Field(
-        None, description="the teacher's own, if it is another; first_order makes DARTS the first-order one"
+        None,
+        description="the same for the teacher alone; first_order: first-order DARTS; null: as hypergradient",
     )
     lookahead: bool | None = Field(
-        None, description="architecture steps on virtual steps; null: as the teacher's estimator has it"
+        None,
+        description="step the architecture on virtual steps of the networks; null: the default of the teacher's "
+        "estimator (true for darts)",
     )
     student: str = Field(
         "small",
-        description="small, small_wide, resnet18, resnet50, another of torchvision's, or package.module:function",
+        description="small, small_wide, resnet18, any torchvision classifier; or package.module:function",
     )
     pseudo_weight: float = Field(1.0, ge=0, description="lambda, the weight of the pseudo-labels in the student's loss")
     student_weight: float = Field(1.0, ge=0, description="gamma, the weight of the student in the validation loss")
     student_learns_from: Literal["both", "pseudo_labels"] = Field(
-        "both", description="the student's data; pseudo_labels alone is the paper's second ablation"
+        "both",
+        description="labeled images and pseudo-labels (both), or pseudo-labels alone, the paper's second ablation",
     )
     judged_by: Literal["both", "student"] = Field(
-        "both", description="whose validation loss judges; the student's alone is the paper's first ablation"
+        "both",
+        description="the architecture is judged by the validation loss of teacher and student (both), or of the "
+        "student alone, the paper's first ablation",
     )
     variant: Literal["paper", "authors"] = Field(
         "paper",
-        description="authors: as their later code has it, teacher and student judge in turn and the student learns in "
-        "turn, by other virtual than real steps",
+        description="the algorithm of the paper, or the different steps of its authors' later code (docs/lbt.md)",
     )
     pseudo_label_path: Literal["full", "paper"] | None = Field(
         None,
-        description="paper leaves out how the pseudo-labels depend on the architecture directly; null: full, and paper "
-        "in the authors' variant",
+        description="paper: leave out how the pseudo-labels depend directly on the architecture; full: include it; "
+        "null: full (paper with variant authors)",
     )
     compile: bool = Field(
-        False, description="run the search's passes and products through torch.compile; pays after thousands of rounds"
+        False, description="compile the search with torch.compile; pays off after thousands of rounds"
     )
-    page: bool = Field(True, description="end with report.html and pictures; runs of a sweep are faster without")
-    draws: int = Field(4, ge=1, description="architectures that best_of_random draws")
+    page: bool = Field(True, description="write report.html and pictures at the end; false makes sweeps faster")
+    draws: int = Field(4, ge=1, description="number of architectures that best_of_random draws")
     data: Data = Field(Data(), description="the images")
     search: Search = Field(Search(), description="the search")
     evaluation: FinalTraining = Field(FinalTraining(), description="the final training")
@@ -98,33 +107,33 @@ class LbtJob(Job):
     def _check(self) -> Self:
         twice = [method for method in self.methods if self.methods.count(method) > 1]
         if twice:
-            raise ValueError(f"methods: {twice[0]} is given twice; give each method once")
+            raise ValueError(f"methods: {twice[0]} is given twice; write each method once")
         every = self.search.eigenvalue_every
         if every is not None and every % self.log_every:
             raise ValueError(
-                f"search.eigenvalue_every: eigenvalues are logged with the rest, but {every} is no multiple of "
-                f"log_every, {self.log_every}; give a multiple of it, or another log_every"
+                f"search.eigenvalue_every: {every} is not a multiple of log_every ({self.log_every}), and eigenvalues "
+                "are logged together with the other metrics; write a multiple, or change log_every"
             )
         if self.search.warmup >= self.steps:
             raise ValueError(
-                f"search.warmup: the architecture would never step, since a stage has {self.steps} rounds and the "
-                f"warm-up takes {self.search.warmup}; lower it, or raise steps"
+                f"search.warmup: {self.search.warmup} rounds of warm-up leave no step for the architecture, since a "
+                f"stage has {self.steps} rounds; lower warmup, or raise steps"
             )
         authors = self.variant == "authors"
         if authors and (self.lookahead is False or not self.teacher_estimator.differentiates):
             raise ValueError(
-                "variant: the authors' architecture steps are taken on virtual steps, and differentiated through the "
-                "teacher's; leave lookahead out, and take another teacher_hypergradient than a first-order one"
+                "variant: authors needs lookahead and a hypergradient through the teacher's steps; leave out "
+                "lookahead: false, and do not use first_order for the teacher"
             )
         if self.label_path == "paper" and not self.teacher_estimator.differentiates:
             raise ValueError(
-                "pseudo_label_path: the paper's way leads through the teacher's training, which a first-order "
-                "teacher_hypergradient leaves out, so nothing of the student would reach the architecture; take full"
+                "pseudo_label_path: with paper and a first-order estimator for the teacher, the student has no effect "
+                "on the architecture; write pseudo_label_path: full, or another teacher_hypergradient"
             )
         return self
 
     def check(self) -> None:
-        """Also check that the images can be loaded and suit the final training, and that the student takes them.
+        """Also check that the images can be loaded, and that the final training and the student accept them.
 
         See :meth:`mlo.Job.check`.
         """
@@ -151,7 +160,7 @@ class LbtJob(Job):
         return self.search_engine("lbt")
 
     def search_engine(self, method: Method, found: list[ArchitectureLogits] | None = None) -> mlo.Engine:
-        """The engine of a search stage; ``found``: the logits of the stages before it."""
+        """The engine of a search stage; ``found`` has the final logits of the stages before it."""
         from problems.jobs import lbt_stages
 
         return lbt_stages.search_engine(self, method, found or [])
@@ -163,25 +172,25 @@ class LbtJob(Job):
         return lbt_stages.training_engine(self, genotype)
 
     def stages(self) -> Iterator[tuple[str, Callable[[], mlo.Engine], int]]:
-        """Every stage of a run; where a stage depends on what earlier ones find, with random architectures."""
+        """Every stage of a run, with random architectures where a stage depends on the results of earlier ones."""
         from problems.jobs import lbt_stages
 
         return lbt_stages.stages(self)
 
     def run(self, run: Run) -> dict[str, dict[str, Any]]:
-        """Search and train with each method in turn, then write genotypes, pictures, curves and the page."""
+        """Search and train with each method in turn, then write genotypes, pictures, curves and the result page."""
         from problems.jobs import lbt_stages
 
         return lbt_stages.run_methods(self, run)
 
     @property
     def label_path(self) -> Literal["full", "paper"]:
-        """``pseudo_label_path``, or the variant's own where none is given."""
+        """``pseudo_label_path``, or the variant's default if it is null."""
         return self.pseudo_label_path or ("paper" if self.variant == "authors" else "full")
 
     @property
     def teacher_estimator(self) -> mlo.Estimator:
-        """The estimator that the teacher is differentiated through."""
+        """The estimator of the teacher."""
         estimator = self.hypergradient if self.teacher_hypergradient is None else self.teacher_hypergradient
         assert isinstance(estimator, mlo.Estimator)
         return estimator

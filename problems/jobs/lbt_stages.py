@@ -1,4 +1,4 @@
-"""The stages of `mlo run lbt`: the engine of each, what it finds, and the report at the end."""
+"""The stages of `mlo run lbt`: their engines, their results, and the report at the end."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from problems.jobs.report import save_genotypes, write_report
 from problems.lbt import ArchValidate
 from problems.nas import NOISE, Architecture, ArchitectureLogits, Genotype, derive, random_genotype
 from problems.search import levels
-from problems.search.early_stop import found_by, grown_sharp
+from problems.search.early_stop import final_logits, should_stop
 from problems.search.students import make_student
 
 
 def search_engine(job: LbtJob, method: Method, found: list[ArchitectureLogits]) -> mlo.Engine:
-    """A search stage: LBT's three levels, or two without a student; ``found``: the logits of the stages before it."""
+    """The engine of a search stage: three levels for LBT, two without a student.
+
+    ``found`` has the final logits of the stages before it.
+    """
     lbt, search, splits = method == "lbt", job.search, job.splits
     space = search.stage_space(found)
     authors = job.variant == "authors"
-    own = {"hypergradient": job.teacher_hypergradient, "clip_ahead": not authors}
-    problems: list[mlo.Problem] = [levels.teacher(search, space, len(found), job.steps, splits, **own)]
+    of_teacher = {"hypergradient": job.teacher_hypergradient, "clip_ahead": not authors}
+    problems: list[mlo.Problem] = [levels.teacher(search, space, len(found), job.steps, splits, **of_teacher)]
     if lbt:
         options: dict[str, Any] = {"pseudo_weight": job.pseudo_weight, "in_turn": authors}
         options["held"] = ("arch",) if job.label_path == "paper" else ()
@@ -42,27 +45,27 @@ def search_engine(job: LbtJob, method: Method, found: list[ArchitectureLogits]) 
 
 
 def new_student(job: LbtJob) -> nn.Module:
-    """A student of the job's kind, for its images."""
+    """A new student network, as the job's options and images require."""
     splits = job.splits
     return make_student(job.student, splits.image_channels, splits.classes, splits.image_size)
 
 
 def training_engine(job: LbtJob, genotype: Genotype) -> mlo.Engine:
-    """The final training of a genotype's network, on the train and the validation images or on all."""
+    """The engine of the final training, on the training and validation images or on everything but the test images."""
     part = job.splits.labeled if job.evaluation.images == "labeled" else job.splits.everything
     return training.training_engine(job.evaluation, genotype, job.splits, part, job.evaluation.steps, job.device)
 
 
 def draw_engine(job: LbtJob, genotype: Genotype) -> mlo.Engine:
-    """The training of a random draw's network on the train images; the validation images will judge it."""
+    """The training of a random draw's network on the training images, so that the validation images can judge it."""
     options, splits = job.evaluation, job.splits
     return training.training_engine(options, genotype, splits, splits.train, options.steps, job.device)
 
 
 def stages(job: LbtJob) -> Iterator[tuple[str, Callable[[], mlo.Engine], int]]:
-    """(name, builder of the engine, rounds) of every stage, for `mlo graph` and for estimates of the cost.
+    """(name, function that builds the engine, rounds) of every stage, for `mlo graph` and cost estimates.
 
-    A stage that depends on what earlier ones find gets random architectures.
+    A stage that depends on the results of earlier stages gets random architectures.
     """
     random = random_genotype(job.search.first_space, torch.Generator().manual_seed(0))
     for method in dict.fromkeys(job.methods):
@@ -74,7 +77,7 @@ def stages(job: LbtJob) -> Iterator[tuple[str, Callable[[], mlo.Engine], int]]:
 
 
 def run_methods(job: LbtJob, run: Run) -> dict[str, dict[str, Any]]:
-    """Search and train with each method in turn, then write genotypes, pictures, curves and the page."""
+    """Search and train with each method in turn, then write genotypes, pictures, curves and the result page."""
     genotypes: dict[str, Genotype] = {}
     results: dict[str, dict[str, Any]] = {}
     searches: dict[str, list[str]] = {}
@@ -92,7 +95,7 @@ def run_methods(job: LbtJob, run: Run) -> dict[str, dict[str, Any]]:
             "title": job.title(method),
             **trained,
             **found,
-            **_kept(genotype, job.search.first_space.operations),
+            **_failure_signs(genotype, job.search.first_space.operations),
             "search_seconds": sum(map(run.seconds, searches[method])),
             "train_seconds": run.seconds(stage),
         }
@@ -105,7 +108,7 @@ def run_methods(job: LbtJob, run: Run) -> dict[str, dict[str, Any]]:
 
 
 def _find_architecture(job: LbtJob, run: Run, method: Method) -> tuple[Genotype, list[str], dict[str, Any]]:
-    """What a method finds, the names of the stages that it took, and further results of the last one."""
+    """The genotype that a method finds, the names of its search stages, and further results of the last stage."""
     generator = torch.Generator().manual_seed(job.seed)
     space = job.search.first_space
     if method == "random":
@@ -123,7 +126,7 @@ def _find_architecture(job: LbtJob, run: Run, method: Method) -> tuple[Genotype,
     for name in names:
         space = job.search.stage_space(logits)
         build, result = partial(job.search_engine, method, list(logits)), partial(_search_result, job, method)
-        found = run.stage(name, build, job.steps, result, stop=grown_sharp)
+        found = run.stage(name, build, job.steps, result, stop=should_stop)
         logits.append(ArchitectureLogits(torch.tensor(found["normal"]), torch.tensor(found["reduce"])))
     return derive(space, logits[-1]), names, {k: v for k, v in found.items() if k not in ("normal", "reduce")}
 
@@ -133,8 +136,8 @@ def _stage_name(job: LbtJob, method: Method, stage: int) -> str:
 
 
 def _search_result(job: LbtJob, method: Method, engine: mlo.Engine) -> dict[str, Any]:
-    """The logits that a stage found, and how large the student's part of the architecture's gradient is."""
-    found = found_by(engine)
+    """The final logits of a stage, and the size of the student's part of the architecture's gradient."""
+    found = final_logits(engine)
     part = student_part(engine) if method == "lbt" and job.judged_by == "both" else None
     return found if part is None else {**found, "student_part": part}
 
@@ -145,7 +148,7 @@ def judge_draw(job: LbtJob, engine: mlo.Engine) -> float:
 
 
 def _about(job: LbtJob) -> str:
-    """A sentence on what was run, for the page."""
+    """A sentence about the search, for the result page."""
     splits, each = job.splits, f" in each of {job.search.stages} stages" * (job.search.stages > 1)
     return (
         f"Architectures were searched for {job.steps} rounds{each} on {job.data.source}: {len(splits.train):,} "
@@ -153,20 +156,20 @@ def _about(job: LbtJob) -> str:
     )
 
 
-def _kept(genotype: Genotype, operations: tuple[str, ...]) -> dict[str, int]:
-    """The known signs of a failed search: skip-connections of the normal cell, and noise in both where it competes."""
+def _failure_signs(genotype: Genotype, operations: tuple[str, ...]) -> dict[str, int]:
+    """Counts that show a failed search: skip-connections in the normal cell and, if it is in the space, noise."""
     cells = (genotype.normal, genotype.reduce)
     normal, reduce = ([choice.operation for node in cell for choice in node] for cell in cells)
-    kept = {"skip_connect": normal.count("skip_connect")}
-    return kept | ({NOISE: (normal + reduce).count(NOISE)} if NOISE in operations else {})
+    counts = {"skip_connect": normal.count("skip_connect")}
+    return counts | ({NOISE: (normal + reduce).count(NOISE)} if NOISE in operations else {})
 
 
 def student_part(engine: mlo.Engine) -> float | None:
-    """The norm of the student's part of the architecture's gradient over that of the teacher's, at the present state.
+    """The norm of the student's part of the architecture's gradient, divided by the norm of the teacher's part.
 
-    The gradient is a sum of the two (equation 6), so the student's is what is left when the teacher's, taken with gamma
-    = 0, is subtracted. The student's is as large as its and the teacher's steps are, so they are taken here with the
-    learning rates that the search began with: at its end those have decayed. None where the teacher's is zero.
+    The gradient is the sum of the two (equation 6). The teacher's part is the gradient with gamma = 0, and the
+    student's part is the rest. The student's part is proportional to the learning rates, which have decayed at the end
+    of a search. So both are computed with the initial learning rates. Returns None if the teacher's part is zero.
     """
     arch = engine.problems["arch"]
     assert isinstance(arch, ArchValidate)

@@ -1,4 +1,4 @@
-"""The end of a search: genotypes, pictures of the cells, curves, and one self-contained page that shows it all."""
+"""The report of a search: genotypes, pictures of the cells, curves, and one self-contained page that shows them."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def write_report(
     searches: Mapping[str, Sequence[str]],
     about: str,
 ) -> Path:
-    """Write everything that shows a run into its folder, and return the path of its page.
+    """Write the pictures and the result page into the run folder, and return the path of the page.
 
-    The pictures are PNG files in ``figures/``, and inside the page as SVG.
+    The pictures are written as PNG files in ``figures/``, and as SVG into the page.
 
     Args:
-        genotypes: {method: what it found}.
+        genotypes: {method: the genotype that it found}.
         results: {method: {"title": text, "test_error": percent, "test_images": number, "parameters": number}}.
-        searches: {method: the stages of its search, in order}; none where nothing was searched.
-        about: one sentence on what was run, for the page.
+        searches: {method: the names of its search stages, in order}; empty for a method that does not search.
+        about: a sentence about the search, for the page.
     """
     figures = run.path / "figures"
     figures.mkdir(exist_ok=True)
@@ -67,13 +67,13 @@ def write_report(
 
 
 def genotype_file(genotypes: Mapping[str, Genotype], method: str) -> str:
-    """Where an architecture is: LBT's, or else the first method's, in genotype.json, others by their method."""
+    """The name of a method's genotype file: genotype.json for LBT (or else the first method), others by method."""
     main = "lbt" if "lbt" in genotypes else next(iter(genotypes))
     return "genotype.json" if method == main else f"genotype-{method}.json"
 
 
 def save_genotypes(run: Run, genotypes: Mapping[str, Genotype]) -> None:
-    """Write the architecture of each method into the run's folder."""
+    """Write the genotype of each method into the run folder."""
     for method, genotype in genotypes.items():
         write_atomic(run.path / genotype_file(genotypes, method), genotype.model_dump_json(indent=2) + "\n")
 
@@ -90,7 +90,7 @@ def loss_curves(lines: Sequence[Line]) -> Figure:
 
 
 def weight_curves(lines: Sequence[Line]) -> Figure:
-    """The softmax weight of each operation, a mean over the edges, in the normal and the reduction cells."""
+    """The softmax weight of each operation, averaged over the edges, in the normal and the reduction cells."""
     figure = Figure(figsize=(8.4, 3.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (kind, title) in zip(panels, (("normal", "normal cell"), ("reduce", "reduction cell")), strict=True):
@@ -117,7 +117,7 @@ def health_curves(lines: Sequence[Line]) -> Figure:
 
 
 def eigenvalue_curve(lines: Sequence[Line]) -> Figure:
-    """The dominant eigenvalue of the validation loss's Hessian in the architecture, where it was taken."""
+    """The dominant eigenvalue of the validation loss's Hessian in the architecture, at the rounds that have it."""
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     axes = figure.add_subplot()
     _plot(axes, lines, "arch/eigenvalue", "dominant eigenvalue")
@@ -126,7 +126,7 @@ def eigenvalue_curve(lines: Sequence[Line]) -> Figure:
 
 
 def _joined(stages: Sequence[Sequence[Line]]) -> list[Line]:
-    """The lines of stages one after another, their steps counted on."""
+    """The metrics of several stages as one list, with continued step numbers."""
     joined: list[Line] = []
     for lines in stages:
         done = joined[-1]["step"] if joined else 0
@@ -147,7 +147,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _svg(figure: Figure) -> Markup:
-    """The picture as an <svg> element; made by matplotlib from names of ours, so it is safe in a page."""
+    """The picture as an <svg> element. Matplotlib makes it from our own names, so it needs no escaping."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue()

@@ -22,7 +22,7 @@ def every_method(table: str, data: str) -> str:
     """Describe the page of Table 2 or 3."""
     return (
         f"This page reproduces Table {table} of the Learning by Teaching (LBT) paper: the test error, on {data}, of "
-        f"architectures found with and without a student. {NOTATION} DARTS-1st is DARTS of first order, and P-DARTS "
+        f"architectures found with and without a student. {NOTATION} DARTS-1st is first-order DARTS, and P-DARTS "
         'and PC-DARTS are other searches. "Random" is an architecture drawn at random, and "best of 4 random" the '
         "one of four with the lowest validation error."
     )
@@ -153,7 +153,7 @@ class Table5(_Ablation):
     about = (
         "This page reproduces Table 5 of the Learning by Teaching (LBT) paper, its first ablation: is the "
         "architecture judged by the student's validation loss alone, or by the teacher's too? All rows are LBT(RN18, "
-        "DARTS-2nd): the student is a ResNet-18, the search that of second-order DARTS."
+        "DARTS-2nd): the student is a ResNet-18, and the search is that of second-order DARTS."
     )
     note = REPEATED
 
@@ -165,6 +165,6 @@ class Table6(_Ablation):
     about = (
         "This page reproduces Table 6 of the Learning by Teaching (LBT) paper, its second ablation: does the student "
         "learn from the teacher's pseudo-labels alone, or from human labels too? All rows are LBT(RN18, DARTS-2nd): "
-        "the student is a ResNet-18, the search that of second-order DARTS."
+        "the student is a ResNet-18, and the search is that of second-order DARTS."
     )
     note = REPEATED

@@ -1,4 +1,4 @@
-"""RobustDARTS' early stop: a search ends once its minimum grows sharp, and goes back to where it was not yet."""
+"""RobustDARTS' early stop: a search ends when its minimum becomes sharp, and returns an earlier architecture."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from problems.nas import ArchitectureLogits, Supernet, architecture_loss, domina
 
 
 class Sharpness(nn.Module):
-    """What was seen of a search: the validation loss's dominant eigenvalue in the architecture, and the logits there.
+    """Records the sharpness of a search: the dominant eigenvalue of the validation loss's Hessian in the architecture.
 
-    It has no parameters. As a submodule of the architecture's module, ``sharpness``, it is part of that module's state,
-    and so of every checkpoint.
+    It has no parameters. It is the submodule ``sharpness`` of the architecture's module, so that every checkpoint
+    contains the record.
 
     Args:
-        every: rounds between two looks.
+        every: rounds between two measurements.
 
     Attributes:
-        rounds, eigenvalues, logits: of each look; logits as lists, one a kind of cell.
+        rounds, eigenvalues, logits: one entry for each measurement; logits are lists, one for each kind of cell.
     """
 
     def __init__(self, every: int) -> None:
@@ -32,11 +32,11 @@ class Sharpness(nn.Module):
         self.logits: list[dict[str, list[list[float]]]] = []
         self._now = 0
 
-    def look(self, engine: mlo.Engine) -> None:
-        """Take the eigenvalue, where one is due in the present round and has not been taken.
+    def measure(self, engine: mlo.Engine) -> None:
+        """Compute the eigenvalue if this round is due for one and does not have it yet.
 
-        It is that of the teacher's loss on the architecture's next validation batch, in the precision of the weights.
-        Nothing of the search changes: neither random state nor the position in the data.
+        It uses the teacher's loss on the architecture's next validation batch, in the precision of the weights. It
+        does not change the search: random state and the position in the data stay as they are.
         """
         self._now = engine.rounds
         if self._now % self.every or self._now in self.rounds:
@@ -50,49 +50,49 @@ class Sharpness(nn.Module):
         self.logits.append({kind: matrix.tolist() for kind, matrix in logits._asdict().items()})
 
     def latest(self) -> torch.Tensor | None:
-        """The eigenvalue of the present round, a scalar; None where none was due."""
+        """The eigenvalue of the current round, a scalar, or None if this round has none."""
         return torch.tensor(self.eigenvalues[-1]) if self.rounds and self.rounds[-1] == self._now else None
 
-    def earlier(self) -> int | None:
-        """Which look to go back to, if the search should end; see :func:`problems.nas.early_stop_epoch`."""
+    def entry_to_restore(self) -> int | None:
+        """The entry to go back to if the search should end, or None; see :func:`problems.nas.early_stop_epoch`."""
         return early_stop_epoch(self.eigenvalues)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """All looks."""
+        """All entries."""
         return {"rounds": list(self.rounds), "eigenvalues": list(self.eigenvalues), "logits": list(self.logits)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`get_extra_state` returned."""
+        """Restore what :meth:`get_extra_state` returned."""
         self.rounds, self.eigenvalues, self.logits = (list(state[key]) for key in ("rounds", "eigenvalues", "logits"))
 
 
 def sharpness(engine: mlo.Engine) -> Sharpness | None:
-    """What was seen of an engine's search, if it is watched."""
+    """The record of an engine's search, or None if its sharpness is not measured."""
     found = getattr(engine.problems["arch"].module, "sharpness", None)
     assert found is None or isinstance(found, Sharpness)
     return found
 
 
-def grown_sharp(engine: mlo.Engine) -> bool:
-    """Take the eigenvalue if it is due; whether the search should end (the ``stop`` of :meth:`mlo.Run.stage`)."""
-    watched = sharpness(engine)
-    if watched is None:
+def should_stop(engine: mlo.Engine) -> bool:
+    """Compute the eigenvalue if it is due, and return whether the search should end (``stop`` of `mlo.Run.stage`)."""
+    record = sharpness(engine)
+    if record is None:
         return False
-    watched.look(engine)
-    return watched.earlier() is not None
+    record.measure(engine)
+    return record.entry_to_restore() is not None
 
 
-def found_by(engine: mlo.Engine) -> dict[str, Any]:
-    """The logits that a search ends with, {"normal": rows, "reduce": rows}: its last, or those that it goes back to.
+def final_logits(engine: mlo.Engine) -> dict[str, Any]:
+    """The logits that a search returns, {"normal": rows, "reduce": rows}: its last ones, or the restored ones.
 
-    Where it was watched, with the rounds that it took, and the one that the logits are of.
+    If the sharpness was measured, also the number of rounds taken, and the round that the logits come from.
     """
-    watched = sharpness(engine)
-    earlier = None if watched is None else watched.earlier()
-    if watched is None or earlier is None:
+    record = sharpness(engine)
+    entry = None if record is None else record.entry_to_restore()
+    if record is None or entry is None:
         logits = {kind: matrix.tolist() for kind, matrix in engine.problems["arch"].module()._asdict().items()}
-        return logits if watched is None else {**logits, **_rounds(engine.rounds, engine.rounds)}
-    return {**watched.logits[earlier], **_rounds(engine.rounds, watched.rounds[earlier])}
+        return logits if record is None else {**logits, **_rounds(engine.rounds, engine.rounds)}
+    return {**record.logits[entry], **_rounds(engine.rounds, record.rounds[entry])}
 
 
 def _rounds(taken: int, of_logits: int) -> dict[str, int]:

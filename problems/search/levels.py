@@ -23,7 +23,7 @@ AUTOCASTS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float
 
 
 def supernet(search: Search, space: SearchSpace, stage: int, splits: Splits) -> Supernet:
-    """The supernet of a stage, 0 the first."""
+    """The supernet of a stage; stage 0 is the first."""
     cells = each_stage(search.cells, search.stages)[stage]
     stem = stem_for(splits.image_size)
     return Supernet(space, search.channels, int(cells), splits.classes, splits.image_channels, stem)
@@ -38,7 +38,7 @@ def teacher(search: Search, space: SearchSpace, stage: int, steps: int, splits: 
         frozen_steps=search.warmup,
         data=splits.train.batches(search.batch_size, search.augmentation),
         **options,
-        **_trained(search, supernet(search, space, stage, splits), steps),
+        **_training(search, supernet(search, space, stage, splits), steps),
     )
 
 
@@ -51,24 +51,26 @@ def student(
     in_turn: bool = False,
     **options: Any,
 ) -> StudentTeach | StudentInTurn:
-    """The student's level; it learns from pseudo-labels, and from labels too if so asked, at once or in turn."""
+    """The student's level. It learns from pseudo-labels and, if ``with_labels``, from labels, together or in turn."""
     data: dict[str, Iterable[Any]] = {"unlabeled": splits.unlabeled.batches(search.batch_size, search.augmentation)}
     if with_labels:
         data["labeled"] = splits.train.batches(search.batch_size, search.augmentation)
     if not in_turn:
-        return StudentTeach("student", data=data, **options, **_trained(search, module, steps))
+        return StudentTeach("student", data=data, **options, **_training(search, module, steps))
     each = 1 + with_labels
     twice = {name: Repeated(batches, each) for name, batches in data.items()}
-    return StudentInTurn("student", data=twice, labeled=with_labels, **options, **_trained(search, module, steps, each))
+    return StudentInTurn(
+        "student", data=twice, labeled=with_labels, **options, **_training(search, module, steps, each)
+    )
 
 
 def architecture(search: Search, space: SearchSpace, splits: Splits, **options: Any) -> ArchValidate:
-    """The architecture's level, which reports what becomes of the operations."""
+    """The architecture's level, which also logs the weights of the operations."""
     module = Architecture(space)
     if search.eigenvalue_every is not None:
         module.add_module("sharpness", Sharpness(search.eigenvalue_every))
     rate = search.architecture_learning_rate
-    return _WatchedArchitecture(
+    return _LoggedArchitecture(
         "arch",
         space=space,
         module=module,
@@ -81,8 +83,8 @@ def architecture(search: Search, space: SearchSpace, splits: Splits, **options: 
     )
 
 
-def _trained(search: Search, module: nn.Module, steps: int, each: int = 1) -> dict[str, Any]:
-    """What teacher and student have in common: SGD with a cosine over the stage, of `each` steps a round."""
+def _training(search: Search, module: nn.Module, steps: int, each: int = 1) -> dict[str, Any]:
+    """The arguments that teacher and student share: SGD with a cosine over the stage, with `each` steps a round."""
     rate = search.learning_rate
     optimizer = SGD(module.parameters(), lr=rate, momentum=0.9, weight_decay=3e-4)
     last = min(search.last_learning_rate, rate)
@@ -99,28 +101,29 @@ def _trained(search: Search, module: nn.Module, steps: int, each: int = 1) -> di
 
 
 def cosine(done: float, last: float) -> float:
-    """The factor of a rate that decays from 1 to `last` by half a cosine, after a part `done` of the way."""
+    """The factor of a learning rate that decays from 1 to `last` along half a cosine; `done` runs from 0 to 1."""
     return last + (1 - last) * (1 + math.cos(math.pi * done)) / 2
 
 
 class Repeated:
-    """Data each of whose batches comes `times` times in a row."""
+    """Data in which each batch is repeated `times` times in a row."""
 
     def __init__(self, batches: Iterable[Any], times: int) -> None:
         self._batches = batches
         self._times = times
 
     def __iter__(self) -> Iterator[Any]:
-        """Batch by batch, once through the data."""
+        """One pass over the data."""
         for batch in self._batches:
             yield from itertools.repeat(batch, self._times)
 
 
 def skip_dropout_at(first: float, done: int, total: int, frozen: int, epochs: int = 25) -> float:
-    """P-DARTS' dropout behind skip-connections after `done` of `total` steps, taken for 25 epochs.
+    """P-DARTS' dropout probability after skip-connections, after `done` of `total` steps.
 
-    While the architecture is frozen it decays linearly to where it would end at 25 epochs, and afterwards from the
-    first value again by exp(-0.2) an epoch (Chen et al. 2019, section 3.3, with the schedule of their code).
+    The steps are mapped to 25 epochs. During the first `frozen` steps, in which the architecture does not change, the
+    probability decays linearly, towards 0 at the end of the 25 epochs. Then it starts again from `first`, and is
+    multiplied by exp(-0.2) in each epoch (Chen et al. 2019, section 3.3, with the schedule of their code).
     """
     epoch, warm = epochs * done // total, epochs * frozen // total
     if done < frozen:
@@ -129,7 +132,7 @@ def skip_dropout_at(first: float, done: int, total: int, frozen: int, epochs: in
 
 
 class _SearchedTeacher(TeacherTrain):
-    """The teacher of a search, whose supernet's dropout behind skip-connections decays."""
+    """The teacher of a search; dropout after skip-connections in its supernet decays."""
 
     def __init__(self, name: str, *, first_skip_dropout: float, total_steps: int, frozen_steps: int, **problem: Any):
         super().__init__(name, **problem)
@@ -147,17 +150,17 @@ class _SearchedTeacher(TeacherTrain):
         return super().loss(batch, arch)
 
 
-class _WatchedArchitecture(ArchValidate):
-    """The architecture's level, which reports what the known failure, skip-connections taking over, looks like."""
+class _LoggedArchitecture(ArchValidate):
+    """The architecture's level, with metrics that show when skip-connections take over."""
 
     def __init__(self, name: str, *, space: SearchSpace, **problem: Any) -> None:
         super().__init__(name, **problem)
         self.space = space
 
     def metrics(self) -> Mapping[str, Tensor]:
-        """Mean weight of each operation over the edges, entropy of the weights, skip-connections that would be kept.
+        """Mean weight of each operation, entropy of the weights, and skip-connections that would be kept.
 
-        And the dominant eigenvalue, where it was taken in this round.
+        Also the dominant eigenvalue, in rounds that have one.
         """
         logits = self.module()
         found: dict[str, Tensor] = {}
@@ -165,7 +168,7 @@ class _WatchedArchitecture(ArchValidate):
             means = self.space.mixture(kind, matrix.detach()).operations.mean(dim=0)
             found |= {f"{kind}/{name}": mean for name, mean in zip(self.space.operations, means, strict=True)}
         found |= {f"{kind}/entropy": value for kind, value in entropy(self.space, logits).items()}
-        watched = getattr(self.module, "sharpness", None)
-        eigenvalue = watched.latest() if isinstance(watched, Sharpness) else None
+        record = getattr(self.module, "sharpness", None)
+        eigenvalue = record.latest() if isinstance(record, Sharpness) else None
         found |= {} if eigenvalue is None else {"eigenvalue": eigenvalue}
         return found | {"skips": logits.normal.new_tensor(float(count_skips(self.space, logits)))}

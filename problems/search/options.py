@@ -1,4 +1,4 @@
-"""The options of the search phase: the space, its supernet, and how the levels are trained. Imports no torch."""
+"""The options of the search phase: space, supernet, and training of the levels. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,37 +17,43 @@ DROPS = {"darts": (), "pc_darts": (), "p_darts": (3, 2)}
 
 
 class Search(Config):
-    """The space, its supernet, and how it, the student and the architecture are trained (the step counts are `steps`).
+    """The search space, its supernet, and how supernet, student and architecture are trained.
 
-    A space that is searched in stages (P-DARTS) has a new supernet, architecture and student in each, of `steps`
-    rounds, and fewer operations from one to the next.
+    The job's `steps` is the number of rounds in a stage. P-DARTS has several stages: each has a new supernet,
+    architecture and student, and fewer operations than the stage before.
     """
 
     space: Literal["darts", "pc_darts", "p_darts"] = Field("darts", description="the search space")
     operations: tuple[str, ...] | None = Field(
         None,
-        description="the candidate operations, noise among them as a useless one; null: the space's eight",
+        description="names of the candidate operations; noise adds a useless one; null: the space's own eight",
     )
     partial: int | None = Field(
-        None, ge=1, description="K, operations see 1/K of the channels; null: the space's own (4 for pc_darts)"
+        None, ge=1, description="K: operations see 1/K of the channels; null: the space's own (4 for pc_darts, else 1)"
     )
     drops: tuple[int, ...] | None = Field(
-        None, description="operations dropped on each edge between stages; null: the space's own ([3, 2] for p_darts)"
+        None,
+        description="operations dropped on each edge after each stage but the last; null: the space's own ([3, 2] for "
+        "p_darts)",
     )
     channels: int = Field(4, ge=1, description="channels of the supernet's first cell")
-    cells: int | tuple[int, ...] = Field(3, description="cells of the supernet, or a list with those of each stage")
+    cells: int | tuple[int, ...] = Field(
+        3, description="cells of the supernet; if the search has stages, also a list with one number for each"
+    )
     skip_dropout: float | tuple[float, ...] = Field(
-        0.0, description="first probability of dropout behind skip-connections, or a list with that of each stage"
+        0.0, description="initial probability of dropout after skip-connections, or a list with one for each stage"
     )
     warmup: int = Field(0, ge=0, description="rounds of each stage before the architecture's first step")
-    batch_size: int = Field(50, ge=2, description="images in a batch, of each kind")
-    learning_rate: float = Field(0.05, gt=0, description="of teacher and student; it decays along a cosine")
-    last_learning_rate: float = Field(0.001, ge=0, description="learning rate at the end of the decay")
-    architecture_learning_rate: float = Field(0.01, gt=0, description="of the architecture's Adam")
-    architecture_clip: float | None = Field(
-        None, gt=0, description="norm to which the architecture's gradient is clipped (5 in P-DARTS)"
+    batch_size: int = Field(50, ge=2, description="images in each batch (training, validation, unlabeled)")
+    learning_rate: float = Field(0.05, gt=0, description="learning rate of teacher and student; decays along a cosine")
+    last_learning_rate: float = Field(
+        0.001, ge=0, description="learning rate of teacher and student at the end of a stage"
     )
-    augmentation: Augmentation = Field(Augmentation(), description="of all images in the search")
+    architecture_learning_rate: float = Field(0.01, gt=0, description="learning rate of the architecture's Adam")
+    architecture_clip: float | None = Field(
+        None, gt=0, description="clip the architecture's gradient to this norm (5 in P-DARTS); null: no clipping"
+    )
+    augmentation: Augmentation = Field(Augmentation(), description="augmentation of the training and unlabeled images")
     precision: Precision = Field(
         "float32",
         description="autocast type of all losses; curvature products stay in float32 by default",
@@ -55,8 +61,8 @@ class Search(Config):
     eigenvalue_every: int | None = Field(
         None,
         ge=1,
-        description="rounds between two dominant eigenvalues of the validation loss's Hessian in the architecture; the "
-        "search stops on it and goes back, as RobustDARTS; null: not watched",
+        description="every so many rounds, compute the dominant eigenvalue of the validation loss's Hessian in the "
+        "architecture, and stop a stage when it grows too much (RobustDARTS); null: never",
     )
 
     @model_validator(mode="after")
@@ -66,22 +72,28 @@ class Search(Config):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != stages:
                 many = "1 stage" if stages == 1 else f"{stages} stages"
-                raise ValueError(f"{name} has {len(value)} entries, but the search has {many}; give {stages}")
+                raise ValueError(
+                    f"{name} has {len(value)} entries, but the search has {many}; write {stages}, or one number for all"
+                )
         if any(count < 3 for count in each_stage(self.cells, stages)):
             raise ValueError(
-                "cells must be at least 3; a supernet of fewer has reduction cells alone, and no normal one"
+                "cells must be at least 3; with fewer, a supernet has only reduction cells and no normal one"
             )
         if len(self.first_space.operations) < 2:
-            raise ValueError("operations must be at least 2, or there is nothing to choose between")
+            raise ValueError(
+                "operations has fewer than two names, so there is nothing to choose between; write at least two"
+            )
         if any(not 0 <= p < 1 for p in each_stage(self.skip_dropout, stages)):
-            raise ValueError("skip_dropout must be at least 0 and below 1")
+            raise ValueError("skip_dropout must be at least 0 and below 1, since it is a probability")
         if sum(self._drops) >= len(self.first_space.operations):
             raise ValueError(
-                f"drops {list(self._drops)} leave none of the {len(self.first_space.operations)} operations; drop fewer"
+                f"drops {list(self._drops)} leaves no operation, since there are {len(self.first_space.operations)}; "
+                "drop fewer"
             )
         if self.channels % self.first_space.partial:
             raise ValueError(
-                f"{self.channels} channels cannot be parted in {self.first_space.partial}; take a multiple of it"
+                f"channels: {self.channels} cannot be divided by {self.first_space.partial} (partial); write a "
+                f"multiple of {self.first_space.partial}"
             )
         return self
 
@@ -103,7 +115,7 @@ class Search(Config):
         return len(self._drops) + 1
 
     def stage_space(self, found: list[ArchitectureLogits]) -> SearchSpace:
-        """The space of a stage, given the logits that the stages before it found."""
+        """The space of the next stage, given the final logits of the stages before it."""
         space = self.first_space
         for logits, drop in zip(found, self._drops, strict=False):
             space = space.narrow(logits, drop)
@@ -111,5 +123,5 @@ class Search(Config):
 
 
 def each_stage(value: Any, stages: int) -> tuple[Any, ...]:
-    """The values for all stages of an option that has one value for all, or a tuple with one for each."""
+    """One value for each stage, from an option that is a tuple of them or one value for all stages."""
     return value if isinstance(value, tuple) else (value,) * stages

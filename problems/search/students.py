@@ -1,4 +1,4 @@
-"""The networks that a teacher teaches."""
+"""The student networks: small ones of our own, torchvision's, or the user's."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ OPTIONS: dict[str, dict[str, Any]] = {"googlenet": WITHOUT_AUXILIARY, "inception
 
 
 def make_student(name: str, image_channels: int, classes: int, image_size: int) -> nn.Module:
-    """A new network of images (N, image_channels, image_size, image_size) to logits (N, classes).
+    """A new network that maps images (N, image_channels, image_size, image_size) to logits (N, classes).
 
     Args:
-        name: "small" (24,000 weights), "small_wide" (four times as wide), any classification network of torchvision by
-            its name there, untrained, or "package.module:callable", which is called as
-            callable(image_channels, classes). torchvision's ResNets get, for images of up to 64x64, the usual stem for
-            CIFAR, one 3x3 convolution without pooling; "resnet18" and "resnet50" are the paper's students.
+        name: "small" (24,000 weights), "small_wide" (four times as wide), the name of a classification network of
+            torchvision (untrained), or "package.module:callable", which is called as callable(image_channels,
+            classes). "resnet18" and "resnet50" are the paper's students. For images of up to 64x64, torchvision's
+            ResNets get the usual stem for CIFAR: one 3x3 convolution, without pooling.
         image_channels: channels of the images.
-        classes: how many classes there are.
+        classes: number of classes.
         image_size: side of the images, in pixels.
 
     Raises:
-        ConfigError: if there is no such network, the callable returns no module, or the network does not make logits
-            of such images, which is tried on two of zeros.
+        ConfigError: if there is no such network, if the callable does not return a module, or if the network does not
+            return logits for such images (tested on two black images).
     """
     if ":" in name:
         module = _own(name, image_channels, classes)
@@ -52,7 +52,7 @@ def make_student(name: str, image_channels: int, classes: int, image_size: int) 
 
 
 def small_student(image_channels: int, classes: int) -> nn.Module:
-    """A three-layer convolutional network of some 24,000 weights, for images of 8x8 and up; logits (N, classes)."""
+    """A three-layer convolutional network of about 24,000 weights, from images of 8x8 or larger to (N, classes)."""
     return _convolutions(image_channels, classes, WIDTHS["small"])
 
 
@@ -78,7 +78,7 @@ def _small_stem(network: torchvision.models.ResNet) -> None:
 
 
 def _take_channels(network: nn.Module, channels: int) -> None:
-    """Make the first convolution one of ``channels`` inputs, with normal weights that keep the size of its outputs."""
+    """Change the first convolution to ``channels`` inputs, with normal weights that keep the scale of its outputs."""
     first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
     if first.in_channels != channels:
         outputs, inputs, *kernel = first.weight.shape
@@ -88,32 +88,33 @@ def _take_channels(network: nn.Module, channels: int) -> None:
 
 
 def _own(name: str, image_channels: int, classes: int) -> nn.Module:
-    """What a user's callable makes."""
+    """The module that a user's callable returns."""
     path, _, attribute = name.partition(":")
     try:
         make = getattr(importlib.import_module(path), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"student {name!r} cannot be imported ({error}); write package.module:callable, and see that the package "
-            "is installed or on PYTHONPATH"
+            f"student {name!r} cannot be imported ({error}); write package.module:callable, and make sure that the "
+            "package is installed or on PYTHONPATH"
         ) from error
     try:
         module = make(image_channels, classes)
     except Exception as error:
         raise ConfigError(
-            f"student {name!r} is called with (image_channels, classes) = ({image_channels}, {classes}), and raised "
-            f"{type(error).__name__}: {error}; name a callable that takes these two and returns a torch.nn.Module"
+            f"student {name!r}, called with (image_channels, classes) = ({image_channels}, {classes}), raised "
+            f"{type(error).__name__}: {error}; give a callable that takes these two numbers and returns a "
+            "torch.nn.Module"
         ) from error
     if not isinstance(module, nn.Module):
         raise ConfigError(
-            f"student {name!r} should return a torch.nn.Module of images (N, {image_channels}, H, W) to logits "
-            f"(N, {classes}), and returned {type(module).__name__}"
+            f"student {name!r} returned {type(module).__name__}; return a torch.nn.Module that maps images "
+            f"(N, {image_channels}, H, W) to logits (N, {classes})"
         )
     return module
 
 
 def _try_on_zeros(name: str, module: nn.Module, image_channels: int, classes: int, image_size: int) -> None:
-    """Have a copy of the module make logits of two images, as in training; nothing changes, no random state either."""
+    """Check a copy of the module on two black images, in training mode; module and random state do not change."""
     images = torch.zeros(2, image_channels, image_size, image_size)
     what = f"images of {image_channels}x{image_size}x{image_size}"
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -121,8 +122,10 @@ def _try_on_zeros(name: str, module: nn.Module, image_channels: int, classes: in
             logits = copy.deepcopy(module).train()(images)
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             raise ConfigError(
-                f"student {name!r} cannot take {what} ({error}); choose another, or another data.image_size"
+                f"student {name!r} does not accept {what} ({error}); choose another student or data.image_size"
             ) from error
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ConfigError(f"student {name!r} should make logits (2, {classes}) of two {what}, and made {found}")
+        raise ConfigError(
+            f"student {name!r} returned {found} for two {what}; return logits of shape (2, {classes}) for two images"
+        )

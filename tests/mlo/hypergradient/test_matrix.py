@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from analytic import LR, NESTED, NESTED_WITH_INNER_PATH, SHAPES, Point, Quadratics, Smooth
-from stepping import brute_force
+from brute_force_analytic import brute_force
 from torch import Tensor
 
 import mlo
@@ -128,7 +128,15 @@ def test_every_optimizer_is_here():
     assert {name.split()[0] for name in OPTIMIZERS} == CLASSES.keys() - NOT_DIFFERENTIABLE
 
 
-@pytest.mark.parametrize(("shape", "rounds"), [*((shape, 2) for shape in ALL), (SHAPES[2], 0), (NESTED, 0)], ids=str)
+EVERY_OPTIMIZER = [(SHAPES[2], 0), (SHAPES[2], 2), (NESTED, 0), (NESTED_WITH_INNER_PATH, 2)]
+OTHERS = [(shape, 2) for shape in ALL if (shape, 2) not in EVERY_OPTIMIZER]  # which test_exact_products has with AdamW
+
+
+@pytest.mark.parametrize(
+    ("shape", "rounds"),
+    [*EVERY_OPTIMIZER, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)],
+    ids=str,
+)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_steps_of_every_optimizer(optimizer, shape, rounds):
     made = Smooth.make(shape, settled=False)

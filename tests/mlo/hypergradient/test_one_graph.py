@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from following import Attention, Following, Judging
 from torch import Tensor, nn
+from two_levels import Attention, Following, Judging
 
 import mlo
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from brute_force import OPTIMIZERS, brute_force, small_lbt
-from following import Following, Judging
 from small_lbt import noisy_lbt
 from torch import nn
+from two_levels import Following, Judging
 
 import mlo
 from mlo.training.diagnostics import _PeakMemory

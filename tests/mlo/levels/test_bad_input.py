@@ -296,7 +296,7 @@ def test_data_without_a_batch():
             r"^hypergradient.termss: unknown option; did you mean hypergradient.terms\?$",
         ),
         ({"kind": "neumann", "terms": -3}, "terms: -3 was given"),
-        ({"kind": "cg", "radius": 0.01}, "radius: is an option of darts, sama; those of cg are: "),
+        ({"kind": "cg", "radius": 0.01}, "radius: is an option of darts, sama, not of the chosen hypergradient"),
         (
             {"kind": "central", "terms": 3},
             r"'central' is not .*, but among mlo.products \(--hypergradient.product cent",
@@ -317,7 +317,7 @@ def test_an_estimator_that_is_not_there(value, message):
     ("options", "message"),
     [
         ({"tems": 3}, r"^Neumann: tems: unknown option; did you mean terms\?$"),
-        ({"terms": -3}, "^Neumann: terms: -3 was given, but it should be int >= 1$"),
+        ({"terms": -3}, "^Neumann: terms: -3 was given, but it should be greater than or equal to 1$"),
         ({"terms": 3, "product": "exat"}, r"^Neumann: product: 'exat' is not known.*did you mean exact\?"),
     ],
     ids=str,

@@ -10,11 +10,11 @@ import pytest
 import torch
 from analytic import NESTED_WITH_INNER_PATH, Smooth
 from brute_force import small_lbt
-from following import Attention
 from small_lbt import noisy_lbt
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from two_levels import Attention
 
 import mlo
 from mlo.ops import compiler as compiling

@@ -1,4 +1,4 @@
-"""Options as plain data: strict types, registered choices, layers, and faults told all at once."""
+"""Options as plain data: strict types, registered choices, layers, and all errors reported at once."""
 
 import math
 from pathlib import Path
@@ -77,7 +77,7 @@ def fruits(register):
     register("fruits", FRUITS, {"test.fruits": names})
 
 
-def told(model, data):
+def message(model, data):
     with pytest.raises(ConfigError) as error:
         validate(model, data, "shop")
     return str(error.value)
@@ -96,27 +96,27 @@ def test_the_options_are_frozen():
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ({"seed": "x"}, '  seed: "x" was given, but it should be int'),
-        ({"seed": 1.5}, "  seed: 1.5 was given, but it should be int"),
-        ({"seed": True}, "  seed: true was given, but it should be int"),
-        ({"open": 1}, "  open: 1 was given, but it should be true | false"),
-        ({"mood": "so"}, '  mood: "so" was given, but it should be good | bad'),
-        ({"mood": "god"}, '  mood: "god" was given, but it should be good | bad; did you mean good?'),
-        ({"span": "3"}, '  span: "3" was given, but it should be [int, int]'),
-        ({"baskets": "a,b"}, '  baskets: "a,b" was given, but it should be [basket, ...]'),
-        ({"span": None}, "  span: null was given, but it should be [int, int]"),
-        ({"span": [3]}, "  span: [3] was given, but it should be [int, int]"),
-        ({"span": [3, 4, 5]}, "  span: [3, 4, 5] was given, but it should be [int, int]"),
-        ({"rate": 0}, "  rate: 0 was given, but it should be number > 0"),
+        ({"seed": "x"}, '  seed: "x" was given, but it should be a valid integer'),
+        ({"seed": 1.5}, "  seed: 1.5 was given, but it should be a valid integer"),
+        ({"seed": True}, "  seed: true was given, but it should be a valid integer"),
+        ({"open": 1}, "  open: 1 was given, but it should be true or false"),
+        ({"mood": "so"}, "  mood: \"so\" was given, but it should be 'good' or 'bad'"),
+        ({"mood": "god"}, "  mood: \"god\" was given, but it should be 'good' or 'bad'; did you mean good?"),
+        ({"span": "3"}, '  span: "3" was given, but it should be a list'),
+        ({"baskets": "a,b"}, '  baskets: "a,b" was given, but it should be a list'),
+        ({"span": None}, "  span: null was given, but it should be a list"),
+        ({"span": [3]}, "  span.1: is missing, and has no default"),
+        (
+            {"span": [3, 4, 5]},
+            "  span: [3, 4, 5] was given, but it should have at most 2 items after validation, not 3",
+        ),
+        ({"rate": 0}, "  rate: 0 was given, but it should be greater than 0"),
         ({"sed": 1}, "  sed: unknown option; did you mean seed?"),
         ({"basket": {"wait": 1, "weihgt": 1}}, "  basket.weihgt: unknown option; did you mean basket.weight?"),
-        ({"basket": {"zzz": 1}}, "  basket.zzz: unknown option; the options here are: weight"),
-        ({"basket": 3}, "  basket: 3 was given, but it should be a mapping with weight"),
-        (
-            {"baskets": [{}, {"weight": "x"}]},
-            '  baskets: [{}, {"weight": "x"}] was given, but it should be [basket, ...]',
-        ),
-        ({"label": 1.5}, "  label: 1.5 was given, but it should be int | text | null"),
+        ({"basket": {"zzz": 1}}, "  basket.zzz: unknown option; there are: weight"),
+        ({"basket": 3}, "  basket: 3 was given, but it should be a mapping"),
+        ({"baskets": [{}, {"weight": "x"}]}, '  baskets.1.weight: "x" was given, but it should be a valid number'),
+        ({"label": 1.5}, "  label: 1.5 was given, but it should be a valid integer, or it should be text"),
         ({"fruit": "chery"}, "  fruit: 'chery' is not known among test.fruits; did you mean cherry? there are: apple"),
         (
             {"fruit": 3},
@@ -128,38 +128,32 @@ def test_the_options_are_frozen():
         ),
         ({"fruit": "stranger"}, "register a class derived from mlo.options.config.Config"),
         ({"fruit": {"kind": "cherry", "stone": 3}}, "  fruit.stone: unknown option; did you mean fruit.stones?"),
-        ({"fruit": {"kind": "cherry", "stones": 0}}, "  fruit.stones: 0 was given, but it should be int > 0"),
+        ({"fruit": {"kind": "cherry", "stones": 0}}, "  fruit.stones: 0 was given, but it should be greater than 0"),
     ],
 )
 def test_a_fault_names_the_option_and_the_remedy(given, line):
-    assert line in told(Shop, given)
+    assert line in message(Shop, given)
 
 
 @pytest.mark.parametrize(
     ("fruit", "line"),
     [
-        (
-            {"kind": "apple", "stones": 3},
-            "fruit.stones: is an option of cherry, plum; those of apple are: none",
-        ),
-        (
-            {"kind": "cherry", "stalk": 3},
-            "fruit.stalk: is an option of plum; those of cherry are: stones, sizes",
-        ),
-        ({"kind": "plum", "worm": 3}, "fruit.worm: unknown option; the options here are: stones, stalk"),
+        ({"kind": "apple", "stones": 3}, "fruit.stones: is an option of cherry, plum, not of the chosen fruit"),
+        ({"kind": "cherry", "stalk": 3}, "fruit.stalk: is an option of plum, not of the chosen fruit"),
+        ({"kind": "plum", "worm": 3}, "fruit.worm: unknown option; there are: stones, sizes, stalk"),
         ({"kind": "plum", "seed": 3}, "fruit.seed: unknown option; did you mean seed?"),
     ],
 )
-def test_an_option_of_another_kind_is_told_with_the_kinds(fruit, line):
-    assert told(Shop, {"fruit": fruit}) == f"shop: 1 invalid option\n  {line}"
+def test_an_option_of_another_kind_is_reported_with_the_kinds(fruit, line):
+    assert message(Shop, {"fruit": fruit}) == f"shop: 1 invalid option\n  {line}"
     with pytest.raises(ConfigError) as error:
         Shop(fruit=fruit)
     assert str(error.value) == f"Shop: {line}"
 
 
 def test_what_other_kinds_have_is_not_taken_for_an_option_elsewhere():
-    line = "fruit.stones: is an option of cherry, plum; those of apple are: none"
-    assert told(Market, {"fruit": {"kind": "apple", "stones": 3}}) == f"shop: 1 invalid option\n  {line}"
+    line = "fruit.stones: is an option of cherry, plum, not of the chosen fruit"
+    assert message(Market, {"fruit": {"kind": "apple", "stones": 3}}) == f"shop: 1 invalid option\n  {line}"
 
 
 def test_an_option_is_found_below_an_instance():
@@ -179,17 +173,20 @@ def test_an_option_is_found_below_an_instance():
         ({"shop": {"wieght": 1}}, "shop.basket.weight or left.weight"),
         ({"left": {"wieght": 1}}, "left.weight"),
         ({"basket": {"weight": 1}}, "shop.basket"),
-        ({"numbers": {"weight": 1}}, None),  # a section was meant, and no number is one
+        ({"shoop": {"number": 1}}, "shop"),
+        ({"qqq": 1}, None),
     ],
 )
 def test_an_option_of_another_section_is_found(given, meant):
-    remedy = f"did you mean {meant}?" if meant else "the options here are: number, shop, left"
-    assert told(Street, given).endswith(f"unknown option; {remedy}")
+    remedy = f"did you mean {meant}?" if meant else "there are: number, shop, left"
+    assert message(Street, given).endswith(f"unknown option; {remedy}")
 
 
 def test_a_list_whose_items_are_at_fault_is_not_called_too_short_too():
-    assert told(Bowl, {"fruits": ["appel"]}).startswith("shop: 1 invalid option\n  fruits: ")
-    assert "fruits: [] was given, but it should be [apple | cherry, ...] of length >= 1" in told(Bowl, {"fruits": []})
+    assert message(Bowl, {"fruits": ["appel"]}).startswith("shop: 1 invalid option\n  fruits.0: ")
+    assert "fruits: [] was given, but it should have at least 1 item after validation, not 0" in message(
+        Bowl, {"fruits": []}
+    )
 
 
 def test_a_list_in_python_is_as_good_as_a_tuple():
@@ -202,32 +199,29 @@ def test_a_list_in_python_is_as_good_as_a_tuple():
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ({"fruits": "apple"}, 'Bowl: fruits: "apple" was given, but it should be [apple | cherry, ...] of length >= 1'),
-        (
-            {"fruits": {"apple"}},
-            "Bowl: fruits: \"{'apple'}\" was given, but it should be [apple | cherry, ...] of length >= 1",
-        ),
-        (
-            {"fruits": ["appel"]},
-            'Bowl: fruits: ["appel"] was given, but it should be [apple | cherry, ...] of length >= 1',
-        ),
-        ({"sizes": [3, 4.5]}, "Bowl: sizes: [3, 4.5] was given, but it should be int | [int, ...]"),
+        ({"fruits": "apple"}, 'Bowl: fruits: "apple" was given, but it should be a list'),
+        ({"fruits": {"apple"}}, "Bowl: fruits: \"{'apple'}\" was given, but it should be a list"),
+        ({"fruits": ["appel"]}, "Bowl: fruits.0: \"appel\" was given, but it should be 'apple' or 'cherry'"),
+        ({"sizes": [3, 4.5]}, "Bowl: sizes.1: 4.5 was given, but it should be a valid integer"),
+        ({"sizes": "x"}, 'Bowl: sizes: "x" was given, but it should be a valid integer, or it should be a list'),
     ],
 )
-def test_what_is_wrong_with_a_list_in_python_is_told_of_its_items(given, line):
+def test_what_is_wrong_with_a_list_in_python_is_reported_for_its_items(given, line):
     with pytest.raises(ConfigError) as error:
         Bowl(**given)
     assert str(error.value).partition(";")[0] == line
 
 
-def test_every_fault_is_told_at_once():
-    text = told(Shop, {"sed": 1, "open": "x", "basket": {"wait": 1}, "fruit": {"kind": "cherry", "stones": 0, "q": 1}})
+def test_all_errors_are_reported_at_once():
+    text = message(
+        Shop, {"sed": 1, "open": "x", "basket": {"wait": 1}, "fruit": {"kind": "cherry", "stones": 0, "q": 1}}
+    )
     assert text.startswith("shop: 5 invalid options\n")
     assert text.count("\n") == 5
 
 
 def test_an_option_without_default_must_be_given():
-    assert told(Strict, {}) == "shop: 1 invalid option\n  must: has no default, so it must be given"
+    assert message(Strict, {}) == "shop: 1 invalid option\n  must: is missing, and has no default"
     assert defaults(Strict) == {}
 
 
@@ -267,6 +261,12 @@ def test_layers(base, over, merged):
 def test_numbers_with_an_exponent_are_numbers():
     given = parse_yaml("{a: 1e-3, b: -2E4, c: 1.5e+3, d: e3, e: '1e3', f: 7}")
     assert given == {"a": 1e-3, "b": -2e4, "c": 1500.0, "d": "e3", "e": "1e3", "f": 7}
+
+
+def test_scalars_are_those_of_yaml_1_2():
+    given = parse_yaml("[on, off, yes, true, false, 2024-01-01, 1:30, 010, .5, -.inf, null, ~, -3]")
+    assert given == ["on", "off", "yes", True, False, "2024-01-01", "1:30", 10.0, 0.5, -math.inf, None, None, -3]
+    assert parse_yaml("base: &b {a: 1}\nother: {<<: *b, c:}")["other"] == {"a": 1, "c": None}
 
 
 def test_a_name_given_twice_is_refused():

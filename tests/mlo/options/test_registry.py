@@ -30,14 +30,14 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all(register):
 
 
 @pytest.mark.parametrize(
-    ("group", "name", "told"),
+    ("group", "name", "message"),
     [
         (registry.ESTIMATORS, "central", "among mlo.products (--hypergradient.product central); there are: cg,"),
         (registry.PROBLEMS, "table2", "among mlo.experiments (mlo reproduce table2); there are: evaluate, lbt"),
     ],
 )
-def test_a_name_of_another_group_is_told_with_the_way_to_write_it(group, name, told):
-    with pytest.raises(ConfigError, match=re.escape(f"{name!r} is not known among {group}, but {told}")):
+def test_a_name_of_another_group_is_reported_with_the_way_to_write_it(group, name, message):
+    with pytest.raises(ConfigError, match=re.escape(f"{name!r} is not known among {group}, but {message}")):
         registry.load(group, name)
 
 
@@ -53,7 +53,7 @@ def test_what_cannot_be_loaded_is_an_error_that_names_the_package(register, sour
         registry.load(GROUP, "broken")
 
 
-def test_two_packages_with_one_name_are_told_apart_by_neither(register):
+def test_a_name_that_two_packages_register_means_neither(register):
     register("first", "Job = int", {GROUP: {"twice": "first:Job"}})
     register("second", "Job = str", {GROUP: {"twice": "second:Job"}})
     with pytest.raises(ConfigError, match="for first:Job and for second:Job; uninstall"):

@@ -7,12 +7,13 @@ import pytest
 
 from mlo.errors import ConfigError
 from mlo.files import write_atomic
-from mlo.runs.folder import RunFolder, read_results
+from mlo.runs.folder import discard_folder, locked, read_results
+from mlo.runs.run import Run
 from mlo.sweeps.grid import Planned, check
 
 
 def create(plan):
-    return RunFolder.create(plan.job, plan.load(), plan.folder)
+    return Run.create(plan.job, plan.load(), plan.folder)
 
 
 def killed_after(files):
@@ -42,22 +43,18 @@ def test_a_run_that_was_killed_while_its_folder_was_created_can_be_created_again
     assert plan.finished()
 
 
-def test_a_folder_with_only_options_is_used_again_if_they_are_the_same(ridge, tmp_path):
+def test_options_that_belong_to_no_run_are_kept(ridge, tmp_path):
     plan = Planned(tmp_path / "run", "ridge", {"steps": 1})
     create(plan)
     (plan.folder / "run.json").unlink()
-    check([plan])
-    create(plan)
-    (plan.folder / "run.json").unlink()
-    other = Planned(plan.folder, "ridge", {"steps": 2})
     with pytest.raises(ConfigError, match="not a run folder"):
-        check([other])
+        check([plan])
     with pytest.raises(ConfigError, match="nothing is overwritten"):
-        create(other)
+        create(plan)
 
 
 def test_a_folder_without_a_stage_is_used_for_other_options(ridge, tmp_path):
-    first = RunFolder.create("ridge", ridge.RidgeJob(), tmp_path / "run")
+    first = Run.create("ridge", ridge.RidgeJob(), tmp_path / "run")
     (first.path / "log.txt").write_text("error: no such data\n")
     plan = Planned(first.path, "ridge", {"steps": 1, "device": "cpu"})
     assert not plan.started()
@@ -69,7 +66,7 @@ def test_a_folder_without_a_stage_is_used_for_other_options(ridge, tmp_path):
 
 @pytest.mark.parametrize("name", ["stages", "mine.txt", ".run.json.tmp"])
 def test_a_folder_that_holds_more_is_not_used(ridge, tmp_path, name):
-    run = RunFolder.create("ridge", ridge.RidgeJob(), tmp_path / "run")
+    run = Run.create("ridge", ridge.RidgeJob(), tmp_path / "run")
     (run.path / name).mkdir()
     plan = Planned(run.path, "ridge", {"steps": 1})
     assert plan.started()
@@ -77,16 +74,16 @@ def test_a_folder_that_holds_more_is_not_used(ridge, tmp_path, name):
         check([plan])
     with pytest.raises(ConfigError, match="nothing is overwritten"):
         create(plan)
-    run.discard()
+    discard_folder(run.path)
     assert (run.path / "config.yaml").exists()
 
 
 def test_the_folder_of_a_running_process_is_neither_used_nor_discarded(ridge, tmp_path):
-    run = RunFolder.create("ridge", ridge.RidgeJob(), tmp_path / "run")
-    with run.locked():
+    run = Run.create("ridge", ridge.RidgeJob(), tmp_path / "run")
+    with locked(run.path):
         with pytest.raises(ConfigError, match="another process is running in this folder"):
-            RunFolder.create("ridge", ridge.RidgeJob(steps=1), run.path)
-        run.discard()
+            Run.create("ridge", ridge.RidgeJob(steps=1), run.path)
+        discard_folder(run.path)
     assert "steps: 12\n" in (run.path / "config.yaml").read_text()
     assert read_results(run.path) is None
 
@@ -121,20 +118,20 @@ def test_a_file_where_the_folder_of_runs_should_be_is_an_error(mlo, words):
 
 
 def test_a_run_that_has_not_started_is_checked_when_it_is_resumed(ridge, tmp_path, monkeypatch):
-    run = RunFolder.create("ridge", ridge.RidgeJob(), tmp_path / "run")
+    run = Run.create("ridge", ridge.RidgeJob(), tmp_path / "run")
 
     def check(job):
         raise ConfigError("no such data")
 
     monkeypatch.setattr(ridge.RidgeJob, "check", check)
     with pytest.raises(ConfigError, match="no such data"):
-        RunFolder.open(run.path)
+        Run.open(run.path)
     (run.path / "stages").mkdir()
-    RunFolder.open(run.path)
+    Run.open(run.path)
 
 
 def test_a_folder_is_discarded_where_an_open_lock_cannot_be_deleted(ridge, tmp_path, monkeypatch):
-    run = RunFolder.create("ridge", ridge.RidgeJob(), tmp_path / "run")
+    run = Run.create("ridge", ridge.RidgeJob(), tmp_path / "run")
     unlink = Path.unlink
 
     def refuse(path, missing_ok=False):  # as Windows does with open files
@@ -143,7 +140,7 @@ def test_a_folder_is_discarded_where_an_open_lock_cannot_be_deleted(ridge, tmp_p
         unlink(path, missing_ok=missing_ok)
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    run.discard()
+    discard_folder(run.path)
     assert [file.name for file in run.path.iterdir()] == [".lock"]
 
 

@@ -20,10 +20,10 @@ def show(clock, terminal, seconds_a_step, steps=100):
     """(what was written, at which steps losses were read) of a stage at a steady pace."""
     out, reads = io.StringIO(), []
     console = Console(file=out, force_terminal=terminal, width=100)
-    with progress.StageProgress("search", steps, 0, console) as shown:
+    with progress.stage_progress("search", steps, 0, console) as update:
         for step in range(1, steps + 1):
             clock[0] += seconds_a_step
-            shown.update(step, lambda step=step: reads.append(step) or {"teacher": 2.5, "student": 1 / 3})
+            update(step, lambda step=step: reads.append(step) or {"teacher": 2.5, "student": 1 / 3})
     return out.getvalue(), reads
 
 
@@ -43,7 +43,8 @@ def test_in_a_terminal_losses_are_read_twice_a_second(clock):
 
 def test_the_time_left_counts_only_the_steps_of_this_process(clock):
     out = io.StringIO()
-    shown = progress.StageProgress("search", 100, 80, Console(file=out, force_terminal=False, width=100))
-    clock[0] += 20
-    shown.update(90, dict)
+    console = Console(file=out, force_terminal=False, width=100)
+    with progress.stage_progress("search", 100, 80, console) as update:
+        clock[0] += 20
+        update(90, dict)
     assert "0:00:20 left" in out.getvalue()

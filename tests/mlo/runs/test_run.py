@@ -7,21 +7,19 @@ import time
 
 import pytest
 import torch
+from interruption import PowerCutError, before_each_step
 
 from mlo import Engine
 from mlo.errors import ConfigError
 from mlo.files import write_atomic
 from mlo.options.config import validate
 from mlo.options.yaml_options import read_yaml
-from mlo.runs.folder import RunFolder, read_results
+from mlo.runs.folder import discard_folder, locked, read_results
+from mlo.runs.run import Run
 from mlo.runs.stage import stage_seed
 from mlo.training import checkpoint
 
 STEPS = 12
-
-
-class PowerCutError(Exception):
-    """What the power cut of these tests raises."""
 
 
 @pytest.fixture
@@ -30,7 +28,7 @@ def job(ridge):
 
 
 def make(job, path):
-    return RunFolder.create("ridge", job, path)
+    return Run.create("ridge", job, path)
 
 
 def weights(engine):
@@ -41,17 +39,9 @@ def train(folder, before_step=lambda rounds: None, result=weights, stop=None):
     """The stage "train" of a run, with something that happens before each step."""
 
     def build():
-        engine = folder.job.engine()
-        step = engine.step
+        return before_each_step(folder.job.engine(), before_step)
 
-        def stepped():
-            before_step(engine.rounds)
-            step()
-
-        engine.step = stepped
-        return engine
-
-    return folder.run.stage("train", build, STEPS, result, stop)
+    return folder.stage("train", build, STEPS, result, stop)
 
 
 def stop_at(rounds):
@@ -87,10 +77,10 @@ def unbroken(job, tmp_path):
 def test_metrics_are_logged_at_their_interval_and_at_the_end(ridge, tmp_path):
     job = ridge.RidgeJob(device="cpu", log_every=5)
     train(make(job, tmp_path / "run"))
-    lines = RunFolder.open(tmp_path / "run").run.metrics("train")
+    lines = Run.open(tmp_path / "run").metrics("train")
     assert [line["step"] for line in lines] == [5, 10, 12]
     assert set(lines[0]) == {"step", "fit/loss", "ridge/loss", "fit/residual"}
-    assert RunFolder.open(tmp_path / "run").run.metrics("other") == []
+    assert Run.open(tmp_path / "run").metrics("other") == []
 
 
 def test_tensors_are_read_only_when_something_is_logged(job, tmp_path, monkeypatch):
@@ -113,7 +103,7 @@ def test_a_run_that_died_ends_as_an_unbroken_one(job, tmp_path, unbroken, rounds
     with pytest.raises(PowerCutError):
         train(make(job, path), stop_at(rounds))
     taken = []
-    result = train(RunFolder.open(path), taken.append)
+    result = train(Run.open(path), taken.append)
     assert (result, metrics(path)) == unbroken
     assert taken == list(range(rounds // 5 * 5, STEPS))
 
@@ -124,7 +114,7 @@ def test_half_a_line_of_metrics_is_removed(job, tmp_path, unbroken):
         train(make(job, path), stop_at(7))
     file = path / "stages" / "train" / "metrics.jsonl"
     file.write_text(file.read_text() + '{"step": 8, "fit/lo')
-    train(RunFolder.open(path))
+    train(Run.open(path))
     assert metrics(path) == unbroken[1]
 
 
@@ -136,14 +126,14 @@ def test_a_signal_ends_the_round_and_writes_a_checkpoint(job, tmp_path, unbroken
         train(make(job, path), kill_at(7, number))
     assert saved(path) == ["step-000000005.pt", "step-000000008.pt"]
     assert signal.getsignal(number) is before
-    assert (train(RunFolder.open(path)), metrics(path)) == unbroken
+    assert (train(Run.open(path)), metrics(path)) == unbroken
 
 
 def test_a_signal_in_the_last_round_stops_too(job, tmp_path, unbroken):
     with pytest.raises(KeyboardInterrupt):
         train(make(job, tmp_path / "run"), kill_at(11))
     taken = []
-    assert train(RunFolder.open(tmp_path / "run"), taken.append) == unbroken[0]
+    assert train(Run.open(tmp_path / "run"), taken.append) == unbroken[0]
     assert taken == []
 
 
@@ -171,7 +161,7 @@ def test_stop_ends_a_stage_early(job, tmp_path, unbroken):
     assert saved(folder.path) == ["step-000000005.pt", "step-000000007.pt"]
     lines = unbroken[1].splitlines()
     assert metrics(folder.path).splitlines()[:3] == lines[:3]
-    assert [line["step"] for line in folder.run.metrics("train")] == [2, 4, 6, 7]
+    assert [line["step"] for line in folder.metrics("train")] == [2, 4, 6, 7]
 
 
 def test_a_stage_that_ended_early_and_died_before_its_result_trains_no_more(job, tmp_path):
@@ -184,7 +174,7 @@ def test_a_stage_that_ended_early_and_died_before_its_result_trains_no_more(job,
     with pytest.raises(PowerCutError):
         train(make(job, tmp_path / "run"), result=dies, stop=stop)
     taken = []
-    assert train(RunFolder.open(tmp_path / "run"), taken.append, lambda engine: engine.rounds, stop) == 7
+    assert train(Run.open(tmp_path / "run"), taken.append, lambda engine: engine.rounds, stop) == 7
     assert taken == []
 
 
@@ -195,7 +185,7 @@ def test_what_stop_changes_in_a_round_is_in_its_metrics_and_its_checkpoint(job, 
 
     folder = make(job, tmp_path / "run")
     train(folder, stop=stop)
-    assert [line["fit/loss"] for line in folder.run.metrics("train")] == [2, 4, 6, 8, 10, 12]
+    assert [line["fit/loss"] for line in folder.metrics("train")] == [2, 4, 6, 8, 10, 12]
     assert checkpoint.load(folder.path / "stages" / "train" / "step-000000010.pt")["losses"]["fit"] == 10
 
 
@@ -203,7 +193,7 @@ def test_a_finished_stage_builds_nothing(job, tmp_path, unbroken):
     def never():
         raise AssertionError("the engine was built again")
 
-    assert RunFolder.open(tmp_path / "unbroken").run.stage("train", never, STEPS, never) == unbroken[0]
+    assert Run.open(tmp_path / "unbroken").stage("train", never, STEPS, never) == unbroken[0]
 
 
 def test_a_result_that_fails_leaves_nothing_and_trains_nothing_again(job, tmp_path, unbroken):
@@ -214,7 +204,7 @@ def test_a_result_that_fails_leaves_nothing_and_trains_nothing_again(job, tmp_pa
         train(make(job, tmp_path / "run"), result=failing)
     assert not (tmp_path / "run" / "stages" / "train" / "result.json").exists()
     taken = []
-    assert train(RunFolder.open(tmp_path / "run"), taken.append) == unbroken[0]
+    assert train(Run.open(tmp_path / "run"), taken.append) == unbroken[0]
     assert taken == []
 
 
@@ -238,23 +228,23 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(job, tmp_pa
     assert saved(path) == ["step-000000005.pt", "step-000000010.pt"]
     (path / "stages" / "train" / "step-000000010.pt").write_bytes(b"half")
     taken = []
-    result = train(RunFolder.open(path), taken.append)
+    result = train(Run.open(path), taken.append)
     assert (result, metrics(path), taken[0]) == (*unbroken, 5)
     assert "step-000000010.pt: this file is not a readable checkpoint" in capsys.readouterr().err
 
 
 def test_a_stage_does_not_depend_on_the_stages_before_it(job, tmp_path, unbroken):
     folder = make(job, tmp_path / "run")
-    folder.run.stage("first", folder.job.engine, 3, weights)
+    folder.stage("first", folder.job.engine, 3, weights)
     assert train(folder) == unbroken[0]
     assert len({stage_seed(seed, name) for seed in (0, 1) for name in ("a", "b")}) == 4
 
 
 def test_two_stages_of_the_same_name_are_an_error(job, tmp_path):
     folder = make(job, tmp_path / "run")
-    folder.run.stage("twice", job.engine, 1, weights)
+    folder.stage("twice", job.engine, 1, weights)
     with pytest.raises(ConfigError, match="two stages of this job are named 'twice'"):
-        folder.run.stage("twice", job.engine, 1, weights)
+        folder.stage("twice", job.engine, 1, weights)
 
 
 def test_the_folder_records_job_options_and_versions(job, tmp_path):
@@ -263,7 +253,7 @@ def test_the_folder_records_job_options_and_versions(job, tmp_path):
     about = json.loads((folder.path / "run.json").read_text())
     assert about["job"] == "ridge"
     assert about["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert RunFolder.open(folder.path).job == job
+    assert Run.open(folder.path).job == job
 
 
 def test_a_run_of_other_versions_is_resumed_with_a_note(job, tmp_path, capsys):
@@ -271,7 +261,7 @@ def test_a_run_of_other_versions_is_resumed_with_a_note(job, tmp_path, capsys):
     about = json.loads((folder.path / "run.json").read_text())
     about["versions"]["torch"] = "1.0"
     (folder.path / "run.json").write_text(json.dumps(about))
-    RunFolder.open(folder.path)
+    Run.open(folder.path)
     assert "numbers may differ: torch 1.0 then" in capsys.readouterr().err
 
 
@@ -311,17 +301,17 @@ def test_only_a_run_folder_can_be_resumed(tmp_path, content):
     if content:
         (tmp_path / "run.json").write_text(content)
     with pytest.raises(ConfigError, match="not a run folder"):
-        RunFolder.open(tmp_path)
+        Run.open(tmp_path)
 
 
 def test_only_a_run_that_has_not_started_is_discarded(job, tmp_path):
     fresh = make(job, tmp_path / "fresh")
-    fresh.discard()
+    discard_folder(fresh.path)
     assert not fresh.path.exists()
     started = make(job, tmp_path / "started")
     with pytest.raises(PowerCutError):
         train(started, stop_at(0))
-    started.discard()
+    discard_folder(started.path)
     assert (started.path / "config.yaml").exists()
 
 
@@ -354,9 +344,9 @@ def test_checkpoints_hold_the_whole_engine(job, tmp_path):
 
 def test_one_process_at_a_time_runs_in_a_folder(job, tmp_path):
     folder = make(job, tmp_path / "run")
-    with folder.locked(), pytest.raises(ConfigError, match="another process is running in this folder"):
-        RunFolder.open(tmp_path / "run").locked().__enter__()
-    with RunFolder.open(tmp_path / "run").locked():
+    with locked(folder.path), pytest.raises(ConfigError, match="another process is running in this folder"):
+        locked(folder.path).__enter__()
+    with locked(folder.path):
         pass
 
 
@@ -379,7 +369,7 @@ def burn(seconds: float) -> None:
 
 
 def test_the_seconds_of_a_stage_add_up_over_interruptions(job, tmp_path):
-    assert make(job, tmp_path / "run").run.seconds("train") == 0
+    assert make(job, tmp_path / "run").seconds("train") == 0
     nap = 0.02
 
     def stop(now):
@@ -388,13 +378,13 @@ def test_the_seconds_of_a_stage_add_up_over_interruptions(job, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt):
-        train(RunFolder.open(tmp_path / "run"), stop)
-    first = RunFolder.open(tmp_path / "run").run.seconds("train")
+        train(Run.open(tmp_path / "run"), stop)
+    first = Run.open(tmp_path / "run").seconds("train")
     assert first >= 8 * nap
     burn(0.5)
     started = time.process_time()
-    train(RunFolder.open(tmp_path / "run"), lambda rounds: burn(nap))
-    second = RunFolder.open(tmp_path / "run").run.seconds("train") - first
+    train(Run.open(tmp_path / "run"), lambda rounds: burn(nap))
+    second = Run.open(tmp_path / "run").seconds("train") - first
     assert 4 * nap <= second <= time.process_time() - started  # neither the pause nor the rounds before it once more
 
 
@@ -404,13 +394,13 @@ def test_results_mark_a_run_as_finished(job, tmp_path):
     folder.execute()
     found = read_results(folder.path)
     assert found == {"train": json.loads((folder.path / "stages" / "train" / "result.json").read_text())}
-    RunFolder.open(folder.path).execute()
+    Run.open(folder.path).execute()
     assert read_results(folder.path) == found
 
 
 def test_a_run_that_was_stopped_has_no_results(job, tmp_path, monkeypatch):
     folder = make(job, tmp_path / "run")
-    monkeypatch.setattr(type(job), "run", lambda job, run: train(RunFolder(run.path, job), kill_at(7)))
+    monkeypatch.setattr(type(job), "run", lambda job, run: train(run, kill_at(7)))
     with pytest.raises(KeyboardInterrupt):
         folder.execute()
     assert read_results(folder.path) is None

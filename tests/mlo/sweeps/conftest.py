@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from mlo.errors import ConfigError, MloError
-from mlo.runs.folder import RunFolder
+from mlo.runs.run import Run
 from mlo.sweeps import cost, grid
-from mlo.sweeps.processes import Failure
+from mlo.sweeps.processes import Failure, error_message
 
 
 @pytest.fixture
@@ -20,24 +20,25 @@ def same_process(monkeypatch):
             cost.main(Path(words[1]))
         else:
             assert words[:2] == ["mlo", "resume"]
-            RunFolder.open(Path(words[-1])).execute()
+            Run.open(Path(words[-1])).execute()
 
-    def run_processes(items, command, workers=1, one_core_each=False):
+    def run_processes(items, command, ended, workers=1, one_core_each=False):
         for item in items:
+            failure = None
             try:
-                started = command(item)
+                words, log = command(item)
+                try:
+                    with log.open("a") as file, redirect_stdout(file):
+                        run(words)
+                except MloError as error:
+                    failure = Failure(str(error), refused=isinstance(error, ConfigError))
+                except SystemExit as error:
+                    failure = Failure(error_message(str(error)))
+                except (ArithmeticError, RuntimeError) as error:
+                    failure = Failure(f"{type(error).__name__}: {error}")
             except MloError as error:
-                yield item, Failure(str(error))
-                continue
-            try:
-                with started.log.open("a") as log, redirect_stdout(log):
-                    run(started.words)
-            except MloError as error:
-                yield item, Failure(str(error), isinstance(error, ConfigError))
-            except (ArithmeticError, RuntimeError) as error:
-                yield item, Failure(f"{type(error).__name__}: {error}")
-            else:
-                yield item, None
+                failure = Failure(str(error))
+            ended(item, failure)
 
     for module in (grid, cost):
         monkeypatch.setattr(module, "run_processes", run_processes)

@@ -1,18 +1,17 @@
 """Experiments of a third party: their runs, cost and pages."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from mlo.errors import ConfigError, MloError
+from mlo.runs.folder import create_folder
 from mlo.sweeps import cost as costs
-from mlo.sweeps import experiment
-from mlo.sweeps.cost import Cost, Measured, cost, duration, measure
+from mlo.sweeps.cost import Cost, cost, duration, measure
 from mlo.sweeps.experiment import Wanted, chosen_scale, load_experiment, plan
-from mlo.sweeps.grid import FailedRun, Planned, report_failures
-from mlo.sweeps.processes import Failure
+from mlo.sweeps.grid import Planned, report_failures, run_all
 
 DROPOUT = '''
 from mlo.sweeps.experiment import Experiment
@@ -89,8 +88,8 @@ def test_list_shows_experiments(dropout, mlo):
     lines = [" ".join(line.split()) for line in mlo("list")[1].splitlines()]
     assert "dropout Whether dropout helps." in lines
     assert "Experiments: mlo reproduce NAME" in lines
-    told = mlo("--help")[1]
-    assert all(f" {command} " in told for command in ("sweep", "compare", "reproduce"))
+    text = mlo("--help")[1]
+    assert all(f" {command} " in text for command in ("sweep", "compare", "reproduce"))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +121,11 @@ def test_a_run_costs_the_median_of_its_rounds_times_their_number(ridge, monkeypa
 
     times = iter([0, 50, 50, 51, 51, 59, 59, 61, 100, 107])  # rounds of 50 (not counted), 1, 8 and 2 s; one of 7 s
     monkeypatch.setattr(costs, "_now", lambda: next(times))
-    assert measure(TwoStages(device="cpu", threads=3)) == Measured(100 * 2 + 7, threads=3, cuda=False)
+    before = torch.get_num_threads()
+    try:
+        assert measure(TwoStages(device="cpu", threads=3)) == Cost(100 * 2 + 7, 3 * (100 * 2 + 7), cuda=False)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_job_has_one_stage_by_default(ridge):
@@ -140,12 +143,12 @@ def test_durations_in_words(seconds, words):
 
 
 def test_gpus_are_counted_in_days_and_cores_in_hours():
-    assert str(Cost(9600, 2, 19200, cuda=False)) == "about 2 h 40 min on 2 processes (5.3 CPU-hours)"
-    assert str(Cost(86400, 1, 86400, cuda=True)) == "about 1 day on 1 process (1 GPU-days)"
+    assert str(Cost(9600, 19200, cuda=False, processes=2)) == "about 2 h 40 min on 2 processes (5.3 CPU-hours)"
+    assert str(Cost(86400, 86400, cuda=True)) == "about 1 day on 1 process (1 GPU-days)"
 
 
 def test_the_cost_is_that_of_each_kind_shared_among_processes(ridge, tmp_path, monkeypatch):
-    measured = {"quick": Measured(10, 1, cuda=False), "slow": Measured(100, 4, cuda=False)}
+    measured = {"quick": Cost(10, 10, cuda=False), "slow": Cost(100, 400, cuda=False)}
 
     def measure_all(firsts, workers, one_core_each):
         return {key: measured[key] for key in firsts}
@@ -156,39 +159,40 @@ def test_the_cost_is_that_of_each_kind_shared_among_processes(ridge, tmp_path, m
         "slow": [Planned(tmp_path / "slow" / f"seed-{seed}", "ridge") for seed in (0, 1)],
         "done": [],
     }
-    assert cost(left, 2, one_core_each=False) == Cost(115, 2, 3 * 10 + 2 * 100 * 4, cuda=False)
+    assert cost(left, 2, one_core_each=False) == Cost(115, 3 * 10 + 2 * 100 * 4, cuda=False, processes=2)
     assert cost(left, 2, one_core_each=True).core_seconds == 230
-    assert cost(left, 50, one_core_each=False) == Cost(100, 5, 830, cuda=False)  # no sooner than the longest
+    assert cost(left, 50, one_core_each=False) == Cost(100, 830, cuda=False, processes=5)  # no sooner than the longest
 
 
-def test_kinds_of_runs_are_measured_in_as_many_processes_as_run_side_by_side(
+def test_each_kind_of_run_is_measured_in_a_process_and_as_many_at_once_as_run_later(
     ridge, tmp_path, monkeypatch, same_process
 ):
-    monkeypatch.setattr(costs, "measure", lambda job: Measured(job.steps, job.threads, cuda=False))
+    monkeypatch.setattr(costs, "measure", lambda job: Cost(job.steps, job.steps * job.threads, cuda=False))
     started = []
     run_processes = costs.run_processes
     monkeypatch.setattr(
-        costs, "run_processes", lambda files, *given: started.append(files) or run_processes(files, *given)
+        costs, "run_processes", lambda *given: started.append((given[0], *given[3:])) or run_processes(*given)
     )
     left = {f"{n}": [Planned(tmp_path / f"{n}", "ridge", {"steps": n, "threads": 2 * n})] for n in (1, 2, 3)}
-    assert cost(left, 2, one_core_each=False) == Cost(3, 2, 2 + 8 + 18, cuda=False)
-    assert [len(files) for files in started] == [2]
+    assert cost(left, 2, one_core_each=False) == Cost(3, 2 + 8 + 18, cuda=False, processes=2)
+    assert started == [(["1", "2", "3"], 2, False)]
 
 
-def test_a_failure_while_measuring_names_the_kind_of_run(ridge, tmp_path, monkeypatch, capfd):
-    file = tmp_path / "jobs.json"
-    entry = {"key": "slow", "job": "ridge", "options": ridge.RidgeJob().model_dump(mode="json")}
-    file.write_text(json.dumps([entry]))
-    for error, message in ((MloError("no GPU"), "error: slow: no GPU"), (ValueError("odd"), "while measuring slow")):
+def test_a_failure_while_measuring_names_the_kind_of_run(ridge, tmp_path, monkeypatch, same_process):
+    for error, message in ((MloError("no GPU"), "no GPU"), (RuntimeError("odd"), "RuntimeError: odd")):
         monkeypatch.setattr(costs, "measure", lambda job, error=error: (_ for _ in ()).throw(error))
-        with pytest.raises((SystemExit, ValueError)) as raised:
-            costs.main(file)
-        assert message in [str(raised.value), *getattr(raised.value, "__notes__", ())]
-    monkeypatch.setattr(
-        costs, "run_processes", lambda files, *_: (pair for pair in [(files[0], Failure("slow: no GPU"))])
-    )
-    with pytest.raises(MloError, match="measuring the cost failed: slow: no GPU"):
-        cost({"slow": [Planned(tmp_path / "slow" / "seed-0", "ridge")]}, 1, one_core_each=False)
+        with pytest.raises(MloError, match=f"measuring the cost of slow failed: {message}"):
+            cost({"slow": [Planned(tmp_path / "slow" / "seed-0", "ridge")]}, 1, one_core_each=False)
+
+
+def test_the_process_that_measures_prints_one_line_or_its_error(ridge, tmp_path, monkeypatch, capsys):
+    folder = create_folder("ridge", ridge.RidgeJob(), tmp_path / "run")
+    monkeypatch.setattr(costs, "measure", lambda job: Cost(job.steps, 3, cuda=False))
+    costs.main(folder)
+    assert capsys.readouterr().out == "[12, 3, false, 1]\n"
+    monkeypatch.setattr(costs, "measure", lambda job: (_ for _ in ()).throw(MloError("no GPU")))
+    with pytest.raises(SystemExit, match=r"^error: no GPU$"):
+        costs.main(folder)
 
 
 def test_runs_are_measured_in_a_process_on_one_core(ridge, tmp_path):
@@ -213,7 +217,8 @@ def needs_its_file(job):
         raise ConfigError("label: is bad")
 
 
-TWO = {"first": Wanted("ridge", {}), "second": Wanted("ridge", {}, {"where": ("first", "file")})}
+ONE = {"first": Wanted("ridge", {})}
+TWO = {**ONE, "second": Wanted("ridge", {}, {"where": ("first", "file")})}
 
 
 def test_a_file_that_a_run_has_yet_to_write_is_not_missing(dropout, ridge, tmp_path, monkeypatch):
@@ -241,24 +246,23 @@ def test_all_runs_of_an_experiment_are_checked_before_anything_is_measured(dropo
     assert "out/small/second/seed-0: label: is bad" in err
 
 
-def test_a_run_whose_files_are_missing_is_not_started(dropout, tmp_path, monkeypatch):
-    made = load_experiment("dropout")
-    made.runs = lambda scale: TWO
-    planned = plan(made, "small", 2, tmp_path)
-    first, second = planned["first"], planned["second"]
+def test_a_run_whose_files_are_missing_is_not_started(dropout, ridge, tmp_path, monkeypatch, same_process):
     done = []
 
-    def run_all(runs, workers, one_core_each):
-        done.append(list(runs))
-        if len(done) == 1:  # the run of seed 0 writes its file, and that of seed 1 fails
-            first[0].folder.mkdir(parents=True)
-            (first[0].folder / "file").write_text("")
-            return [FailedRun(first[1].folder, "no")]
-        return []
+    def run(job, run):
+        done.append(run.path)
+        if job.seed == 1 and job.label != "second":
+            raise RuntimeError("no")
+        (run.path / "file").write_text("")
 
-    monkeypatch.setattr(experiment, "run_all", run_all)
-    failed = experiment.run_planned(planned, 1, one_core_each=False)
-    assert done == [first, [second[0]]]
-    assert [run.folder for run in failed] == [first[1].folder, second[1].folder]
-    assert failed[1].message.startswith(f"not started: {first[1].folder / 'file'} is missing")
+    monkeypatch.setattr(ridge.RidgeJob, "run", run)
+    made = load_experiment("dropout")
+    made.runs = lambda scale: {"second": Wanted("ridge", {"label": "second"}, TWO["second"].uses), **ONE}
+    planned = plan(made, "small", 2, tmp_path)
+    first, second = planned["first"], planned["second"]
+    failed = run_all([*second, *first])
+    assert done == [first[0].folder, first[1].folder, second[0].folder]
+    assert [*failed] == [first[1].folder, second[1].folder]
+    assert failed[second[1].folder].startswith(f"not started: {first[1].folder / 'file'} is missing")
+    assert not second[1].folder.exists()
     assert report_failures(failed, 4)

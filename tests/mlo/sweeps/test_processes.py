@@ -9,7 +9,7 @@ import time
 import pytest
 
 from mlo.errors import ConfigError
-from mlo.sweeps.processes import Command, Failure, available_cores, error_message, run_processes
+from mlo.sweeps.processes import Failure, available_cores, error_message, run_processes
 
 QUICK = """
 import json
@@ -54,7 +54,14 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quick.py").write_text("raise AssertionError('a module in the current folder was run')")
-    return lambda item: Command(["quick", item], tmp_path / f"{item}.log")
+    return lambda item: (["quick", item], tmp_path / f"{item}.log")
+
+
+def outcomes(*given, **options):
+    """{item: None, or why it failed}, in the order in which the commands ended."""
+    found = {}
+    run_processes(*given[:2], found.__setitem__, *given[2:], **options)
+    return found
 
 
 def last_line(tmp_path, item):
@@ -64,7 +71,7 @@ def last_line(tmp_path, item):
 def test_a_process_that_fails_or_dies_does_not_stop_the_others(command, tmp_path, capfd):
     (tmp_path / "refused.log").write_text("an earlier log, without an end of line")
     names = ["one", "fails", "refused", "quiet", "dies", "stopped", "other"]
-    assert dict(run_processes(names, command, workers=2)) == {
+    assert outcomes(names, command, workers=2) == {
         "one": None,
         "fails": Failure("ValueError: that is no way\nto run"),
         "refused": Failure("rate: no\n  such: rate", refused=True),
@@ -85,7 +92,7 @@ def test_a_process_that_fails_or_dies_does_not_stop_the_others(command, tmp_path
 def test_one_core_each_is_one_core_and_one_thread(command, tmp_path):
     workers = min(2, len(os.sched_getaffinity(0)))
     names = ["a", "b", "c"]
-    assert dict(run_processes(names, command, workers, one_core_each=True)) == dict.fromkeys(names)
+    assert outcomes(names, command, workers, one_core_each=True) == dict.fromkeys(names)
     found = [last_line(tmp_path, name) for name in names]
     assert [(len(about["cores"]), about["threads"]) for about in found] == [(1, "1")] * 3
     assert len({about["cores"][0] for about in found}) == workers
@@ -98,7 +105,7 @@ def test_an_error_before_its_process_starts_is_the_failure_of_an_item(command):
             raise ConfigError("cannot be created")
         return command(item)
 
-    assert dict(run_processes(["bad", "good"], refusing)) == {"bad": Failure("cannot be created"), "good": None}
+    assert outcomes(["bad", "good"], refusing) == {"bad": Failure("cannot be created"), "good": None}
 
 
 def wait_for(log):
@@ -123,10 +130,10 @@ def interrupt(tmp_path, name, number, times=1):
 def test_a_signal_asks_all_to_stop_and_starts_no_others(command, tmp_path, number):
     before = signal.getsignal(number)
     interrupt(tmp_path, "saves", number)
-    outcomes = run_processes(["one", "saves", "other"], command)
-    assert next(outcomes) == ("one", None)
+    found = {}
     with pytest.raises(KeyboardInterrupt):
-        next(outcomes)
+        run_processes(["one", "saves", "other"], command, found.__setitem__)
+    assert found == {"one": None}
     assert (tmp_path / "saves.log").read_text().endswith("saved\n")
     assert not (tmp_path / "other.log").exists()
     assert signal.getsignal(number) is before
@@ -136,15 +143,18 @@ def test_a_second_signal_kills(command, tmp_path):
     interrupt(tmp_path, "stubborn", signal.SIGINT, times=2)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        list(run_processes(["stubborn"], command))
+        outcomes(["stubborn"], command)
     assert time.monotonic() - start < 30
 
 
-def test_closing_the_generator_leaves_no_process(command, tmp_path):
-    outcomes = run_processes(["one", "stubborn"], command, workers=2)
-    assert next(outcomes) == ("one", None)
-    wait_for(tmp_path / "stubborn.log")
-    outcomes.close()
+def test_an_error_of_the_caller_leaves_no_process(command, tmp_path):
+    def ended(item, failure):
+        assert (item, failure) == ("one", None)
+        wait_for(tmp_path / "stubborn.log")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_processes(["one", "stubborn"], command, ended, workers=2)
     with pytest.raises(ProcessLookupError):
         os.kill(last_line(tmp_path, "stubborn")["pid"], 0)
 
@@ -157,11 +167,11 @@ def test_a_system_without_affinity_is_an_error(monkeypatch):
 
 def test_too_many_workers_for_the_cores_are_an_error(command):
     with pytest.raises(ConfigError, match="5000 workers, but"):
-        next(run_processes(["one"], command, 5000, one_core_each=True))
+        outcomes(["one"], command, 5000, one_core_each=True)
 
 
 def test_nothing_to_do_starts_no_process():
-    assert list(run_processes([], print)) == []
+    assert outcomes([], print) == {}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 import torch
 import two_processes
 from engine_state import same
+from two_processes import EVALUATION, STEPS
 
 import mlo
 from mlo.ops import distributed
@@ -22,10 +23,6 @@ from mlo.training import checkpoint
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(1200)]  # where other work has the cores
 ROOT = Path(__file__).parents[3]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-STEPS = 150
-RUN = ["run", "evaluate", "--genotype", "DARTS_V2", "--device", "cpu", "--threads", "1", "--steps", STEPS]
-RUN += ["--training.cells", 1, "--training.channels", 2, "--training.batch_size", 20, "--training.drop_path", 0.2]
-RUN += ["--training.augmentation.flip", "true", "--checkpoint_every", 1000, "--log_every", 1]
 
 started: list[subprocess.Popen[str]] = []
 
@@ -57,17 +54,34 @@ def torchrun(folder, *words):
     return process
 
 
-def ended(process):
-    out, err = process.communicate(timeout=400)
-    assert process.returncode == 0, err
-    return out, err
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A folder with a run `stopped`, the name of its checkpoint, and what its processes wrote to standard error."""
+    folder = tmp_path_factory.mktemp("processes")
+    stage = folder / "stopped" / "stages" / "train"
+    process = torchrun(folder, "-m", "mlo", *EVALUATION, "--output", "stopped")
+    while not ((stage / "metrics.jsonl").exists() and (stage / "metrics.jsonl").stat().st_size):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)  # a busy wait would take a core from the processes
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=400)
+    return folder, [checkpoint.stem for checkpoint in stage.glob("*.pt")], err
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def ended(stopped):
+    """The folder, and the output and errors of the processes that did all in two_processes.py, resuming there."""
+    folder, _, _ = stopped
+    process = torchrun(folder, ROOT / "tests" / "two_processes.py", folder)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    return folder, out, err
+
+
+@pytest.fixture(scope="module")
+def seen(ended):
     """What both processes saw."""
-    folder = tmp_path_factory.mktemp("processes")
-    ended(torchrun(folder, ROOT / "tests" / "two_processes.py", folder))
+    folder, _, _ = ended
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -156,25 +170,15 @@ def test_each_process_has_the_gpu_of_its_number(monkeypatch):
         distributed.own_device("cuda")
 
 
-def test_a_stopped_and_resumed_evaluation_ends_in_the_bits_of_an_unbroken_one(tmp_path):
-    stage = tmp_path / "stopped" / "stages" / "train"
-    stopped = torchrun(tmp_path, "-m", "mlo", *RUN, "--output", "stopped")
-    while not ((stage / "metrics.jsonl").exists() and (stage / "metrics.jsonl").stat().st_size):
-        assert stopped.poll() is None, stopped.communicate()
-        time.sleep(0.02)  # a busy wait would take a core from the processes
-    stopped.send_signal(signal.SIGTERM)
-    _, err = stopped.communicate(timeout=400)
+def test_a_stopped_and_resumed_evaluation_ends_in_the_bits_of_an_unbroken_one(stopped, ended):
+    _, saved, err = stopped
     assert err.count("stopped; continue with: torchrun --nproc-per-node 2 -m mlo resume stopped") == 1, err
-    (saved,) = stage.glob("*.pt")  # because of the signal, for none else was due
-    assert saved.stem < f"step-{STEPS:09}"
-    resumed, unbroken = (
-        torchrun(tmp_path, "-m", "mlo", *words) for words in (["resume", "stopped"], [*RUN, "--output", "unbroken"])
-    )
-    ended(resumed)
-    out, err = ended(unbroken)
-    assert out.count("finished: unbroken") == 1
-    assert err.count(f"{STEPS}/{STEPS}") == 1
-    runs = [tmp_path / name / "stages" / "train" for name in ("stopped", "unbroken")]
+    (checkpoint_name,) = saved  # written because of the signal, for none else was due
+    assert checkpoint_name < f"step-{STEPS:09}"
+    folder, out, err = ended
+    assert [out.count(f"finished: {name}") for name in ("stopped", "unbroken")] == [1, 1]
+    assert err.count(f"{STEPS}/{STEPS}") == 2  # once for each run, by the first process alone
+    runs = [folder / name / "stages" / "train" for name in ("stopped", "unbroken")]
     for file in ("metrics.jsonl", "result.json"):
         assert (runs[0] / file).read_bytes() == (runs[1] / file).read_bytes()
     assert [json.loads(line)["step"] for line in (runs[0] / "metrics.jsonl").open()] == list(range(1, STEPS + 1))

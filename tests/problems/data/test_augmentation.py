@@ -49,8 +49,8 @@ def test_the_centre_of_a_cutout_is_uniform_so_the_square_hangs_over_the_edge(len
     assert (erased.sum((1, 2)) == erased.any(2).sum(1) * erased.any(1).sum(1)).all()  # a rectangle
 
     def chance(size: int) -> torch.Tensor:
-        centres, places = torch.arange(size)[:, None], torch.arange(size)
-        first = centres - length // 2
+        centers, places = torch.arange(size)[:, None], torch.arange(size)
+        first = centers - length // 2
         return ((places >= first) & (places < first + length)).float().mean(0)
 
     expected = torch.outer(chance(height), chance(width))
@@ -61,9 +61,9 @@ def test_the_centre_of_a_cutout_is_uniform_so_the_square_hangs_over_the_edge(len
 def test_an_even_cutout_is_that_of_devries_and_taylor():
     images = torch.ones(50, 1, 9, 9)
     cutout = CutoutEach(4)
-    centres = cutout.make_params([images])["centres"]
-    found = cutout.transform(images, {"centres": centres})
-    for image, (y, x) in zip(found, centres.tolist(), strict=True):
+    centers = cutout.make_params([images])["centers"]
+    found = cutout.transform(images, {"centers": centers})
+    for image, (y, x) in zip(found, centers.tolist(), strict=True):
         mask = torch.ones(9, 9)
         mask[max(y - 2, 0) : min(y + 2, 9), max(x - 2, 0) : min(x + 2, 9)] = 0
         assert torch.equal(image[0], mask)
@@ -98,18 +98,18 @@ def test_nothing_is_changed_by_default():
 
 
 @pytest.mark.parametrize(
-    ("options", "channels", "told"),
+    ("options", "channels", "message"),
     [
         ({"jitter": 0.5}, 2, "jitter: 0.5 was given, but the images have 2 channels.*write jitter: 0"),
         ({"cutout": 16}, 1, "cutout: 16 was given, but the images are 8x9 pixels; write at most 8"),
         ({"crop": 9}, 1, "crop: 9 was given.*write at most 8"),
     ],
 )
-def test_what_does_not_fit_the_images(options, channels, told):
-    with pytest.raises(ConfigError, match=told):
+def test_what_does_not_fit_the_images(options, channels, message):
+    with pytest.raises(ConfigError, match=message):
         make_transforms(Augmentation(**options), channels, (8, 9))
 
 
 def test_two_ways_of_cropping_are_one_too_many():
-    with pytest.raises(ConfigError, match="crop: 4 and resized_crop: true both cut the image; leave one out"):
+    with pytest.raises(ConfigError, match="crop: 4 and resized_crop: true both crop the image; set one of them"):
         Augmentation(crop=4, resized_crop=True)

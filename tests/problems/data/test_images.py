@@ -221,7 +221,7 @@ def test_loader_processes_give_the_same_bits_as_none(tmp_path):
 def test_a_file_that_is_no_image_is_named(tmp_path):
     (tmp_path / "a.png").write_text("no image")
     part = Part.of(FilePixels([str(tmp_path / "a.png")], 16), torch.zeros(1))
-    with pytest.raises(ConfigError, match=r"a\.png cannot be read as an image.*mend or remove it"):
+    with pytest.raises(ConfigError, match=r"a\.png cannot be read as an image.*repair or remove it"):
         part.load()
 
 

@@ -1,4 +1,4 @@
-"""Sources of images: each kind as it lies on disk, and what people are told when it is not as it should be."""
+"""Sources of images: each kind as it lies on disk, and the errors when it is not valid."""
 
 from __future__ import annotations
 
@@ -87,25 +87,25 @@ def test_images_of_arrays_are_resized_with_antialiasing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        ({"train_images": np.zeros((40, 4, 4, 3))}, r"train_images are float64 of shape.*make them uint8 of \(N, H"),
+        ({"train_images": np.zeros((40, 4, 4, 3))}, r"train_images are float64 of shape.*use uint8 of shape \(N, H"),
         ({"train_images": np.zeros((40, 4, 4), np.uint8)}, r"shape \(40, 4, 4\)"),
-        ({"train_images": np.uint8(3)}, r"train_images are uint8 of shape \(\): make them"),
-        ({"train_images": np.zeros((40, 0, 4, 3), np.uint8)}, r"shape \(40, 0, 4, 3\): make them"),
+        ({"train_images": np.uint8(3)}, r"train_images are uint8 of shape \(\): use"),
+        ({"train_images": np.zeros((40, 0, 4, 3), np.uint8)}, r"shape \(40, 0, 4, 3\): use"),
         ({"train_labels": np.arange(40.0)}, "train_labels are float64"),
-        ({"test_labels": np.arange(7)}, "test_labels are 7, and test_images 8: give one label an image"),
+        ({"test_labels": np.arange(7)}, "there are 7 test_labels for 8 test_images: give one label for each image"),
         ({"train_labels": np.arange(40) % 4 + 1}, "no image has label 0: number the classes from 0 without gaps"),
-        ({"train_labels": np.arange(40) % 4 - 1}, "train_labels have -1"),
-        ({"test_labels": np.arange(8)}, "test_labels have 4, which train_labels have not"),
-        ({"test_images": np.zeros((8, 5, 4, 3), np.uint8)}, r"test_images are .* \(5, 4, 3\), and train_images \(4"),
+        ({"train_labels": np.arange(40) % 4 - 1}, "train_labels contain -1"),
+        ({"test_labels": np.arange(8)}, "test_labels contain 4, which train_labels do not: remove"),
+        ({"test_images": np.zeros((8, 5, 4, 3), np.uint8)}, r"test_images have .* \(5, 4, 3\), and train_images \(4"),
     ],
 )
-def test_arrays_that_cannot_be_used(tmp_path, change, told):
+def test_arrays_that_cannot_be_used(tmp_path, change, message):
     np.savez(tmp_path / "x.npz", **{**arrays(), **change})
     with pytest.raises(ConfigError, match=r"data.source: .*x.npz cannot be used") as raised:
         load_source(str(tmp_path / "x.npz"), LoadOptions(Path()))
-    assert raised.match(told)
+    assert raised.match(message)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_an_npz_file_that_is_none(tmp_path, spoil):
     np.savez(path, **arrays())
     spoil(path)
     with pytest.raises(
-        ConfigError, match=r"data.source: .*x.npz cannot be read \(.*numpy.savez, with train_images, .*uint8"
+        ConfigError, match=r"data.source: .*x.npz cannot be read \(.*numpy.savez and train_images, .*uint8"
     ):
         load_source(str(path), LoadOptions(Path()))
 
@@ -135,9 +135,11 @@ def test_an_npz_file_that_lacks_an_array(tmp_path):
 
 
 def test_a_name_that_is_none():
-    with pytest.raises(ConfigError, match=r"data.source: 'cifar' is not there; did you mean cifar10\?.*fashion_mnist"):
+    with pytest.raises(
+        ConfigError, match=r"data.source: 'cifar' does not exist; did you mean cifar10\?.*fashion_mnist"
+    ):
         load_source("cifar", LoadOptions(Path()))
-    with pytest.raises(ConfigError, match=r"data.unlabeled_source: '/no/such.npz' is not there; give digits"):
+    with pytest.raises(ConfigError, match=r"data.unlabeled_source: '/no/such.npz' does not exist; give digits"):
         load_source("/no/such.npz", LoadOptions(Path(), named_by="data.unlabeled_source"))
 
 
@@ -152,7 +154,7 @@ def test_the_root_is_given_or_in_the_environment(monkeypatch):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion_mnist"])
 def test_a_data_set_that_is_not_there(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "debian")
-    with pytest.raises(ConfigError, match=f"{name} was looked for in {tmp_path}.*download: true.*data.root"):
+    with pytest.raises(ConfigError, match=f"{name} was not found in {tmp_path}.*download: true.*data.root"):
         load_source(name, LoadOptions(tmp_path))
 
 
@@ -208,7 +210,7 @@ def test_cifar_in_torchvisions_files(name, kind, labels, tmp_path, monkeypatch):
         load_source(name, LoadOptions(tmp_path))
 
 
-def test_download_is_torchvisions_and_its_failure_is_told(tmp_path, monkeypatch):
+def test_download_is_torchvisions_and_its_failure_is_reported(tmp_path, monkeypatch):
     asked = []
 
     def fail(self):
@@ -241,7 +243,7 @@ def test_fashion_mnist_in_torchvisions_folder_comes_first(packed, tmp_path):
     assert test.labels.tolist() == [i % 10 for i in range(20)]
     broken = next(raw.glob("t10k-images*"))
     broken.write_bytes(broken.read_bytes()[:-9])
-    with pytest.raises(ConfigError, match=r"cannot be read from .*t10k-images.*put the four files"):
+    with pytest.raises(ConfigError, match=r"cannot be read from .*t10k-images.*replace the four files"):
         load_source("fashion_mnist", LoadOptions(tmp_path))
     broken.unlink()
     with pytest.raises(ConfigError, match=r"no t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz"):
@@ -273,25 +275,25 @@ def test_a_folder_of_files(name, tmp_path):
 
 
 def test_folders_that_are_not_as_they_should_be(tmp_path):
-    def told(match: str) -> None:
+    def fails(match: str) -> None:
         with pytest.raises(ConfigError, match=match):
             load_source(str(tmp_path), LoadOptions(Path()))
 
-    told(r"should hold train/ and test/ \(or val/\).*it holds nothing")
+    fails(r"should contain train/ and test/ \(or val/\).*it contains nothing")
     class_folders(tmp_path / "train", {"cat": 1, "dog": 1})
-    told("it holds train")
+    fails("it contains train")
     class_folders(tmp_path / "val", {"cat": 1, "cow": 1})
-    told("cow, dog are in only one of")
+    fails("class folders cow, dog are in only one of")
     shutil.rmtree(tmp_path / "val" / "cow")
     (tmp_path / "val" / "dog").mkdir()
-    told("should hold train/ and val/.*dog")
+    fails("should contain train/ and val/.*dog")
 
 
 def test_imagenet_of_torchvision(tmp_path):
     root = tmp_path / "imagenet"
     for part in ("train", "val"):
         class_folders(root / part, {"n01440764": 2, "n01443537": 1})
-    with pytest.raises(ConfigError, match=r"ImageNet was looked for in .*imagenet.*ILSVRC2012_devkit_t12.tar.gz"):
+    with pytest.raises(ConfigError, match=r"ImageNet was not found in .*imagenet.*ILSVRC2012_devkit_t12.tar.gz"):
         load_source("imagenet", LoadOptions(tmp_path))
     names = {"n01440764": ("tench",), "n01443537": ("goldfish",)}
     torch.save((names, []), root / "meta.bin")

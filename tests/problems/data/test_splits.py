@@ -147,13 +147,15 @@ def test_unlabeled_images_of_another_source(source, tmp_path):
 
 def test_unlabeled_images_of_other_channels(source):
     data = Data(source=source, train_size=60, validation_size=60, unlabeled_source="digits")
-    told = "data.unlabeled_source: the images of digits have 1 channels, and those of .* have 3; give a source with 3"
-    with pytest.raises(ConfigError, match=told):
+    message = (
+        "data.unlabeled_source: the images of digits have 1 channels, and those of .* have 3; give a source with 3"
+    )
+    with pytest.raises(ConfigError, match=message):
         data.splits(seed=0)
 
 
 def test_the_source_is_no_other_source():
-    with pytest.raises(ConfigError, match="unlabeled_source: digits is the source itself"):
+    with pytest.raises(ConfigError, match="unlabeled_source: digits is the same as source"):
         Data(unlabeled_source="digits")
 
 
@@ -166,7 +168,7 @@ def test_the_source_in_another_spelling_is_no_other_source(source, tmp_path, mon
     spellings = ["cifar10", "cifar10.npz", "./cifar10.npz", str(tmp_path / "cifar10.npz"), "link.npz"]
     pairs = [*itertools.permutations(spellings, 2), ("images", "images/"), ("images", "linked")]
     for one, other in pairs:
-        with pytest.raises(ConfigError, match="is the source itself"):
+        with pytest.raises(ConfigError, match="is the same as source"):
             Data(source=one, unlabeled_source=other, root=".")
     Path("digits").mkdir()
     for one, other in (("digits", "./digits"), ("cifar10", "cifar100"), ("cifar10", source), ("images", ".")):
@@ -195,7 +197,7 @@ def test_a_folder_of_files_is_split_and_normalized(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (
             {"train_size": 1000, "validation_size": 500, "unlabeled_size": 297},
@@ -208,10 +210,10 @@ def test_a_folder_of_files_is_split_and_normalized(tmp_path):
         ({"held_out_size": 5}, "held_out_size=5"),
         ({"test_size": 5}, "test_size=5 is less"),
         ({"test_size": 598}, "test_size=598, but there are 597 images; lower it"),
-        ({"train_size": None}, "left over cannot be train_size and the test at once; write a number for train_size"),
+        ({"train_size": None}, "left over cannot be used for both train_size and the test; write a number for train"),
         (
             {"train_size": None, "validation_size": None, "held_out_size": 100},
-            "cannot be train_size and validation_size at once",
+            "cannot be used for both train_size and validation_size",
         ),
         (
             {"train_size": None, "unlabeled_size": 1500, "held_out_size": 100},
@@ -219,8 +221,8 @@ def test_a_folder_of_files_is_split_and_normalized(tmp_path):
         ),
     ],
 )
-def test_sizes_that_do_not_fit(options, told):
-    with pytest.raises(ConfigError, match=told):
+def test_sizes_that_do_not_fit(options, message):
+    with pytest.raises(ConfigError, match=message):
         Data(**options).splits(seed=0)
 
 

@@ -48,8 +48,8 @@ def test_the_top_5_error_counts_labels_that_are_not_among_the_5():
             return Predictions(-torch.arange(12.0).expand(len(images), 12), None)  # class 0 first, class 11 last
 
     data = Part.of(ArrayPixels(torch.zeros(12, 1, 2, 2)), torch.arange(12))
-    told = errors(Ranks(), data, (1, 5))
-    assert told == {"test_error": pytest.approx(100 * 11 / 12), "test_top5_error": pytest.approx(100 * 7 / 12)}
+    found = errors(Ranks(), data, (1, 5))
+    assert found == {"test_error": pytest.approx(100 * 11 / 12), "test_top5_error": pytest.approx(100 * 7 / 12)}
 
 
 def train(**options: object) -> TrainNetwork:
@@ -120,5 +120,5 @@ def test_labels_are_smoothed_and_a_small_image_has_no_auxiliary_head():
     expected = F.cross_entropy(logits, batch[1], label_smoothing=0.3)
     assert smooth.loss(batch).item() == pytest.approx(expected.item(), rel=1e-3)
     splits = Data(train_size=40, validation_size=40, unlabeled_size=40).splits(seed=0)
-    with pytest.raises(ConfigError, match="the head needs images of 32x32, and these are 8 high"):
+    with pytest.raises(ConfigError, match="the head needs images of at least 32x32 pixels, but these are 8 high"):
         check_images(Training(auxiliary=True), splits)

@@ -38,19 +38,21 @@ def test_a_published_architecture_and_then_the_one_of_that_run(command_line, tmp
     assert rows == [(name, name) for name in ("PDARTS", str(tmp_path / "a"))], err
 
 
-def test_what_is_no_architecture_is_told_before_anything_is_trained(tmp_path):
+def test_what_is_no_architecture_is_an_error_before_anything_is_trained(tmp_path):
     with pytest.raises(
         ConfigError, match=r"'PDART' is not known .* did you mean PDARTS\? there are: DARTS_V1, DARTS_V2"
     ):
         find_genotype("PDART")
-    with pytest.raises(ConfigError, match=r"holds no genotype\.json .* give the folder of a run that has found"):
+    with pytest.raises(
+        ConfigError, match=r"the genotype\.json in .* cannot be read .* give the folder of a run that has found"
+    ):
         find_genotype(str(tmp_path))
     (tmp_path / "broken.json").write_text('{"normal": [], "reduce": []}')
     with pytest.raises(ConfigError, match=r"broken\.json is not a genotype"):
         find_genotype(str(tmp_path / "broken.json"))
 
 
-def test_a_sweep_tells_of_an_unknown_architecture_before_anything_runs(command_line, tmp_path):
+def test_a_sweep_reports_an_unknown_architecture_before_anything_runs(command_line, tmp_path):
     grid = ("--grid.genotype", "[PDARTS, PDART]")
     code, out, err = command_line("sweep", "evaluate", *grid, *SMALL, "--output", tmp_path / "s")
     assert (code, out) == (2, "")
@@ -58,18 +60,27 @@ def test_a_sweep_tells_of_an_unknown_architecture_before_anything_runs(command_l
     assert not (tmp_path / "s").exists()
 
 
-def test_a_head_that_the_images_are_too_small_for_is_told_before_anything_runs(command_line, tmp_path):
+def test_a_head_that_the_images_are_too_small_for_is_an_error_before_anything_runs(command_line, tmp_path):
     words = ("--genotype", "PDARTS", "--training.auxiliary", *SMALL)
     code, out, err = command_line("sweep", "evaluate", *words, "--output", tmp_path / "s")
     assert (code, out) == (2, "")
-    assert "auxiliary: the head needs images of 32x32" in err
+    assert "auxiliary: the head needs images of at least 32x32" in err
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize("words", [("--genotype", "PDART"), ("--genotype", "PDARTS", "--data.source", "cifar11")])
-def test_wrong_options_are_told_and_leave_nothing(command_line, tmp_path, words):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--genotype", "PDART"), "did you mean PDARTS"),
+        (
+            ("--genotype", "PDARTS", "--data.source", "cifar11"),
+            "data.source: 'cifar11' does not exist; did you mean cifar10",
+        ),
+    ],
+)
+def test_wrong_options_are_reported_and_leave_nothing(command_line, tmp_path, words, message):
     code, out, err = command_line("run", "evaluate", *words, *SMALL, "--output", tmp_path / "r")
     assert (code, out) == (2, "")
-    assert "did you mean" in err
+    assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "r").exists()

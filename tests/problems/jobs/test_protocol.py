@@ -1,4 +1,4 @@
-"""What the levels and trainings of the jobs really see and tell: images, losses, errors, seeds, stages."""
+"""What the levels and trainings of the jobs really see and report: images, losses, errors, seeds, stages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mlo.options.config import Config, parse
-from mlo.runs.folder import RunFolder
+from mlo.runs.run import Run
 from problems.data.images import Part
 from problems.data.options import Data
 from problems.data.sources import LoadOptions, load_source
@@ -99,15 +99,15 @@ def npz(path: Path, classes: int, side: int = 8) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(("classes", "told"), [(10, False), (12, True)])
-def test_the_top_5_error_is_told_of_more_than_10_classes(tmp_path, classes, told):
+@pytest.mark.parametrize(("classes", "reported"), [(10, False), (12, True)])
+def test_the_top_5_error_is_reported_for_more_than_10_classes(tmp_path, classes, reported):
     sizes = dict.fromkeys(("train_size", "validation_size", "unlabeled_size"), classes)
     splits = Data(source=npz(tmp_path / "x.npz", classes), **sizes).splits(seed=0)
     options = Training(**SMALL_TRAINING)
     engine = training_engine(options, PUBLISHED["DARTS_V2"], splits, splits.labeled, 1, "cpu")
     result = judge(engine, splits)
-    assert ("test_top5_error" in result) == told
-    if told:
+    assert ("test_top5_error" in result) == reported
+    if reported:
         assert 0 <= result["test_top5_error"] < result["test_error"]
 
 
@@ -140,7 +140,7 @@ def test_imagenet_is_trained_on_train_and_tested_on_val(tmp_path):
 def executed(path: Path, **options: Any) -> Path:
     """The folder of a whole run of `lbt`, its networks as small as can be."""
     evaluation = {**SMALL_TRAINING, "steps": 1}
-    RunFolder.create("lbt", job(LbtJob, page=False, evaluation=evaluation, **options), path).execute()
+    Run.create("lbt", job(LbtJob, page=False, evaluation=evaluation, **options), path).execute()
     return path
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mlo.runs.folder import RunFolder
+from mlo.runs.run import Run
 from problems.jobs import report
 from problems.jobs.lbt import LbtJob
 from problems.nas import DARTS, PUBLISHED
@@ -16,7 +16,7 @@ RESULT = {"title": "LBT(RN18, DARTS-2nd)", "test_error": 12.345, "test_images": 
 
 @pytest.fixture
 def run(tmp_path):
-    run = RunFolder.create("lbt", LbtJob(), tmp_path / "run").run
+    run = Run.create("lbt", LbtJob(), tmp_path / "run")
     for stage in ("search-lbt", "train-lbt", "train-random"):
         losses = {"network/loss": 2.0}
         folder = run.path / "stages" / stage

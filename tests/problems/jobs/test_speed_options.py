@@ -12,11 +12,12 @@ from problems.nas import PUBLISHED
 
 DATA = {"train_size": 40, "validation_size": 50, "unlabeled_size": 60}
 TYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OPERATIONS = ["none", "max_pool_3x3", "sep_conv_3x3", "dil_conv_5x5"]  # one of each kind, to be fast
 GENOTYPE = PUBLISHED["DARTS_V2"]
 
 
 def job(precision: str = "float32", **options: object) -> LbtJob:
-    search = {"channels": 1, "cells": 3, "batch_size": 10, "precision": precision}
+    search = {"channels": 1, "cells": 3, "batch_size": 10, "precision": precision, "operations": OPERATIONS}
     evaluation = {"channels": 2, "cells": 1, "batch_size": 10, "precision": precision}
     return parse(LbtJob, {"data": DATA, "device": "cpu", "search": search, "evaluation": evaluation, **options})
 

@@ -10,7 +10,7 @@ from problems.nas.cpu_convolution import convolve
 CASES = [(3, 1, 4), (5, 1, 4), (7, 1, 4), (3, 2, 4), (5, 2, 4), (3, 3, 4), (1, 1, 2), (1, 1, 1), (3, 1, 2)]
 
 
-def case(kernel, groups, dtype, size=(5, 6), channels=4, outputs=4):
+def case(kernel, groups, dtype, size=(3, 4), channels=4, outputs=4):
     torch.manual_seed(0)
     features = torch.randn(2, channels, *size, dtype=dtype, requires_grad=True)
     weight = torch.randn(outputs, channels // groups, kernel, kernel, dtype=dtype, requires_grad=True)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from benchmarks.edge_by_edge import EdgeByEdge, load_edges
 from benchmarks.supernet import OperatorCount
-from problems.nas import P_DARTS, PC_DARTS, Architecture, ArchitectureLogits, SearchSpace, Supernet
+from problems.nas import DARTS, P_DARTS, PC_DARTS, Architecture, ArchitectureLogits, SearchSpace, Supernet
 
 pytestmark = pytest.mark.usefixtures("float64")
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -62,13 +62,13 @@ def narrowed():
 
 CASES = {
     "even": ((8, 8), {}),
-    "odd": ((9, 6), {}),
-    "all odd": ((7, 5), {"cells": 4, "channels": 3}),
+    "odd": ((9, 6), {"space": replace(DARTS, nodes=2)}),
+    "all odd": ((7, 5), {"cells": 4, "channels": 3, "space": replace(DARTS, nodes=2)}),
     "three operations": ((6, 6), {"space": SearchSpace(("skip_connect", "sep_conv_5x5", "max_pool_3x3"), nodes=2)}),
     "one operation": ((6, 6), {"space": SearchSpace(("dil_conv_5x5",), nodes=1)}),
     "PC-DARTS": ((8, 8), {"space": PC_DARTS, "channels": 8}),
     "K of 2": ((7, 6), {"space": replace(PC_DARTS, partial=2)}),
-    "no edge weights": ((6, 7), {"space": replace(PC_DARTS, edge_weights=False)}),
+    "no edge weights": ((6, 7), {"space": replace(PC_DARTS, edge_weights=False, nodes=3)}),
     "only edge weights": ((6, 6), {"space": replace(PC_DARTS, partial=1)}),
     "P-DARTS": ((7, 6), {"space": narrowed()}),
 }

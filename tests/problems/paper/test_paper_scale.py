@@ -56,7 +56,7 @@ def paper(run: Setting, data: dict[str, object], batch: int) -> LbtJob:
     ],
 )
 def test_a_search_on_cifar(cifar, space, student, cells, weights):
-    job = paper(Setting("cifar10", space, student), cifar, batch=4)
+    job = paper(Setting("cifar10", space, student), cifar, batch=2)
     engine = job.search_engine("lbt" if student else "plain")
     teacher = engine.problems["teacher"].module
     assert len(teacher.cells) == cells

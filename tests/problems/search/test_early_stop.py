@@ -1,25 +1,22 @@
-"""The early stop: what is looked at, that looking changes nothing, and where a stopped search goes back to."""
+"""The early stop: when eigenvalues are computed, that nothing else changes, and where a stopped search goes back to."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from engine_state import same
+from interruption import PowerCutError, before_each_step
 
 from mlo.options.config import parse
-from mlo.runs.folder import RunFolder
+from mlo.runs.run import Run
 from problems.jobs.lbt import LbtJob
 from problems.jobs.report import eigenvalue_curve
 from problems.nas import architecture_loss, dominant_eigenvalue, early_stop_epoch
 from problems.search import early_stop
-from problems.search.early_stop import found_by, grown_sharp, sharpness
+from problems.search.early_stop import final_logits, sharpness, should_stop
 
 FEW = ["avg_pool_3x3", "skip_connect", "max_pool_3x3"]  # cheap ones, to be fast
 RISING = [1.0] * 13 + [3.0] * 8  # the mean of 5 around 12 is 1.4, of 4 earlier 1.0
-
-
-class PowerCutError(Exception):
-    """What the power cut of these tests raises."""
 
 
 def job(**options: object) -> LbtJob:
@@ -46,12 +43,12 @@ def rising(monkeypatch):
     return taken
 
 
-def test_looking_changes_nothing():
+def test_computing_eigenvalues_changes_nothing():
     watched, left_alone = engine(2), engine(None)
     for _ in range(4):
         for searching in (watched, left_alone):
             searching.step()
-            assert not grown_sharp(searching)
+            assert not should_stop(searching)
     assert sharpness(watched).rounds == [2, 4]
     one, other = watched.state_dict(), left_alone.state_dict()
     del one["problems"]["arch"]["module"]["sharpness._extra_state"]
@@ -61,7 +58,7 @@ def test_looking_changes_nothing():
 def test_the_eigenvalue_is_that_of_the_next_validation_batch():
     searching = engine(1)
     searching.step()
-    grown_sharp(searching)
+    should_stop(searching)
     images, labels = searching.problems["arch"].stream.next()
     loss = architecture_loss(searching.problems["teacher"].module, images, labels)
     expected = dominant_eigenvalue(loss, searching.problems["arch"].module())
@@ -71,50 +68,42 @@ def test_the_eigenvalue_is_that_of_the_next_validation_batch():
     assert "arch/eigenvalue" not in engine(None).metrics()
 
 
-def test_a_round_is_looked_at_once(rising):
+def test_a_round_has_one_eigenvalue(rising):
     searching = engine(2)
     for _ in range(2):
         searching.step()
-        grown_sharp(searching)
-        grown_sharp(searching)
+        should_stop(searching)
+        should_stop(searching)
     assert sharpness(searching).rounds == [2]
     searching.step()
-    grown_sharp(searching)
+    should_stop(searching)
     assert "arch/eigenvalue" not in searching.metrics(), "only in the rounds that it is taken in"
 
 
-def search(folder: RunFolder, before=lambda rounds: None) -> dict:
-    assert folder.job.splits, "made once, before the stages, as in a run"
+def search(run: Run, before=lambda rounds: None, rounds: int = 30) -> dict:
+    assert run.job.splits, "made once, before the stages, as in a run"
 
     def build():
-        built = folder.job.search_engine("plain")
-        step = built.step
+        return before_each_step(run.job.search_engine("plain"), before)
 
-        def stepped():
-            before(built.rounds)
-            step()
-
-        built.step = stepped
-        return built
-
-    return folder.run.stage("search", build, 30, found_by, grown_sharp)
+    return run.stage("search", build, rounds, final_logits, should_stop)
 
 
 def test_a_search_that_grew_sharp_ends_and_goes_back(rising, tmp_path):
-    folder = RunFolder.create("lbt", job(search={"eigenvalue_every": 1}), tmp_path / "run")
+    folder = Run.create("lbt", job(search={"eigenvalue_every": 1}), tmp_path / "run")
     found = search(folder)
     entries = next(n for n in range(len(RISING)) if early_stop_epoch(RISING[:n]) is not None)
     earlier = early_stop_epoch(RISING[:entries])
     assert (entries, earlier) == (17, 10)
     assert found == {**rising[earlier], "search_rounds": entries, "architecture_of_round": earlier + 1}
     assert rising[earlier] != rising[-1]
-    assert [line["arch/eigenvalue"] for line in folder.run.metrics("search")] == RISING[:entries]
+    assert [line["arch/eigenvalue"] for line in folder.metrics("search")] == RISING[:entries]
 
 
 @pytest.mark.parametrize("dies", [4, 15])
 def test_a_watched_search_that_died_ends_as_an_unbroken_one(rising, tmp_path, dies):
     watched = job(search={"eigenvalue_every": 1}, checkpoint_every=3)
-    unbroken = search(RunFolder.create("lbt", watched, tmp_path / "unbroken"))
+    unbroken = search(Run.create("lbt", watched, tmp_path / "unbroken"))
     del rising[:]
 
     def power_cut(rounds):
@@ -122,27 +111,27 @@ def test_a_watched_search_that_died_ends_as_an_unbroken_one(rising, tmp_path, di
             raise PowerCutError
 
     with pytest.raises(PowerCutError):
-        search(RunFolder.create("lbt", watched, tmp_path / "run"), power_cut)
+        search(Run.create("lbt", watched, tmp_path / "run"), power_cut)
     del rising[dies // 3 * 3 :]
-    assert search(RunFolder.open(tmp_path / "run")) == unbroken
+    assert search(Run.open(tmp_path / "run")) == unbroken
     texts = [(tmp_path / name / "stages/search/metrics.jsonl").read_text() for name in ("run", "unbroken")]
     assert texts[0] == texts[1]
 
 
 def test_a_search_that_did_not_grow_sharp_ends_with_its_last(rising, tmp_path):
-    folder = RunFolder.create("lbt", job(search={"eigenvalue_every": 15}), tmp_path / "run")
+    folder = Run.create("lbt", job(search={"eigenvalue_every": 15}), tmp_path / "run")
     found = search(folder)
     assert (found["search_rounds"], found["architecture_of_round"]) == (30, 30)
     assert found["normal"] == rising[-1]["normal"]
-    assert set(search(RunFolder.create("lbt", job(), tmp_path / "other"))) == {"normal", "reduce"}
+    assert set(search(Run.create("lbt", job(), tmp_path / "other"), rounds=3)) == {"normal", "reduce"}
 
 
-def test_the_curve_shows_the_rounds_that_were_looked_at():
+def test_the_curve_shows_the_rounds_that_have_an_eigenvalue():
     lines = [{"step": 1, "arch/loss": 1.0}, {"step": 2, "arch/eigenvalue": 0.5}, {"step": 4, "arch/eigenvalue": 0.25}]
     (line,) = eigenvalue_curve(lines).axes[0].get_lines()
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([2, 4], [0.5, 0.25])
 
 
-def test_an_interval_that_is_not_logged_is_told():
-    with pytest.raises(ValueError, match="3 is no multiple of log_every, 2"):
+def test_an_interval_that_is_not_logged_is_an_error():
+    with pytest.raises(ValueError, match=r"3 is not a multiple of log_every \(2\)"):
         job(search={"eigenvalue_every": 3}, log_every=2)
