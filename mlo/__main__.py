@@ -10,7 +10,7 @@ def main() -> None:
 
         run_command()
     except ModuleNotFoundError as error:
-        from mlo.extras import explain_missing
+        from mlo.missing_packages import explain_missing
 
         message = explain_missing(error, f"`{_command()}`")
         if message is None:

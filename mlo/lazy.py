@@ -27,7 +27,7 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], 
             found = vars(home)
             value = found[name] if name in found else import_module(f"{home_of[name]}.{name}")
         except ModuleNotFoundError as error:
-            from mlo.extras import explain_missing
+            from mlo.missing_packages import explain_missing
 
             message = explain_missing(error, f"{package}.{name}")
             if message is None:

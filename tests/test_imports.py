@@ -16,7 +16,7 @@ import pytest
 from command_process import CommandProcess
 
 import mlo
-from mlo.extras import DISTRIBUTION, INSTALLED_AS, explain_missing
+from mlo.missing_packages import DISTRIBUTION, INSTALLED_AS, explain_missing
 
 FROM_CLI = ("filelock", "matplotlib", "rich", "scipy", "tabulate", "typer", "yaml")
 FROM_EXTRAS = (*FROM_CLI, "jinja2", "sklearn", "torchvision")

@@ -20,8 +20,8 @@ from mlo.cli.arguments import (
     merged,
 )
 from mlo.cli.help import JobCommand, complete_names
+from mlo.cli.interruption import StoppableCommands, stoppable
 from mlo.cli.options import read_sweep
-from mlo.cli.stopping import StoppableCommands, stoppable
 from mlo.errors import ConfigError, MloError
 from mlo.files import write_atomic
 from mlo.ops import distributed

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlo.errors import ConfigError
-from mlo.extras import explain_missing
+from mlo.missing_packages import explain_missing
 
 PROBLEMS = "mlo.problems"
 ESTIMATORS = "mlo.estimators"

@@ -16,7 +16,6 @@ if TYPE_CHECKING:  # the same names as in lazy_names below, for editors and type
         count_operations,
         count_skips,
         dominant_eigenvalue,
-        early_stop_epoch,
         entropy,
     )
     from problems.nas.search_space import (
@@ -42,7 +41,7 @@ else:
             "problems.nas.operation_names": "BUILDABLE NOISE NONE OPERATIONS",
             "problems.nas.published_genotypes": "PUBLISHED",
             "problems.nas.search_diagnostics": "architecture_loss count_operations count_skips "
-            "dominant_eigenvalue early_stop_epoch entropy",
+            "dominant_eigenvalue entropy",
             "problems.nas.search_space": "DARTS P_DARTS PC_DARTS ROBUST_S4 ArchitectureLogits CellKind Edge "
             "SearchSpace",
             "problems.nas.skeleton": "StemName stem_for",
@@ -78,7 +77,6 @@ __all__ = [
     "derive",
     "dominant_eigenvalue",
     "draw_cell",
-    "early_stop_epoch",
     "entropy",
     "random_genotype",
     "size_of",

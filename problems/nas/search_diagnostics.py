@@ -1,10 +1,9 @@
-"""Diagnostics of a search: operations it would choose, entropy of the weights, sharpness, when to stop early."""
+"""Diagnostics of a search: operations it would choose, entropy of the weights, sharpness."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -139,44 +138,3 @@ def dominant_eigenvalue(
             "iterations; increase tolerance or iterations"
         ) from error
     return float(largest)
-
-
-def early_stop_epoch(
-    history: Sequence[float], window: int = 5, lag: int = 4, ratio: float = 1.3, first: int = 10
-) -> int | None:
-    """The early-stopping rule of RobustDARTS (Zela et al. 2020, section 4.3).
-
-    The eigenvalues are averaged over `window` epochs centered at each epoch. Once the mean at an epoch exceeds `ratio`
-    times the mean `lag` epochs earlier, the search should stop, and return the genotype of that earlier epoch. With
-    the defaults, those of the authors' code, the earliest decision needs 17 entries, and returns epoch 10.
-
-    Args:
-        history: :func:`dominant_eigenvalue` after each epoch, starting at epoch 0. If it is computed only every k
-            epochs, `lag`, `first` and the result count entries of this list.
-        window: the number of epochs to average over; odd.
-        lag: the number of epochs between the two means.
-        ratio: the increase at which to stop, above 0.
-        first: the earliest epoch that may be returned.
-
-    Returns:
-        The epoch whose genotype is the result, the earliest if there are several; None if the search should go on.
-
-    Raises:
-        ValueError: if an option is invalid, or an entry is not finite.
-    """
-    if window < 1 or window % 2 == 0:
-        raise ValueError(f"window must be an odd number of epochs, not {window}; the mean is centered at an epoch")
-    if lag < 1 or first < 0 or not ratio > 0:
-        raise ValueError(f"lag={lag}, first={first}, ratio={ratio}: lag must be >= 1, first >= 0 and ratio > 0")
-    invalid = [f"{index} ({value})" for index, value in enumerate(history) if not math.isfinite(value)]
-    if invalid:
-        raise ValueError(f"the eigenvalues of these epochs are not finite: {', '.join(invalid)}")
-    half = window // 2
-
-    def mean_around(epoch: int) -> float:
-        return math.fsum(history[epoch - half : epoch + half + 1]) / window
-
-    for earlier in range(max(first, half), len(history) - half - lag):
-        if mean_around(earlier + lag) > ratio * mean_around(earlier):
-            return earlier
-    return None

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from problems.nas.cell_edges import GroupedEdges
 from problems.nas.grouped_convolutions import pixels_of
-from problems.nas.grouped_edges import GroupedEdges
 from problems.nas.search_space import DARTS, ArchitectureLogits, CellKind, Mixture, SearchSpace
 from problems.nas.skeleton import CellInputs, CellPlan, Stem, StemName, edge_stride, make_stem, plan_cells, total
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 import mlo
-from problems.nas import ArchitectureLogits, Supernet, architecture_loss, dominant_eigenvalue, early_stop_epoch
+from problems.nas import ArchitectureLogits, Supernet, architecture_loss, dominant_eigenvalue
 
 
 class Sharpness(nn.Module):
@@ -54,7 +56,7 @@ class Sharpness(nn.Module):
         return torch.tensor(self.eigenvalues[-1]) if self.rounds and self.rounds[-1] == self._now else None
 
     def entry_to_restore(self) -> int | None:
-        """The entry to go back to if the search should end, or None; see :func:`problems.nas.early_stop_epoch`."""
+        """The entry to go back to if the search should end, or None; see :func:`early_stop_epoch`."""
         return early_stop_epoch(self.eigenvalues)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -97,3 +99,44 @@ def final_logits(engine: mlo.Engine) -> dict[str, Any]:
 
 def _rounds(taken: int, of_logits: int) -> dict[str, int]:
     return {"search_rounds": taken, "architecture_of_round": of_logits}
+
+
+def early_stop_epoch(
+    history: Sequence[float], window: int = 5, lag: int = 4, ratio: float = 1.3, first: int = 10
+) -> int | None:
+    """The early-stopping rule of RobustDARTS (Zela et al. 2020, section 4.3).
+
+    The eigenvalues are averaged over `window` epochs centered at each epoch. Once the mean at an epoch exceeds `ratio`
+    times the mean `lag` epochs earlier, the search should stop, and return the genotype of that earlier epoch. With
+    the defaults, those of the authors' code, the earliest decision needs 17 entries, and returns epoch 10.
+
+    Args:
+        history: :func:`dominant_eigenvalue` after each epoch, starting at epoch 0. If it is computed only every k
+            epochs, `lag`, `first` and the result count entries of this list.
+        window: the number of epochs to average over; odd.
+        lag: the number of epochs between the two means.
+        ratio: the increase at which to stop, above 0.
+        first: the earliest epoch that may be returned.
+
+    Returns:
+        The epoch whose genotype is the result, the earliest if there are several; None if the search should go on.
+
+    Raises:
+        ValueError: if an option is invalid, or an entry is not finite.
+    """
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"window must be an odd number of epochs, not {window}; the mean is centered at an epoch")
+    if lag < 1 or first < 0 or not ratio > 0:
+        raise ValueError(f"lag={lag}, first={first}, ratio={ratio}: lag must be >= 1, first >= 0 and ratio > 0")
+    invalid = [f"{index} ({value})" for index, value in enumerate(history) if not math.isfinite(value)]
+    if invalid:
+        raise ValueError(f"the eigenvalues of these epochs are not finite: {', '.join(invalid)}")
+    half = window // 2
+
+    def mean_around(epoch: int) -> float:
+        return math.fsum(history[epoch - half : epoch + half + 1]) / window
+
+    for earlier in range(max(first, half), len(history) - half - lag):
+        if mean_around(earlier + lag) > ratio * mean_around(earlier):
+            return earlier
+    return None

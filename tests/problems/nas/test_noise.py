@@ -27,8 +27,8 @@ from problems.nas import (
     draw_cell,
     random_genotype,
 )
+from problems.nas.cell_edges import GroupedEdges
 from problems.nas.evaluation_network import GenotypeEdge
-from problems.nas.grouped_edges import GroupedEdges
 from problems.nas.operations import make_operation
 from problems.nas.skeleton import CellPlan
 

@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from problems.nas import DARTS, P_DARTS, PC_DARTS, Architecture, ArchitectureLogits, SearchSpace, Supernet
-from problems.nas.grouped_edges import GroupedEdges
+from problems.nas.cell_edges import GroupedEdges
 
 
 def parameter_count(module):

@@ -11,9 +11,9 @@ from mlo.options.config import parse
 from mlo.runs.run import Run
 from problems.jobs.lbt import LbtJob
 from problems.jobs.report import eigenvalue_curve
-from problems.nas import architecture_loss, dominant_eigenvalue, early_stop_epoch
+from problems.nas import architecture_loss, dominant_eigenvalue
 from problems.search import early_stop
-from problems.search.early_stop import final_logits, sharpness, should_stop
+from problems.search.early_stop import early_stop_epoch, final_logits, sharpness, should_stop
 
 FEW = ["avg_pool_3x3", "skip_connect", "max_pool_3x3"]  # cheap ones, to be fast
 RISING = [1.0] * 13 + [3.0] * 8  # the mean of 5 around 12 is 1.4, of 4 earlier 1.0
