@@ -20,36 +20,41 @@ State = Mapping[str, Tensors]
 Group = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Part:
+    """A step of the variables of one parameter group: those that have a gradient.
+
+    Attributes:
+        group: the hyperparameters.
+        names: of the variables; the lists that follow are in this order.
+        counts: the number of steps of each, this one included.
+        state: the optimizer's tensors by their kind, before the step, or after it where it is only differentiated.
+    """
+
+    group: Group
+    names: list[str]
+    counts: list[float]
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    state: dict[str, list[Tensor]]
+
+
 class Formula(Protocol):
-    """One optimizer, on the tensors of one parameter group; ``counts`` are their steps so far, this one included."""
+    """One optimizer. ``along`` is the gradient with its sign and with weight decay, unless that is decoupled."""
 
     def begin(self, group: Group) -> tuple[str, ...]:
-        """The names of the state's tensors, which are zero before the first step."""
+        """The kinds of tensors in the state, which are zero before the first step."""
 
-    def step(
-        self, group: Group, counts: Sequence[float], parameters: Tensors, gradients: Tensors, state: State
-    ) -> tuple[Tensors, State]:
-        """The parameters and the state after a step along ``gradients``."""
+    def reached(self, part: Part, along: Tensors) -> State:
+        """The state after the step."""
 
-    def reached(self, group: Group, gradients: Tensors, state: State) -> State:
-        """The state after a step along ``gradients``."""
+    def step(self, part: Part, parameters: Tensors, along: Tensors) -> tuple[Tensors, State]:
+        """The parameters and the state after the step."""
 
     def transpose(
-        self,
-        group: Group,
-        counts: Sequence[float],
-        gradients: Tensors,
-        reached: State,
-        cotangents: Tensors,
-        after: State | None,
+        self, part: Part, along: Tensors, reached: State, cotangents: Tensors, after: State | None
     ) -> tuple[Tensors, State]:
-        """Cotangents of the gradients and of the state before the step, from those of parameters and state after it.
-
-        Args:
-            reached: the state after the step.
-            cotangents, after: of the parameters, and of those tensors of the state that have one; None: those of the
-                state before the step are not asked for.
-        """
+        """Cotangents of ``along`` and of the state before the step; see :func:`transpose`."""
 
 
 def formula_of(optimizer: Optimizer, groups: Sequence[Group]) -> Formula | None:
@@ -64,30 +69,21 @@ def _has_formula(group: Group) -> bool:
     return plain and not any(group.get(flag) for flag in ("fused", "capturable", "differentiable"))
 
 
-def step(
-    formula: Formula, group: Group, counts: Sequence[float], parameters: Tensors, gradients: Tensors, state: State
-) -> tuple[Tensors, State]:
+def step(formula: Formula, part: Part) -> tuple[Tensors, State]:
     """Parameters and state after one step, weight decay and ``maximize`` included."""
-    along = _along(group, parameters, gradients)
-    if decay := _decoupled_decay(group):
-        parameters = torch._foreach_mul(parameters, 1 - group["lr"] * decay)
-    return formula.step(group, counts, parameters, along, state)
+    parameters: Tensors = part.parameters
+    if decay := _decoupled_decay(part.group):
+        parameters = torch._foreach_mul(parameters, 1 - part.group["lr"] * decay)
+    return formula.step(part, parameters, _along(part))
 
 
-def reached(formula: Formula, group: Group, parameters: Tensors, gradients: Tensors, state: State) -> State:
+def reached(formula: Formula, part: Part) -> State:
     """The state after one step."""
-    return formula.reached(group, _along(group, parameters, gradients), state)
+    return formula.reached(part, _along(part))
 
 
 def transpose(
-    formula: Formula,
-    group: Group,
-    counts: Sequence[float],
-    parameters: Tensors,
-    gradients: Tensors,
-    reached: State,
-    cotangents: Tensors,
-    after: State | None,
+    formula: Formula, part: Part, reached: State, cotangents: Tensors, after: State | None
 ) -> tuple[Tensors, Tensors, State]:
     """Cotangents of gradients, parameters and state before a step, from those of parameters and state after it.
 
@@ -96,8 +92,8 @@ def transpose(
         cotangents, after: of the parameters, and of those tensors of the state that have one; None: of what was before
             the step, only the cotangents of the gradients are asked for.
     """
-    along = _along(group, parameters, gradients)
-    to_along, to_state = formula.transpose(group, counts, along, reached, cotangents, after)
+    group = part.group
+    to_along, to_state = formula.transpose(part, _along(part), reached, cotangents, after)
     before = cotangents
     if after is None:
         before = ()
@@ -112,11 +108,13 @@ def _decoupled_decay(group: Group) -> float:
     return float(group["weight_decay"]) if group.get("decoupled_weight_decay") else 0.0
 
 
-def _along(group: Group, parameters: Tensors, gradients: Tensors) -> Tensors:
-    """The direction of the step: the gradient, with its sign and with weight decay that is not decoupled."""
-    along: Tensors = torch._foreach_neg(gradients) if group["maximize"] else gradients
+def _along(part: Part) -> Tensors:
+    group = part.group
+    along: Tensors = part.gradients
+    if group["maximize"]:
+        along = torch._foreach_neg(along)
     decay = 0 if group.get("decoupled_weight_decay") else group["weight_decay"]
-    return torch._foreach_add(along, parameters, alpha=decay) if decay else along
+    return torch._foreach_add(along, part.parameters, alpha=decay) if decay else along
 
 
 class _Adam:
@@ -125,38 +123,30 @@ class _Adam:
     def begin(self, group: Group) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ())
 
-    def reached(self, group: Group, gradients: Tensors, state: State) -> State:
-        beta1, beta2 = group["betas"]
+    def reached(self, part: Part, along: Tensors) -> State:
+        beta1, beta2 = part.group["betas"]
         after = {
-            "exp_avg": torch._foreach_lerp(state["exp_avg"], gradients, 1 - beta1),
-            "exp_avg_sq": _mean_square(state["exp_avg_sq"], gradients, beta2),
+            "exp_avg": torch._foreach_lerp(part.state["exp_avg"], along, 1 - beta1),
+            "exp_avg_sq": _mean_square(part.state["exp_avg_sq"], along, beta2),
         }
-        if group["amsgrad"]:
-            after["max_exp_avg_sq"] = torch._foreach_maximum(state["max_exp_avg_sq"], after["exp_avg_sq"])
+        if part.group["amsgrad"]:
+            after["max_exp_avg_sq"] = torch._foreach_maximum(part.state["max_exp_avg_sq"], after["exp_avg_sq"])
         return after
 
-    def step(
-        self, group: Group, counts: Sequence[float], parameters: Tensors, gradients: Tensors, state: State
-    ) -> tuple[Tensors, State]:
-        after = self.reached(group, gradients, state)
-        bottom = self._fraction(group, counts, after).bottom
-        return torch._foreach_addcdiv(parameters, after["exp_avg"], bottom, self._rates(group, counts)), after
+    def step(self, part: Part, parameters: Tensors, along: Tensors) -> tuple[Tensors, State]:
+        after = self.reached(part, along)
+        bottom = self._fraction(part, after).bottom
+        return torch._foreach_addcdiv(parameters, after["exp_avg"], bottom, self._rates(part)), after
 
     def transpose(
-        self,
-        group: Group,
-        counts: Sequence[float],
-        gradients: Tensors,
-        reached: State,
-        cotangents: Tensors,
-        after: State | None,
+        self, part: Part, along: Tensors, reached: State, cotangents: Tensors, after: State | None
     ) -> tuple[Tensors, State]:
-        beta1, beta2 = group["betas"]
-        given = torch._foreach_mul(cotangents, self._rates(group, counts))
-        to_mean, to_square = self._fraction(group, counts, reached).transpose(given, reached["exp_avg"])
+        beta1, beta2 = part.group["betas"]
+        given = torch._foreach_mul(cotangents, self._rates(part))
+        to_mean, to_square = self._fraction(part, reached).transpose(given, reached["exp_avg"])
         to_mean = _sum(to_mean, after, "exp_avg")
         before: dict[str, Tensors] = {}
-        if group["amsgrad"]:
+        if part.group["amsgrad"]:
             to_square = _sum(to_square, after, "max_exp_avg_sq")
             largest, square = reached["max_exp_avg_sq"], reached["exp_avg_sq"]
             is_new = [(new == most).to(new.dtype) for new, most in zip(square, largest, strict=True)]
@@ -168,15 +158,16 @@ class _Adam:
             before["exp_avg"] = torch._foreach_mul(to_mean, beta1)
             before["exp_avg_sq"] = torch._foreach_mul(to_square, beta2)
         torch._foreach_mul_(to_mean, 1 - beta1)
-        torch._foreach_addcmul_(to_mean, gradients, to_square, value=2 * (1 - beta2))
+        torch._foreach_addcmul_(to_mean, along, to_square, value=2 * (1 - beta2))
         return to_mean, before
 
-    def _fraction(self, group: Group, counts: Sequence[float], after: State) -> _Fraction:
-        square = after["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        return _Fraction.over(square, [(1 - group["betas"][1] ** count) ** 0.5 for count in counts], group["eps"])
+    def _fraction(self, part: Part, after: State) -> _Fraction:
+        square = after["max_exp_avg_sq" if part.group["amsgrad"] else "exp_avg_sq"]
+        beta2 = part.group["betas"][1]
+        return _Fraction.over(square, [(1 - beta2**count) ** 0.5 for count in part.counts], part.group["eps"])
 
-    def _rates(self, group: Group, counts: Sequence[float]) -> list[float]:
-        return [-(group["lr"] / (1 - group["betas"][0] ** count)) for count in counts]
+    def _rates(self, part: Part) -> list[float]:
+        return [-(part.group["lr"] / (1 - part.group["betas"][0] ** count)) for count in part.counts]
 
 
 class _RMSprop:
@@ -186,54 +177,46 @@ class _RMSprop:
         names = {"square_avg": True, "grad_avg": group["centered"], "momentum_buffer": group["momentum"] > 0}
         return tuple(name for name, used in names.items() if used)
 
-    def reached(self, group: Group, gradients: Tensors, state: State) -> State:
-        after = {"square_avg": _mean_square(state["square_avg"], gradients, group["alpha"])}
-        if group["centered"]:
-            after["grad_avg"] = torch._foreach_lerp(state["grad_avg"], gradients, 1 - group["alpha"])
-        if group["momentum"] > 0:
-            kept = torch._foreach_mul(state["momentum_buffer"], group["momentum"])
-            after["momentum_buffer"] = torch._foreach_addcdiv(kept, gradients, self._fraction(group, after).bottom)
+    def reached(self, part: Part, along: Tensors) -> State:
+        after = {"square_avg": _mean_square(part.state["square_avg"], along, part.group["alpha"])}
+        if part.group["centered"]:
+            after["grad_avg"] = torch._foreach_lerp(part.state["grad_avg"], along, 1 - part.group["alpha"])
+        if part.group["momentum"] > 0:
+            kept = torch._foreach_mul(part.state["momentum_buffer"], part.group["momentum"])
+            after["momentum_buffer"] = torch._foreach_addcdiv(kept, along, self._fraction(part, after).bottom)
         return after
 
-    def step(
-        self, group: Group, counts: Sequence[float], parameters: Tensors, gradients: Tensors, state: State
-    ) -> tuple[Tensors, State]:
-        after = self.reached(group, gradients, state)
-        if group["momentum"] > 0:
-            return torch._foreach_add(parameters, after["momentum_buffer"], alpha=-group["lr"]), after
-        bottom = self._fraction(group, after).bottom
-        return torch._foreach_addcdiv(parameters, gradients, bottom, value=-group["lr"]), after
+    def step(self, part: Part, parameters: Tensors, along: Tensors) -> tuple[Tensors, State]:
+        after = self.reached(part, along)
+        if part.group["momentum"] > 0:
+            return torch._foreach_add(parameters, after["momentum_buffer"], alpha=-part.group["lr"]), after
+        bottom = self._fraction(part, after).bottom
+        return torch._foreach_addcdiv(parameters, along, bottom, value=-part.group["lr"]), after
 
     def transpose(
-        self,
-        group: Group,
-        counts: Sequence[float],
-        gradients: Tensors,
-        reached: State,
-        cotangents: Tensors,
-        after: State | None,
+        self, part: Part, along: Tensors, reached: State, cotangents: Tensors, after: State | None
     ) -> tuple[Tensors, State]:
-        alpha = group["alpha"]
-        given: Tensors = torch._foreach_mul(cotangents, -group["lr"])
+        alpha = part.group["alpha"]
+        given: Tensors = torch._foreach_mul(cotangents, -part.group["lr"])
         before: dict[str, Tensors] = {}
-        if group["momentum"] > 0:
+        if part.group["momentum"] > 0:
             given = _sum(given, after, "momentum_buffer")
-            before["momentum_buffer"] = torch._foreach_mul(given, group["momentum"])
-        to_gradients, to_variance = self._fraction(group, reached).transpose(given, gradients)
-        if group["centered"]:
+            before["momentum_buffer"] = torch._foreach_mul(given, part.group["momentum"])
+        to_gradients, to_variance = self._fraction(part, reached).transpose(given, along)
+        if part.group["centered"]:
             twice = torch._foreach_mul(torch._foreach_mul(reached["grad_avg"], to_variance), -2.0)
             to_mean = _sum(twice, after, "grad_avg")
             before["grad_avg"] = torch._foreach_mul(to_mean, alpha)
             to_gradients = torch._foreach_add(to_gradients, to_mean, alpha=1 - alpha)
         to_square = _sum(to_variance, after, "square_avg")
         before["square_avg"] = torch._foreach_mul(to_square, alpha)
-        return torch._foreach_addcmul(to_gradients, gradients, to_square, value=2 * (1 - alpha)), before
+        return torch._foreach_addcmul(to_gradients, along, to_square, value=2 * (1 - alpha)), before
 
-    def _fraction(self, group: Group, after: State) -> _Fraction:
+    def _fraction(self, part: Part, after: State) -> _Fraction:
         variance = after["square_avg"]
-        if group["centered"]:
+        if part.group["centered"]:
             variance = torch._foreach_addcmul(variance, after["grad_avg"], after["grad_avg"], value=-1)
-        return _Fraction.over(variance, None, group["eps"])
+        return _Fraction.over(variance, None, part.group["eps"])
 
 
 class _Adagrad:
@@ -242,32 +225,24 @@ class _Adagrad:
     def begin(self, group: Group) -> tuple[str, ...]:
         return ("sum",)
 
-    def reached(self, group: Group, gradients: Tensors, state: State) -> State:
-        return {"sum": torch._foreach_addcmul(state["sum"], gradients, gradients)}
+    def reached(self, part: Part, along: Tensors) -> State:
+        return {"sum": torch._foreach_addcmul(part.state["sum"], along, along)}
 
-    def step(
-        self, group: Group, counts: Sequence[float], parameters: Tensors, gradients: Tensors, state: State
-    ) -> tuple[Tensors, State]:
-        after = self.reached(group, gradients, state)
-        bottom = _Fraction.over(after["sum"], None, group["eps"]).bottom
-        return torch._foreach_addcdiv(parameters, gradients, bottom, self._rates(group, counts)), after
+    def step(self, part: Part, parameters: Tensors, along: Tensors) -> tuple[Tensors, State]:
+        after = self.reached(part, along)
+        bottom = _Fraction.over(after["sum"], None, part.group["eps"]).bottom
+        return torch._foreach_addcdiv(parameters, along, bottom, self._rates(part)), after
 
     def transpose(
-        self,
-        group: Group,
-        counts: Sequence[float],
-        gradients: Tensors,
-        reached: State,
-        cotangents: Tensors,
-        after: State | None,
+        self, part: Part, along: Tensors, reached: State, cotangents: Tensors, after: State | None
     ) -> tuple[Tensors, State]:
-        given = torch._foreach_mul(cotangents, self._rates(group, counts))
-        to_gradients, to_square = _Fraction.over(reached["sum"], None, group["eps"]).transpose(given, gradients)
+        given = torch._foreach_mul(cotangents, self._rates(part))
+        to_gradients, to_square = _Fraction.over(reached["sum"], None, part.group["eps"]).transpose(given, along)
         to_square = _sum(to_square, after, "sum")
-        return torch._foreach_addcmul(to_gradients, gradients, to_square, value=2.0), {"sum": to_square}
+        return torch._foreach_addcmul(to_gradients, along, to_square, value=2.0), {"sum": to_square}
 
-    def _rates(self, group: Group, counts: Sequence[float]) -> list[float]:
-        return [-group["lr"] / (1 + (count - 1) * group["lr_decay"]) for count in counts]
+    def _rates(self, part: Part) -> list[float]:
+        return [-part.group["lr"] / (1 + (count - 1) * part.group["lr_decay"]) for count in part.counts]
 
 
 @dataclass(frozen=True)

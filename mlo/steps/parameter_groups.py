@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mlo.levels.problem import Problem
 from mlo.steps import adaptive, sgd
-from mlo.steps.adaptive import Formula, Group
+from mlo.steps.adaptive import Formula, Part
 from mlo.steps.optimizer_state import OptimizerState
 
 Tensors = Mapping[str, Tensor]
@@ -27,7 +26,7 @@ def step(
     moved = {name: parameters[name] for name in problem.variables}
     slots = dict(optimizer_state.slots)
     for part in _parts(problem, formula, parameters, gradients, optimizer_state):
-        stepped, state = adaptive.step(formula, part.group, part.counts, part.parameters, part.gradients, part.state)
+        stepped, state = adaptive.step(formula, part)
         moved.update(zip(part.names, stepped, strict=True))
         counters = {count: torch.tensor(count, dtype=_counter_dtype()) for count in set(part.counts)}
         for index, (name, count) in enumerate(zip(part.names, part.counts, strict=True)):
@@ -57,10 +56,8 @@ def transpose(
         given = [cotangent[name] for name in part.names]
         reached: adaptive.State = part.state
         if not optimizer_state.stepped:
-            reached = adaptive.reached(formula, part.group, part.parameters, part.gradients, part.state)
-        found, before, state = adaptive.transpose(
-            formula, part.group, part.counts, part.parameters, part.gradients, reached, given, after
-        )
+            reached = adaptive.reached(formula, part)
+        found, before, state = adaptive.transpose(formula, part, reached, given, after)
         to_gradients.update(zip(part.names, found, strict=True))
         to_parameters.update(zip(part.names, before, strict=False))
         for index, name in enumerate(part.names):  # before the first step there is no state to pass anything on to
@@ -69,7 +66,7 @@ def transpose(
     return to_gradients, to_parameters, to_slots
 
 
-def _gathered(slots: Slots, part: _Part, like: Tensors) -> dict[str, list[Tensor]]:
+def _gathered(slots: Slots, part: Part, like: Tensors) -> dict[str, list[Tensor]]:
     """The slots of each kind that one of the variables has, with zeros for the others."""
     return {
         key: [slots[n][key] if key in slots.get(n, {}) else torch.zeros_like(like[n]) for n in part.names]
@@ -78,21 +75,9 @@ def _gathered(slots: Slots, part: _Part, like: Tensors) -> dict[str, list[Tensor
     }
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The variables of one parameter group that have a gradient; ``counts`` are their steps, this one included."""
-
-    group: Group
-    names: list[str]
-    counts: list[float]
-    parameters: list[Tensor]
-    gradients: list[Tensor]
-    state: dict[str, list[Tensor]]
-
-
 def _parts(
     problem: Problem, formula: Formula, parameters: Tensors, gradients: Gradients, optimizer_state: OptimizerState
-) -> Iterator[_Part]:
+) -> Iterator[Part]:
     numbers, slots = sgd.group_numbers(problem), optimizer_state.slots
     for number, group in enumerate(optimizer_state.groups):
         found = {n: g for n, g in gradients.items() if g is not None and numbers[n] == number}
@@ -108,7 +93,7 @@ def _parts(
         taken = [values.get(id(slots.get(n, {}).get("step")), 0.0) for n in names]
         # a step that was undone, for it was not finite, has not been counted
         counts = [max(1.0, count + (not optimizer_state.stepped)) for count in taken]
-        yield _Part(group, names, counts, [parameters[n] for n in names], list(found.values()), state)
+        yield Part(group, names, counts, [parameters[n] for n in names], list(found.values()), state)
 
 
 def _counter_dtype() -> torch.dtype:
