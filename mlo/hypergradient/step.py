@@ -192,6 +192,7 @@ class Step:
                 of=(name,),
                 kind="recompute",
                 randomness=micro.randomness,
+                step=micro.step,
                 scale=micro.scale,
             )
             for micro in record.micro
@@ -282,6 +283,7 @@ class LocalLoss:
             "moving": record.inner,
             "autocast": self._autocast,
             "randomness": micro.randomness,
+            "step": micro.step,
         }
 
     def _inner_states(
@@ -328,6 +330,7 @@ class LocalLoss:
                         through=at_micro.keys() - set(record.problem.node.held),
                         autocast=record.problem.autocast is not torch.float16,  # whose gradients would vanish
                         randomness=micro.randomness,
+                        step=micro.step,
                     )
                 losses.append(evaluation.loss)
                 buffers = evaluation.buffers

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,8 +78,8 @@ class Problem(ABC):
             ignored; for all other reads it is an error.
 
     Attributes:
-        steps_taken: number of real steps so far. Counters always hold their current value, even while an earlier step
-            is being differentiated.
+        steps_taken: number of this problem's steps before the one that is evaluated. It is the same when that step is
+            evaluated again, to differentiate it, and counts virtual steps as if they were real.
         looking_ahead: True while a virtual step (lookahead) or its derivative is evaluated. A loss may use it to
             differ from the loss of the real step.
 
@@ -126,7 +127,8 @@ class Problem(ABC):
         self.arguments = _arguments(self, reads or {})
         self.node = Node(name, tuple(dict.fromkeys(self.arguments.values())), _names(held), _names(sometimes))
         self.stream = open_stream(data, name)
-        self.steps_taken = 0
+        self._steps_taken = 0
+        self.asks_steps_taken = False
         self._slots = _slots(module)
         self._aliases = _aliases(self._slots)
         self._unfilled = Unfilled(module)
@@ -163,6 +165,27 @@ class Problem(ABC):
     def metrics(self) -> Mapping[str, Tensor]:
         """Further values to log, as {name: scalar tensor}. Override it; the default is empty."""
         return {}
+
+    @property
+    def steps_taken(self) -> int:
+        """See :class:`Problem`; that a loss has asked is remembered, since compiled steps cannot count."""
+        if self._substitute is not None and not self.asks_steps_taken:
+            self.asks_steps_taken = True
+        return self._steps_taken
+
+    @steps_taken.setter
+    def steps_taken(self, count: int) -> None:
+        self._steps_taken = count
+
+    @contextmanager
+    def at_step(self, count: int | None) -> Iterator[None]:
+        """A context in which ``steps_taken`` is ``count``; None: as it is."""
+        before = self._steps_taken
+        self._steps_taken = before if count is None else count
+        try:
+            yield
+        finally:
+            self._steps_taken = before
 
     @property
     def steps_now(self) -> int:

@@ -97,6 +97,7 @@ class Evaluator:
         moving: Collection[str] = (),
         autocast: bool = True,
         randomness: Randomness | None = None,
+        step: int | None = None,
     ) -> Evaluation:
         """The loss of problem ``name`` where it and all that it reads are in ``states``.
 
@@ -107,6 +108,7 @@ class Evaluator:
             moving: problems read whose states differ between those evaluations, so that nothing of them is kept.
             autocast: under the problem's own autocast, if it has one.
             randomness: drawn from instead of the present random state, which is then left alone.
+            step: how many steps the problem had taken before the one that is evaluated; None: as many as it has.
 
         Raises:
             GraphError: if the loss is not a scalar tensor.
@@ -124,6 +126,7 @@ class Evaluator:
         outside = outside_state() if self.draws_outside((name,)) else None
         with (
             nullcontext() if randomness is None else replay(randomness, self.device),
+            nullcontext() if step is None else problem.at_step(step),
             self._lowered(problem, autocast),
         ):
             try:
@@ -236,6 +239,8 @@ class Evaluator:
             return 0
         if not self._compiles(name, states):
             return wanted
+        if self.problems[name].asks_steps_taken:
+            return 0
         return STEPS if wanted >= STEPS and self.graph_bytes[name] <= SMALL_GRAPH else 0
 
     def segment(
@@ -266,10 +271,9 @@ class Evaluator:
         buffers = {n: states[n].buffers for n in parameters}
         reads = tuple((read, read in through) for read in problem.node.reads)
         numbers = sgd.group_numbers(problem)
-        real = kind == "step"
-        function = segment_function(self.problems, name, reads, numbers, self.device, real)
-        with twice_differentiable():
-            if self._compiles(name, states) and not real:
+        function = segment_function(self.problems, name, reads, numbers, self.device)
+        with twice_differentiable(), problem.at_step(None):
+            if self._compiles(name, states) and kind != "step":
                 done = self._at_once(
                     name, function, (reads, *numbers.items()), parameters, buffers, batches, begun, groups
                 )
@@ -324,6 +328,7 @@ class Evaluator:
         moving: Collection[str] = (),
         autocast: bool = True,
         randomness: Randomness | None = None,
+        step: int | None = None,
         read_cache: ReadCache | None = None,  # what is compiled shares nothing with other evaluations
     ) -> Pass | None:
         """:meth:`differentiate`, or :meth:`product` with a ``vector``, by compiled code; None if it cannot be."""
@@ -349,6 +354,7 @@ class Evaluator:
         buffers = {n: states[n].buffers for n in names}
         with (
             nullcontext() if randomness is None else replay(randomness, self.device),
+            problem.at_step(step),
             twice_differentiable() if keep_graph or second else nullcontext(),
         ):
             by = None if scale == 1.0 else torch.tensor(scale, device=self.device)

@@ -42,12 +42,14 @@ class MicroBatch:
         randomness: the random state that it drew from.
         buffers: the module's before it, as the previous micro-batch left them; None for the first of a step.
         scale: what the loss was multiplied by while its gradient was taken.
+        step: how many steps the problem had taken before.
     """
 
     batch: Any
     randomness: Randomness
     buffers: Mapping[str, Tensor] | None = None
     scale: float = 1.0
+    step: int | None = None
 
     def state(self, of: State) -> State:
         """The state in which it is evaluated, in a step from the state ``of``."""
@@ -127,13 +129,11 @@ def segment_function(
     reads: Reads,
     groups: Mapping[str, int],
     device: torch.device,
-    real: bool = False,
 ) -> Callable[..., Any]:
     """Steps of a problem by torch's SGD, one after another, as a function of tensors alone that leaves their graph.
 
     Args:
         groups: {variable: the number of its optimizer's parameter group}.
-        real: whether the problem's counter of steps advances with each, for losses that ask it.
     """
 
     def run(
@@ -163,7 +163,7 @@ def segment_function(
                 moved, slots = sgd.step(of, state.parameters, dict(zip(of, found, strict=True)), slots)
                 state = State({**state.parameters, **moved}, own.buffers)
                 losses.append(loss.detach())
-                if real:
+                if not torch.compiler.is_compiling():  # compiled steps are of losses that do not ask
                     problems[name].steps_taken += 1
         finally:
             for used in (name, *(read for read, _ in reads)):

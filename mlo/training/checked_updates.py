@@ -66,7 +66,7 @@ class Updater:
                 tensor.copy_(torch.where(self._finite, tensor, torch.zeros_like(tensor) if old is None else old))
 
     def commit(self, problem: Problem, segment: Segment) -> bool:
-        """Set variables, momentum and buffers to where several steps led; they are counted already.
+        """Set variables, momentum and buffers to where several steps led.
 
         Returns:
             False, with nothing changed, if not deferred and a loss or a variable is NaN or infinite.
@@ -75,8 +75,7 @@ class Updater:
         seen = torch.stack([torch.stack([loss.double(), size]) for loss in segment.losses])
         finite = torch.isfinite(seen).all()
         if self._deferred:
-            first = problem.steps_taken - len(segment.losses)
-            self._round += [(problem.name, first + index, each) for index, each in enumerate(seen)]
+            self._round += [(problem.name, problem.steps_taken + index, each) for index, each in enumerate(seen)]
             self._finite = finite = self._finite & finite
         elif not finite:
             return False

@@ -98,7 +98,9 @@ class Gradient:
             self.micro,
             {read: states[read] for read in names},
             unreached=frozenset(name for name, found in self.own.items() if found is None),
-            fresh=tuple(MicroBatch(batch, m.randomness) for batch, m in zip(fresh, self.micro, strict=False)),
+            fresh=tuple(
+                MicroBatch(batch, m.randomness, step=m.step) for batch, m in zip(fresh, self.micro, strict=False)
+            ),
             read_cache=self.read_cache,
             base=self.base,
             inner=self.inner,
@@ -245,11 +247,12 @@ class Gradients:
     ) -> tuple[tuple[MicroBatch, ...], Pass]:
         """The mean over the batches, one after another, and what each was evaluated on."""
         micro: list[MicroBatch] = []
+        step = self._evaluator.problems[name].steps_taken
 
         def passes() -> Iterator[Pass]:
             buffers = None
             for batch in batches:
-                at = MicroBatch(batch, self._evaluator.capture(name), buffers)
+                at = MicroBatch(batch, self._evaluator.capture(name), buffers, step=step)
                 here = {**states, name: at.state(states[name])}
                 once = partial(self._evaluator.differentiate, name, here, batch, kind=kind, **options)
                 if self._evaluator.problems[name].autocast is torch.float16:

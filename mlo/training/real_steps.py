@@ -108,7 +108,7 @@ class RealSteps:
         tensors, and of those that are stepped on before, or while, the last of ``later`` is differentiated.
         """
         problem, before = self._problems[name], self._evaluator.capture(name)
-        first, last = problem.steps_taken, later[-1]
+        last = later[-1]
         changed = {name, *following[: following.index(last)], *([last] if self._problems[last].steps > 1 else [])}
         seen = {n: copied(state) if n in changed and state.live else state for n, state in states.items()}
         batches = [problem.batches_ahead(index) for index in range(count)]
@@ -116,9 +116,9 @@ class RealSteps:
         done = self._rollout.at_once(name, seen, batches, at, targets, "step")
         segment = None if done is None else done[0].segment
         if done is None or segment is None or not self._updater.commit(problem, segment):
-            problem.steps_taken = first  # taken one by one, the step that fails raises its error
             before.restore(self._evaluator.device)
-            return None
+            return None  # taken one by one, the step that fails raises its error
+        problem.steps_taken += count
         for _ in range(count):
             problem.advance()
         self.losses[name] = segment.losses[-1]

@@ -81,7 +81,7 @@ class Rollout:
             keep = bool(targets) and estimator.records(left - 1)
             count = self._gradients.at_once(name, states, taken, left) if keep else 0
             batches = [cast_batches(problem.batches_ahead(step + i), dtype) for i in range(max(count, 1))]
-            if count and (several := self.at_once(name, states, batches, at, targets, "virtual")) is not None:
+            if count and (several := self.at_once(name, states, batches, at, targets, "virtual", step)) is not None:
                 record, states[name], at = several
                 recorded.append(record)
                 step, taken = step + count, taken + count
@@ -94,7 +94,8 @@ class Rollout:
                 else (None, None)
             )
             seen = self._gradients.seen(name, states, stored[0]) if onto else states
-            gradient = self._gradients.of(name, seen, records, batches[0], "virtual", onto)
+            with problem.at_step(problem.steps_taken + step):
+                gradient = self._gradients.of(name, seen, records, batches[0], "virtual", onto)
             moved, at = virtual_step(problem, before.parameters, gradient.own, was)
             if keep:
                 fresh = cast_batches(problem.batches_ahead(step + 1), dtype) if estimator.takes_fresh_batches else ()
@@ -117,19 +118,22 @@ class Rollout:
         optimizer_state: OptimizerState,
         targets: Collection[str],
         kind: str,
+        ahead: int = 0,
     ) -> tuple[Record, State, OptimizerState] | None:
         """Several steps in one graph: their record, and what they led to; None if they can only be taken one by one."""
         problem, before = self._evaluator.problems[name], states[name]
-        micro = MicroBatch(batches[-1][0], self._evaluator.capture(name))
-        taken = self._evaluator.segment(
-            name,
-            states,
-            [batch for (batch,) in batches],
-            optimizer_state.groups,
-            optimizer_state.slots,
-            kind=kind,
-            through=targets,
-        )
+        first = problem.steps_taken + ahead
+        micro = MicroBatch(batches[-1][0], self._evaluator.capture(name), step=first + len(batches) - 1)
+        with problem.at_step(first):
+            taken = self._evaluator.segment(
+                name,
+                states,
+                [batch for (batch,) in batches],
+                optimizer_state.groups,
+                optimizer_state.slots,
+                kind=kind,
+                through=targets,
+            )
         if taken is None:  # it may have drawn random numbers before it failed
             micro.randomness.restore(self._evaluator.device)
             return None

@@ -1,0 +1,78 @@
+"""A loss that asks how many steps were taken gets the count of the step that is evaluated, whenever that is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mlo
+
+RATE = 0.1
+
+
+class Value(nn.Module):
+    def __init__(self, *start: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(start, dtype=torch.float64))
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
+class Low(mlo.Problem):
+    def loss(self, batch, top):
+        return (self.steps_taken % 3 + 1) * (self() * top()).sin().sum()
+
+
+class Top(mlo.Problem):
+    def loss(self, batch, low):
+        return low().exp().sum()
+
+
+def engine(estimator: object, lookahead: bool, optimizer=torch.optim.SGD) -> mlo.Engine:
+    low, top = Value(0.3, -0.5), Value(0.7, 0.2)
+    made = [
+        Low("low", module=low, optimizer=optimizer(low.parameters(), lr=RATE), steps=3),
+        Top("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE)),
+    ]
+    return mlo.Engine(made, estimator, lookahead=lookahead, device="cpu")
+
+
+def by_hand(low: Tensor, top: Tensor) -> Tensor:
+    top = top.detach().requires_grad_()
+    for step in range(3):
+        low = low.detach().requires_grad_() if step == 0 else low
+        loss = (step + 1) * (low * top).sin().sum()
+        low = low - RATE * torch.autograd.grad(loss, low, create_graph=True)[0]
+    return torch.autograd.grad(low.exp().sum(), top)[0]
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"graph_memory": 0}, {"every": 3}, {"product": "forward"}, {"every": 2, "product": "forward"}],
+    ids=str,
+)
+def test_every_way_to_differentiate_a_step_sees_its_count(options, lookahead):
+    made = engine({"kind": "unrolled", **options}, lookahead)
+    low, top = (p.module.value for p in made.problems.values())
+    for _ in range(3):  # the first round measures graphs, later ones may join steps
+        expected = by_hand(low, top)
+        torch.testing.assert_close(made.hypergradient("top")["value"], expected, rtol=1e-10, atol=0)
+        before = top.detach().clone()
+        made.step()
+        torch.testing.assert_close(before - top.detach(), RATE * expected, rtol=1e-10, atol=0)
+    assert made.problems["low"].steps_taken == 9
+
+
+def test_check_and_adam_see_it_too():
+    made = engine("unrolled", False, torch.optim.Adam)
+    made.run(1)
+    mlo.check(made)
+
+
+def test_that_a_loss_asked_is_remembered_since_compiled_steps_cannot_count():
+    made = engine("unrolled", False)
+    made.run(1)
+    assert [p.asks_steps_taken for p in made.problems.values()] == [True, False]
