@@ -12,7 +12,9 @@ def explain_missing(error: ModuleNotFoundError, what: str) -> str | None:
 
     The extra is looked up in mlo's own metadata: the smallest one that has the package.
     """
-    module = (error.name or "").partition(".")[0]
+    module = error.name or ""
+    if "." in module:  # its package is there
+        return None
     package = _normalized(INSTALLED_AS.get(module, module))
     try:
         requirements = requires(DISTRIBUTION) or []
@@ -27,8 +29,8 @@ def explain_missing(error: ModuleNotFoundError, what: str) -> str | None:
     if not extras:
         return None
     smallest = min(extras, key=lambda extra: (extra != "", len(packages_of[extra])))
-    target = f"'{DISTRIBUTION}[{smallest}]'" if smallest else DISTRIBUTION
-    return f"{what} needs {package}, which is not installed; install it with: pip install {target}"
+    target = f"'.[{smallest}]'" if smallest else "."
+    return f"{what} needs {package}, which is not installed; in your clone of mlo, run: pip install {target}"
 
 
 def _normalized(name: str) -> str:

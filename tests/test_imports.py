@@ -165,7 +165,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
     folder = tmp_path / "here"
     folder.mkdir()
     process = CommandProcess(*words.split(), folder=folder, logs=tmp_path, hidden=[hidden])
-    expected = said.replace("EXTRA", "which is not installed; install it with: pip install 'mlo-torch")
+    expected = said.replace("EXTRA", "which is not installed; in your clone of mlo, run: pip install '.")
     assert process.output() == ("", f"error: {expected}\n")
     assert process.code == 1
     assert not list(folder.iterdir())
@@ -174,7 +174,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, 
 def test_a_public_name_that_needs_an_extra_names_the_command_that_installs_it():
     done = python(HIDE.format(hidden=["yaml"]) + "import mlo\nmlo.Experiment")
     last = done.stderr.splitlines()[-1]
-    expected = "mlo.Experiment needs pyyaml, which is not installed; install it with: pip install 'mlo-torch[cli]'"
+    expected = "mlo.Experiment needs pyyaml, which is not installed; in your clone of mlo, run: pip install '.[cli]'"
     assert last.endswith(expected)
 
 
@@ -183,8 +183,8 @@ def test_a_missing_module_of_the_users_keeps_its_traceback():
 
 
 def test_a_missing_package_of_the_core_is_named_without_an_extra():
-    said = explain_missing(ModuleNotFoundError("No module named 'torch'", name="torch.nn"), "it")
-    assert said == f"it needs torch, which is not installed; install it with: pip install {DISTRIBUTION}"
+    said = explain_missing(ModuleNotFoundError("No module named 'torch'", name="torch"), "it")
+    assert said == "it needs torch, which is not installed; in your clone of mlo, run: pip install ."
 
 
 def test_all_packages_of_the_extras_are_hidden_here():

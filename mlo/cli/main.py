@@ -287,7 +287,7 @@ def main() -> None:
     """Run the command. The exit code is 2 if an option is wrong, 130 if the command was stopped, 1 at other errors."""
     with distributed.processes():
         try:
-            sys.exit(app(standalone_mode=False) or 0)
+            sys.exit(app(prog_name="mlo", standalone_mode=False) or 0)
         except _UsageError as error:
             if distributed.is_main():
                 print(f"error: {error.format_message()}", file=sys.stderr)

@@ -93,7 +93,8 @@ def _hiding(entry: EntryPoint) -> str | None:
     url = json.loads(entry.dist.read_text("direct_url.json") or "{}").get("url", "")
     folders = [Path(str(entry.dist.locate_file(""))), *([Path(url2pathname(urlsplit(url).path))] if url else [])]
     own = [file for file in files if any(Path(file).is_relative_to(folder) for folder in folders)]
-    return files[0] if own and files[0] not in own else None
+    copy = Path(files[0]).parents[1].joinpath(*entry.module.split(".")).with_suffix(".py")  # a clone may stand in front
+    return files[0] if own and files[0] not in own and not copy.exists() else None
 
 
 def _elsewhere(name: str) -> str:

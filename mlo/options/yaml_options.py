@@ -28,12 +28,21 @@ class _Loader(yaml.SafeLoader):
 
 for tag, pattern in {
     "merge": "<<",
-    "null": "null|~|",
-    "bool": "true|false",
-    "int": "[-+]?(0|[1-9][0-9]*)",
-    "float": r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+    "null": "null|Null|NULL|~|",
+    "bool": "true|True|TRUE|false|False|FALSE",
+    "int": "[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+",
+    "float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
 }.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^({pattern})$"), None)
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    """PyYAML takes a leading zero for an octal number."""
+    return int(node.value, 0) if node.value[:2] in ("0x", "0o") else int(node.value)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def parse_yaml(text: str) -> Any:

@@ -60,7 +60,9 @@ class Formula(Protocol):
 def formula_of(optimizer: Optimizer, groups: Sequence[Group]) -> Formula | None:
     """The formula of an optimizer's step; None where its class, or an option of a group, has none here."""
     formula = _FORMULAS.get(type(optimizer))
-    return formula if formula and all(map(_has_formula, groups)) else None
+    if formula is None or not all(map(_has_formula, groups)):
+        return None
+    return None if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]) else formula
 
 
 def _has_formula(group: Group) -> bool:
@@ -264,14 +266,15 @@ class _Fraction:
     def transpose(self, cotangents: Tensors, top: Tensors) -> tuple[Tensors, Tensors]:
         """Cotangents of the numerator ``top`` and of ``square``, from those of top / bottom, which are overwritten.
 
-        Where the root is zero, so is the numerator and all that it could pass on to ``square``.
+        Where the root is zero, or so small that it is rounded to zero, nothing is passed on to ``square``.
         """
         to_top = cotangents
         torch._foreach_div_(to_top, self.bottom)
         to_square = torch._foreach_mul(to_top, top)
         torch._foreach_div_(to_square, self.bottom)
         torch._foreach_mul_(to_square, torch._foreach_sign(self.root))
-        torch._foreach_div_(to_square, torch._foreach_clamp_min(self.root, torch.finfo(self.root[0].dtype).tiny))
+        smallest = [torch.finfo(root.dtype).tiny for root in self.root]
+        torch._foreach_div_(to_square, torch._foreach_clamp_min(self.root, smallest))
         torch._foreach_mul_(to_square, [-0.5 / correction for correction in self.corrections])
         return to_top, to_square
 

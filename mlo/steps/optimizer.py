@@ -50,7 +50,9 @@ def _step(
         of = sgd.hyperparameters(problem, groups)
         moved, slots = sgd.step(of, parameters, gradients, optimizer_state.slots)
         return moved, OptimizerState(groups, slots)
-    if formula := formula_of(problem.optimizer, groups):
+    # torch cannot differentiate its operators on lists of tensors, nor step all optimizers with sparse gradients
+    dense = not any(g is not None and g.is_sparse for g in gradients.values())
+    if dense and not differentiable and (formula := formula_of(problem.optimizer, groups)):
         return parameter_groups.step(problem, formula, parameters, gradients, optimizer_state)
     return torch_step.step(problem, parameters, gradients, optimizer_state, differentiable=differentiable)
 

@@ -68,11 +68,13 @@ class Updater:
     def commit(self, problem: Problem, segment: Segment) -> bool:
         """Set variables, momentum and buffers to where several steps led.
 
+        A loss stands for its step; the norm of the variables after all steps stands for the last one's gradient.
+
         Returns:
             False, with nothing changed, if not deferred and a loss or a variable is NaN or infinite.
         """
-        size = norm([end.detach() for end in segment.end]).double()
-        seen = torch.stack([torch.stack([loss.double(), size]) for loss in segment.losses])
+        seen = torch.stack([*segment.losses]).double().unsqueeze(1).repeat(1, 2)
+        seen[-1, 1] = norm([end.detach() for end in segment.end])
         finite = torch.isfinite(seen).all()
         if self._deferred:
             self._round += [(problem.name, problem.steps_taken + index, each) for index, each in enumerate(seen)]
@@ -82,6 +84,8 @@ class Updater:
         with torch.no_grad():
             for target, value in _targets(problem, segment):
                 target.copy_(torch.where(finite, value, target) if self._deferred else value)
+        for variable in problem.variables.values():
+            variable.grad = None
         return True
 
     def check_arrived(self) -> None:

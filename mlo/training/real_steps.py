@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mlo.hypergradient.step import Record, copied
 from mlo.levels.problem import Problem, State
@@ -15,6 +16,8 @@ from mlo.training.checked_updates import Updater
 from mlo.training.gradients import Gradient, Gradients, Records
 from mlo.training.plan import Plan
 from mlo.training.virtual_steps import Rollout
+
+_GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)  # which live as long as torch
 
 
 class RealSteps:
@@ -88,10 +91,10 @@ class RealSteps:
     def _can_join(self, problem: Problem) -> bool:
         """Whether several real steps may be one graph: nothing of the user's runs between them, nor compiled code."""
         optimizer = problem.optimizer
-        hooks = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
-        for variable in problem.variables.values():
-            hooks += [variable._backward_hooks, getattr(variable, "_post_accumulate_grad_hooks", None)]
-        return problem.scheduler is None and not any(hooks) and self._evaluator.compiler is None
+        hooks = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, *_GLOBAL_HOOKS]
+        hooks += [variable._backward_hooks for variable in problem.variables.values()]
+        overridden = problem.scheduler is not None or "step" in vars(optimizer)
+        return not overridden and not any(hooks) and self._evaluator.compiler is None
 
     def _joined_steps(
         self,
@@ -113,11 +116,16 @@ class RealSteps:
         seen = {n: copied(state) if n in changed and state.live else state for n, state in states.items()}
         batches = [problem.batches_ahead(index) for index in range(count)]
         at = optimizer_state(problem)
-        done = self._rollout.at_once(name, seen, batches, at, targets, "step")
-        segment = None if done is None else done[0].segment
-        if done is None or segment is None or not self._updater.commit(problem, segment):
-            before.restore(self._evaluator.device)
-            return None  # taken one by one, the step that fails raises its error
+        segment = None
+        try:
+            done = self._rollout.at_once(name, seen, batches, at, targets, "step")
+            segment = None if done is None else done[0].segment
+            if done is None or segment is None or not self._updater.commit(problem, segment):
+                segment = None
+                return None  # taken one by one, the step that fails raises its error
+        finally:
+            if segment is None:
+                before.restore(self._evaluator.device)
         problem.steps_taken += count
         for _ in range(count):
             problem.advance()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from analytic import LR, Point, Shape, Smooth
-from torch import Tensor
+from torch import Tensor, nn
 
 import mlo
 
@@ -142,3 +142,39 @@ def test_a_read_that_is_held_is_a_constant_in_the_inner_path_too(held):
     loss = ((b - LR * total) * x).sum() + a.square().sum()
     found = mlo.Engine(problems, "one_step", inner_path=True, device="cpu").hypergradient("top")["value"]
     torch.testing.assert_close(found, torch.autograd.grad(loss, x)[0], rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
+        (torch.optim.Adam, {"lr": 0.05}),
+        (torch.optim.AdamW, {"lr": 0.05, "amsgrad": True}),
+        (torch.optim.RMSprop, {"lr": 0.05, "momentum": 0.5, "centered": True}),
+        (torch.optim.Adagrad, {"lr": 0.05}),
+    ],
+)
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.LayerNorm(2)], ids=["linear", "layer norm"])
+def test_inner_paths_through_modules_of_several_small_parameters(norm, optimizer, options, float64):
+    class Low(mlo.Problem):
+        def loss(self, batch, mid, top):
+            return (self(batch) - mid(batch)).square().mean() + (self(batch) * top(batch)).sin().mean()
+
+    class Mid(mlo.Problem):
+        def loss(self, batch, low, top):
+            return (self(batch) * low(batch)).exp().mean() + (self(batch) - top(batch)).square().mean()
+
+    class Top(mlo.Problem):
+        def loss(self, batch, mid):
+            return mid(batch).sin().mean()
+
+    torch.manual_seed(0)
+    modules = [nn.Sequential(nn.Linear(3, 2), nn.Tanh(), norm(), nn.Linear(2, 2)) for _ in range(3)]
+    data = [torch.randn(4, 3)]
+    problems = [
+        cls(name, module=module, optimizer=optimizer(module.parameters(), **options), data=data, steps=steps)
+        for cls, name, module, steps in zip((Low, Mid, Top), ("low", "mid", "top"), modules, (2, 1, 1), strict=True)
+    ]
+    made = mlo.Engine(problems, "unrolled", inner_path=True, device="cpu")
+    made.run(2)
+    mlo.check(made)

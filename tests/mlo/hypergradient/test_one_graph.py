@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from two_levels import Attention, Following, Judging
 
 import mlo
+from mlo.steps.evaluation import Evaluator
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -37,13 +38,13 @@ def engine(
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many steps are taken in each graph of several."""
     counts: list[int] = []
-    segment = mlo.steps.evaluation.Evaluator.segment
+    segment = Evaluator.segment
 
     def counted(self: Any, name: str, states: Any, batches: list, *rest: Any, **options: Any) -> Any:
         counts.append(len(batches))
         return segment(self, name, states, batches, *rest, **options)
 
-    monkeypatch.setattr(mlo.steps.evaluation.Evaluator, "segment", counted)
+    monkeypatch.setattr(Evaluator, "segment", counted)
     return counts
 
 

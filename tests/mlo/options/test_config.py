@@ -264,8 +264,11 @@ def test_numbers_with_an_exponent_are_numbers():
 
 
 def test_scalars_are_those_of_yaml_1_2():
-    given = parse_yaml("[on, off, yes, true, false, 2024-01-01, 1:30, 010, .5, -.inf, null, ~, -3]")
-    assert given == ["on", "off", "yes", True, False, "2024-01-01", "1:30", 10.0, 0.5, -math.inf, None, None, -3]
+    given = parse_yaml("[on, off, yes, true, FALSE, 2024-01-01, 1:30, 010, .5, -.INF, Null, ~, -3, 0x1F, 0o17, 2e3]")
+    text = ["on", "off", "yes", True, False, "2024-01-01", "1:30"]
+    assert given == [*text, 10, 0.5, -math.inf, None, None, -3, 31, 15, 2000.0]
+    assert type(given[7]) is int
+    assert math.isnan(parse_yaml(".NaN"))
     assert parse_yaml("base: &b {a: 1}\nother: {<<: *b, c:}")["other"] == {"a": 1, "c": None}
 
 

@@ -103,7 +103,7 @@ def test_an_entry_that_cannot_be_loaded_has_no_summary(register, source):
 def test_an_entry_that_needs_an_extra_names_the_command_that_installs_it(register, monkeypatch):
     register("pictures", "import sklearn", {GROUP: {"pictures": "pictures:Job"}})
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ConfigError, match=r"'pictures' needs scikit-learn, .* pip install 'mlo-torch\[lbt\]'$"):
+    with pytest.raises(ConfigError, match=r"'pictures' needs scikit-learn, .* pip install '\.\[lbt\]'$"):
         registry.load(GROUP, "pictures")
 
 

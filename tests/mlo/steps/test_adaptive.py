@@ -128,7 +128,41 @@ def test_gradients_of_zero_pass_on_what_a_difference_finds(name, options):
     torch.testing.assert_close([*pulled.gradient], wanted, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("flag", ["capturable", "differentiable"])
+def test_groups_of_several_precisions_and_gradients_whose_squares_are_rounded_to_zero():
+    module = nn.ParameterList([nn.Parameter(torch.ones(2, dtype=d)) for d in (torch.float64, torch.float32)])
+    for name in ("Adam", "AdamW", "RMSprop", "Adagrad"):
+        made = Plain("plain", module=module, optimizer=getattr(torch.optim, name)(module.parameters(), lr=0.1, eps=0.1))
+        for size in (0.0, 1e-25):
+            gradients = {n: torch.full_like(p, size) for n, p in made.variables.items()}
+            ones = tuple(torch.ones_like(p) for p in made.variables.values())
+            found = pull_through_step(made, made.variables, gradients, optimizer_state(made), ones).gradient
+            torch.testing.assert_close(found[1].double(), found[0], rtol=1e-6, atol=0)
+            assert found[0].isfinite().all()
+            assert found[0].all()
+
+
+@pytest.mark.parametrize("kind", ["Adam", "RMSprop", "SGD"])
+def test_clipping_is_part_of_the_transpose(kind):
+    options = {"lr": 0.1} if kind == "Adam" else {"lr": 0.1, "momentum": 0.5}
+    made = problem(kind, options, (2, 0))
+    made.clip_norm, at = 0.3, optimizer_state(made)
+    parameters = {n: p.detach() for n, p in made.variables.items()}
+    gradients = {n: torch.randn_like(p) for n, p in parameters.items()}
+    along = {n: torch.randn_like(p) for n, p in parameters.items()}
+    cotangents = tuple(torch.randn_like(p) for p in parameters.values())
+    small = 1e-6
+    ends = [
+        virtual_step(made, parameters, {n: g + s * small * along[n] for n, g in gradients.items()}, at)[0].values()
+        for s in (1, -1)
+    ]
+    measured = sum(((a - b) * c).sum() for a, b, c in zip(*ends, cotangents, strict=True)).detach() / (2 * small)
+    for slots in (None, {}):
+        pulled = pull_through_step(made, parameters, gradients, at, cotangents, slots).gradient
+        predicted = sum((g * d).sum() for g, d in zip(pulled, along.values(), strict=True))
+        torch.testing.assert_close(predicted, measured, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("flag", ["capturable", "differentiable", "fused"])
 def test_what_has_no_formula_runs_torchs_own_step(flag):
     optimizer = torch.optim.Adam(nn.Linear(2, 2).parameters())
     assert formula_of(optimizer, optimizer.param_groups) is not None
@@ -137,6 +171,12 @@ def test_what_has_no_formula_runs_torchs_own_step(flag):
     for options in ({"lr": torch.tensor(0.1)}, {"betas": (torch.tensor(0.9), torch.tensor(0.99))}):
         optimizer = torch.optim.Adam(nn.Linear(2, 2).parameters(), **options, foreach=False)
         assert formula_of(optimizer, optimizer.param_groups) is None
+    for option in ("weight_decay", "eps"):
+        optimizer = torch.optim.Adam(nn.Linear(2, 2).parameters())
+        optimizer.param_groups[0][option] = torch.tensor(0.1)
+        assert formula_of(optimizer, optimizer.param_groups) is None
+    optimizer = torch.optim.Adam([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.complex64))])
+    assert formula_of(optimizer, optimizer.param_groups) is None
 
     class Mine(torch.optim.Adam):
         pass

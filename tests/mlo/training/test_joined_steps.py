@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mlo
 from mlo.training.checked_updates import Updater
@@ -148,14 +149,54 @@ def test_a_loss_that_is_not_finite_ends_at_its_own_step():
     torch.testing.assert_close(everything(joined), everything(single))
 
 
-def test_a_deferred_check_leaves_what_was_before_all_of_them():
-    """As on a GPU, where no step is waited for: the steps joined with a bad one are undone on the device."""
-    made = engine(Rising)
+def test_a_deferred_check_leaves_what_was_before_all_of_them(monkeypatch):
+    """As on a GPU, where no step is waited for: steps joined with a bad one, and all later ones, are undone there."""
+    monkeypatch.setattr("mlo.training.engine.Updater", lambda device, deferred: Updater(device, deferred=True))
+    seen, made = commits(monkeypatch), engine(Rising)
     made.run(1)
     before = [tensor.clone() for tensor in everything(made)]
-    made._real._updater = Updater(made.device, deferred=True)
+    with pytest.raises(mlo.NonFiniteLossError, match="'low': its loss is nan at its step 7;"):
+        made.step()
     made.step()
-    torch.testing.assert_close(everything(made)[: len(before)][:4], before[:4], rtol=0, atol=0)
+    assert seen == [4, 4]
+    torch.testing.assert_close(everything(made), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_variables_that_are_not_finite_after_finite_losses_are_seen(deferred, monkeypatch):
+    class Root(mlo.Problem):
+        def loss(self, batch, top):  # the derivative of a root at zero is infinite
+            zero = (self.params["4.bias"] - self.params["4.bias"].detach()).sum()
+            steep = zero.sqrt() if self.steps_taken == 7 else zero
+            return (top() * self(batch).square()).mean() + steep
+
+    monkeypatch.setattr("mlo.training.engine.Updater", lambda device, **_: Updater(device, deferred))
+    made = engine(Root)
+    made.run(1)
+    before = [tensor.clone() for tensor in everything(made)]
+    with pytest.raises(mlo.NonFiniteLossError, match=r"'low': its gradient's norm is \w+ at its step 8;"):
+        made.run(1)
+    if deferred:
+        torch.testing.assert_close(everything(made), before, rtol=0, atol=0)
+
+
+def test_a_loss_that_raises_among_them_leaves_what_was_before_all_of_them():
+    class Raising(mlo.Problem):
+        def loss(self, batch, top):
+            if self.steps_taken == 6:
+                raise OSError("no disk")
+            return (top() * self(batch).square()).mean()
+
+    made = engine(Raising)
+    made.run(1)
+    before, data = [t.clone() for t in everything(made)], made.problems["low"].stream.state_dict()
+    random = torch.get_rng_state()
+    with pytest.raises(OSError, match="no disk"):
+        made.step()
+    torch.testing.assert_close(everything(made), before, rtol=0, atol=0)
+    assert made.problems["low"].steps_taken == 4
+    assert made.problems["low"].stream.state_dict() == data
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_where_something_sees_each_step_they_are_taken_one_by_one(monkeypatch):
@@ -169,6 +210,14 @@ def test_where_something_sees_each_step_they_are_taken_one_by_one(monkeypatch):
         made = engine()
         prepare(made.problems["low"])
         made.run(3)
+    made = engine()
+    own, called = made.problems["low"].optimizer.step, []
+    made.problems["low"].optimizer.step = lambda: (called.append(1), own())
+    made.run(3)
+    assert len(called) == 12
+    everywhere = register_optimizer_step_post_hook(lambda *_: None)
+    engine().run(3)
+    everywhere.remove()
     engine(clip_norm=0.1).run(3)
     engine(make=torch.optim.Adam).run(3)
     assert seen == []
