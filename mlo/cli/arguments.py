@@ -20,7 +20,7 @@ Name = Annotated[
     str | None,
     typer.Argument(
         metavar="NAME",
-        help="The problem; `mlo list` shows the names.",
+        help="The job; `mlo list` shows the names.",
         show_default=False,
         autocompletion=complete_names(registry.PROBLEMS),
     ),
@@ -29,8 +29,8 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE.yaml", help="A file of options; those on the command line have precedence."),
 ]
-Help = Annotated[bool, typer.Option("--help", "-h", help="Show help; with a NAME, the problem's main options.")]
-HelpAll = Annotated[bool, typer.Option("--help-all", help="Show all options of the problem.")]
+Help = Annotated[bool, typer.Option("--help", "-h", help="Show help; with a NAME, the job's main options.")]
+HelpAll = Annotated[bool, typer.Option("--help-all", help="Show all options of the job.")]
 Workers = Annotated[int, typer.Option(min=1, metavar="N", help="How many runs at a time, each in its own process.")]
 OneCoreEach = Annotated[bool, typer.Option("--one-core-each", help="Keep each process on its own CPU core.")]
 

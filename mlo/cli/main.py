@@ -35,7 +35,7 @@ _UsageError: Any = typer.BadParameter.__mro__[1]  # what all errors of typer der
 
 app = typer.Typer(
     cls=StoppableCommands,
-    help="Multi-level optimization: run problems, resume runs, compare them.",
+    help="Multi-level optimization: run jobs, resume runs, compare them.",
     rich_markup_mode=None,  # it would take [a, b] in a help text for markup
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100},
@@ -69,9 +69,9 @@ def run(
     help: Help = False,
     help_all: HelpAll = False,
 ) -> None:
-    """Run a problem: mlo run NAME [--OPTION VALUE]...
+    """Run a job: mlo run NAME [--OPTION VALUE]...
 
-    `mlo run NAME --help` shows the problem's main options, `mlo run NAME --help-all` all of them.
+    `mlo run NAME --help` shows the job's main options, `mlo run NAME --help-all` all of them.
     """
     job = distributed.on_main(lambda: make_job(context, name, config, help, help_all))
     from mlo.runs.folder import discard_folder
@@ -112,7 +112,7 @@ def sweep(
     help: Help = False,
     help_all: HelpAll = False,
 ) -> None:
-    """Run a problem with several options and seeds.
+    """Run a job with several options and seeds.
 
     mlo sweep NAME --output DIR [--grid.OPTION LIST]... [--OPTION VALUE]... [--seeds N]
 
@@ -260,10 +260,10 @@ def graph(
 
 @app.command(name="list")
 def list_all() -> None:
-    """List problems, experiments, estimators, products."""
+    """List jobs, experiments, estimators, curvature products."""
     for group, written in registry.WRITTEN.items():
         names = registry.entries(group)
-        print(f"{group.removeprefix('mlo.').capitalize()}: {written}")
+        print(f"{registry.TITLES[group]}: {written}")
         for name in names:
             print(f"  {name:<{max(map(len, names))}}  {_summary(group, name)}")
         print("" if names else "  (none)\n")

@@ -1,4 +1,4 @@
-"""Problems, experiments, estimators and products by name, found through entry points: ours in the same way as yours."""
+"""Jobs, experiments, estimators and products by name, found through entry points: ours in the same way as yours."""
 
 import ast
 import difflib
@@ -24,6 +24,13 @@ WRITTEN = {
     EXPERIMENTS: "mlo reproduce NAME",
     ESTIMATORS: "--hypergradient NAME",
     PRODUCTS: "--hypergradient.product NAME",
+}
+
+TITLES = {
+    PROBLEMS: "Jobs",
+    EXPERIMENTS: "Experiments",
+    ESTIMATORS: "Estimators",
+    PRODUCTS: "Curvature products",
 }
 
 T = TypeVar("T")

@@ -217,7 +217,12 @@ def test_list_shows_what_there_is_and_what_is_broken(mlo, register):
     code, out, _ = mlo("list")
     assert code == 0
     lines = {" ".join(line.split()) for line in out.splitlines()}
-    assert "ridge The strength of a ridge regression." in lines
+    assert lines >= {
+        "Jobs: mlo run NAME",
+        "Estimators: --hypergradient NAME",
+        "ridge The strength of a ridge regression.",
+    }
+    assert "Curvature products: --hypergradient.product NAME" in lines
     assert any(line.startswith("half (broken: 'half' is registered in mlo.problems as half:Job") for line in lines)
     names = {line.partition(" ")[0] for line in lines}
     assert names >= {"cg", "darts", "first_order", "neumann", "one_step", "exact", "central"}
