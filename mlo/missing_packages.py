@@ -1,6 +1,7 @@
 """A package that is not installed, named with the command that installs it."""
 
 import re
+import sys
 from importlib.metadata import PackageNotFoundError, requires
 
 DISTRIBUTION = "mlo-torch"
@@ -12,8 +13,8 @@ def explain_missing(error: ModuleNotFoundError, what: str) -> str | None:
 
     The extra is looked up in mlo's own metadata: the smallest one that has the package.
     """
-    module = error.name or ""
-    if "." in module:  # its package is there
+    module, _, part = (error.name or "").partition(".")
+    if part and sys.modules.get(module):  # the package is there, and has no such part
         return None
     package = _normalized(INSTALLED_AS.get(module, module))
     try:

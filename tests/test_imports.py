@@ -182,6 +182,10 @@ def test_a_missing_module_of_the_users_keeps_its_traceback():
     assert explain_missing(ModuleNotFoundError("No module named 'mine'", name="mine"), "it") is None
 
 
+def test_a_part_that_a_package_does_not_have_keeps_its_traceback():
+    assert explain_missing(ModuleNotFoundError("No module named 'torch.nope'", name="torch.nope"), "it") is None
+
+
 def test_a_missing_package_of_the_core_is_named_without_an_extra():
     said = explain_missing(ModuleNotFoundError("No module named 'torch'", name="torch"), "it")
     assert said == "it needs torch, which is not installed; in your clone of mlo, run: pip install ."
