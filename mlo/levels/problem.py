@@ -78,8 +78,8 @@ class Problem(ABC):
             ignored; for all other reads it is an error.
 
     Attributes:
-        steps_taken: number of this problem's steps before the one that is evaluated. It is the same when that step is
-            evaluated again, to differentiate it, and counts virtual steps as if they were real.
+        steps_taken: number of steps that this problem took before the current one, virtual ones included. If a step is
+            evaluated again, to differentiate it, the number is the same as the first time.
         looking_ahead: True while a virtual step (lookahead) or its derivative is evaluated. A loss may use it to
             differ from the loss of the real step.
 
