@@ -23,7 +23,7 @@ class Backpropagation(AlongSteps, ABC):
     Cotangents flow through the parameters and through the optimizer's state (momentum, Adam's moments).
 
     Memory is needed for the stored states, and at most ``graph_memory`` for autograd graphs. Steps keep the graph of
-    their gradient as long as it fits; for the others it is computed again, one at a time. Virtual steps of torch's SGD
+    their gradient as long as it fits; for the others it is computed again, one at a time. Steps of torch's SGD
     are recorded in one graph as far as it fits, and differentiated by one backward pass. Storing only every n-th state
     saves memory and costs one more pass per step, to recompute the others. States can be stored on the CPU.
     """
