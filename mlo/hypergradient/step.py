@@ -51,8 +51,8 @@ class Record:
             it is recomputed from an earlier step).
         gradient: {variable: its gradient, before clipping} that the step was taken with, if kept.
         unreached: variables that the step's loss did not depend on, and the optimizer left alone.
-        optimizer_state: the hyperparameters of the step, and the optimizer's slots before it, where ``before`` is kept; or
-            those after it, if they are ``stepped``.
+        optimizer_state: the hyperparameters of the step, and the optimizer's slots: those before it, where ``before``
+            is kept, or those after it, if the state is ``stepped``.
         micro: what the loss was evaluated on; it is the mean over these.
         reads: the states of the problems that the loss read.
         fresh: the next batches of the problem, where an estimator takes curvature on these.
