@@ -1,7 +1,7 @@
 """The formulas of torch's SGD (momentum, dampening, Nesterov, weight decay) and their transpose.
 
 Most lower levels use SGD. The general way (:mod:`mlo.steps.torch_step`) runs the user's optimizer on copies, which
-takes several passes over the weights. These formulas give the same results, bit for bit, for the cost of the arithmetic.
+takes several passes over the weights. These formulas give the same bits for the cost of the arithmetic.
 """
 
 from __future__ import annotations
