@@ -14,8 +14,8 @@ if TYPE_CHECKING:  # the same names as in lazy_names below, for editors and type
         NonFiniteLossError,
         ProcessError,
     )
-    from mlo.hypergradient.curvature_products import Product, ProductOption
-    from mlo.hypergradient.estimators.base import Estimator, Pulled
+    from mlo.hypergradient.estimators.base import Estimator, Pulled, Recording
+    from mlo.hypergradient.products import Product, ProductOption
     from mlo.levels.problem import Problem
     from mlo.ops import distributed
     from mlo.options.config import Config, EstimatorOption
@@ -31,8 +31,8 @@ else:
         {
             "mlo.errors": "CheckpointError ConfigError GraphError HypergradientError MloError NonFiniteLossError "
             "ProcessError",
-            "mlo.hypergradient.estimators.base": "Estimator Pulled",
-            "mlo.hypergradient.curvature_products": "Product ProductOption",
+            "mlo.hypergradient.estimators.base": "Estimator Pulled Recording",
+            "mlo.hypergradient.products": "Product ProductOption",
             "mlo.levels.problem": "Problem",
             "mlo.ops": "distributed",
             "mlo.options.config": "Config EstimatorOption",
@@ -63,6 +63,7 @@ __all__ = [
     "Product",
     "ProductOption",
     "Pulled",
+    "Recording",
     "Run",
     "Wanted",
     "check",

@@ -33,7 +33,7 @@ class Shape:
     """Problems, lowest first: {name: what it reads}; the tops are those in ``tops``.
 
     Where a lower problem reads one below that reads it in turn, its own gradient runs through that one: with
-    ``inner_path`` the engine is to differentiate that share of it too, which it does for problems of one step a round.
+    ``inner_path`` the engine is to differentiate that share of it too; these problems then take one step a round.
     """
 
     name: str

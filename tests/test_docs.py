@@ -24,7 +24,8 @@ def example(name: str) -> ModuleType:
 def test_python_blocks_run(page):
     """The blocks of a page are one program, from top to bottom."""
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    exec("\n".join(blocks), {"__name__": page.stem})
+    program = compile("\n".join(blocks), page.name, "exec", dont_inherit=True)  # without this file's __future__ import
+    exec(program, {"__name__": page.stem})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

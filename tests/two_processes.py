@@ -14,7 +14,7 @@ from torch import nn
 import mlo
 from mlo.cli.main import app
 from mlo.ops import distributed
-from mlo.training.checked_updates import Updater
+from mlo.training.commit import Updater
 
 CPU = torch.device("cpu")
 STEPS = 150

@@ -53,7 +53,7 @@ class Session:
             if "failed" in made:
                 return made
         row = self._run(case, "time", stored)
-        if "failed" in row or case.library == "compiled":  # its peak would be the compiler's own memory
+        if "failed" in row or case.library in ("compiled", "jax"):  # its peak would be the compiler's own memory
             return row
         return {**row, **self.measure_memory(case)}
 
@@ -77,7 +77,7 @@ class Session:
         result = self.output / "result.tmp"
         result.unlink(missing_ok=True)
         try:
-            python = environments.interpreter(case.library, self.folder)
+            python = environments.interpreter(case.environment, self.folder)
         except RuntimeError as error:
             return {"failed": f"cannot be installed: {error}"}
         words = [case.workload, case.library, case.estimator, mode, self.size, str(result), str(stored)]

@@ -168,12 +168,14 @@ def implicit(loss: Tensor, p: Vector, hyper: Vector, v: Vector, solve: Solver, l
     return [-x for x in torch.autograd.grad(g, hyper, z)]
 
 
-def conjugate_gradient(matvec: Callable[[Vector], Vector], v: Vector, lr: float) -> Vector:
-    """Solve by ten iterations of conjugate gradient."""
+def conjugate_gradient(
+    matvec: Callable[[Vector], Vector], v: Vector, lr: float, iterations: int = ITERATIONS
+) -> Vector:
+    """Solve by a number of iterations of conjugate gradient."""
     z: Vector = [torch.zeros_like(x) for x in v]
     r = d = v
     size = dot(r, r)
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         image = matvec(d)
         stride = size / dot(d, image)
         z, r = combined(z, d, stride), combined(r, image, -stride)

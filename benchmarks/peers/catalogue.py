@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 #: the number of products of the implicit estimators, and of terms of the series
 ITERATIONS = 10
+#: the same for the language model, whose products are expensive
+LANGUAGE_ITERATIONS = 5
 
 #: {workload: its description}
 WORKLOADS = {
@@ -14,6 +16,8 @@ WORKLOADS = {
     "clean8192": "(b) Hyper-cleaning: MLP 784-256-10, N = 8192 sample weights, T = 36 steps of SGD, one hypergradient",
     "lbt": "(c) LBT: two small convolutional networks with batch norm and an architecture, one round of all levels",
     "tiny": "(d) Hyper-cleaning: MLP 16-16-10, N = 32 sample weights, T = 20 steps of SGD, one hypergradient",
+    "gpt": "(e) GPT: 10.9 million parameters, N = 64 weights, one round (a step of AdamW, a step of the weights)",
+    "gpt4": "(e) GPT: 10.9 million parameters, N = 64 weights, T = 4 steps of AdamW, one hypergradient",
 }
 
 #: {estimator: the reference that its hypergradient is compared to}; see reference.py
@@ -24,6 +28,7 @@ REFERENCES = {
     "kept": "unrolled",
     "recomputed": "unrolled",
     "product": "product",
+    "sama": "sama",
     "cg": "cg",
     "neumann": "neumann",
 }
@@ -34,12 +39,15 @@ ESTIMATORS = {
     "clean8192": ("unrolled", "kept", "recomputed"),
     "lbt": ("one_step", "darts"),
     "tiny": ("unrolled", "recomputed"),
+    "gpt": ("one_step", "darts", "sama", "cg"),
+    "gpt4": ("unrolled", "kept", "recomputed"),
 }
 
-LIBRARIES = ("hand", "mlo", "compiled", "betty", "torchopt", "higher", "boat")
+LIBRARIES = ("hand", "jax", "mlo", "compiled", "betty", "torchopt", "higher", "boat")
 
 TITLES = {
     "hand": "by hand",
+    "jax": "by hand, JAX 0.10.2",
     "mlo": "**mlo**",
     "compiled": "**mlo**, compiled",
     "betty": "Betty 0.2.1",
@@ -50,9 +58,10 @@ TITLES = {
 
 #: {library: the estimators it has}
 OFFERED = {
-    "hand": ("one_step", "darts", "cg", "neumann", "unrolled", "kept", "recomputed", "product"),
-    "mlo": ("one_step", "darts", "cg", "neumann", "unrolled", "kept", "recomputed", "product"),
-    "compiled": ("one_step", "darts", "cg", "neumann", "unrolled", "recomputed", "product"),
+    "hand": ("one_step", "darts", "sama", "cg", "neumann", "unrolled", "kept", "recomputed", "product"),
+    "jax": ("one_step", "darts", "cg", "neumann", "unrolled", "recomputed", "product"),
+    "mlo": ("one_step", "darts", "sama", "cg", "neumann", "unrolled", "kept", "recomputed", "product"),
+    "compiled": ("one_step", "darts", "sama", "cg", "neumann", "unrolled", "recomputed", "product"),
     "betty": ("darts", "cg", "neumann", "unrolled"),
     "torchopt": ("one_step", "cg", "neumann", "unrolled"),
     "higher": ("one_step", "unrolled"),
@@ -61,6 +70,15 @@ OFFERED = {
 
 #: {(workload, library): why the library cannot express the workload}
 REFUSED = {("lbt", "boat"): "two levels only"}
+
+#: {workload: the only libraries that are measured on it}
+ONLY = dict.fromkeys(("gpt", "gpt4"), ("hand", "mlo", "compiled"))
+
+#: {workload: the environment of all its rows}, where the workload itself needs packages; see environments.py
+ENVIRONMENTS = dict.fromkeys(("gpt", "gpt4"), "transformers")
+
+#: not libraries for bilevel optimization, but loops written by hand
+BY_HAND = ("hand", "jax")
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,11 @@ class Case:
         """The name of the row's file."""
         return f"{self.workload}-{self.estimator}-{self.library}"
 
+    @property
+    def environment(self) -> str:
+        """The environment that runs it; see environments.py."""
+        return ENVIRONMENTS.get(self.workload, self.library)
+
 
 def cases(workload: str | None = None, library: str | None = None) -> list[Case]:
     """All rows, or only those of one workload or one library."""
@@ -84,5 +107,8 @@ def cases(workload: str | None = None, library: str | None = None) -> list[Case]
         for w in WORKLOADS
         for estimator in ESTIMATORS[w]
         for lib in LIBRARIES
-        if workload in (None, w) and library in (None, lib) and estimator in OFFERED[lib]
+        if workload in (None, w)
+        and library in (None, lib)
+        and estimator in OFFERED[lib]
+        and lib in ONLY.get(w, LIBRARIES)
     ]

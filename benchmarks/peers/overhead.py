@@ -18,8 +18,9 @@ import mlo
 from benchmarks.peers.by_hand import combined, leaves, mlp
 from benchmarks.peers.libraries import build, with_mlo
 from benchmarks.peers.workloads import Bilevel, make
-from mlo.steps.evaluation import Evaluator
-from mlo.steps.optimizer_state import optimizer_state
+from mlo.steps.losses import loss_of
+from mlo.steps.optimizer import hyperparameters
+from mlo.steps.scan import Joined, steps_of
 
 
 def microseconds(calls: dict[str, Callable[[], object]], count: int = 10, rounds: int = 30) -> dict[str, float]:
@@ -42,9 +43,10 @@ def pieces() -> dict[str, Callable[[], object]]:
     engine = mlo.Engine(problems, "unrolled", lookahead=False, device="cpu")
     engine.hypergradient(top)
     hand = build("hand", make("tiny"), "unrolled")
-    model, evaluator = engine.problems["model"], Evaluator(engine.problems, engine.device)
-    states = {name: problem.live_state() for name, problem in engine.problems.items()}
-    batches, at = [model.batches_ahead(n)[0] for n in range(task.steps)], optimizer_state(model, copies=False)
+    model, level = engine.problems["model"], engine._levels["model"]
+    states = {name: problem.live_state()._replace(live=False) for name, problem in engine.problems.items()}
+    states["model"] = states["model"]._replace(slots=model.optimizer_slots())
+    batches, groups = [model.batches_ahead(n)[0] for n in range(task.steps)], hyperparameters(model)
     hyper = list(task.weights.parameters())
 
     def unrolled(network: Callable[[Sequence[Tensor], Tensor], Tensor]) -> Sequence[Tensor]:
@@ -57,21 +59,20 @@ def pieces() -> dict[str, Callable[[], object]]:
     def called(p: Sequence[Tensor], images: Tensor) -> Tensor:
         return functional_call(task.model, dict(zip(model.variables, p, strict=True)), (images,))
 
-    def several() -> mlo.steps.gradient_functions.Segment:
-        found = evaluator.segment("model", states, batches, at.groups, at.slots, kind="virtual", through=(top,))
-        assert found is not None
-        return found
+    def several() -> Joined:
+        _, end, _, losses, _ = steps_of(level, states, batches, groups, (top,), counts=False)
+        return Joined(states["model"], end, losses)
 
     ends, taken = unrolled(mlp), several()
     vector = task.direction(ends)
 
     def losses() -> None:
         for batch in batches:
-            evaluator.evaluate("model", states, batch, kind="virtual", through=(top,))
+            loss_of(level, states, batch, (top,))
 
     def losses_by_hand() -> None:
         for batch in batches:
-            task.lower_loss(lambda x: mlp(taken.start, x), task.weights, taken.start, batch)
+            task.lower_loss(lambda x: mlp(taken.start.variables, x), task.weights, taken.start.variables, batch)
 
     return {
         "by hand: the losses": losses_by_hand,
@@ -81,7 +82,7 @@ def pieces() -> dict[str, Callable[[], object]]:
         "by hand: all": hand.round,
         "the losses": losses,
         "the steps, in one graph": several,
-        "the backward pass": lambda: taken.pull(vector, {}, hyper, True),
+        "the backward pass": lambda: taken.pull(vector, (), hyper, True),
         "all": lambda: engine.hypergradient(top),
     }
 

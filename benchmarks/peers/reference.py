@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, jvp
 
-from benchmarks.peers.catalogue import ITERATIONS
-from benchmarks.peers.workloads import Bilevel, Task, Teaching, make
+from benchmarks.peers.catalogue import ITERATIONS, LANGUAGE_ITERATIONS
+from benchmarks.peers.workloads import Bilevel, Language, Task, Teaching, make
 
 Params = dict[str, Tensor]
 
@@ -17,6 +17,8 @@ def reference(workload: str, kind: str, size: str = "full") -> Tensor:
     task: Task = make(workload, size, torch.float64)
     if isinstance(task, Teaching):
         return _teaching(task)
+    if isinstance(task, Language):
+        return _language(task, kind)
     if kind in ("one_step", "unrolled"):
         return _unrolled(task)
     if kind == "product":
@@ -86,12 +88,12 @@ def _implicit(task: Bilevel, kind: str) -> Tensor:
     return -flat(list(cross.values()))
 
 
-def _krylov(product: object, target: Tensor) -> Tensor:
+def _krylov(product: object, target: Tensor, iterations: int = ITERATIONS) -> Tensor:
     """What conjugate gradient computes: the best solution (in energy) in the Krylov space, by a direct solve."""
     basis: list[Tensor] = []
     images: list[Tensor] = []
     vector = target / target.norm()
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         basis.append(vector)
         images.append(product(vector))
         vector = images[-1]
@@ -112,6 +114,46 @@ def _series(product: object, target: Tensor, rate: float) -> Tensor:
         term = term - rate * product(term)
         total = total + term
     return rate * total
+
+
+def _language(task: Language, kind: str) -> Tensor:
+    """Autograd through AdamW's formula, over one vector of all parameters; double backward for products."""
+    weigh, logits = task.weights, task.weights.logits
+    parameters: Params = dict(task.model.named_parameters())
+    sizes = [p.numel() for p in parameters.values()]
+
+    def model(vector: Tensor) -> object:
+        views = zip(parameters.items(), vector.split(sizes), strict=True)
+        named = {n: v.view_as(p) for (n, p), v in views}
+        return lambda tokens: functional_call(task.model, named, (tokens,))
+
+    def gradient(vector: Tensor, batch: object) -> Tensor:
+        return torch.autograd.grad(task.lower_loss(model(vector), weigh, batch), vector, create_graph=True)[0]
+
+    at = flat(list(parameters.values())).requires_grad_()
+    first, second = (flat(moments) for moments in task.moments)
+    for count in range(task.steps):
+        found = gradient(at, task.lower[count])
+        first = task.betas[0] * first + (1 - task.betas[0]) * found
+        second = task.betas[1] * second + (1 - task.betas[1]) * found**2
+        mean, square = (
+            m / (1 - beta ** (task.taken + count + 1)) for m, beta in zip((first, second), task.betas, strict=True)
+        )
+        at = at * (1 - task.lr * task.weight_decay) - task.lr * mean / (square.sqrt() + task.eps)
+    loss = task.upper_loss(model(at), task.upper[0])
+    if kind in ("one_step", "unrolled"):
+        return flat(list(torch.autograd.grad(loss, logits)))
+    target = torch.autograd.grad(loss, at, retain_graph=True)[0]
+    solution = at.detach().requires_grad_()
+    again = gradient(solution, task.lower[0])
+    if kind == "sama":
+        through_adam = torch.autograd.grad(at, found, target)[0]
+        return flat(list(torch.autograd.grad(again, logits, through_adam)))
+
+    def product(vector: Tensor) -> Tensor:
+        return torch.autograd.grad(again, solution, vector, retain_graph=True)[0] + task.damping * vector
+
+    return -flat(list(torch.autograd.grad(again, logits, _krylov(product, target, LANGUAGE_ITERATIONS))))
 
 
 def _teaching(task: Teaching) -> Tensor:

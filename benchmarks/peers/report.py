@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from benchmarks.peers.catalogue import ESTIMATORS, LIBRARIES, REFERENCES, TITLES, WORKLOADS, Case
+from benchmarks.peers.catalogue import BY_HAND, ESTIMATORS, LIBRARIES, REFERENCES, TITLES, WORKLOADS, Case
 
 Row = Mapping[str, Any]
 Rows = Mapping[Case, Row]
@@ -13,6 +13,7 @@ Rows = Mapping[Case, Row]
 HEADINGS = {
     "one_step": "One step, exact product",
     "darts": "One step, central difference (DARTS)",
+    "sama": "One step, central difference at the solution (SAMA)",
     "cg": "Conjugate gradient, 10 iterations",
     "neumann": "Neumann series, 10 terms",
     "unrolled": "Unrolled",
@@ -21,10 +22,15 @@ HEADINGS = {
     "recomputed": "Unrolled, each step recomputed in the backward pass",
 }
 
+#: headings and references of single tables, where they differ
+SPECIAL_HEADINGS = {("gpt", "cg"): "Conjugate gradient, 5 iterations, damping 100"}
+SPECIAL_REFERENCES = {("gpt", "cg"): "five iterations in float64, by a Krylov basis and a direct solve"}
+
 COMPARED_WITH = {
     "one_step": "float64 autograd through the step",
     "unrolled": "float64 autograd through all steps",
     "product": "forward-over-reverse differentiation in float64",
+    "sama": "float64 autograd, with the exact product instead of the difference",
     "cg": "ten iterations in float64, by a Krylov basis and a direct solve",
     "neumann": "ten terms in float64, by forward-over-reverse differentiation",
 }
@@ -40,14 +46,14 @@ HEAD = """# Benchmarks against other libraries
 {summary}
 
 This page compares the time, memory and error of `mlo` with those of other libraries for bilevel optimization, and
-with loops written by hand in plain PyTorch. `python -m benchmarks.peers` made it with torch {torch} and Python
-{python}, on one thread of an {cpu}; mlo at {revision} (a + after a revision means uncommitted changes). GPUs were not
-measured. [The benchmarks' own page](../benchmarks/README.md) describes how it measures.
+with loops written by hand in plain PyTorch and in JAX. `python -m benchmarks.peers` made it with torch {torch} and
+Python {python}, on one thread of an {cpu}; mlo at {revision} (a + after a revision means uncommitted changes). GPUs
+were not measured. [The benchmarks' own page](../benchmarks/README.md) describes how it measures.
 
 ## How to read the tables
 In every workload, the *lower* problem trains a network, and the *upper* problem learns something that this training
-uses: weights of the training samples in (a), (b) and (d), an architecture in (c). The *hypergradient* is the gradient
-of the upper loss through the training of the network. An *estimator* is a way to compute it ([Which
+uses: weights of the training samples in (a), (b), (d) and (e), an architecture in (c). The *hypergradient* is the
+gradient of the upper loss through the training of the network. An *estimator* is a way to compute it ([Which
 estimator?](estimators.md) describes them). Each table is about one workload and one estimator. LBT is [Learning by
 Teaching](lbt.md).
 
@@ -58,6 +64,8 @@ Teaching](lbt.md).
 Rows:
 
 - **by hand** is the loop that a careful researcher would write for this estimator alone.
+- **by hand, JAX** is the same in JAX, with `jax.jit` over all of the round. The seconds are the time of the first
+  hypergradient, which is compiled.
 - **mlo, compiled** is the engine with `compile=True`. The seconds are the time that compiling took.
 
 Columns:
@@ -71,7 +79,7 @@ Columns:
   the angle between the two.
 - **peak**: peak memory of a fresh process, minus that of a process that only imports torch, makes the data and steps
   an optimizer ({baseline} MB); in brackets, the whole process. It includes importing the library. Freed memory goes
-  back to the system at once. Compiled rows were not measured, since the compiler itself needs more.
+  back to the system at once. Compiled rows and JAX were not measured, since the compiler itself needs more.
 - **default**: the same with malloc's default settings, which keep freed memory.
 """
 
@@ -81,10 +89,14 @@ TAIL = """## Explanations
 - **Without compiling**, the arithmetic is that of the loop by hand. `mlo` adds some Python code around each loss and
   each hypergradient, a check that gradients are finite, and a copy of the weights before each step that is
   differentiated. The Python code takes the same time for any network, so it matters most in (d).
-- **(b) with N = 8192, unrolled.** By default, `mlo` keeps at most 16 MiB of the steps' autograd graphs
+- **(b) with N = 8192, unrolled.** By default, `mlo` keeps at most 64 MiB of the steps' autograd graphs
   (`graph_memory`) and recomputes the other steps in the backward pass, which takes more time and less memory. With
-  memory for all graphs, it takes about the time of the loop by hand, as the next table shows.
-- **Memory.** In the other workloads, `mlo` needs a few MB more than the loop by hand, about the same in all of them.
+  memory for all graphs, it takes about the time of the loop by hand, as the next table shows. In (e) with T = 4, it
+  recomputes the steps too, since the graph of one step is larger than 64 MiB.
+- **Memory.** In the other workloads of (a) to (d), `mlo` needs a few MB more than the loop by hand, about the same in
+  all of them. In (e), where one copy of the weights takes 44 MB, it needs up to four copies more.
+- **JAX** compiles the whole round, with all steps and products, so it spends no time in Python between them. There is
+  no JAX version of (e).
 - **Betty's `darts`** leaves out the learning rate, and computes its difference at the weights after the step. Its `cg`,
   as released, is not conjugate gradient. So their errors are large, and their times are those of another computation,
   which is cheaper in the case of `darts`.
@@ -103,6 +115,8 @@ NAMES = {
     "clean8192": "hyper-cleaning with N = 8192",
     "lbt": "LBT",
     "tiny": "hyper-cleaning of a tiny network",
+    "gpt": "the GPT",
+    "gpt4": "the GPT with 4 steps",
 }
 
 
@@ -148,7 +162,7 @@ def _races(rows: Rows) -> Iterator[_Race]:
             found = {c.library: r for c, r in rows.items()
                      if (c.workload, c.estimator) == (workload, estimator) and "failed" not in r}  # fmt: skip
             ours = [found[library] for library in ("mlo", "compiled") if library in found]
-            others = [library for library in found if library not in ("mlo", "compiled", "hand")]
+            others = [library for library in found if library not in ("mlo", "compiled", *BY_HAND)]
             if ours and others:
                 best, peer = min(ours, key=_ratio), min(others, key=lambda library: _ratio(found[library]))
                 (low, high), (peer_low, peer_high) = best["quartiles"], found[peer]["quartiles"]
@@ -176,7 +190,27 @@ def summary(rows: Rows) -> str:
     if close:
         text += f" In {close} of the {len(won)}, the quartiles overlap, so the lead may be noise."
     eager = [race.eager for race in races]
-    return f"{text} Without compiling, `mlo` takes {min(eager):.2f} to {max(eager):.2f} times as long as that loop."
+    text += f" Without compiling, `mlo` takes {min(eager):.2f} to {max(eager):.2f} times as long as that loop."
+    return text + _beside_jax(rows)
+
+
+def _beside_jax(rows: Rows) -> str:
+    """How long loops in JAX take, in a sentence; empty without their rows."""
+    found = {case: _ratio(row) for case, row in rows.items() if case.library == "jax" and "ratio" in row}
+    if not found:
+        return ""
+    ours = {
+        case: [_ratio(row) for library in ("mlo", "compiled")
+               if "ratio" in (row := rows.get(Case(case.workload, library, case.estimator), {}))]
+        for case in found
+    }  # fmt: skip
+    pairs = [(ratio, min(ours[case])) for case, ratio in found.items() if ours[case]]
+    faster = sum(ratio < mine for ratio, mine in pairs)
+    return (
+        f"\nThe loop by hand, written in JAX and compiled, takes {min(found.values()):.2f} to "
+        f"{max(found.values()):.2f} times as long as the one in PyTorch, and is faster than `mlo` in {faster} of "
+        f"{len(pairs)} comparisons."
+    )
 
 
 def line(row: Row) -> str:
@@ -191,8 +225,9 @@ def _table(rows: Rows, workload: str, estimator: str) -> str:
     found = {c.library: r for c, r in rows.items() if (c.workload, c.estimator) == (workload, estimator)}
     if not found:
         return ""
-    against = COMPARED_WITH[REFERENCES[estimator]]
-    lines = [f"### {HEADINGS[estimator]}\n", f"Error against {against}.\n"]
+    heading = SPECIAL_HEADINGS.get((workload, estimator), HEADINGS[estimator])
+    against = SPECIAL_REFERENCES.get((workload, estimator), COMPARED_WITH[REFERENCES[estimator]])
+    lines = [f"### {heading}\n", f"Error against {against}.\n"]
     lines += ["| | time | ms | error | cosine | peak, MB | default |", "| --- | --- | --- | --- | --- | --- | --- |"]
     lines += [f"| {TITLES[lib]} | {_cells(lib, estimator, found[lib])} |" for lib in LIBRARIES if lib in found]
     return "\n".join([*lines, ""])
@@ -232,11 +267,13 @@ def _checks(rows: Rows) -> Iterator[tuple[str, str, str, bool]]:
     asked = ("darts", "one_step", "neumann", "cg", "unrolled")
     ours = {c: r for c, r in rows.items() if c.library == "mlo" and "failed" not in r and c.estimator in asked}
     for case, row in ours.items():
+        if case.workload not in TIME_TARGETS:
+            continue
         name, target = f"{case.workload}, `{case.estimator}`", TIME_TARGETS[case.workload]
         yield f"{name}: time over the hand-written loop", f"{target:.2f}", f"{row['ratio']:.2f}", row["ratio"] <= target
         others = {c.library: r["ratio"] for c, r in rows.items()
                   if (c.workload, c.estimator) == (case.workload, case.estimator) and "failed" not in r
-                  and c.library not in ("mlo", "compiled", "hand")}  # fmt: skip
+                  and c.library not in ("mlo", "compiled", *BY_HAND)}  # fmt: skip
         if others:
             best = min(others, key=others.__getitem__)
             asked = f"below {others[best]:.2f} ({TITLES[best]})"

@@ -87,6 +87,81 @@ class Bilevel:
         return F.cross_entropy(model(images), labels)
 
 
+class LanguageModel(nn.Module):
+    """A GPT from a configuration of transformers, with random weights; maps tokens to logits.
+
+    Its attention is written out ("eager"), since the fused one has no second derivative on the CPU.
+    """
+
+    def __init__(self, vocabulary: int, length: int, width: int, layers: int, heads: int) -> None:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        super().__init__()
+        chosen = {"vocab_size": vocabulary, "n_positions": length, "n_embd": width, "n_layer": layers, "n_head": heads}
+        off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False}
+        tokens = {"bos_token_id": 0, "eos_token_id": 0}
+        self.gpt = GPT2LMHeadModel(GPT2Config(**chosen, **off, **tokens, attn_implementation="eager"))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits of the next tokens."""
+        return self.gpt(tokens).logits
+
+
+@dataclass
+class Language:
+    """A language model is trained with AdamW on weighted sequences, and the weights on its loss on held-out ones.
+
+    AdamW starts in the middle of a training: with random moments, after ten steps. In its first step the derivative
+    would only be that of rounding, since the first step does not depend on the size of the gradient.
+
+    Attributes:
+        lower: batches of sequences, and which sequences they are.
+        upper: batches of held-out sequences.
+        moments: of the parameters, the running means of gradients and of their squares.
+        steps, trains: see :class:`Bilevel`.
+        damping: added to the Hessian in conjugate gradient; its eigenvalues reach from -60 to 50.
+    """
+
+    model: nn.Module
+    weights: SampleWeights
+    lower: list[Batch]
+    upper: list[Tensor]
+    moments: tuple[list[Tensor], list[Tensor]]
+    steps: int
+    trains: bool
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    taken: int = 10
+    upper_lr: float = 1e-2
+    damping: float = 100.0
+
+    def lower_loss(self, model: Callable[..., Tensor], weigh: Callable[..., Tensor], batch: Batch) -> Tensor:
+        """The mean over the sequences of their weighted losses."""
+        tokens, index = batch
+        return (weigh()[index] * _next_token_losses(model, tokens)).mean()
+
+    def upper_loss(self, model: Callable[..., Tensor], batch: Tensor) -> Tensor:
+        """The mean loss of the held-out sequences."""
+        return _next_token_losses(model, batch).mean()
+
+    def optimizer(self) -> torch.optim.AdamW:
+        """AdamW over the model, with its moments."""
+        parameters = list(self.model.parameters())
+        made = torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+        for parameter, mean, square in zip(parameters, *self.moments, strict=True):
+            step = torch.tensor(float(self.taken))
+            made.state[parameter] = {"step": step, "exp_avg": mean.clone(), "exp_avg_sq": square.clone()}
+        return made
+
+
+def _next_token_losses(model: Callable[..., Tensor], tokens: Tensor) -> Tensor:
+    """The mean loss of each sequence."""
+    logits = model(tokens)[:, :-1]
+    return F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+
+
 class Teacher(nn.Module):
     """Two cells, each a mixture of three operations."""
 
@@ -170,7 +245,7 @@ class Teaching:
         return F.cross_entropy(teacher(images, mix), labels) + F.cross_entropy(taught(images), labels)
 
 
-Task = Bilevel | Teaching
+Task = Bilevel | Language | Teaching
 
 #: {workload: {size: arguments of :func:`_bilevel`}}
 _SIZES: dict[str, dict[str, dict[str, Any]]] = {
@@ -192,10 +267,22 @@ _SIZES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+#: {workload: arguments of :func:`_language`}
+_LANGUAGE: dict[str, dict[str, Any]] = {
+    "gpt": {"steps": 1, "trains": True},
+    "gpt4": {"steps": 4, "trains": False},
+}
+_LANGUAGE_SIZES: dict[str, dict[str, Any]] = {
+    "full": {"model": (512, 128, 384, 6, 6), "size": 8, "batches": 8},
+    "small": {"model": (11, 6, 8, 2, 2), "size": 2, "batches": 5},
+}
+
 
 def make(workload: str, size: str = "full", dtype: torch.dtype = torch.float32) -> Task:
     """Make a workload. ``size`` is "full", or "small" for tests; values are drawn in float32 and cast to ``dtype``."""
     torch.manual_seed(0)
+    if workload in _LANGUAGE:
+        return _language(**_LANGUAGE[workload], **_LANGUAGE_SIZES[size], dtype=dtype)
     if workload == "lbt":
         return _teaching(*((16, 16, 32, 10, 5) if size == "full" else (4, 6, 5, 3, 2)), dtype=dtype)
     return _bilevel(**_SIZES[workload][size], trains=workload == "mwn", dtype=dtype)
@@ -218,6 +305,18 @@ def _bilevel(
     upper = [batch(min(count, 512), 0.0) for _ in range(batches)]
     momentum = 0.9 if trains else 0.0
     return Bilevel(model.to(dtype), weights.to(dtype), lower, upper, steps, 0.1, momentum, trains)
+
+
+def _language(
+    model: tuple[int, int, int, int, int], size: int, batches: int, steps: int, trains: bool, dtype: torch.dtype
+) -> Language:
+    vocabulary, length, *_ = model
+    net, weights = LanguageModel(*model).to(dtype), SampleWeights(size * batches).to(dtype)
+    means = [(1e-4 * torch.randn(p.shape)).to(dtype) for p in net.parameters()]
+    squares = [(1e-6 * (0.5 + torch.rand(p.shape))).to(dtype) for p in net.parameters()]
+    lower = [(torch.randint(vocabulary, (size, length)), index) for index in torch.arange(size * batches).split(size)]
+    upper = [torch.randint(vocabulary, (size, length)) for _ in range(batches)]
+    return Language(net, weights, lower, upper, (means, squares), steps, trains)
 
 
 def _teaching(width: int, side: int, size: int, classes: int, batches: int, *, dtype: torch.dtype) -> Teaching:

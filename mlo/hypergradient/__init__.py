@@ -6,13 +6,12 @@ from pydantic import ValidationError
 
 from mlo.errors import ConfigError
 from mlo.hypergradient.backward import backward
-from mlo.hypergradient.curvature_products import Central, Exact, Forward, OneSided, Product, ProductOption
-from mlo.hypergradient.estimators.base import Estimator, Pulled
+from mlo.hypergradient.estimators.base import Estimator, Pulled, Recording
 from mlo.hypergradient.estimators.implicit import ConjugateGradient, Neumann, Nystrom
 from mlo.hypergradient.estimators.one_step import Darts, FirstOrder, OneStep, Sama
 from mlo.hypergradient.estimators.penalty import Penalty
 from mlo.hypergradient.estimators.unrolled import Truncated, Unrolled
-from mlo.hypergradient.step import Curvature, LocalLoss, Step
+from mlo.hypergradient.products import Central, Curvature, Exact, Forward, OneSided, Product, ProductOption
 from mlo.options.config import Config, EstimatorOption, explain
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "Exact",
     "FirstOrder",
     "Forward",
-    "LocalLoss",
     "Neumann",
     "Nystrom",
     "OneSided",
@@ -33,8 +31,8 @@ __all__ = [
     "Product",
     "ProductOption",
     "Pulled",
+    "Recording",
     "Sama",
-    "Step",
     "Truncated",
     "Unrolled",
     "backward",

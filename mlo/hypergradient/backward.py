@@ -9,18 +9,17 @@ from torch import Tensor
 
 from mlo.errors import GraphError
 from mlo.hypergradient.estimators.base import Estimator
-from mlo.hypergradient.step import Record, Step
 from mlo.ops.vectors import Vector, add
-from mlo.steps.evaluation import Evaluator
+from mlo.steps.point import gradient, pulled
+from mlo.steps.step import Step, reached
 
 
 def backward(
     top: str,
     paths: Mapping[str, tuple[str, ...]],
     cotangents: Mapping[str, Vector],
-    records: Mapping[str, Sequence[Record]],
+    records: Mapping[str, Sequence[Step]],
     estimators: Mapping[str, Estimator],
-    evaluator: Evaluator,
     pullbacks: Counter[str],
     metrics: dict[str, Tensor],
     warm: dict[str, Vector],
@@ -38,7 +37,6 @@ def backward(
         cotangents: {lower problem: its cotangent}, for those that the top's loss reads directly.
         records: {lower problem: its recorded steps, in order}.
         estimators: {lower problem: its estimator}.
-        evaluator: evaluates the losses of the problems.
         pullbacks: incremented by one for each problem visited.
         metrics: receives the metrics of the estimators, as "<problem>/<name>".
         warm: {problem: solution to start from}; receives the solutions for the next call.
@@ -53,20 +51,36 @@ def backward(
     for name, targets in paths.items():
         if name not in waiting:  # nothing above it depends on it
             continue
-        steps = [Step(record, targets, evaluator, warm.get(name)) for record in records[name]]
-        pulled = estimators[name].pull(steps, waiting.pop(name))
+        steps = records[name]
+        back = estimators[name].pull(steps, waiting.pop(name), targets, warm.get(name))
         pullbacks[name] += 1
-        metrics.update({f"{name}/{key}": value for key, value in pulled.metrics.items()})
-        if pulled.solution is not None:
-            warm[name] = pulled.solution
+        for key, value in back.metrics.items():
+            metrics[f"{name}/{key}"] = value
+        if back.solution is not None:
+            warm[name] = back.solution
         for target in targets:
-            found = pulled.cotangents[target]
-            if found is None:
-                if not steps[-1].depends_on(target):
-                    raise unreached(name, target)
-                continue  # its loss reads the target, but its gradient does not depend on it
-            waiting[target] = add(waiting[target], found) if target in waiting else found
+            found = back.cotangents[target]
+            if found is not None:
+                waiting[target] = add(waiting[target], found) if target in waiting else found
+            elif not _depends(steps[-1], target):
+                raise unreached(name, target)
     return waiting.get(top)
+
+
+def _depends(step: Step, target: str) -> bool:
+    """Whether the loss of a step depends on what it reads of ``target``; this takes a pass if it is not known yet.
+
+    The loss may depend on it while the loss's gradient does not. Then nothing flows back, which is right.
+    """
+    level = step.point.level
+    if target not in level.depends_on:
+        point = step.at_solution().parts()[0]
+        done = gradient(point, (target,), kind="product", at_leaves=True)
+        found = done.found if point.cache is None else pulled(point, point.cache, done)
+        if reached(found[target], point.reads[target].variables) is None:
+            return False
+        level.depends_on.add(target)
+    return True
 
 
 def unreached(name: str, read: str) -> GraphError:

@@ -70,7 +70,44 @@ def open_stream(data: Data, owner: str) -> Batches:
             f"problem {owner!r}: data is a {type(data).__name__}; pass an iterable of batches (a DataLoader, a list), "
             "a generator function, or a mapping of these"
         )
-    return _Stream(data, owner)
+    return _ListStream(data, owner) if isinstance(data, Sequence) else _Stream(data, owner)
+
+
+class _ListStream:
+    """The batches of a list, in turn. They are kept on the device, so that each is moved only once."""
+
+    def __init__(self, data: Sequence[Any], owner: str) -> None:
+        self.device: torch.device | None = None
+        self._data, self._owner, self._index = data, owner, 0
+        self._moved: dict[int, Any] = {}
+
+    def generators(self) -> list[torch.Generator]:
+        return []
+
+    def peek(self, ahead: int = 0) -> Any:
+        if not len(self._data):
+            raise _empty(self._owner)
+        index = (self._index + ahead) % len(self._data)
+        if self.device is None or self.device.type == "cpu":
+            return self._data[index]
+        if index not in self._moved:
+            self._moved[index] = _on(self.device, self._data[index])
+        return self._moved[index]
+
+    def next(self) -> Any:
+        batch = self.peek()
+        self._index = self._index % len(self._data) + 1
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"start": {}, "index": self._index}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["start"]:
+            raise _other_kind(self._owner)
+        if state["index"] > len(self._data):
+            raise _too_short(self._owner, state["index"], len(self._data))
+        self._index = state["index"]
 
 
 class _Stream:
@@ -85,13 +122,11 @@ class _Stream:
         self.device: torch.device | None = None
         self._data = data
         self._owner = owner
-        self._draws = not isinstance(data, Sequence)
         self._generators = _generators_of(data)
         self._ahead: deque[tuple[dict[str, Any], int, Any]] = deque()
-        self._moved: dict[int, Any] = {}
         self._iterator: Iterator[Any] | None = None
         self._index = 0
-        self._random = seeded_state(int(torch.randint(2**62, ()))) if self._draws else {}
+        self._random = seeded_state(int(torch.randint(2**62, ())))
         self._start = self._random_state()
 
     def generators(self) -> list[torch.Generator]:
@@ -111,18 +146,15 @@ class _Stream:
         return {"start": start, "index": index}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if bool(state["start"]) != self._draws or len(state["start"].get("generators", ())) != len(self._generators):
-            raise CheckpointError(f"problem {self._owner!r}: its data is of a different kind than in the checkpoint")
+        if len(state["start"].get("generators", "none")) != len(self._generators):
+            raise _other_kind(self._owner)
         self._ahead.clear()
         self._set_random_state(state["start"])
         self._begin()
         with self._own_randomness():
             for seen in range(state["index"]):
                 if next(self._pass(), _END) is _END:
-                    raise CheckpointError(
-                        f"problem {self._owner!r}: the checkpoint was saved after {state['index']} batches of an "
-                        f"epoch, but the data ends after {seen}; resume with the data that the run started with"
-                    )
+                    raise _too_short(self._owner, state["index"], seen)
         self._index = state["index"]
 
     def _fetch(self) -> tuple[dict[str, Any], int, Any]:
@@ -133,21 +165,10 @@ class _Stream:
             with self._own_randomness():
                 batch = next(self._pass(), _END)
             if batch is _END:
-                raise ConfigError(f"problem {self._owner!r}: its data yields no batch; pass data with at least one")
+                raise _empty(self._owner)
         start, index = self._start, self._index
         self._index += 1
-        return start, index, self._on_device(batch, index)
-
-    def _on_device(self, batch: Any, index: int) -> Any:
-        """The batch on the device. Batches of a list are kept there, so that each is moved only once."""
-        if self.device is None or self.device.type == "cpu":
-            return batch
-        if index in self._moved:
-            return self._moved[index]
-        batch = tree_map_only(torch.Tensor, lambda t: t.to(self.device, non_blocking=True), batch)
-        if not self._draws:
-            self._moved[index] = batch
-        return batch
+        return start, index, batch if self.device is None or self.device.type == "cpu" else _on(self.device, batch)
 
     def _pass(self) -> Iterator[Any]:
         if self._iterator is None:
@@ -161,9 +182,6 @@ class _Stream:
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        if not self._draws:
-            yield
-            return
         outside = global_state()
         set_global_state(self._random)
         try:
@@ -173,15 +191,12 @@ class _Stream:
             set_global_state(outside)
 
     def _random_state(self) -> dict[str, Any]:
-        if not self._draws:
-            return {}
         return {"global": self._random, "generators": [g.get_state() for g in self._generators]}
 
     def _set_random_state(self, state: dict[str, Any]) -> None:
-        if self._draws:
-            self._random = state["global"]
-            for generator, saved in zip(self._generators, state["generators"], strict=True):
-                generator.set_state(saved)
+        self._random = state["global"]
+        for generator, saved in zip(self._generators, state["generators"], strict=True):
+            generator.set_state(saved)
 
 
 class _MergedStream:
@@ -217,6 +232,25 @@ class _MergedStream:
 
 
 _END = object()
+
+
+def _on(device: torch.device, batch: Any) -> Any:
+    return tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
+
+
+def _empty(owner: str) -> ConfigError:
+    return ConfigError(f"problem {owner!r}: its data yields no batch; pass data with at least one")
+
+
+def _other_kind(owner: str) -> CheckpointError:
+    return CheckpointError(f"problem {owner!r}: its data is of a different kind than in the checkpoint")
+
+
+def _too_short(owner: str, index: int, length: int) -> CheckpointError:
+    return CheckpointError(
+        f"problem {owner!r}: the checkpoint was saved after {index} batches of an epoch, but the data ends after "
+        f"{length}; resume with the data that the run started with"
+    )
 
 
 def _generators_of(data: object) -> list[torch.Generator]:

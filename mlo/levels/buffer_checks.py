@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Never
 
 from torch import Tensor, nn
 
 from mlo.errors import GraphError
+
+if TYPE_CHECKING:
+    from mlo.levels.problem import Problem
 
 
 class Unfilled:
@@ -27,8 +31,9 @@ class Unfilled:
 
     def filled(self, remove: bool = False) -> list[str]:
         """The names of those that hold a tensor by now; with ``remove``, these tensors are removed again."""
-        if sum(map(len, self._held)) == self._count and all(held[key] is None for held, key in self._empty):
-            return []  # the usual case; runs at every call of a module, so it must be cheap
+        unchanged = sum(map(len, self._held)) == self._count  # runs at every call of a module, so it must be cheap
+        if unchanged and (not self._empty or all([held[key] is None for held, key in self._empty])):
+            return []  # the usual case
         names = []
         for path, part, had in self._parts:
             for key in [key for key, buffer in part._buffers.items() if buffer is not None and not had.get(key)]:
@@ -40,28 +45,30 @@ class Unfilled:
         return names
 
 
-def refuse_filled(problem: str, names: Sequence[str]) -> None:
+def refuse_filled(problem: str, names: Sequence[str]) -> Never:
     """Raise a GraphError for buffers that held no tensor when the problem was made, but do now (``names``)."""
-    if names:
-        raise GraphError(
-            f"problem {problem!r}: forward sets the buffer {', '.join(map(repr, names))} of its module, which held no "
-            "tensor when the problem was made, so a virtual step would leave one in the module; register the buffer "
-            "with a tensor of its final shape, or call the module once before the problem is made"
-        )
+    raise GraphError(
+        f"problem {problem!r}: forward sets the buffer {', '.join(map(repr, names))} of its module, which held no "
+        "tensor when the problem was made, so a virtual step would leave one in the module; register the buffer "
+        "with a tensor of its final shape, or call the module once before the problem is made"
+    )
 
 
-def refuse_reshaped(problem: str, name: str, before: Tensor, after: Tensor | None) -> None:
+def refuse_reshaped(problem: Problem, before: Sequence[Tensor], after: Sequence[Tensor | None]) -> None:
     """Raise a GraphError if forward set a buffer to None, or to a tensor of a different shape."""
-    if after is None:
-        raise GraphError(
-            f"problem {problem!r}: forward sets its module's buffer {name!r}, which held a tensor, to None; keep a "
-            "tensor of the same shape in it, and mark it as unused with a second buffer"
-        )
-    if after.shape != before.shape:
-        raise GraphError(
-            f"problem {problem!r}: forward sets its module's buffer {name!r}, of shape {tuple(before.shape)}, to a "
-            f"tensor of shape {tuple(after.shape)}; the shape must stay the same, so register it with its final shape"
-        )
+    for index, (one, other) in enumerate(zip(before, after, strict=True)):
+        if other is None:
+            raise GraphError(
+                f"problem {problem.name!r}: forward sets its module's buffer {problem.buffer_names[index]!r}, which "
+                "held a tensor, to None; keep a tensor of the same shape in it, and mark it as unused with a second "
+                "buffer"
+            )
+        if other.shape != one.shape:
+            raise GraphError(
+                f"problem {problem.name!r}: forward sets its module's buffer {problem.buffer_names[index]!r}, of shape "
+                f"{tuple(one.shape)}, to a tensor of shape {tuple(other.shape)}; the shape must stay the same, so "
+                "register it with its final shape"
+            )
 
 
 def gone(problem: str, name: str) -> GraphError:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from itertools import islice, repeat
+from operator import getitem, is_not
 from typing import Any, Protocol
 
 import torch
@@ -19,32 +19,19 @@ from mlo.errors import CheckpointError, ConfigError
 from mlo.levels.batches import Data, open_stream
 from mlo.levels.buffer_checks import Unfilled, gone, refuse_filled
 from mlo.levels.graph import Node
+from mlo.levels.state import State
 from mlo.levels.validation import fault_of_name, faults_of_numbers, faults_of_parts
-from mlo.ops.activation_checkpointing import RecomputingWith
-
-
-@dataclass(frozen=True)
-class State:
-    """A module's parameters and buffers at one point of training; ``live`` if they are the module's own tensors."""
-
-    parameters: Mapping[str, Tensor]
-    buffers: Mapping[str, Tensor]
-    live: bool = False
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the parameters."""
-        return next(iter(self.parameters.values())).device
+from mlo.ops.activation_checkpointing import RUNNING
 
 
 class Substitute(Protocol):
     """What runs instead of a problem's module while a loss is evaluated: the module with other tensors."""
 
     @property
-    def parameters(self) -> Mapping[str, Tensor]:
-        """The substituted parameters, by name."""
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The substituted parameters: the variables, then the constants."""
 
-    def run(self, problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's output with the substituted tensors."""
 
 
@@ -127,20 +114,20 @@ class Problem(ABC):
         self.arguments = _arguments(self, reads or {})
         self.node = Node(name, tuple(dict.fromkeys(self.arguments.values())), _names(held), _names(sometimes))
         self.stream = open_stream(data, name)
-        self._steps_taken = 0
+        self.step_number = 0
         self.asks_steps_taken = False
-        self._slots = _slots(module)
-        self._aliases = _aliases(self._slots)
         self._unfilled = Unfilled(module)
-        self._substitute: Substitute | None = None
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.substitute: Substitute | None = None
+        owned = {id(p): group for group, of in enumerate(optimizer.param_groups) for p in of["params"]}
         self.variables = {n: p for n, p in module.named_parameters() if id(p) in owned and p.requires_grad}
+        self.group_numbers = [owned[id(p)] for p in self.variables.values()]
+        self._places = _Places(module, self.variables)
         if not self.variables:
             raise ConfigError(
                 f"problem {name!r}: its optimizer holds none of its module's trainable parameters; "
                 "construct it as torch.optim.<class>(module.parameters(), ...) with the same module that you pass here"
             )
-        foreign = len(owned - {id(p) for p in module.parameters()})
+        foreign = len(owned.keys() - {id(p) for p in module.parameters()})
         if foreign:
             raise ConfigError(
                 f"problem {name!r}: its optimizer holds {foreign} parameter(s) that are not of its module; give each "
@@ -158,9 +145,9 @@ class Problem(ABC):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module with the parameters of the current evaluation."""
-        if self._substitute is None:
+        if self.substitute is None:
             return self.module(*args, **kwargs)
-        return self._substitute.run(self, args, kwargs)
+        return self.substitute.run(args, kwargs)
 
     def metrics(self) -> Mapping[str, Tensor]:
         """Further values to log, as {name: scalar tensor}. Override it; the default is empty."""
@@ -169,23 +156,13 @@ class Problem(ABC):
     @property
     def steps_taken(self) -> int:
         """See :class:`Problem`; that a loss has asked is remembered, since compiled steps cannot count."""
-        if self._substitute is not None and not self.asks_steps_taken:
+        if self.substitute is not None and not self.asks_steps_taken:
             self.asks_steps_taken = True
-        return self._steps_taken
+        return self.step_number
 
     @steps_taken.setter
     def steps_taken(self, count: int) -> None:
-        self._steps_taken = count
-
-    @contextmanager
-    def at_step(self, count: int | None) -> Iterator[None]:
-        """A context in which ``steps_taken`` is ``count``; None: as it is."""
-        before = self._steps_taken
-        self._steps_taken = before if count is None else count
-        try:
-            yield
-        finally:
-            self._steps_taken = before
+        self.step_number = count
 
     @property
     def steps_now(self) -> int:
@@ -198,54 +175,54 @@ class Problem(ABC):
         return self.clip_norm if self.clip_ahead or not self.looking_ahead else None
 
     @property
+    def buffer_names(self) -> tuple[str, ...]:
+        """The names of the module's buffers."""
+        return self._places.names[self._places.parameters :]
+
+    @property
     def params(self) -> Mapping[str, Tensor]:
         """The parameters of the current evaluation, by name: for penalties, and for distances between problems."""
-        return self.live_state().parameters if self._substitute is None else self._substitute.parameters
+        if self.substitute is None:
+            state = self.live_state()
+            return self._places.named_parameters((*state.variables, *state.constants))
+        return self._places.named_parameters(self.substitute.parameters)
 
-    def run_with(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's output with ``tensors`` instead of its parameters and buffers of those names.
+    def run_with(self, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's output with ``tensors`` (variables, constants, buffers) instead of its own.
 
-        Tied tensors stay tied. If forward assigns a new tensor to a buffer, ``tensors`` contains it afterwards.
+        With fewer tensors, they are the last ones, and the others stay. Tied tensors stay tied. If forward assigns a
+        new tensor to a buffer, ``tensors`` contains it afterwards.
         """
-        every = tensors
-        if self._aliases:
-            every = tensors | {alias: tensors[name] for alias, name in self._aliases.items() if name in tensors}
+        places = self._places
         if torch.compiler.is_compiling():  # compiled checkpointing recomputes with the substituted tensors anyway
+            every = places.named(tensors)
+            # all names of tied tensors are given, so functional_call need not search for ties, which is slow
             if not every:
                 return self.module(*args, **kwargs)
-            # all names of tied tensors are given, so functional_call need not search for ties, which is slow
             output = functional_call(self.module, every, args, kwargs, tie_weights=False)
-        else:
-            with RecomputingWith(self.module, every):
-                output = self._run_within(every, args, kwargs)
-        if every is not tensors:
-            tensors.update((name, every[name]) for name in tensors)
-        return output
-
-    def _run_within(self, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As functional_call, in a third of its time, because the owners of all tensors are already known."""
-        own = []
+            tensors[:] = [every[name] for name in places.names[len(places.names) - len(tensors) :]]
+            return output
+        # as functional_call, in a third of its time, because the owners of all tensors are already known
+        begin = len(places.names) - len(tensors)
+        own = places.exchange(begin, tensors) if tensors else None
+        RUNNING.append((self.module, places, tensors))
         try:
-            for name, tensor in tensors.items():
-                owner, kind, key = self._slots[name]
-                held = getattr(owner, kind)
-                own.append((name, held, key, held[key]))
-                held[key] = tensor
             output = self.module(*args, **kwargs)
         finally:
-            for name, held, key, tensor in own:
-                tensors[name], held[key] = held.get(key), tensor
+            RUNNING.pop()
+            if own is not None:
+                tensors[:] = places.exchange(begin, own)
             filled = self._unfilled.filled(remove=True)
-        refuse_filled(self.name, filled)
+        if filled:
+            refuse_filled(self.name, filled)
         return output
-
-    def substitute(self, substitute: Substitute | None) -> None:
-        """Run ``substitute`` instead of the module from now on (None: the module itself again)."""
-        self._substitute = substitute
 
     def batches_ahead(self, ahead: int = 0) -> tuple[Any, ...]:
         """The ``accumulate`` batches of the step after ``ahead`` more steps; the position does not change."""
-        return tuple(self.stream.peek(ahead * self.accumulate + i) for i in range(self.accumulate))
+        first = ahead * self.accumulate
+        if self.accumulate == 1:
+            return (self.stream.peek(first),)
+        return tuple([self.stream.peek(first + index) for index in range(self.accumulate)])
 
     def advance(self) -> None:
         """Move on past the batches of the next step."""
@@ -254,15 +231,36 @@ class Problem(ABC):
 
     def live_state(self) -> State:
         """The module's own parameters and buffers."""
-        tensors: dict[str, dict[str, Tensor]] = {"_parameters": {}, "_buffers": {}}
-        for name, (owner, kind, key) in self._slots.items():
-            tensor = getattr(owner, kind).get(key)
-            if tensor is None:
-                raise gone(self.name, name)
-            if name not in self._aliases:
-                tensors[kind][name] = tensor
-        refuse_filled(self.name, self._unfilled.filled())
-        return State(tensors["_parameters"], tensors["_buffers"], live=True)
+        tensors = self._places.held()
+        if missing := self._places.missing(tensors):
+            raise gone(self.name, missing)
+        if filled := self._unfilled.filled():
+            refuse_filled(self.name, filled)
+        first, second = len(self.variables), self._places.parameters
+        return State(tensors[:first], tensors[first:second], tensors[second:], live=True)
+
+    def state_with(self, parameters: Mapping[str, Tensor]) -> State:
+        """The live state with other parameters of these names.
+
+        Raises:
+            ConfigError: if it has no parameter of a name.
+        """
+        live, names = self.live_state(), self._places.names[: self._places.parameters]
+        unknown = [name for name in parameters if name not in names]
+        if unknown:
+            raise ConfigError(
+                f"problem {self.name!r} has no parameter {', '.join(map(repr, unknown))}; "
+                f"its parameters are {', '.join(map(repr, names))}"
+            )
+        held = zip(names, (*live.variables, *live.constants), strict=True)
+        moved = [parameters[n].detach().requires_grad_() if n in parameters else tensor for n, tensor in held]
+        count = len(live.variables)
+        return State(tuple(moved[:count]), tuple(moved[count:]), live.buffers)
+
+    def optimizer_slots(self) -> tuple[Mapping[str, Any], ...]:
+        """What the optimizer keeps for each variable, in its own tensors."""
+        of = self.optimizer.state
+        return tuple([{**of[variable]} if variable in of else {} for variable in self.variables.values()])
 
     def state_dict(self) -> dict[str, Any]:
         """The state needed to resume bit for bit: module, optimizer, scheduler and position in the data."""
@@ -350,22 +348,76 @@ def _names(given: str | Sequence[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
 
 
-def _slots(module: nn.Module) -> dict[str, tuple[nn.Module, str, str]]:
-    """{name: (submodule, "_parameters" or "_buffers", key there)} of every parameter and buffer.
+class _Places:
+    """Where the tensors of a module are kept: its variables, then its other parameters, then its buffers.
 
-    A tied tensor has several entries; one of a shared submodule has a single entry, under its first name.
+    Attributes:
+        names: of all of them, as named_parameters and named_buffers list them.
+        parameters: how many of them are parameters.
     """
-    found: dict[tuple[nn.Module, str, str], str] = {}
-    parameters = module.named_parameters(remove_duplicate=False)
-    for kind, named in (("_parameters", parameters), ("_buffers", module.named_buffers(remove_duplicate=False))):
-        for name, _ in named:
+
+    def __init__(self, module: nn.Module, variables: Mapping[str, Tensor]) -> None:
+        found: dict[tuple[int, str], tuple[str, dict[str, Any], str, int]] = {}
+        named = [(name, "_parameters") for name, _ in module.named_parameters(remove_duplicate=False)]
+        named += [(name, "_buffers") for name, _ in module.named_buffers(remove_duplicate=False)]
+        for name, kind in named:
             path, _, key = name.rpartition(".")
-            found.setdefault((module.get_submodule(path), kind, key), name)
-    return {name: slot for slot, name in found.items()}
+            owner = getattr(module.get_submodule(path), kind)  # one of a shared submodule is listed once
+            rank = 2 if kind == "_buffers" else name not in variables
+            found.setdefault((id(owner), key), (name, owner, key, int(rank)))
+        first = {id(owner[key]): name for name, owner, key, _ in reversed(found.values())}
+        listed = [place for place in found.values() if first[id(place[1][place[2]])] == place[0]]
+        listed.sort(key=lambda place: place[3])
+        self.names = tuple([name for name, *_ in listed])
+        self.parameters = sum(rank < 2 for *_, rank in listed)
+        self._holders, self._keys = [holder for _, holder, _, _ in listed], [key for _, _, key, _ in listed]
+        numbers = {name: number for number, name in enumerate(self.names)}
+        #: further names of tied tensors: (name, holder, key, number of the tensor)
+        self._ties = [
+            (name, holder, key, numbers[first[id(holder[key])]])
+            for name, holder, key, _ in found.values()
+            if first[id(holder[key])] != name
+        ]
+        order = {name: rank for rank, (name, *_) in enumerate(found.values())}
+        self._in_order = sorted(range(self.parameters), key=lambda number: order[self.names[number]])
+        self._ordered = self._in_order == list(range(self.parameters))
 
+    def held(self) -> tuple[Any, ...]:
+        """The module's own tensors; None for one that is gone."""
+        try:
+            return tuple(map(getitem, self._holders, self._keys))
+        except KeyError:
+            return tuple([holder.get(key) for holder, key in zip(self._holders, self._keys, strict=True)])
 
-def _aliases(slots: Mapping[str, tuple[nn.Module, str, str]]) -> dict[str, str]:
-    """{further name of a tied tensor: its first name, under which named_parameters and named_buffers list it}."""
-    first: dict[int, str] = {}
-    tensors = {name: getattr(owner, kind)[key] for name, (owner, kind, key) in slots.items()}
-    return {name: first[id(tensor)] for name, tensor in tensors.items() if first.setdefault(id(tensor), name) != name}
+    def missing(self, held: Sequence[Any]) -> str | None:
+        """The name of a tensor that is gone, if there is one."""
+        if all(map(is_not, held, repeat(None))) and all(
+            [holder.get(key) is not None for _, holder, key, _ in self._ties]
+        ):
+            return None
+        named = [*zip(self.names, held, strict=True), *[(name, holder.get(key)) for name, holder, key, _ in self._ties]]
+        return next(name for name, tensor in named if tensor is None)
+
+    def exchange(self, begin: int, tensors: Sequence[Any]) -> list[Any]:
+        """Put ``tensors`` into the module, from the number ``begin`` on; what was there before."""
+        before = []
+        places = zip(islice(self._holders, begin, None), islice(self._keys, begin, None), tensors, strict=True)
+        for holder, key, tensor in places:
+            before.append(holder.get(key))
+            holder[key] = tensor
+        for _, holder, key, number in self._ties:
+            if number >= begin:
+                holder[key] = tensors[number - begin]
+        return before
+
+    def named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The last tensors under all their names."""
+        begin = len(self.names) - len(tensors)
+        found = dict(zip(self.names[begin:], tensors, strict=True))
+        return found | {name: tensors[number - begin] for name, _, _, number in self._ties if number >= begin}
+
+    def named_parameters(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """{name: parameter}, in the order of the module."""
+        if self._ordered:
+            return dict(zip(self.names, tensors, strict=False))
+        return {self.names[number]: tensors[number] for number in self._in_order}

@@ -43,7 +43,8 @@ class _Call:
 class ReadCache:
     """The calls of read problems in the evaluations of one loss, while the states that it reads stay the same."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._calls: list[_Call | None] = []
         self._next = 0
 
@@ -58,7 +59,6 @@ class ReadCache:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         parameters: Sequence[Tensor],
-        device: torch.device,
     ) -> Any:
         """The output of ``forward(args, kwargs)``, from the cache if the same call was made with the same arguments.
 
@@ -78,7 +78,7 @@ class ReadCache:
             call = self._calls[index]
             if call is None or not call.is_for(problem, arguments, structure):
                 return forward(args, kwargs)
-            call.randomness_after.restore(device)
+            call.randomness_after.restore(self._device)
             return tree_unflatten(call.leaves, call.output_structure)
         output = forward(args, kwargs)
         outputs, output_structure = tree_flatten(output)
@@ -86,19 +86,29 @@ class ReadCache:
             self._calls.append(None)  # an unknown type may contain tensors that could not be detached
             return output
         cut = [o.detach().requires_grad_(o.requires_grad) if isinstance(o, Tensor) else o for o in outputs]
-        after = Randomness.capture(device)
+        after = Randomness.capture(self._device)
         self._calls.append(_Call(problem, arguments, structure, parameters, outputs, cut, output_structure, after))
         return tree_unflatten(cut, output_structure)
 
     @property
     def leaves(self) -> list[Tensor]:
         """The cached, detached outputs, with respect to which evaluations differentiate their loss."""
+        if not self._calls:
+            return []
         cached = [leaf for call in self._calls if call is not None for leaf in call.leaves]
         return [leaf for leaf in cached if isinstance(leaf, Tensor) and leaf.requires_grad]
 
-    def pull(self, cotangents: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """Backpropagate cotangents of :attr:`leaves` to the parameters of the problems read; keep all others."""
-        pulled = dict(cotangents)
+    def pull(
+        self, given: Sequence[Tensor | None], inputs: Sequence[Tensor], direct: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Backpropagate cotangents to ``inputs``, which are parameters of the problems read.
+
+        Args:
+            given: cotangents of the first of :attr:`leaves`.
+            direct: cotangents of ``inputs`` to be added.
+        """
+        pulled: dict[Tensor, Tensor] = {}
+        _add_to(pulled, (*self.leaves[: len(given)], *inputs), (*given, *direct))
         for call in reversed(self._calls):
             if call is None:
                 continue
@@ -108,15 +118,15 @@ class ReadCache:
                 if isinstance(leaf, Tensor) and leaf in pulled
             ]
             earlier = [a for a in call.arguments if isinstance(a, Tensor) and a.requires_grad]
-            inputs = [*(p for p in call.parameters if p.requires_grad), *earlier]
-            if pairs and inputs:
-                outputs, given = zip(*pairs, strict=True)
-                gradients = torch.autograd.grad(outputs, inputs, given, retain_graph=True, allow_unused=True)
-                add_to(pulled, inputs, gradients)
-        return pulled
+            wanted = [*(p for p in call.parameters if p.requires_grad), *earlier]
+            if pairs and wanted:
+                outputs, cotangents = zip(*pairs, strict=True)
+                found = torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True, allow_unused=True)
+                _add_to(pulled, wanted, found)
+        return [pulled.get(tensor) for tensor in inputs]
 
 
-def add_to(total: dict[Tensor, Tensor], keys: Sequence[Tensor], terms: Sequence[Tensor | None]) -> None:
+def _add_to(total: dict[Tensor, Tensor], keys: Sequence[Tensor], terms: Sequence[Tensor | None]) -> None:
     """Add each term to the entry of ``total`` under its key; None adds nothing."""
     for key, term in zip(keys, terms, strict=True):
         if term is not None:

@@ -7,8 +7,9 @@ This file makes the recomputation use the substituted parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 import torch.utils.checkpoint
 from torch import Tensor, nn
@@ -18,31 +19,42 @@ from mlo.errors import ConfigError
 from mlo.ops.differentiable import with_current_operators
 
 _ENTRY = "_checkpoint_without_reentrant_generator_impl"
+_LIBRARY = vars(torch.utils.checkpoint)
 
 
-class RecomputingWith:
-    """A context: checkpointed calls inside it are later recomputed with ``tensors`` instead of the module's own.
+class Named(Protocol):
+    """What gives tensors their names."""
+
+    def named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The tensors by name."""
+
+
+#: the modules that run at present, the innermost last, with the tensors that they run with
+RUNNING: list[tuple[nn.Module, Named, Sequence[Tensor]]] = []
+
+
+class Recomputing:
+    """A context: checkpointed calls inside it are later recomputed with the tensors in ``RUNNING``.
 
     It supports non-reentrant checkpointing. Reentrant checkpointing hides parameters from ``torch.autograd.grad``,
     which would treat them as unused; it raises a ConfigError.
     """
 
-    def __init__(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        self._module = module
-        self._tensors = tensors
-
-    def __enter__(self) -> None:  # runs at every call of a module, so it must be cheap
-        library = vars(torch.utils.checkpoint)
-        self._outside = library[_ENTRY], library["CheckpointFunction"]
-        library[_ENTRY], library["CheckpointFunction"] = self._recorded, _Reentrant
+    def __enter__(self) -> None:  # runs at every evaluation, so it must be cheap
+        self._outside = _LIBRARY[_ENTRY], _LIBRARY["CheckpointFunction"]
+        _LIBRARY[_ENTRY] = partial(_recorded, self._outside[0])
+        _LIBRARY["CheckpointFunction"] = _Reentrant
 
     def __exit__(self, *_: object) -> None:
-        library = vars(torch.utils.checkpoint)
-        library[_ENTRY], library["CheckpointFunction"] = self._outside
+        _LIBRARY[_ENTRY], _LIBRARY["CheckpointFunction"] = self._outside
 
-    def _recorded(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        again = _Substituted(self._module, self._tensors, function) if self._tensors else function
-        return self._outside[0](with_current_operators(again), *args, **kwargs)
+
+def _recorded(outside: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    again = function
+    if RUNNING:
+        module, names, tensors = RUNNING[-1]
+        again = _Substituted(module, names.named(list(tensors)), function) if tensors else function
+    return outside(with_current_operators(again), *args, **kwargs)
 
 
 class _Reentrant:

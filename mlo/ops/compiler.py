@@ -17,13 +17,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mlo import errors
 
 Key = tuple[str, *tuple[Hashable, ...]]
 STEPS = 5  # steps in one compiled function: half the time of a small network's step is the overhead of the call
-SMALL_GRAPH = 2**18  # bytes: steps with a larger autograd graph than this are faster one by one
+SMALL_GRAPH = 2**18  # bytes: steps of which more than this is kept are faster one by one
 _OPTIONS: dict[str, Any] = {
     "fullgraph": True,
     "isolate_recompiles": True,
@@ -106,6 +106,11 @@ class Compiler:
             else:
                 self.refuse(problem, _reason(error))
             return None
+        except RuntimeError as error:  # as of an autograd.Function that torch.func cannot run
+            if not spare or key in self.ran:
+                raise
+            self.failed[key] = _reason(error)
+            return None
         return done
 
     def refuse(self, problem: str, reason: str) -> None:
@@ -137,10 +142,10 @@ def _ours(file: str) -> bool:
     return any(file.startswith(str(Path(module.__file__ or "").parent)) for module in (torch, errors))
 
 
-def _compile_backward(gradients: Sequence[Tensor | None], parameters: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _compile_backward(gradients: Sequence[Tensor | None], states: Mapping[str, Any]) -> None:
     """Compile the gradients' backward now, where a failure can be handled; torch would do it at its first use."""
     kept = [gradient for gradient in gradients if gradient is not None and gradient.requires_grad]
-    inputs = [p for named in parameters.values() for p in named.values() if p.requires_grad]
+    inputs = [t for t in tree_leaves(states) if isinstance(t, Tensor) and t.requires_grad]
     if kept:
         zeros = [torch.zeros_like(gradient) for gradient in kept]
         torch.autograd.grad(kept, inputs, zeros, retain_graph=True, allow_unused=True)

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
+class TwiceDifferentiable:
     """A context in which operators without a correct second derivative are replaced.
 
     Scaled-dot-product attention uses its math kernel, because the fused kernels have no second derivative. Weight
     normalization is computed with elementary operators, because the second derivative of torch's fused operator treats
     the norms as constants. Both replacements affect the whole process while the context is active.
     """
-    outside = [namespace["_weight_norm"] for namespace in _WEIGHT_NORMS]
-    try:
+
+    def __enter__(self) -> None:  # runs at every step, so it must be cheap
+        self._outside = [namespace["_weight_norm"] for namespace in _WEIGHT_NORMS]
+        self._kernels = [bool(enabled()) for enabled, _ in _FUSED_ATTENTION]
+        self._math = torch.backends.cuda.math_sdp_enabled()
         for namespace in _WEIGHT_NORMS:
             namespace["_weight_norm"] = _weight_norm
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        for namespace, function in zip(_WEIGHT_NORMS, outside, strict=True):
+        for _, enable in _FUSED_ATTENTION:
+            enable(False)
+        torch.backends.cuda.enable_math_sdp(True)
+
+    def __exit__(self, *error: object) -> None:
+        for namespace, function in zip(_WEIGHT_NORMS, self._outside, strict=True):
             namespace["_weight_norm"] = function
+        for (_, enable), was_enabled in zip(_FUSED_ATTENTION, self._kernels, strict=True):
+            enable(was_enabled)
+        torch.backends.cuda.enable_math_sdp(self._math)
 
 
 class ThriceDifferentiable(TorchFunctionMode):
@@ -69,7 +75,7 @@ def with_current_operators(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
     def again(*args: Any, **kwargs: Any) -> Any:
-        with twice_differentiable() if twice else nullcontext(), ThriceDifferentiable() if thrice else nullcontext():
+        with TwiceDifferentiable() if twice else nullcontext(), ThriceDifferentiable() if thrice else nullcontext():
             return function(*args, **kwargs)
 
     return again
@@ -164,5 +170,10 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
 }
+_FUSED_ATTENTION: list[tuple[Callable[[], bool], Callable[[bool], object]]] = [
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+]
 # torch has no option for this: the two namespaces in which parametrizations and the older hooks find the operator
 _WEIGHT_NORMS = [vars(torch), vars(importlib.import_module("torch.nn.utils.weight_norm"))]

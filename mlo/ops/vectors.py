@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
+from operator import is_not
 from typing import cast
 
 import torch
@@ -47,10 +49,13 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 def norm(a: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm, a scalar tensor."""
-    size: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(a))))
-    return size
+    norms = torch._foreach_norm(list(a))
+    return norms[0] if len(norms) == 1 else cast(Tensor, torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def filled(values: Iterable[Tensor | None], like: Sequence[Tensor]) -> Vector:
     """``values``, with None replaced by zeros of the shapes of ``like``."""
-    return tuple(torch.zeros_like(shape) if v is None else v for v, shape in zip(values, like, strict=True))
+    found = tuple(values)
+    if all(map(is_not, found, repeat(None))):
+        return cast(Vector, found)
+    return tuple([torch.zeros_like(shape) if v is None else v for v, shape in zip(found, like, strict=True)])

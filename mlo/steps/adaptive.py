@@ -26,13 +26,13 @@ class Part:
 
     Attributes:
         group: the hyperparameters.
-        names: of the variables; the lists that follow are in this order.
+        indices: the positions of the variables; the lists that follow are in this order.
         counts: the number of steps of each, this one included.
         state: the optimizer's tensors by their kind, before the step, or after it where it is only differentiated.
     """
 
     group: Group
-    names: list[str]
+    indices: list[int]
     counts: list[float]
     parameters: list[Tensor]
     gradients: list[Tensor]
@@ -264,7 +264,9 @@ class _Fraction:
         return cls(root, corrections, torch._foreach_add(bottom, eps))
 
     def transpose(self, cotangents: Tensors, top: Tensors) -> tuple[Tensors, Tensors]:
-        """Cotangents of the numerator ``top`` and of ``square``, from those of top / bottom, which are overwritten.
+        """Cotangents of the numerator ``top`` and of ``square``, from those of top / bottom.
+
+        To save memory, the given cotangents and the root are overwritten.
 
         Where the root is zero, or so small that it is rounded to zero, nothing is passed on to ``square``.
         """
@@ -274,7 +276,8 @@ class _Fraction:
         torch._foreach_div_(to_square, self.bottom)
         torch._foreach_mul_(to_square, torch._foreach_sign(self.root))
         smallest = [torch.finfo(root.dtype).tiny for root in self.root]
-        torch._foreach_div_(to_square, torch._foreach_clamp_min(self.root, smallest))
+        torch._foreach_clamp_min_(self.root, smallest)
+        torch._foreach_div_(to_square, self.root)
         torch._foreach_mul_(to_square, [-0.5 / correction for correction in self.corrections])
         return to_top, to_square
 

@@ -1,122 +1,137 @@
-"""One optimizer step as a function of parameters, gradients and state, clipping included, and its transpose."""
+"""One optimizer step as a function of variables, gradients and slots, clipping included, and its transpose."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mlo.errors import ConfigError
 from mlo.levels.problem import Problem
+from mlo.levels.state import State
 from mlo.ops.vectors import Vector
-from mlo.steps import parameter_groups, sgd, torch_step
+from mlo.steps import formulas, sgd, torch_step
 from mlo.steps.adaptive import formula_of
 from mlo.steps.clipping import clip, transpose_clip
-from mlo.steps.optimizer_state import OptimizerState
-from mlo.steps.parameter_groups import Gradients, Tensors
+from mlo.steps.formulas import Gradients, Group
+
+#: the hyperparameters of each parameter group of an optimizer
+Groups = tuple[Group, ...]
 
 
-def virtual_step(
-    problem: Problem, parameters: Tensors, gradients: Gradients, optimizer_state: OptimizerState
-) -> tuple[dict[str, Tensor], OptimizerState]:
-    """One optimizer step, without changing anything: the new variables, which require gradients, and the new state."""
+def hyperparameters(problem: Problem) -> Groups:
+    """The present hyperparameters of the problem's optimizer, with the learning rates that schedulers have set."""
+    found = []
+    for group in problem.optimizer.param_groups:
+        of = {**group}
+        del of["params"]
+        for key, value in of.items():
+            if isinstance(value, Tensor):
+                of[key] = value.clone()
+        found.append(of)
+    return tuple(found)
+
+
+def virtual_step(problem: Problem, state: State, gradients: Gradients, groups: Groups) -> State:
+    """The state after one optimizer step; nothing changes. The new variables require gradients."""
     with torch.no_grad():
-        moved, after = _step(
-            problem, parameters, clip(gradients, problem.clip_norm_now), optimizer_state, differentiable=False
-        )
-    return {n: p.detach().requires_grad_() for n, p in moved.items()}, after
+        moved = _step(problem, state, clip(gradients, problem.clip_norm_now), groups, differentiable=False)
+    return moved._replace(variables=tuple([v.requires_grad_() for v in moved.variables]))
 
 
-def differentiable_step(
-    problem: Problem, parameters: Tensors, gradients: Gradients, optimizer_state: OptimizerState
-) -> tuple[dict[str, Tensor], OptimizerState]:
-    """Like :func:`virtual_step`, but differentiable in parameters, gradients and optimizer state."""
+def differentiable_step(problem: Problem, state: State, gradients: Gradients, groups: Groups) -> State:
+    """Like :func:`virtual_step`, but differentiable in variables, gradients and slots."""
     with torch.enable_grad():
-        return _step(problem, parameters, clip(gradients, problem.clip_norm_now), optimizer_state, differentiable=True)
+        return _step(problem, state, clip(gradients, problem.clip_norm_now), groups, differentiable=True)
 
 
-def _step(
-    problem: Problem,
-    parameters: Tensors,
-    gradients: Gradients,
-    optimizer_state: OptimizerState,
-    *,
-    differentiable: bool,
-) -> tuple[dict[str, Tensor], OptimizerState]:
-    groups = optimizer_state.groups
-    if sgd.applies(problem, groups):
-        of = sgd.hyperparameters(problem, groups)
-        moved, slots = sgd.step(of, parameters, gradients, optimizer_state.slots)
-        return moved, OptimizerState(groups, slots)
+def sgd_step(problem: Problem, state: State, gradients: Gradients, groups: Groups) -> State:
+    """:func:`differentiable_step` of torch's SGD without clipping; learning rates may be tensors."""
+    of = [groups[number] for number in problem.group_numbers]
+    variables, slots = sgd.step(of, state.variables, gradients, state.slots)
+    return State(tuple(variables), state.constants, state.buffers, tuple(slots))
+
+
+def _step(problem: Problem, state: State, gradients: Gradients, groups: Groups, *, differentiable: bool) -> State:
+    if sgd.applies(problem.optimizer, groups):
+        return sgd_step(problem, state, gradients, groups)
+    numbers = problem.group_numbers
     # torch cannot differentiate its operators on lists of tensors, nor step all optimizers with sparse gradients
-    dense = not any(g is not None and g.is_sparse for g in gradients.values())
-    if dense and not differentiable and (formula := formula_of(problem.optimizer, groups)):
-        return parameter_groups.step(problem, formula, parameters, gradients, optimizer_state)
-    return torch_step.step(problem, parameters, gradients, optimizer_state, differentiable=differentiable)
+    sparse = any([g is not None and g.is_sparse for g in gradients])
+    if not sparse and not differentiable and (formula := formula_of(problem.optimizer, groups)):
+        found: Any = formulas.step(formula, groups, numbers, state.variables, gradients, state.slots)
+    else:
+        found = torch_step.step(problem, groups, state.variables, gradients, state.slots, differentiable=differentiable)
+    return State(tuple(found[0]), state.constants, state.buffers, tuple(found[1]))
 
 
-@dataclass(frozen=True)
-class StepCotangents:
+class StepCotangents(NamedTuple):
     """The cotangents of a step's inputs.
 
     Attributes:
         gradient: of the gradient, one tensor per variable.
-        parameters: of the variables before the step, one tensor each.
-        slots: of the optimizer's state before the step, {variable: {key: tensor}}.
+        variables: of the variables before the step; empty if they were not asked for.
+        slots: of the optimizer's slots before the step, for each variable.
     """
 
     gradient: Vector
-    parameters: Vector
-    slots: Mapping[str, Mapping[str, Tensor]]
+    variables: Vector
+    slots: tuple[Mapping[str, Tensor], ...]
 
 
-def is_linear(problem: Problem) -> bool:
-    """Whether the step is linear: its Jacobian does not depend on the values of gradient and optimizer state."""
-    return problem.clip_norm_now is None and sgd.applies(problem, problem.optimizer.param_groups)
+def is_linear(problem: Problem, groups: Sequence[Group]) -> bool:
+    """Whether the step is linear: its Jacobian does not depend on the values of gradient and slots."""
+    return problem.clip_norm_now is None and sgd.applies(problem.optimizer, groups)
 
 
-def needs_only_state_after(problem: Problem) -> bool:
-    """Whether the state after a step is enough to differentiate it: then no copy of the one before is needed."""
-    return formula_of(problem.optimizer, problem.optimizer.param_groups) is not None
+def needs_only_after(problem: Problem, groups: Sequence[Group]) -> bool:
+    """Whether the slots after a step are enough to differentiate it: then no copy of those before is needed."""
+    return formula_of(problem.optimizer, groups) is not None
 
 
 @torch.no_grad()
-def pull_through_step(
+def transpose_step(
     problem: Problem,
-    parameters: Tensors,
-    gradients: Mapping[str, Tensor | None],
-    optimizer_state: OptimizerState,
+    state: State,
+    gradients: Gradients,
+    groups: Groups,
     cotangent: Vector,
-    slots: Mapping[str, Mapping[str, Tensor]] | None = None,
+    slots: Sequence[Mapping[str, Tensor]] | None = None,
+    *,
+    stepped: bool = False,
 ) -> StepCotangents:
     """The transposed Jacobian of one optimizer step: from the cotangents of its results to those of its inputs.
 
     It includes all that the user's optimizer does (learning rate, momentum, Adam's scaling), and gradient clipping.
 
     Args:
-        parameters, gradients, optimizer_state: the inputs of the step. If it :func:`is_linear`, only the presence of
-            gradients and slots matters, not their values.
-        cotangent: of the variables after the step, one tensor per variable of the problem, in their order.
-        slots: cotangents of the optimizer's state after the step, {variable: {key: tensor}}. None: only the cotangent
-            of the gradient is computed; parameters and state before the step are held fixed.
+        state, gradients, groups: the inputs of the step. If it :func:`is_linear`, only the presence of gradients and
+            slots matters, not their values.
+        cotangent: of the variables after the step.
+        slots: cotangents of the optimizer's slots after the step. None: only the cotangent of the gradient is computed;
+            variables and slots before the step are held fixed.
+        stepped: whether the slots in ``state`` are those after the step.
     """
-    names, groups, begun = list(problem.variables), optimizer_state.groups, optimizer_state.slots
-    plain_sgd = sgd.applies(problem, groups)
-    if plain_sgd and slots is None and problem.clip_norm_now is None:
-        scales = sgd.scales(problem, groups, [n for n, g in gradients.items() if g is None], begun)
-        return StepCotangents(tuple(c * scale for c, scale in zip(cotangent, scales, strict=True)), (), {})
-    clipped, named = clip(gradients, problem.clip_norm_now), dict(zip(names, cotangent, strict=True))
+    numbers, largest = problem.group_numbers, problem.clip_norm_now
+    of = [groups[number] for number in numbers]
+    plain_sgd = sgd.applies(problem.optimizer, groups)
+    if plain_sgd and slots is None and largest is None:
+        unreached = [index for index, gradient in enumerate(gradients) if gradient is None]
+        scales = sgd.scales(of, unreached, state.slots)
+        return StepCotangents(tuple([c * scale for c, scale in zip(cotangent, scales, strict=True)]), (), ())
+    clipped = clip(gradients, largest)
     if plain_sgd:
-        found = sgd.transpose(problem, groups, clipped, begun, named, slots or {})
+        found: Any = sgd.transpose(of, clipped, state.slots, cotangent, slots or ({},) * len(of))
     elif formula := formula_of(problem.optimizer, groups):
-        found = parameter_groups.transpose(problem, formula, parameters, clipped, optimizer_state, named, slots)
+        found = formulas.transpose(
+            formula, groups, numbers, state.variables, clipped, state.slots, stepped, cotangent, slots
+        )
     else:
-        found = torch_step.transpose(problem, parameters, clipped, optimizer_state, named, slots)
-    to_gradients = transpose_clip(gradients, problem.clip_norm_now, found[0])
-    onto = tuple(to_gradients[name] for name in names)
-    return StepCotangents(onto, () if slots is None else tuple(found[1][name] for name in names), found[2])
+        found = torch_step.transpose(problem, groups, state.variables, clipped, state.slots, cotangent, slots)
+    onto = tuple(transpose_clip(gradients, largest, found[0]))
+    return StepCotangents(onto, (), ()) if slots is None else StepCotangents(onto, tuple(found[1]), tuple(found[2]))
 
 
 def check_differentiable(problem: Problem) -> None:

@@ -11,26 +11,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
-from mlo.levels.problem import Problem
+Group = Mapping[str, Any]
+Slots = Sequence[Mapping[str, Any]]
+Gradients = Sequence[Tensor | None]
 
-Groups = tuple[Mapping[str, Any], ...]
-Slots = Mapping[str, Mapping[str, Any]]
 
-
-def applies(problem: Problem, groups: Sequence[Mapping[str, Any]]) -> bool:
+def applies(optimizer: Optimizer, groups: Sequence[Group]) -> bool:
     """Whether the optimizer is torch's own SGD, unfused, with numbers (not tensors) as learning rates."""
-    plain = type(problem.optimizer) is SGD
-    return plain and not any(group["fused"] or isinstance(group["lr"], Tensor) for group in groups)
+    if type(optimizer) is not SGD:
+        return False
+    return not any([group["fused"] or isinstance(group["lr"], Tensor) for group in groups])
 
 
 def step(
-    of: Mapping[str, Mapping[str, Any]],
-    parameters: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor | None],
-    slots: Slots,
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+    of: Sequence[Group], variables: Sequence[Tensor], gradients: Gradients, slots: Slots
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """The variables and slots after one step, as in :class:`torch.optim.SGD`; differentiable in all tensors.
 
     With gradient g, variable w and momentum buffer b: g <- g + weight_decay * w, b <- momentum * b +
@@ -38,95 +35,86 @@ def step(
     Nesterov, or w <- w - lr * g without momentum. With maximize, g is the negative gradient.
 
     Args:
-        of: {variable: the hyperparameters of its group}; the learning rate may be a tensor.
-        parameters: {name: tensor} before the step.
-        gradients: {variable: its gradient, or None}; a variable without a gradient does not change.
-        slots: the momentum buffers before the step.
+        of: the hyperparameters of each variable's group; the learning rate may be a tensor.
+        variables: before the step.
+        gradients: a variable whose gradient is None does not change.
+        slots: of each variable, {"momentum_buffer": tensor or None} or {}.
     """
-    moved, after = {}, {name: dict(slot) for name, slot in slots.items()}
-    for name, group in of.items():
-        parameter, gradient = parameters[name], gradients[name]
+    moved, after = [], []
+    for group, variable, gradient, slot in zip(of, variables, gradients, slots, strict=True):
         if gradient is None:
-            moved[name] = parameter.clone()
+            moved.append(variable.clone())
+            after.append(dict(slot))
             continue
         along = -gradient if group["maximize"] else gradient
         if group["weight_decay"]:
-            along = torch.add(along, parameter, alpha=group["weight_decay"])
+            along = torch.add(along, variable, alpha=group["weight_decay"])
+        kept = {}
         if momentum := group["momentum"]:
-            last = after.get(name, {}).get("momentum_buffer")
+            last = slot.get("momentum_buffer")
             buffer = along.clone() if last is None else (last * momentum).add(along, alpha=1 - group["dampening"])
-            after[name] = {"momentum_buffer": buffer}
+            kept = {"momentum_buffer": buffer}
             along = torch.add(along, buffer, alpha=momentum) if group["nesterov"] else buffer
         rate = group["lr"]
         by_tensor = isinstance(rate, Tensor)
-        moved[name] = parameter - rate.to(along.dtype) * along if by_tensor else parameter.add(along, alpha=-rate)
+        moved.append(variable - rate.to(along.dtype) * along if by_tensor else variable.add(along, alpha=-rate))
+        after.append(kept)
     return moved, after
 
 
-def scales(problem: Problem, groups: Groups, unreached: Collection[str], begun: Slots) -> list[float]:
+def scales(of: Sequence[Group], unreached: Collection[int], slots: Slots) -> list[float]:
     """For each variable, the derivative of its new value with respect to its gradient, which is a single number.
 
     Args:
-        groups: the hyperparameters at the step.
-        unreached: variables that had no gradient.
-        begun: the slots before the step.
+        of: the hyperparameters of each variable's group.
+        unreached: the positions of variables that had no gradient.
+        slots: before the step.
     """
     found = []
-    for name, group in hyperparameters(problem, groups).items():
+    for index, group in enumerate(of):
         scale = group["lr"] if group["maximize"] else -group["lr"]
         if momentum := group["momentum"]:
-            first = begun.get(name, {}).get("momentum_buffer") is None
+            first = slots[index].get("momentum_buffer") is None
             share = 1.0 if first else 1.0 - group["dampening"]
             scale *= 1.0 + momentum * share if group["nesterov"] else share
-        found.append(0.0 if name in unreached else scale)
+        found.append(0.0 if index in unreached else scale)
     return found
 
 
 def transpose(
-    problem: Problem,
-    groups: Groups,
-    gradients: Mapping[str, Tensor | None],
-    begun: Slots,
-    cotangents: Mapping[str, Tensor],
+    of: Sequence[Group],
+    gradients: Gradients,
     slots: Slots,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    cotangents: Sequence[Tensor],
+    of_slots: Sequence[Mapping[str, Tensor]],
+) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]]:
     """The transpose of :func:`step`: the cotangents of gradients, variables and slots before the step.
 
     Args:
-        groups: the hyperparameters at the step.
+        of: the hyperparameters of each variable's group.
         gradients: only which of them are None matters.
-        begun: the slots before the step.
-        cotangents, slots: the cotangents of the variables and of the slots after the step.
+        slots: before the step.
+        cotangents, of_slots: the cotangents of the variables and of the slots after the step.
     """
-    to_gradients, to_parameters, to_slots = {}, {}, {}
-    for name, group in hyperparameters(problem, groups).items():
-        cotangent, of_buffer = cotangents[name], slots.get(name, {}).get("momentum_buffer")
-        if gradients[name] is None:
-            to_gradients[name], to_parameters[name] = torch.zeros_like(cotangent), cotangent
-            if of_buffer is not None:
-                to_slots[name] = {"momentum_buffer": of_buffer}
+    to_gradients, to_variables, to_slots = [], [], []
+    for group, gradient, slot, cotangent, given in zip(of, gradients, slots, cotangents, of_slots, strict=True):
+        of_buffer = given.get("momentum_buffer")
+        if gradient is None:
+            to_gradients.append(torch.zeros_like(cotangent))
+            to_variables.append(cotangent)
+            to_slots.append(dict(given))
             continue
-        along = cotangent * -group["lr"]
+        along, before = cotangent * -group["lr"], {}
         if momentum := group["momentum"]:
             buffer = along * momentum if group["nesterov"] else along
             buffer = buffer if of_buffer is None else buffer + of_buffer
             taken = buffer
-            if begun.get(name, {}).get("momentum_buffer") is not None:
-                to_slots[name] = {"momentum_buffer": buffer * momentum}
+            if slot.get("momentum_buffer") is not None:
+                before = {"momentum_buffer": buffer * momentum}
                 taken = buffer * (1 - group["dampening"]) if group["dampening"] else buffer
             along = along + taken if group["nesterov"] else taken
         decay = group["weight_decay"]
-        to_parameters[name] = torch.add(cotangent, along, alpha=decay) if decay else cotangent
-        to_gradients[name] = -along if group["maximize"] else along
-    return to_gradients, to_parameters, to_slots
-
-
-def hyperparameters(problem: Problem, groups: Groups) -> dict[str, Mapping[str, Any]]:
-    """{variable: the hyperparameters of its group}, from ``groups``."""
-    return {name: groups[group] for name, group in group_numbers(problem).items()}
-
-
-def group_numbers(problem: Problem) -> dict[str, int]:
-    """{variable: the index of its parameter group}."""
-    of = {id(p): number for number, group in enumerate(problem.optimizer.param_groups) for p in group["params"]}
-    return {name: of[id(parameter)] for name, parameter in problem.variables.items()}
+        to_variables.append(torch.add(cotangent, along, alpha=decay) if decay else cotangent)
+        to_gradients.append(-along if group["maximize"] else along)
+        to_slots.append(before)
+    return to_gradients, to_variables, to_slots

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,73 +11,74 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from mlo.levels.problem import Problem
+from mlo.levels.state import COUNTERS, Slots
 from mlo.ops.vectors import filled
-from mlo.steps.optimizer_state import COUNTERS, OptimizerState, copied
-from mlo.steps.parameter_groups import Gradients, NamedCotangents, Slots, Tensors
+from mlo.steps.formulas import Cotangents, Gradients, Group
 
 
 def step(
     problem: Problem,
-    parameters: Tensors,
+    groups: Sequence[Group],
+    variables: Sequence[Tensor],
     gradients: Gradients,
-    optimizer_state: OptimizerState,
+    slots: Slots,
     *,
     differentiable: bool,
-) -> tuple[dict[str, Tensor], OptimizerState]:
-    """The variables and the optimizer state after one step; with ``differentiable``, with a graph."""
-    moved = {name: parameters[name].clone() for name in problem.variables}
-    shadow = _shadow(problem, moved, gradients, optimizer_state, differentiable=differentiable)
+) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
+    """The variables and the optimizer's slots after one step; with ``differentiable``, with a graph."""
+    moved = [variable.clone() for variable in variables]
+    shadow = _shadow(problem, groups, moved, gradients, slots, differentiable=differentiable)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if differentiable else default)  # for the counters that a first step creates
     try:
         type(problem.optimizer).step(shadow)
     finally:
         torch.set_default_dtype(default)
-    slots = {name: dict(shadow.state[tensor]) for name, tensor in moved.items() if tensor in shadow.state}
-    return moved, OptimizerState(optimizer_state.groups, slots)
+    return moved, [dict(shadow.state[tensor]) if tensor in shadow.state else {} for tensor in moved]
 
 
 def transpose(
     problem: Problem,
-    parameters: Tensors,
+    groups: Sequence[Group],
+    variables: Sequence[Tensor],
     gradients: Gradients,
-    optimizer_state: OptimizerState,
-    cotangent: Tensors,
-    slots: Slots | None,
-) -> NamedCotangents:
-    """As :func:`mlo.steps.parameter_groups.transpose`; without ``slots``, only for the cotangents of gradients."""
-    leaves = {n: None if g is None else off_zero(g.detach()).requires_grad_() for n, g in gradients.items()}
-    held, like = slots is None, tuple(cotangent.values())
-    start = {n: parameters[n].detach().requires_grad_(not held) for n in cotangent}
-    begun = {n: {k: _leaf(k, v, held) for k, v in s.items()} for n, s in optimizer_state.slots.items()}
+    slots: Slots,
+    cotangents: Sequence[Tensor],
+    of_slots: Sequence[Mapping[str, Tensor]] | None,
+) -> Cotangents:
+    """As :func:`mlo.steps.formulas.transpose`, with slots from before the step."""
+    leaves = [None if g is None else off_zero(g.detach()).requires_grad_() for g in gradients]
+    held = of_slots is None
+    start = [variable.detach().requires_grad_(not held) for variable in variables]
+    begun = tuple([{k: _leaf(k, v, held) for k, v in slot.items()} for slot in slots])
     with torch.enable_grad():
-        state = OptimizerState(optimizer_state.groups, begun)
-        moved, after = step(problem, start, leaves, state, differentiable=True)
-    pairs = [(moved[n], c) for n, c in cotangent.items()]
-    pairs += [(after.slots[n][k], c) for n, s in (slots or {}).items() for k, c in s.items()]
+        moved, after = step(problem, groups, start, leaves, begun, differentiable=True)
+    pairs = [*zip(moved, cotangents, strict=True)]
+    pairs += [(after[i][k], c) for i, given in enumerate(of_slots or ()) for k, c in given.items()]
     stepped, given = zip(*((o, c) for o, c in pairs if o.requires_grad), strict=True)
-    keys = [(n, k) for n, s in begun.items() for k, v in s.items() if isinstance(v, Tensor) and v.requires_grad]
-    inputs = [leaf for leaf in leaves.values() if leaf is not None]
-    others = [] if held else [*start.values(), *(begun[n][k] for n, k in keys)]
+    keys = [(i, k) for i, s in enumerate(begun) for k, v in s.items() if isinstance(v, Tensor) and v.requires_grad]
+    inputs = [leaf for leaf in leaves if leaf is not None]
+    others = [] if held else [*start, *(begun[i][k] for i, k in keys)]
     found = iter(torch.autograd.grad(stepped, [*inputs, *others], given, allow_unused=True))
-    of_gradients = filled((None if leaves[n] is None else next(found) for n in cotangent), like)
-    of_parameters = () if held else filled((next(found) for _ in cotangent), like)
-    of_slots: dict[str, dict[str, Tensor]] = {}
-    for (name, key), value in zip(keys, found, strict=True):
+    of_gradients = filled((None if leaf is None else next(found) for leaf in leaves), cotangents)
+    of_variables = () if held else filled((next(found) for _ in cotangents), cotangents)
+    to_slots: list[dict[str, Tensor]] = [] if held else [{} for _ in slots]
+    for (index, key), value in zip(keys, found, strict=True):
         if value is not None:
-            of_slots.setdefault(name, {})[key] = value
-    return dict(zip(cotangent, of_gradients, strict=True)), dict(zip(cotangent, of_parameters, strict=False)), of_slots
+            to_slots[index][key] = value
+    return of_gradients, of_variables, to_slots
 
 
 def _shadow(
     problem: Problem,
-    parameters: Tensors,
+    groups: Sequence[Group],
+    variables: Sequence[Tensor],
     gradients: Gradients,
-    optimizer_state: OptimizerState,
+    slots: Slots,
     *,
     differentiable: bool,
 ) -> Optimizer:
-    """A copy of the problem's optimizer that updates ``parameters`` in place, from a copy of the optimizer state.
+    """A copy of the problem's optimizer that updates ``variables`` in place, from a copy of the slots.
 
     It is copied from the instance instead of calling the class, because a user's subclass may take any arguments. The
     step hooks of the instance are left out, because they may refer to the real parameters.
@@ -87,7 +89,8 @@ def _shadow(
     shadow.__dict__.update(
         {hooks: OrderedDict() for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")}
     )
-    substitutes = {id(problem.variables[n]): tensor for n, tensor in parameters.items() if gradients[n] is not None}
+    own = [*problem.variables.values()]
+    substitutes = {id(p): t for p, t, g in zip(own, variables, gradients, strict=True) if g is not None}
     flags = {"differentiable": True, "foreach": False, "fused": False, "capturable": False} if differentiable else {}
     shadow.param_groups = [
         {
@@ -95,16 +98,16 @@ def _shadow(
             **{flag: value for flag, value in flags.items() if flag in hyperparameters},
             "params": [substitutes[id(p)] for p in group["params"] if id(p) in substitutes],
         }
-        for hyperparameters, group in zip(optimizer_state.groups, optimizer.param_groups, strict=True)
+        for hyperparameters, group in zip(groups, optimizer.param_groups, strict=True)
     ]
     shadow.defaults = {**optimizer.defaults, **{f: v for f, v in flags.items() if f in optimizer.defaults}}
     shadow.state = defaultdict(dict)
-    for name, tensor in parameters.items():
-        if gradients[name] is not None:
-            tensor.grad = gradients[name]
-        if name in optimizer_state.slots:
-            shadow.state[tensor] = {key: copied(value) for key, value in optimizer_state.slots[name].items()}
-            for key in COUNTERS.intersection(optimizer_state.slots[name]) if differentiable else ():
+    for tensor, gradient, slot in zip(variables, gradients, slots, strict=True):
+        if gradient is not None:
+            tensor.grad = gradient
+        if slot:
+            shadow.state[tensor] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in slot.items()}
+            for key in COUNTERS.intersection(slot) if differentiable else ():
                 # a differentiable step computes 1 - beta^step with tensors; in float32 that would lose five digits
                 if isinstance(value := shadow.state[tensor][key], Tensor):
                     shadow.state[tensor][key] = value.double()

@@ -2,8 +2,8 @@
 
 A checkpoint is a file of ``torch.save`` with nested dictionaries and lists of tensors and plain values. The state of an
 engine (:meth:`mlo.Engine.state_dict`) has the keys "rounds", "problems" ({name: :meth:`mlo.Problem.state_dict`}),
-"warm" (warm starts of estimators), "scales" (float16 loss scales), "evaluator" (what is known about the losses),
-"losses", "reports" (metrics), "random" and "cuda_random". After a distributed run it also has "others": for each
+"warm" (warm starts of estimators), "levels" (what is known about each loss, with its float16 loss scale), "losses",
+"reports" (metrics), "random" and "cuda_random". After a distributed run it also has "others": for each
 process but the first, the keys in ``OWN`` and its positions in the data.
 """
 
@@ -20,7 +20,7 @@ from mlo.errors import CheckpointError
 from mlo.files import write_atomic
 from mlo.ops import distributed
 
-OWN = ("random", "cuda_random", "scales")  # the keys of an engine's state that differ between processes
+OWN = ("random", "cuda_random", "levels")  # the keys of an engine's state that differ between processes
 
 
 def save(path: str | Path, state: Mapping[str, Any]) -> None:

@@ -11,22 +11,21 @@ from torch import Tensor
 
 from mlo.errors import CheckpointError, ConfigError
 from mlo.levels.graph import Graph
-from mlo.levels.problem import Problem, State
+from mlo.levels.problem import Problem
+from mlo.levels.state import State, cast
 from mlo.ops import distributed
 from mlo.ops.autocast import outside_autocast
 from mlo.ops.compiler import Compiler
-from mlo.ops.loss_scale import LossScale
 from mlo.ops.rng import global_state, replay, set_global_state
 from mlo.ops.vectors import filled
-from mlo.steps.evaluation import Evaluator
-from mlo.training.checked_updates import Updater
+from mlo.steps.level import Level, levels_of
 from mlo.training.checkpoint import of_this_process, with_other_processes
+from mlo.training.commit import Updater
 from mlo.training.devices import move_to
 from mlo.training.gradients import Gradients, Records
 from mlo.training.plan import Plan
-from mlo.training.real_steps import RealSteps
 from mlo.training.report import EngineReport, engine_report
-from mlo.training.virtual_steps import Rollout, cast_batches, cast_state, looking_ahead
+from mlo.training.rounds import Rounds, cast_batches, looking_ahead
 
 Callback = Callable[["Engine"], None]
 
@@ -80,16 +79,15 @@ class Engine:
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
         self.device = move_to(problems, device)
         self.rounds = 0
-        self._evaluator = Evaluator(self.problems, self.device, Compiler(self.device) if compile else None)
-        self._gradients = Gradients(self._plan, self._evaluator)
-        self._rollout = Rollout(self._plan, self._evaluator, self._gradients)
+        self._levels = levels_of(problems, self.device, Compiler(self.device) if compile else None)
+        self._gradients = Gradients(self._plan, self._levels)
         self._updater = Updater(self.device, deferred=self.device.type != "cpu")
-        self._real = RealSteps(self._plan, self._evaluator, self._gradients, self._rollout, self._updater)
+        self._rounds = Rounds(self._plan, self._levels, self._gradients, self._updater)
 
     @property
     def losses(self) -> Mapping[str, Tensor]:
         """{problem: the loss of its last real step}, detached, on the device."""
-        return self._real.losses
+        return self._rounds.losses
 
     @property
     def graph(self) -> Graph:
@@ -98,8 +96,8 @@ class Engine:
 
     @property
     def passes(self) -> Mapping[str, Mapping[str, int]]:
-        """{problem: {kind: forward passes of its module so far}}; see :class:`mlo.steps.evaluation.Evaluator`."""
-        return self._evaluator.passes
+        """{problem: {kind: forward passes of its module so far}}; see :class:`mlo.steps.level.Level`."""
+        return {name: level.passes for name, level in self._levels.items()}
 
     @property
     def pullbacks(self) -> Mapping[str, int]:
@@ -112,7 +110,7 @@ class Engine:
         It changes nothing. Some entries (memory of graphs, loss scales, what can be compiled) are only known after the
         first rounds.
         """
-        return engine_report(self._plan, self._evaluator, self._gradients, self.inner_path)
+        return engine_report(self._plan, self._levels, self.device, self.inner_path)
 
     def run(self, steps: int, callbacks: Iterable[Callback] = ()) -> None:
         """Take ``steps`` rounds. After each, call every callback with the engine."""
@@ -138,12 +136,12 @@ class Engine:
         for top in tops:
             for _ in range(self.problems[top].steps):
                 with self._ahead(top):
-                    states, records = self._rollout.below(top, due, self._live_states())
-                    self._real.step(top, states, records)
+                    states, records = self._rounds.below(top, due, self._live_states())
+                    self._rounds.real_step(top, states, records)
         rest = [name for name in due if name not in tops]
         states, records = self._live_states(), Records()
         for position, name in enumerate(rest):
-            self._real.steps(name, states, records, rest[position + 1 :])
+            self._rounds.real(name, states, records, rest[position + 1 :])
         self.rounds += 1
         self._updater.check_arrived()
 
@@ -162,11 +160,11 @@ class Engine:
             ConfigError: if there is no such problem.
             GraphError: if a declared read carries no gradient.
         """
-        with self._ahead(name), replay(None, self.device, self._evaluator.draws_outside((name,))):
+        with self._ahead(name), replay(None, self.device, self._level(name).draws_outside):
             states, records, batches = self._next(name, {}, dtype)
-            gradient = self._gradients.of(name, states, records, batches, "virtual", ()).own
-        variables = [states[name].parameters[v] for v in self.problems[name].variables]
-        return dict(zip(gradient, filled(gradient.values(), variables), strict=True))
+            count = self.problems[name].step_number
+            found = self._gradients.of(name, states, records, batches, "virtual", (), count).own
+        return dict(zip(self.problems[name].variables, filled(found, states[name].variables), strict=True))
 
     @outside_autocast
     def objective(
@@ -185,36 +183,28 @@ class Engine:
         Returns:
             A scalar tensor without a graph.
         """
-        losses = []
-        with self._ahead(name), replay(None, self.device, self._evaluator.draws_outside((name,))):
+        with self._ahead(name), replay(None, self.device, self._level(name).draws_outside):
             states, _, batches = self._next(name, parameters or {}, dtype)
-            for batch in batches:
-                evaluation = self._evaluator.evaluate(name, states, batch, kind="virtual")
-                losses.append(evaluation.loss.detach())
-                states[name] = State(states[name].parameters, evaluation.buffers, states[name].live)
-        return distributed.average([torch.stack(losses).mean()])[0]
+            loss = self._gradients.loss(name, states, batches)
+        return distributed.average([loss])[0]
 
     def _next(
         self, name: str, parameters: Mapping[str, Tensor], dtype: torch.dtype | None
     ) -> tuple[dict[str, State], Records, tuple[Any, ...]]:
         """The states before the next step of ``name``, the records of the virtual steps to them, and its batches."""
-        if name not in self.problems:
-            raise ConfigError(f"no problem is named {name!r}; the problems are {', '.join(map(repr, self.problems))}")
         states = self._live_states()
-        unknown = [n for n in parameters if n not in states[name].parameters]
-        if unknown:
-            raise ConfigError(
-                f"problem {name!r} has no parameter {', '.join(map(repr, unknown))}; "
-                f"its parameters are {', '.join(map(repr, states[name].parameters))}"
-            )
         if parameters:
-            moved = {n: p.detach().requires_grad_() for n, p in parameters.items()}
-            states[name] = State({**states[name].parameters, **moved}, states[name].buffers)
+            states[name] = self.problems[name].state_with(parameters)
         if dtype is not None:
-            states = {n: cast_state(state, dtype) for n, state in states.items()}
+            states = {n: cast(state, dtype) for n, state in states.items()}
         due = {*self._due(), *self._plan.paths[name]}
-        states, records = self._rollout.below(name, due, states, dtype)
+        states, records = self._rounds.below(name, due, states, dtype)
         return states, records, cast_batches(self.problems[name].batches_ahead(), dtype)
+
+    def _level(self, name: str) -> Level:
+        if name not in self._levels:
+            raise ConfigError(f"no problem is named {name!r}; the problems are {', '.join(map(repr, self.problems))}")
+        return self._levels[name]
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
@@ -237,8 +227,7 @@ class Engine:
             "rounds": self.rounds,
             "problems": {name: problem.state_dict() for name, problem in self.problems.items()},
             "warm": {upper: {n: list(v) for n, v in warm.items()} for upper, warm in self._gradients.warm.items()},
-            "scales": {name: [scale.value, scale.passes] for name, scale in self._gradients.scales.items()},
-            "evaluator": self._evaluator.state_dict(),
+            "levels": {name: level.state_dict() for name, level in self._levels.items()},
             "losses": dict(self.losses),
             "reports": dict(self._gradients.reports),
             "random": global_state(),
@@ -267,9 +256,9 @@ class Engine:
             upper: {name: tuple(part.to(self.device) for part in solution) for name, solution in warm.items()}
             for upper, warm in state["warm"].items()
         }
-        self._evaluator.load_state_dict(state["evaluator"])
-        self._gradients.scales = {name: LossScale(*scale) for name, scale in state["scales"].items()}
-        self._real.losses = {name: loss.to(self.device) for name, loss in state["losses"].items()}
+        for name, level in self._levels.items():
+            level.load_state_dict(state["levels"][name])
+        self._rounds.losses = {name: loss.to(self.device) for name, loss in state["losses"].items()}
         self._gradients.reports = {key: value.to(self.device) for key, value in state["reports"].items()}
         set_global_state(state["random"])
         if self.device.type == "cuda" and state["cuda_random"] is not None:

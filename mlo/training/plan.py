@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 from mlo.errors import ConfigError, GraphError
-from mlo.hypergradient import Estimator, Product, build_estimator
+from mlo.hypergradient import Estimator, Product, Recording, build_estimator
 from mlo.levels.graph import Graph
 from mlo.levels.problem import Problem
 from mlo.ops import distributed
+
+
+class Role(NamedTuple):
+    """What an engine's estimators make of one problem's steps.
+
+    Attributes:
+        recording: what is kept of them.
+        paths: see :class:`Plan`.
+        lower: the lower problems that its loss reads, with which its backward pass starts.
+        inner: the lower problems whose steps are part of its curvature, lowest first.
+        keeps_graph: whether the graphs of its gradients are kept for exact products.
+        again: whether recorded steps are taken again, which needs the optimizer's state before them.
+    """
+
+    recording: Recording
+    paths: Mapping[str, tuple[str, ...]]
+    lower: tuple[str, ...]
+    inner: Sequence[str]
+    keeps_graph: bool
+    again: bool
 
 
 class Plan:
@@ -21,9 +42,10 @@ class Plan:
     Attributes:
         graph: which problem reads which.
         estimators: {problem: the estimator with which it is differentiated through}.
+        recordings: {problem: what is kept of its steps for that}.
         paths: {problem: the backward pass of its hypergradient, see :meth:`mlo.levels.graph.Graph.paths`}; empty for a
             problem that is not differentiated through others.
-        lower: {problem: the lower problems that its loss reads, with which its backward pass starts}.
+        roles: {problem: what follows for its steps}.
         inner: {problem: lower problems whose steps are part of its curvature}, lowest first.
         tops: the top problems that have a hypergradient.
         lookahead: whether top problems step after virtual steps of the others.
@@ -47,6 +69,7 @@ class Plan:
         self.estimators: dict[str, Estimator] = {
             p.name: default if p.hypergradient is None else build_estimator(p.hypergradient) for p in problems
         }
+        self.recordings = {name: estimator.recording for name, estimator in self.estimators.items()}
         blocked = {name for name, estimator in self.estimators.items() if not estimator.differentiates}
         self.paths = {name: self.graph.paths(name, blocked) for name in self.graph.names}
         nested = self._nested()
@@ -54,7 +77,8 @@ class Plan:
         if inner_path:
             self._check_inner()
             self.paths = {name: self.graph.paths(name, blocked, self.inner) for name in self.graph.names}
-        self.lower = {n: [read for read in self.graph.lower_reads(n) if read in at] for n, at in self.paths.items()}
+        self.roles = {name: self._role(name) for name in self.graph.names}
+        self._targets: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
         self.tops = [name for name in self.graph.tops() if self.graph.is_upper(name)]
         through = {name for paths in self.paths.values() for name in paths}
         for name in (name for name in self.graph.names if name in through):
@@ -70,28 +94,37 @@ class Plan:
                 stacklevel=4,
             )
 
+    def _role(self, name: str) -> Role:
+        problem, recording, paths = self._problems[name], self.recordings[name], self.paths[name]
+        return Role(
+            recording,
+            paths,
+            lower=tuple([read for read in self.graph.lower_reads(name) if read in paths]),
+            inner=self.inner.get(name, ()),
+            keeps_graph=recording.graph and not paths and problem.autocast is None,
+            again=recording.every > 1 or any(name in lows for lows in self.inner.values()),
+        )
+
     def _nested(self) -> list[str]:
         """Middle problems: their gradient goes through lower ones, and that of an upper one through them."""
         return [m for m, paths in self.paths.items() if paths and any(m in above for above in self.paths.values())]
 
     def _check_inner(self) -> None:
         for middle, lows in self.inner.items():
-            steps = max(self._problems[middle].steps, self._problems[middle].steps_ahead or 1)
-            if steps > 1:
-                raise ConfigError(
-                    f"inner_path: problem {middle!r} takes {steps} steps per round, but only one step can be "
-                    f"differentiated through the same lower steps; give {middle!r} steps=1"
-                )
             for low in lows:
-                if not self.estimators[low].needs_before:
+                if not self.recordings[low].before:
                     raise ConfigError(
                         f"inner_path: {low!r}, below {middle!r}, has an estimator that does not differentiate steps; "
                         "give it hypergradient='one_step' or 'unrolled', or pass inner_path=False"
                     )
 
-    def targets(self, lower: str, uppers: Collection[str]) -> tuple[str, ...]:
+    def targets(self, lower: str, uppers: tuple[str, ...]) -> tuple[str, ...]:
         """The problems that ``lower`` is pulled back onto in the backward passes of ``uppers``."""
-        return tuple(dict.fromkeys(t for upper in uppers for t in self.paths[upper].get(lower, ())))
+        found = self._targets.get((lower, uppers))
+        if found is None:
+            found = tuple(dict.fromkeys([t for upper in uppers for t in self.paths[upper].get(lower, ())]))
+            self._targets[lower, uppers] = found
+        return found
 
     def _refuse_half_products(self, name: str) -> None:
         product = getattr(self.estimators[name], "product", None)

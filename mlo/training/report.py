@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from mlo.hypergradient import Estimator
-from mlo.levels.problem import Problem
-from mlo.steps.evaluation import Evaluator
-from mlo.training.gradients import Gradients
+from mlo.steps import compiled
+from mlo.steps.level import Level
 from mlo.training.plan import Plan
 
 
@@ -28,11 +27,13 @@ class ProblemReport:
         inner: the lower problems whose steps are part of its curvature (``Engine(..., inner_path=True)``).
         estimator: the estimator with which it is differentiated through, with its options; None if it is not.
         recorded: how many of its steps in a round are recorded for these hypergradients.
-        graph_bytes: memory of the graph of one of its gradients; None until such a graph was first kept.
+        graph_bytes: memory of one of its gradients with its graph, and of the variables that it was taken at; None
+            until such a graph was first kept.
         loss_scale: the factor by which its loss is multiplied under float16; None in other precisions and before the
             first step.
         compiled: what runs compiled so far: "gradient", "gradient with its graph" (which its curvature products need),
-            "product", "5 steps as one"; under autocast with the precision, as in "gradient in bfloat16".
+            the same "for what is read" (if the graph reaches nothing else), "product", "5 steps as one"; under autocast
+            with the precision, as in "gradient in bfloat16".
         not_compiled: {what cannot be compiled: the reason}; "everything" for a problem that runs without compilation.
     """
 
@@ -59,7 +60,7 @@ class ProblemReport:
         if self.estimator is not None:
             lines.append(f"differentiated by {self.estimator!r}, with {_count(self.recorded, 'recorded step')} a round")
         if self.graph_bytes is not None:
-            lines.append(f"graph of one gradient: {self.graph_bytes / 2**20:.1f} MB")
+            lines.append(f"graph, gradient and variables of a step: {self.graph_bytes / 2**20:.1f} MB")
         if self.loss_scale is not None:
             lines.append(f"loss scale: {self.loss_scale:g}")
         if self.compiled:
@@ -92,40 +93,37 @@ class EngineReport:
         return "\n".join([first, *(str(problem) for problem in reversed(list(self.problems.values())))])
 
 
-def engine_report(plan: Plan, evaluator: Evaluator, gradients: Gradients, inner_path: bool) -> EngineReport:
+def engine_report(plan: Plan, levels: Mapping[str, Level], device: torch.device, inner_path: bool) -> EngineReport:
     """The report on the engine with these parts."""
     return EngineReport(
-        device=evaluator.device,
+        device=device,
         lookahead=plan.lookahead,
         inner_path=inner_path,
-        compile=evaluator.compiler is not None,
+        compile=any(level.compiler is not None for level in levels.values()),
         problems={
-            name: _problem_report(problem, level, plan, evaluator, gradients)
-            for level, (name, problem) in enumerate(evaluator.problems.items(), start=1)
+            name: _problem_report(level, number, plan) for number, (name, level) in enumerate(levels.items(), start=1)
         },
     )
 
 
-def _problem_report(
-    problem: Problem, level: int, plan: Plan, evaluator: Evaluator, gradients: Gradients
-) -> ProblemReport:
-    name = problem.name
+def _problem_report(level: Level, number: int, plan: Plan) -> ProblemReport:
+    name, problem = level.name, level.problem
     estimator = plan.estimators[name] if any(name in path for path in plan.paths.values()) else None
     taken = problem.steps_ahead if plan.lookahead and problem.steps_ahead else problem.steps
-    scale = gradients.scales.get(name)
-    compiled, not_compiled = evaluator.compilation(name)
+    ran, not_compiled = compiled.described(level)
+    last = plan.recordings[name].last
     return ProblemReport(
         name=name,
-        level=level,
+        level=number,
         steps=problem.steps,
         looks_ahead=plan.lookahead and name in plan.tops,
         through=tuple(plan.paths[name]),
         inner=tuple(plan.inner.get(name, ())),
         estimator=estimator,
-        recorded=0 if estimator is None else sum(estimator.records(left) for left in range(taken)),
-        graph_bytes=evaluator.graph_bytes.get(name),
-        loss_scale=None if scale is None else scale.value,
-        compiled=compiled,
+        recorded=0 if estimator is None else taken if last is None else min(last, taken),
+        graph_bytes=level.graph_bytes,
+        loss_scale=level.scale.value if level.scale is not None and problem.step_number else None,
+        compiled=ran,
         not_compiled=not_compiled,
     )
 

@@ -8,21 +8,17 @@ import torch
 from torch import Tensor
 
 import mlo
-from benchmarks.peers.catalogue import ITERATIONS
+from benchmarks.peers.catalogue import ITERATIONS, LANGUAGE_ITERATIONS
 from benchmarks.peers.libraries import Runner
-from benchmarks.peers.workloads import RADIUS, Bilevel, Task, Teaching
-from mlo.hypergradient import Exact, Step
-from mlo.ops.compiler import Compiler
-from mlo.steps.evaluation import Evaluator
-from mlo.training.gradients import Gradients
-from mlo.training.plan import Plan
-from mlo.training.virtual_steps import Rollout
+from benchmarks.peers.workloads import RADIUS, Bilevel, Language, Task, Teaching
+from mlo.hypergradient import Exact
 
 OPTIONS: dict[str, Any] = {
     "one_step": "one_step",
     "darts": {"kind": "darts", "radius": RADIUS},
+    "sama": {"kind": "sama", "radius": RADIUS},
     "unrolled": "unrolled",
-    "kept": {"kind": "unrolled", "graph_memory": 1024},
+    "kept": {"kind": "unrolled", "graph_memory": 4096},
     "recomputed": {"kind": "unrolled", "graph_memory": 0},
     "product": "one_step",
     "cg": {"kind": "cg", "iterations": ITERATIONS, "tolerance": 0.0},
@@ -40,12 +36,21 @@ class _Model(mlo.Problem):
 
 
 class _Weights(mlo.Problem):
-    def __init__(self, task: Bilevel, **problem: Any) -> None:
+    def __init__(self, task: Bilevel | Language, **problem: Any) -> None:
         super().__init__("weights", module=task.weights, **problem)
         self._task = task
 
     def loss(self, batch: Any, model: mlo.Problem) -> Tensor:
         return self._task.upper_loss(model, batch)
+
+
+class _Reader(mlo.Problem):
+    def __init__(self, task: Language, **problem: Any) -> None:
+        super().__init__("model", module=task.model, **problem)
+        self._task = task
+
+    def loss(self, batch: Any, weights: mlo.Problem) -> Tensor:
+        return self._task.lower_loss(self, weights, batch)
 
 
 class _Teacher(mlo.Problem):
@@ -90,18 +95,16 @@ class _Product:
     """One exact product at the start of the first step, through the interface that estimators use."""
 
     def __init__(self, problems: list[mlo.Problem], task: Bilevel, compiled: bool) -> None:
-        cpu, plan = torch.device("cpu"), Plan(problems, "one_step", False, False)
-        named = {problem.name: problem for problem in problems}
-        named["model"].steps = 1
-        self._task, self._evaluator = task, Evaluator(named, cpu, Compiler(cpu) if compiled else None)
-        rollout = Rollout(plan, self._evaluator, Gradients(plan, self._evaluator))
-        states = {name: problem.live_state() for name, problem in named.items()}
-        self._record = rollout.below("weights", list(named), states)[1]["model"][0]
-        self._record.graph = self._record.read_cache = None  # as if it were of an earlier step
+        problems[0].steps = 1
+        engine = mlo.Engine(problems, "one_step", lookahead=False, compile=compiled, device="cpu")
+        states = {problem.name: problem.live_state() for problem in problems}
+        self._task = task
+        (self._step,) = engine._rounds.below("weights", list(states), states)[1]["model"]
+        self._step.forget()  # as if it were an earlier step
 
     def gradient(self) -> list[Tensor]:
-        loss = Step(self._record, ("weights",), self._evaluator).before()
-        own, cross = Exact().at(loss).both(self._task.direction(loss.point))
+        curvature = Exact().before(self._step, ("weights",))
+        own, cross = curvature(self._task.direction(self._step.point.state.variables))
         return [*own, *(cross["weights"] or ())]
 
     def round(self) -> None:
@@ -110,8 +113,14 @@ class _Product:
 
 def build(task: Task, estimator: str, compiled: bool = False) -> Runner:
     """See :mod:`benchmarks.peers.libraries`. Lookahead is off, since the other libraries do not have it."""
-    problems, top = _teaching(task) if isinstance(task, Teaching) else _bilevel(task)
-    engine = mlo.Engine(problems, OPTIONS[estimator], lookahead=False, compile=compiled, device="cpu")
+    options = OPTIONS[estimator]
+    if isinstance(task, Language):
+        problems, top = _language(task)
+        if estimator == "cg":
+            options = options | {"iterations": LANGUAGE_ITERATIONS, "damping": task.damping}
+    else:
+        problems, top = _teaching(task) if isinstance(task, Teaching) else _bilevel(task)
+    engine = mlo.Engine(problems, options, lookahead=False, compile=compiled, device="cpu")
     if estimator == "product" and isinstance(task, Bilevel):
         return _Product(problems, task, compiled)
     return _Run(engine, top, task.trains)
@@ -121,6 +130,12 @@ def _bilevel(task: Bilevel) -> tuple[list[mlo.Problem], str]:
     sgd = torch.optim.SGD(task.model.parameters(), lr=task.lr, momentum=task.momentum)
     adam = torch.optim.Adam(task.weights.parameters(), lr=task.upper_lr)
     model = _Model(task, optimizer=sgd, data=task.lower, steps=task.steps)
+    return [model, _Weights(task, optimizer=adam, data=task.upper)], "weights"
+
+
+def _language(task: Language) -> tuple[list[mlo.Problem], str]:
+    adam = torch.optim.Adam(task.weights.parameters(), lr=task.upper_lr)
+    model = _Reader(task, optimizer=task.optimizer(), data=task.lower, steps=task.steps)
     return [model, _Weights(task, optimizer=adam, data=task.upper)], "weights"
 
 

@@ -6,20 +6,56 @@ z solves H_tt z = v. The estimators differ in how they solve this system (:mod:`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from mlo.hypergradient.curvature_products import Exact, ProductOption
-from mlo.hypergradient.estimators.base import AtSolution, Pulled
-from mlo.hypergradient.solvers import conjugate_gradient, neumann_series, nystrom
-from mlo.hypergradient.step import Step
+from mlo.hypergradient.estimators.base import Estimator, Pulled, Recording
+from mlo.hypergradient.products import Exact, ProductOption
+from mlo.hypergradient.solvers import MatVec, conjugate_gradient, neumann_series, nystrom
 from mlo.ops.rng import replay
 from mlo.ops.vectors import Vector, add, scaled
+from mlo.steps.step import Step
+
+#: (u -> H_tt u, v) -> (z with H_tt z = v, its relative residual)
+Solver = Callable[[MatVec, Vector], tuple[Vector, Tensor]]
 
 
-class ConjugateGradient(AtSolution):
+class Implicit(Estimator, ABC):
+    """-H_xt z, where z solves H_tt z = v; subclasses choose the solver."""
+
+    fresh_batch: bool = Field(
+        False, description="compute curvature on the problem's next batch instead of the batch of its last step"
+    )
+    product: ProductOption = Field(Exact(), description="how curvature products are computed")
+
+    @property
+    def recording(self) -> Recording:
+        """The last step, and the next batches by option."""
+        return Recording(fresh=self.fresh_batch)
+
+    def pull(self, steps: Sequence[Step], cotangent: Vector, targets: Sequence[str], warm: Vector | None) -> Pulled:
+        """The products of the solver with H_tt, and one with H_xt."""
+        curvature = self.product.after(steps[-1], targets)
+        start = warm if self.warms else None
+        solution, residual = self.solver(steps[-1], start)(lambda u: curvature(u, cross=False)[0], cotangent)
+        cross = curvature(scaled(solution, -1.0), own=False)[1]
+        return Pulled(cross, {"residual": residual}, solution if self.warms else None)
+
+    @abstractmethod
+    def solver(self, step: Step, start: Vector | None) -> Solver:
+        """The solver for the curvature at the solution after ``step``, which begins at ``start`` (None: zero)."""
+
+    @property
+    def warms(self) -> bool:
+        """Whether the next solver begins at this solution."""
+        return False
+
+
+class ConjugateGradient(Implicit):
     """(H + damping) z = v solved by conjugate gradient, then -H_xt z (iMAML; Rajeswaran et al. 2019).
 
     H + damping, with the Hessian H at the current solution, must be positive definite. The iteration stops at the
@@ -30,22 +66,25 @@ class ConjugateGradient(AtSolution):
     tolerance: float = Field(1e-12, ge=0, description="relative residual at which to stop")
     damping: float = Field(0.0, ge=0, description="added to every eigenvalue of the Hessian")
     warm_start: bool = Field(False, description="start from the solution of the previous step")
-    product: ProductOption = Field(Exact(), description="how curvature products are computed")
 
-    def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
-        """Up to ``iterations`` products with H_tt, and one with H_xt."""
-        curvature = self.product.at(steps[-1].after())
+    @property
+    def warms(self) -> bool:
+        """The option ``warm_start``."""
+        return self.warm_start
 
-        def matvec(vector: Vector) -> Vector:
-            return add(curvature.own(vector), vector, self.damping) if self.damping else curvature.own(vector)
+    def solver(self, step: Step, start: Vector | None) -> Solver:
+        """Up to ``iterations`` products."""
 
-        start = steps[-1].warm if self.warm_start else None
-        solution, residual = conjugate_gradient(matvec, cotangent, self.iterations, self.tolerance, start)
-        cotangents = curvature.cross(scaled(solution, -1.0))
-        return Pulled(cotangents, {"residual": residual}, solution if self.warm_start else None)
+        def solve(matvec: MatVec, b: Vector) -> tuple[Vector, Tensor]:
+            def damped(u: Vector) -> Vector:
+                return add(matvec(u), u, self.damping) if self.damping else matvec(u)
+
+            return conjugate_gradient(damped, b, self.iterations, self.tolerance, start)
+
+        return solve
 
 
-class Neumann(AtSolution):
+class Neumann(Implicit):
     """The inverse Hessian as rate * sum (I - rate H)^k v over ``terms`` terms, then -H_xt (Lorraine et al. 2020).
 
     The series converges if ``rate`` is below 2 / (largest eigenvalue). From the first term that grows on, terms are
@@ -59,19 +98,19 @@ class Neumann(AtSolution):
     warm_start: bool = Field(
         False, description="start from the solution of the previous step (SOBA, with 1 or 2 terms)"
     )
-    product: ProductOption = Field(Exact(), description="how curvature products are computed")
 
-    def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
-        """``terms`` - 1 products with H_tt, and one with H_xt."""
-        curvature = self.product.at(steps[-1].after())
-        rate = steps[-1].record.problem.optimizer.param_groups[0]["lr"] if self.rate is None else self.rate
-        start = steps[-1].warm if self.warm_start else None
-        solution, residual = neumann_series(curvature.own, cotangent, self.terms, rate, start)
-        cotangents = curvature.cross(scaled(solution, -1.0))
-        return Pulled(cotangents, {"residual": residual}, solution if self.warm_start else None)
+    @property
+    def warms(self) -> bool:
+        """The option ``warm_start``."""
+        return self.warm_start
+
+    def solver(self, step: Step, start: Vector | None) -> Solver:
+        """``terms`` - 1 products."""
+        rate = step.point.level.problem.optimizer.param_groups[0]["lr"] if self.rate is None else self.rate
+        return lambda matvec, b: neumann_series(matvec, b, self.terms, rate, start)
 
 
-class Nystrom(AtSolution):
+class Nystrom(Implicit):
     """The inverse of a low-rank approximation of the Hessian, plus damping (Hataya and Yamada 2023), then -H_xt.
 
     The Hessian is approximated from its products with ``rank`` random vectors. They are drawn from the random state of
@@ -81,15 +120,14 @@ class Nystrom(AtSolution):
 
     rank: int = Field(10, ge=1, description="random vectors, each of which takes one product with the Hessian")
     damping: float = Field(0.01, gt=0, description="added to every eigenvalue of the Hessian")
-    product: ProductOption = Field(Exact(), description="how curvature products are computed")
 
-    def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
-        """``rank`` + 1 products with H_tt, and one with H_xt."""
-        step = steps[-1]
-        curvature = self.product.at(step.after())
-        device = cotangent[0].device
-        rank = min(self.rank, sum(c.numel() for c in cotangent))
-        with replay(step.record.micro[0].randomness, device):
-            probes = [tuple(torch.randn_like(c) for c in cotangent) for _ in range(rank)]
-        solution, residual = nystrom(curvature.own, cotangent, probes, self.damping)
-        return Pulled(curvature.cross(scaled(solution, -1.0)), {"residual": residual})
+    def solver(self, step: Step, start: Vector | None) -> Solver:
+        """``rank`` + 1 products."""
+
+        def solve(matvec: MatVec, b: Vector) -> tuple[Vector, Tensor]:
+            rank = min(self.rank, sum(part.numel() for part in b))
+            with replay(step.point.micro[0].randomness, b[0].device):
+                probes = [tuple([torch.randn_like(part) for part in b]) for _ in range(rank)]
+            return nystrom(matvec, b, probes, self.damping)
+
+        return solve

@@ -7,12 +7,13 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from mlo.hypergradient.curvature_products import Central
-from mlo.hypergradient.estimators.base import AlongSteps, Estimator, Pulled
-from mlo.hypergradient.step import Step
+from mlo.hypergradient.estimators.base import Estimator, Pulled, Recording
+from mlo.hypergradient.estimators.unrolled import AlongSteps
+from mlo.hypergradient.products import Central
 from mlo.levels.problem import Problem
 from mlo.ops.vectors import Vector
 from mlo.steps.optimizer import check_differentiable
+from mlo.steps.step import Step
 
 
 class FirstOrder(Estimator):
@@ -20,7 +21,7 @@ class FirstOrder(Estimator):
 
     differentiates: ClassVar[bool] = False
 
-    def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
+    def pull(self, steps: Sequence[Step], cotangent: Vector, targets: Sequence[str], warm: Vector | None) -> Pulled:
         """Returns no cotangents."""
         return Pulled({})
 
@@ -29,14 +30,8 @@ class OneStep(AlongSteps):
     """The derivative of the last optimizer step; everything before it is held fixed (T1-T2; Luketina et al. 2016).
 
     The cotangent is pulled back through the user's own optimizer, including learning rate, momentum and Adam's scaling,
-    and then through the gradient of that step, by one curvature product.
+    and then through the gradient of that step, by one curvature product at the state before the step.
     """
-
-    def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
-        """One pullback through the optimizer and one product, at the state before the step."""
-        step = steps[-1]
-        curvature = self.product.at(step.before())
-        return Pulled(step.cross_through_optimizer(cotangent, curvature))
 
 
 class Darts(Estimator):
@@ -45,17 +40,24 @@ class Darts(Estimator):
     The same as ``one_step`` with the product ``central``. The step size of the difference is ``radius`` / |v|.
     """
 
-    needs_before: ClassVar[bool] = True
     lookahead: ClassVar[bool] = True
     radius: float = Field(0.01, gt=0, description="distance of the two points of the difference from the middle")
 
-    def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
+    @property
+    def recording(self) -> Recording:
+        """As of ``one_step`` with that product."""
+        return self._one_step().recording
+
+    def pull(self, steps: Sequence[Step], cotangent: Vector, targets: Sequence[str], warm: Vector | None) -> Pulled:
         """See :class:`OneStep`."""
-        return OneStep(product=Central(radius=self.radius)).pull(steps, cotangent)
+        return self._one_step().pull(steps, cotangent, targets, warm)
 
     def check(self, problem: Problem) -> None:
-        """See :class:`OneStep`."""
+        """Raise a ConfigError if a step of the problem's optimizer is not differentiable."""
         check_differentiable(problem)
+
+    def _one_step(self) -> OneStep:
+        return OneStep(product=Central(radius=self.radius))
 
 
 class Sama(Estimator):
@@ -65,16 +67,18 @@ class Sama(Estimator):
     solution, not at the state before the step.
     """
 
-    needs_before: ClassVar[bool] = True
     radius: float = Field(0.01, gt=0, description="distance of the two points of the difference from the middle")
 
-    def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
+    @property
+    def recording(self) -> Recording:
+        """The last step, and the state before it."""
+        return Recording(before=True)
+
+    def pull(self, steps: Sequence[Step], cotangent: Vector, targets: Sequence[str], warm: Vector | None) -> Pulled:
         """One pullback through the optimizer, and one product at the solution."""
-        step = steps[-1]
-        product = Central(radius=self.radius)
-        direction = step.pull_through_optimizer(cotangent, product.at(step.before())).gradient
-        return Pulled(product.at(step.after()).cross(direction))
+        direction = steps[-1].transpose(cotangent).gradient
+        return Pulled(Central(radius=self.radius).after(steps[-1], targets)(direction, own=False)[1])
 
     def check(self, problem: Problem) -> None:
-        """See :class:`OneStep`."""
+        """Raise a ConfigError if a step of the problem's optimizer is not differentiable."""
         check_differentiable(problem)

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
-from mlo.hypergradient.estimators.base import AtSolution, Pulled
-from mlo.hypergradient.step import LocalLoss, Step
-from mlo.levels.read_cache import add_to
-from mlo.ops.vectors import Vector, add, norm
+from mlo.hypergradient.estimators.base import Estimator, Pulled, Recording
+from mlo.hypergradient.products import slope
+from mlo.levels.read_cache import ReadCache
+from mlo.ops.vectors import Vector, add, filled, norm
+from mlo.steps.point import Point, gradient
+from mlo.steps.step import Step
 
 
-class Penalty(AtSolution):
+class Penalty(Estimator):
     """The difference of the loss's gradient between two minima, of the loss plus and minus a small linear term.
 
     Let t(d) be the minimum of L(t, x) + d <v, t> for the cotangent v. The result is the derivative, with respect to d,
@@ -25,24 +28,41 @@ class Penalty(AtSolution):
     rate: float | None = Field(None, gt=0, description="step size of these steps; null: the problem's learning rate")
     tilt: float = Field(0.01, gt=0, description="Euclidean norm of the linear term's gradient")
 
-    def pull(self, steps: Sequence[Step], cotangent: Vector) -> Pulled:
+    fresh_batch: bool = Field(
+        False, description="compute curvature on the problem's next batch instead of the batch of its last step"
+    )
+
+    @property
+    def recording(self) -> Recording:
+        """The last step, and the next batches by option."""
+        return Recording(fresh=self.fresh_batch)
+
+    def pull(self, steps: Sequence[Step], cotangent: Vector, targets: Sequence[str], warm: Vector | None) -> Pulled:
         """2 (``steps`` + 1) gradients of the loss."""
-        loss = steps[-1].after()
-        rate = steps[-1].record.problem.optimizer.param_groups[0]["lr"] if self.rate is None else self.rate
+        point = steps[-1].at_solution()._replace(autocast=False, cache=ReadCache(cotangent[0].device))
+        rate = point.level.problem.optimizer.param_groups[0]["lr"] if self.rate is None else self.rate
         size = norm(cotangent)
         tilt = self.tilt / torch.where(size > 0, size, 1.0)
-        difference: dict[torch.Tensor, torch.Tensor] = {}
-        for sign in (1.0, -1.0):
-            reached = self._descend(loss, cotangent, sign * tilt, rate)
-            inputs = loss.gradients(reached, own=False)[1]
-            weight = sign / (2 * tilt)
-            add_to(difference, list(inputs), [weight * gradient for gradient in inputs.values()])
-        return Pulled(loss.pull(difference))
+        one, other = (
+            gradient(
+                self._descend(point, cotangent, sign * tilt, rate, targets),
+                targets,
+                kind="product",
+                reached=targets,
+                at_leaves=True,
+            )
+            for sign in (1.0, -1.0)
+        )
+        return Pulled(slope(point, one, other, False, targets, 1 / (2 * tilt))[1])
 
-    def _descend(self, loss: LocalLoss, cotangent: Vector, tilt: torch.Tensor, rate: float | torch.Tensor) -> Vector:
-        point = loss.point
+    def _descend(
+        self, point: Point, cotangent: Vector, tilt: Tensor, rate: float | Tensor, targets: Sequence[str]
+    ) -> Point:
+        name = point.level.name
+        at = point.at(tuple([v.detach().requires_grad_() for v in point.state.variables]))
         for _ in range(self.steps):
-            gradient = loss.gradients(point, inputs=False)[0]
+            found = gradient(at, (name,), kind="product", reached=targets).found[name]
             with torch.no_grad():
-                point = tuple(p.requires_grad_() for p in add(point, add(gradient, cotangent, tilt), -rate))
-        return point
+                along = add(filled(found, cotangent), cotangent, tilt)
+                at = at.at(tuple([p.requires_grad_() for p in add(at.state.variables, along, -rate)]))
+        return at

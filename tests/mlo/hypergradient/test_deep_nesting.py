@@ -1,7 +1,8 @@
 """Levels nested to any depth, with their inner paths, against brute-force autograd on random graphs of 3 to 5 levels.
 
 A middle level steps on its total gradient, which runs through the steps of the levels below it; those may be nested in
-turn. By brute force, each such step takes the steps of the levels below anew, as a function of its own variables.
+turn. They read the level as it was before its first step of the round. Its gradient at a later step is that of a shift
+of both points. By brute force, each step takes the steps of the levels below anew, as a function of that shift.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Values = dict[str, Tensor]
 
 @dataclass
 class Nested:
-    """A stack of which each level that is not nested takes ``steps`` steps a round."""
+    """A stack of which each level below the top takes ``steps`` steps a round."""
 
     reads: dict[str, tuple[str, ...]]
     steps: int
@@ -33,8 +34,8 @@ class Nested:
         self.made = Smooth.make(Shape("nested", self.reads), seed=len(self.reads), settled=False)
         self.names = list(self.reads)
         self.problems = self.made.problems(momentum=MOMENTUM)
-        for name, problem in zip(self.names, self.problems, strict=True):
-            problem.steps = 1 if self._runs_through_lower(name) else self.steps
+        for problem in self.problems[:-1]:
+            problem.steps = self.steps
 
     def _runs_through_lower(self, name: str) -> bool:
         """Whether the loss of a level depends on its own variables through levels below it."""
@@ -53,10 +54,10 @@ class Nested:
         for index, name in enumerate(self.names[:count]):
             own, buffer = values[name], None
             for _ in range(self.problems[index].steps):
-                own = own if own.requires_grad else own.clone().requires_grad_()
-                lower = self.settled(index, {**values, name: own})
-                there = {**values, **{low: lower[low] for low in self.names[:index]}, name: own}
-                found = torch.autograd.grad(self.made.loss(name, there), own, create_graph=True)[0]
+                shift = torch.zeros_like(own, requires_grad=True)
+                lower = self.settled(index, {**values, name: values[name] + shift})
+                there = {**values, **{low: lower[low] for low in self.names[:index]}, name: own + shift}
+                found = torch.autograd.grad(self.made.loss(name, there), shift, create_graph=True)[0]
                 buffer = found if buffer is None else MOMENTUM * buffer + found
                 own = own - LR * buffer
             after[name] = own
@@ -81,7 +82,9 @@ def drawn(seed: int) -> Nested | None:
     reads = {n: tuple(r for r in names if r != n and draw.random() < 0.6) for n in names}
     nested = Nested(reads, draw.choice([1, 2]))
     try:
-        deep = len(engine(nested, "unrolled").graph.names) > 3 and any(p.steps == 1 for p in nested.problems[1:-1])
+        deep = len(engine(nested, "unrolled").graph.names) > 3 and any(
+            nested._runs_through_lower(name) for name in nested.names[1:-1]
+        )
     except mlo.GraphError:
         return None
     return nested if deep else None

@@ -7,13 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from named_steps import optimizer_state, step_with_graph
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import mlo
-from mlo.steps.optimizer import differentiable_step
-from mlo.steps.optimizer_state import optimizer_state
 
 pytestmark = pytest.mark.usefixtures("float64")
 ESTIMATORS = ["unrolled", {"kind": "unrolled", "product": "forward"}]
@@ -167,10 +166,10 @@ def brute_force(stack: list[mlo.Problem]) -> dict[str, Tensor]:
     slots = optimizer_state(low)
     for step in range(low.steps):
         loss = Low.loss(read(low), low.stream.peek(step), read(mid), read(top))
-        at[low], slots = differentiable_step(low, at[low], gradients(loss, at[low]), slots)
+        at[low], slots = step_with_graph(low, at[low], gradients(loss, at[low]), slots)
     found = gradients(Mid.loss(read(mid), mid.stream.peek(), read(low), read(top)), at[mid])
     start = {name: weight.detach() for name, weight in at[mid].items()}
-    at[mid], _ = differentiable_step(mid, start, found, optimizer_state(mid))
+    at[mid], _ = step_with_graph(mid, start, found, optimizer_state(mid))
     return gradients(Top.loss(read(top), top.stream.peek(), read(mid), read(low)), at[top])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from two_levels import Attention, Following, Judging
 
 import mlo
-from mlo.steps.evaluation import Evaluator
+from mlo.training import rounds
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -38,13 +38,13 @@ def engine(
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many steps are taken in each graph of several."""
     counts: list[int] = []
-    segment = Evaluator.segment
+    joined = rounds._in_one_graph
 
-    def counted(self: Any, name: str, states: Any, batches: list, *rest: Any, **options: Any) -> Any:
+    def counted(of: Any, states: Any, batches: list, groups: Any) -> Any:
         counts.append(len(batches))
-        return segment(self, name, states, batches, *rest, **options)
+        return joined(of, states, batches, groups)
 
-    monkeypatch.setattr(Evaluator, "segment", counted)
+    monkeypatch.setattr(rounds, "_in_one_graph", counted)
     return counts
 
 

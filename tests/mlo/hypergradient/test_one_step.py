@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from brute_force import OPTIMIZERS, brute_force, small_lbt
+from torch import nn
+from two_levels import Following, Judging
 
 import mlo
+from mlo.training.diagnostics import _PeakMemory
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -88,3 +91,23 @@ def test_a_gradient_of_exactly_zero_under_adam_gives_no_nan():
         stack[0].module.one.bias[0] = 0.0
     found = mlo.Engine(stack, "one_step", device="cpu").hypergradient("arch")["weights"]
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(("optimizer", "copies"), [("sgd", 4.5), ("momentum", 5.5), ("adamw", 8.0)])
+def test_a_round_takes_few_copies_of_the_parameters(optimizer, copies):
+    """Including what the optimizer's step touches: the parameters, and for AdamW two moments."""
+    torch.manual_seed(0)
+    module, weights, rows = (
+        nn.Sequential(*(nn.Linear(256, 256) for _ in range(12))),
+        nn.Linear(256, 256),
+        torch.ones(2, 256),
+    )
+    make, options = OPTIMIZERS.get(optimizer, (torch.optim.AdamW, {"lr": 0.01}))
+    low = Following("low", module=module, optimizer=make(module.parameters(), **options), data=[rows])
+    top = Judging("top", module=weights, optimizer=torch.optim.SGD(weights.parameters(), lr=0.1), data=[rows])
+    engine = mlo.Engine([low, top], "one_step", device="cpu")
+    engine.run(2)
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
+    with _PeakMemory() as memory:
+        engine.step()
+    assert memory.peak < copies * size

@@ -221,6 +221,28 @@ def test_memory_grows_by_the_stored_states_alone(optimizer, copies, every, virtu
     assert one > 4 * state, "activations are what must not be kept"
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_what_is_kept_of_steps_fits_into_graph_memory(optimizer):
+    """With tiny batches, the gradients and the variables that they were taken at need more than their graphs."""
+
+    def peak(mebibytes: float) -> int:
+        torch.manual_seed(0)
+        module, weights = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))), nn.Linear(64, 64)
+        make, options = OPTIMIZERS[optimizer]
+        low = Following("low", module=module, optimizer=make(module.parameters(), **options), data=[rows], steps=40)
+        top = Judging("top", module=weights, optimizer=torch.optim.SGD(weights.parameters(), lr=0.1), data=[rows])
+        engine = mlo.Engine([low, top], {"kind": "unrolled", "graph_memory": mebibytes}, device="cpu")
+        engine.step()  # in which the size of a graph is found out
+        with _PeakMemory() as memory:
+            engine.hypergradient("top")
+        return memory.peak
+
+    rows = torch.randn(2, 64)
+    without, some, all_of_them = peak(0.0), peak(2.0), peak(100.0)
+    assert some - without < 1.2 * 2 * 2**20
+    assert all_of_them - without > 4 * 2**20 or optimizer == "momentum", "in one graph there are no states besides"
+
+
 class TwoHeads(nn.Module):
     """Of which a step uses one: the optimizer leaves the other alone, weight decay and momentum included."""
 

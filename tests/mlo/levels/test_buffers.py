@@ -10,7 +10,8 @@ from analytic import Point
 from torch import Tensor, nn
 
 import mlo
-from mlo.steps.evaluation import Evaluator
+from mlo.steps.level import levels_of
+from mlo.steps.losses import loss_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -169,7 +170,7 @@ def test_a_buffer_computed_from_a_parameter_keeps_no_graph():
     made.hypergradient("top")
     made.step()
     states = {name: problem.live_state() for name, problem in made.problems.items()}
-    evaluator = Evaluator(made.problems, made.device)
-    evaluated = evaluator.evaluate("low", states, None, kind="virtual", through=("top",))
-    assert not evaluated.buffers["calls"].requires_grad
+    level = levels_of([*made.problems.values()], made.device, None)["low"]
+    _, (calls,), _ = loss_of(level, states, None, ("top",))
+    assert not calls.requires_grad
     assert not made.problems["low"].module.calls.requires_grad

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mlo.ops.differentiable import ThriceDifferentiable, twice_differentiable
+from mlo.ops.differentiable import ThriceDifferentiable, TwiceDifferentiable
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -82,7 +82,7 @@ def test_weight_norm_by_plain_operators_is_torchs_and_has_its_second_derivative(
     v = torch.randn(*shape, requires_grad=True)
     g = torch.randn_like(torch.norm_except_dim(v, 2, dim)).requires_grad_()
     expected, own = torch._weight_norm(v, g, dim), torch._weight_norm
-    with twice_differentiable():
+    with TwiceDifferentiable():
         torch.testing.assert_close(torch._weight_norm(v, g, dim), expected)
         assert torch.autograd.gradgradcheck(lambda v, g: torch._weight_norm(v, g, dim), (v, g))
     assert torch._weight_norm is own
@@ -93,7 +93,7 @@ def test_weight_norm_by_plain_operators_is_torchs_and_has_its_second_derivative(
 def test_weight_norm_by_plain_operators_is_as_exact_in_half_precision(dtype):
     v, g = torch.full((2, 300), 5000.0, dtype=dtype), torch.ones(2, 1, dtype=dtype)
     expected = torch._weight_norm(v, g, 0)
-    with twice_differentiable():
+    with TwiceDifferentiable():
         found = torch._weight_norm(v, g, 0)
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)

@@ -6,13 +6,12 @@ import inspect
 
 import pytest
 import torch
+from named_steps import optimizer_state, pull, step
 from torch import Tensor, nn
 
 import mlo
 from mlo.steps.adaptive import formula_of
 from mlo.steps.clipping import clip, transpose_clip
-from mlo.steps.optimizer import pull_through_step, virtual_step
-from mlo.steps.optimizer_state import optimizer_state
 
 OPTIONS = [
     ("Adam", {"lr": 0.1}),
@@ -39,9 +38,9 @@ def problem(name: str, options: dict, taken: tuple[int, int], dtype: torch.dtype
     torch.manual_seed(1)
     module = nn.Linear(3, 2).to(dtype)
     optimizer = getattr(torch.optim, name)(module.parameters(), **options)
-    for step in range(sum(taken)):
+    for number in range(sum(taken)):
         module.weight.grad = torch.randn_like(module.weight)
-        module.bias.grad = torch.randn_like(module.bias) if step < taken[0] else None
+        module.bias.grad = torch.randn_like(module.bias) if number < taken[0] else None
         optimizer.step()
     optimizer.zero_grad()
     return Plain("plain", module=module, optimizer=optimizer)
@@ -83,11 +82,11 @@ def test_the_transpose_is_that_of_torchs_own_step(kind, options, taken, float64)
     inputs = [*gradients.values(), *parameters.values(), *begun]
     wanted = torch.autograd.grad(ends, inputs, given)
 
-    pulled = pull_through_step(made, parameters, gradients, at, cotangents, slots)
+    pulled = pull(made, parameters, gradients, at, cotangents, slots)
     found = [*pulled.gradient, *pulled.parameters, *(pulled.slots[n][k] for n in keys for k in keys[n])]
     torch.testing.assert_close(found, [*wanted], rtol=1e-10, atol=1e-12)
     assert not any(tensor.requires_grad for tensor in found)
-    alone = pull_through_step(made, parameters, gradients, at, cotangents).gradient
+    alone = pull(made, parameters, gradients, at, cotangents).gradient
     without = torch.autograd.grad(torchs(made, parameters, gradients, at.slots)[0], [*gradients.values()], cotangents)
     torch.testing.assert_close([*alone], [*without], rtol=1e-10, atol=1e-12)
 
@@ -99,7 +98,7 @@ def test_steps_are_torchs_to_the_bit(name, options, dtype):
     made = problem(name, options, (2, 2), dtype)
     for reached in (("weight", "bias"), ("weight",), ("bias",)):
         gradients = {n: torch.randn_like(p) if n in reached else None for n, p in made.variables.items()}
-        moved, after = virtual_step(made, made.variables, gradients, optimizer_state(made))
+        moved, after = step(made, made.variables, gradients, optimizer_state(made))
         for n, p in made.variables.items():
             p.grad = gradients[n]
         made.optimizer.step()
@@ -118,11 +117,10 @@ def test_gradients_of_zero_pass_on_what_a_difference_finds(name, options):
     parameters = {n: p.detach() for n, p in made.variables.items()}
     zeros = {n: torch.zeros_like(p) for n, p in parameters.items()}
     ones = tuple(torch.ones_like(p) for p in parameters.values())
-    pulled = pull_through_step(made, parameters, zeros, optimizer_state(made), ones, {})
+    pulled = pull(made, parameters, zeros, optimizer_state(made), ones, {})
     small = 1e-7
     sides = [
-        virtual_step(made, parameters, {n: z + s * small for n, z in zeros.items()}, optimizer_state(made))[0]
-        for s in (1, -1)
+        step(made, parameters, {n: z + s * small for n, z in zeros.items()}, optimizer_state(made))[0] for s in (1, -1)
     ]
     wanted = [(a - b).detach() / (2 * small) for a, b in zip(*(side.values() for side in sides), strict=True)]
     torch.testing.assert_close([*pulled.gradient], wanted, rtol=1e-5, atol=0)
@@ -135,7 +133,7 @@ def test_groups_of_several_precisions_and_gradients_whose_squares_are_rounded_to
         for size in (0.0, 1e-25):
             gradients = {n: torch.full_like(p, size) for n, p in made.variables.items()}
             ones = tuple(torch.ones_like(p) for p in made.variables.values())
-            found = pull_through_step(made, made.variables, gradients, optimizer_state(made), ones).gradient
+            found = pull(made, made.variables, gradients, optimizer_state(made), ones).gradient
             torch.testing.assert_close(found[1].double(), found[0], rtol=1e-6, atol=0)
             assert found[0].isfinite().all()
             assert found[0].all()
@@ -152,12 +150,12 @@ def test_clipping_is_part_of_the_transpose(kind):
     cotangents = tuple(torch.randn_like(p) for p in parameters.values())
     small = 1e-6
     ends = [
-        virtual_step(made, parameters, {n: g + s * small * along[n] for n, g in gradients.items()}, at)[0].values()
+        step(made, parameters, {n: g + s * small * along[n] for n, g in gradients.items()}, at)[0].values()
         for s in (1, -1)
     ]
     measured = sum(((a - b) * c).sum() for a, b, c in zip(*ends, cotangents, strict=True)).detach() / (2 * small)
     for slots in (None, {}):
-        pulled = pull_through_step(made, parameters, gradients, at, cotangents, slots).gradient
+        pulled = pull(made, parameters, gradients, at, cotangents, slots).gradient
         predicted = sum((g * d).sum() for g, d in zip(pulled, along.values(), strict=True))
         torch.testing.assert_close(predicted, measured, rtol=1e-6, atol=1e-9)
 
@@ -188,15 +186,15 @@ def test_what_has_no_formula_runs_torchs_own_step(flag):
 @pytest.mark.parametrize("largest", [0.3, 100.0, None])
 def test_clipping_is_torchs_and_its_transpose_autograds(largest):
     torch.manual_seed(0)
-    gradients = {n: torch.randn(*shape).double().requires_grad_() for n, shape in (("a", (3, 2)), ("b", (4,)))}
-    clipped = clip({**gradients, "none": None}, largest)
-    assert clipped.pop("none") is None
-    parameters = [nn.Parameter(torch.zeros_like(g)) for g in gradients.values()]
-    for parameter, gradient in zip(parameters, gradients.values(), strict=True):
+    gradients = [torch.randn(*shape).double().requires_grad_() for shape in ((3, 2), (4,))]
+    clipped = [*clip([*gradients, None], largest)]
+    assert clipped.pop() is None
+    parameters = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.detach().clone()
     torch.nn.utils.clip_grad_norm_(parameters, largest or float("inf"))
-    torch.testing.assert_close([*clipped.values()], [p.grad for p in parameters], rtol=0, atol=0)
-    cotangents = {n: torch.randn_like(g) for n, g in gradients.items()}
-    wanted = torch.autograd.grad([*clipped.values()], [*gradients.values()], [*cotangents.values()])
+    torch.testing.assert_close(clipped, [p.grad for p in parameters], rtol=0, atol=0)
+    cotangents = [torch.randn_like(g) for g in gradients]
+    wanted = torch.autograd.grad(clipped, gradients, cotangents)
     found = transpose_clip(gradients, largest, cotangents)
-    torch.testing.assert_close([*found.values()], [*wanted], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close([*found], [*wanted], rtol=1e-12, atol=1e-14)

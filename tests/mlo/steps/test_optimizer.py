@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from named_steps import moved_to, optimizer_state, pull, recast, step
 from torch import Tensor, nn
 
 import mlo
 from mlo.ops.vectors import dot
-from mlo.steps.optimizer import pull_through_step, virtual_step
-from mlo.steps.optimizer_state import moved_optimizer_state, optimizer_state
-from mlo.training.virtual_steps import cast_optimizer_state
 
 COUNTERS = {"step", "mu_product", "eta", "mu"}  # what the number of steps alone moves
 DIFFERENTIABLE = {
@@ -63,10 +61,10 @@ def test_pullback_is_the_transposed_jacobian(name, steps):
 
     def along(sign: float) -> tuple[Tensor, ...]:
         moved = {n: g + sign * small * direction[n] for n, g in gradients.items()}
-        return tuple(p.detach() for p in virtual_step(made, parameters, moved, at)[0].values())
+        return tuple(p.detach() for p in step(made, parameters, moved, at)[0].values())
 
     forward = [(a - b) / (2 * small) for a, b in zip(along(1), along(-1), strict=True)]
-    pulled = pull_through_step(made, parameters, gradients, at, cotangent).gradient
+    pulled = pull(made, parameters, gradients, at, cotangent).gradient
     expected = dot(tuple(forward), cotangent)
     torch.testing.assert_close(dot(pulled, tuple(direction.values())), expected, rtol=1e-7, atol=1e-9)
 
@@ -81,7 +79,7 @@ def test_a_step_is_differentiated_in_double_whatever_its_counters(name, steps, r
     through = {n: {"exp_avg": torch.ones_like(p)} for n, p in parameters.items()} if "Adam" in name else {}
 
     def pulled() -> tuple[Tensor, ...]:
-        done = pull_through_step(made, parameters, gradients, at, cotangent, through)
+        done = pull(made, parameters, gradients, at, cotangent, through)
         assert all(COUNTERS.isdisjoint(slots) for slots in done.slots.values()), "they depend on no variable"
         return (*done.gradient, *done.parameters, *(slot for slots in done.slots.values() for slot in slots.values()))
 
@@ -97,8 +95,8 @@ def test_counters_keep_their_precision_and_device(name):
     """When a problem is evaluated in another precision, and when states are stored on another device."""
     at = optimizer_state(problem(name, 3, **DIFFERENTIABLE[name]))
     for other, changed in (
-        (cast_optimizer_state(at, torch.bfloat16), lambda value: value.dtype == torch.bfloat16),
-        (moved_optimizer_state(at, torch.device("meta")), lambda value: value.is_meta),
+        (recast(at, torch.bfloat16), lambda value: value.dtype == torch.bfloat16),
+        (moved_to(at, torch.device("meta")), lambda value: value.is_meta),
     ):
         for variable, slots in other.slots.items():
             for key, value in slots.items():
@@ -116,7 +114,7 @@ def test_a_virtual_step_is_the_real_one_and_changes_nothing(name, steps):
         for k, s in made.optimizer.state.items()
     }
     gradients = some(before)
-    moved, after = virtual_step(made, made.variables, gradients, optimizer_state(made))
+    moved, after = step(made, made.variables, gradients, optimizer_state(made))
     for n, p in made.variables.items():
         assert torch.equal(p, before[n])
         assert p.grad is None
@@ -137,7 +135,7 @@ def test_parameter_groups_keep_their_own_rates():
     optimizer = torch.optim.SGD([{"params": [module.weight], "lr": 1.0}, {"params": [module.bias], "lr": 0.1}], lr=9.0)
     made = Plain("plain", module=module, optimizer=optimizer)
     ones = {n: torch.ones_like(p) for n, p in made.variables.items()}
-    pulled = pull_through_step(made, made.variables, ones, optimizer_state(made), tuple(ones.values())).gradient
+    pulled = pull(made, made.variables, ones, optimizer_state(made), tuple(ones.values())).gradient
     assert torch.equal(pulled[0], -ones["weight"])
     assert torch.equal(pulled[1], -0.1 * ones["bias"])
 
@@ -146,9 +144,7 @@ def test_parameter_groups_keep_their_own_rates():
 def test_a_parameter_without_a_gradient_passes_nothing_on(name):
     made = problem(name, 2, lr=0.1)
     ones = {n: torch.ones_like(p) for n, p in made.variables.items()}
-    pulled = pull_through_step(
-        made, made.variables, {**ones, "bias": None}, optimizer_state(made), tuple(ones.values())
-    ).gradient
+    pulled = pull(made, made.variables, {**ones, "bias": None}, optimizer_state(made), tuple(ones.values())).gradient
     assert torch.equal(pulled[1], torch.zeros_like(pulled[1]))
     assert pulled[0].abs().sum() > 0
 
@@ -183,14 +179,14 @@ def test_a_subclass_of_sgd_with_a_step_of_its_own_is_run():
     module = nn.Linear(3, 2).double()
     made = Plain("plain", module=module, optimizer=Halved(module.parameters(), lr=1.0))
     ones = {n: torch.ones_like(p) for n, p in made.variables.items()}
-    moved = virtual_step(made, made.variables, ones, optimizer_state(made))[0]
+    moved = step(made, made.variables, ones, optimizer_state(made))[0]
     torch.testing.assert_close(moved["bias"], module.bias - 0.5)
-    pulled = pull_through_step(made, made.variables, ones, optimizer_state(made), tuple(ones.values())).gradient
+    pulled = pull(made, made.variables, ones, optimizer_state(made), tuple(ones.values())).gradient
     torch.testing.assert_close(pulled[1], -0.5 * ones["bias"])
 
 
 def test_the_default_dtype_is_as_before():
     made = problem("Adam", 0, lr=0.1)
     ones = {n: torch.ones_like(p) for n, p in made.variables.items()}
-    pull_through_step(made, made.variables, ones, optimizer_state(made), tuple(ones.values()), {})
+    pull(made, made.variables, ones, optimizer_state(made), tuple(ones.values()), {})
     assert torch.get_default_dtype() == torch.float32

@@ -8,7 +8,7 @@ from small_lbt import noisy_lbt
 
 import mlo
 from mlo.training import engine as engine_module
-from mlo.training.checked_updates import Updater
+from mlo.training.commit import Updater
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import nn
 
 import mlo
 from mlo.hypergradient import Pulled
-from mlo.hypergradient.curvature_products import Exact
+from mlo.hypergradient.products import Exact
 
 
 @pytest.mark.parametrize(("steps", "estimator"), [(1, "one_step"), (1, "unrolled"), (4, "unrolled")])
@@ -43,17 +43,11 @@ def test_batch_norm_and_dropout_pass_too():
 def test_a_broken_product_fails(break_it, monkeypatch):
     real = Exact.open
 
-    class Broken:
-        def __init__(self, loss):
-            self.right = real(Exact(), loss)
+    def broken(self, *point):
+        right = real(self, *point)
+        return lambda vector, own=True, cross=True: right(tuple(break_it(v) for v in vector), own, cross)
 
-        def __getattr__(self, name):
-            return getattr(self.right, name)
-
-        def cross(self, vector):
-            return self.right.cross(tuple(break_it(v) for v in vector))
-
-    monkeypatch.setattr(Exact, "open", lambda self, loss: Broken(loss))
+    monkeypatch.setattr(Exact, "open", broken)
     engine = mlo.Engine(small_lbt("momentum"), "one_step", device="cpu")
     with pytest.raises(mlo.HypergradientError, match="'arch' is not the derivative of its loss"):
         mlo.check(engine)
@@ -188,9 +182,9 @@ def test_a_difference_across_kinks_is_warned_of():
 
 def test_of_several_residuals_diagnose_has_the_largest_and_of_other_reports_none():
     class Reporting(mlo.hypergradient.Estimator):
-        def pull(self, steps, cotangent):
-            residual = {"one": 0.1, "two": 0.4}[steps[-1].record.problem.name]
-            found = {target: tuple(torch.zeros_like(c) for c in cotangent) for target in steps[-1].targets}
+        def pull(self, steps, cotangent, targets, warm):
+            residual = {"one": 0.1, "two": 0.4}[steps[-1].point.level.name]
+            found = {target: tuple(torch.zeros_like(c) for c in cotangent) for target in targets}
             return Pulled(found, {"residual": torch.tensor(residual), "size": torch.tensor(7.0)})
 
     class Low(mlo.Problem):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import mlo
-from mlo.training.checked_updates import Updater
+from mlo.training.commit import Updater
 
 
 class Fit(mlo.Problem):
@@ -104,6 +104,23 @@ def test_two_tops_are_differentiated_through_one_graph(monkeypatch):
     assert seen == [4] * 2
     torch.testing.assert_close(everything(joined), everything(single), rtol=1e-10, atol=1e-14)
     assert joined.passes["low"]["step"] == 2 * 12, "each step is evaluated once, however many go through it"
+
+
+@pytest.mark.parametrize("tops", [1, 2])
+def test_a_step_keeps_its_graph_for_several_upper_steps(tops):
+    """The first upper step changes what the lower one read, whose graph has a copy of it."""
+
+    class Both(mlo.Problem):
+        def loss(self, batch, top, other=None):
+            return (top() * (self(batch) - batch).square() + (other() if other else 1.0) * self(batch).cos()).mean()
+
+    made = engine(Both, tops=tops, reads={} if tops == 2 else {"other": None})
+    made.problems["low"].steps = 1
+    made.problems["top"].steps = 3 - tops
+    made.run(3)
+    assert made.passes["low"]["step"] == 2 * 3
+    assert made.pullbacks["low"] == 6
+    assert made.passes["low"].get("product", 0) == 0
 
 
 @pytest.mark.usefixtures("float64")

@@ -298,7 +298,7 @@ def test_no_substitute_is_left_after_a_loss_that_raises():
         with pytest.raises(ZeroDivisionError):
             call()
         assert torch.equal(torch.get_rng_state(), state)
-        assert all(p._substitute is None for p in stack)
+        assert all(p.substitute is None for p in stack)
     assert stack[0].module.value.grad is None
 
 

@@ -1,13 +1,13 @@
 """Applies updates, and stops at the first non-finite loss or gradient; on a GPU without synchronizing.
 
-Gradient clipping is in :func:`mlo.steps.clipping`, the loss scale for float16 in :mod:`mlo.ops.loss_scale`.
+Gradient clipping is in :mod:`mlo.steps.clipping`, the loss scale for float16 in :mod:`mlo.ops.loss_scale`.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,9 +15,10 @@ from torch import Tensor
 from mlo.errors import NonFiniteLossError
 from mlo.levels.problem import Problem
 from mlo.ops import distributed
-from mlo.ops.vectors import norm
+from mlo.ops.vectors import Vector, norm
 from mlo.steps.clipping import clip
-from mlo.steps.gradient_functions import Segment
+from mlo.steps.losses import Found
+from mlo.steps.scan import Joined
 
 ROUNDS_BEHIND = 2  # after which several processes check the losses of a round: by then a GPU has usually sent them
 
@@ -42,21 +43,19 @@ class Updater:
         self._round: list[tuple[str, int, Tensor]] = []
         self._sent: deque[_Sent] = deque()
 
-    def update(
-        self, problem: Problem, loss: Tensor, gradients: Mapping[str, Tensor | None], buffers: Mapping[str, Tensor]
-    ) -> None:
+    def update(self, problem: Problem, loss: Tensor, gradients: Found, buffers: Vector) -> None:
         """Take one step of the problem's optimizer and scheduler, and set its module's new buffers.
 
         Raises:
             NonFiniteLossError: if not deferred, before anything is changed.
         """
-        sizes = [g.detach() for g in gradients.values() if g is not None]
+        sizes = [g.detach() for g in gradients if g is not None]
         if not self._deferred:
-            _check(problem.name, problem.steps_taken, [loss.item(), norm(sizes).item()])
+            _check(problem.name, problem.step_number, [loss.item(), norm(sizes).item()])
             _take_step(problem, gradients, buffers)
             return
         seen = torch.stack([loss.double(), norm(sizes).double()])
-        self._round.append((problem.name, problem.steps_taken, seen))
+        self._round.append((problem.name, problem.step_number, seen))
         self._finite = self._finite & torch.isfinite(seen).all()
         before = {id(tensor): tensor.detach().clone() for tensor in _tensors(problem, self._device)}
         _take_step(problem, gradients, buffers)
@@ -65,24 +64,24 @@ class Updater:
                 old = before.get(id(tensor))
                 tensor.copy_(torch.where(self._finite, tensor, torch.zeros_like(tensor) if old is None else old))
 
-    def commit(self, problem: Problem, segment: Segment) -> bool:
+    def commit(self, problem: Problem, joined: Joined) -> bool:
         """Set variables, momentum and buffers to where several steps led.
 
-        A loss stands for its step; the norm of the variables after all steps stands for the last one's gradient.
+        The loss of each step is checked, and instead of gradients the norm of the variables after the last step.
 
         Returns:
             False, with nothing changed, if not deferred and a loss or a variable is NaN or infinite.
         """
-        seen = torch.stack([*segment.losses]).double().unsqueeze(1).repeat(1, 2)
-        seen[-1, 1] = norm([end.detach() for end in segment.end])
+        seen = torch.stack([*joined.losses]).double().unsqueeze(1).repeat(1, 2)
+        seen[-1, 1] = norm([end.detach() for end in joined.end.variables])
         finite = torch.isfinite(seen).all()
         if self._deferred:
-            self._round += [(problem.name, problem.steps_taken + index, each) for index, each in enumerate(seen)]
+            self._round += [(problem.name, problem.step_number + index, each) for index, each in enumerate(seen)]
             self._finite = finite = self._finite & finite
         elif not finite:
             return False
         with torch.no_grad():
-            for target, value in _targets(problem, segment):
+            for target, value in _targets(problem, joined):
                 target.copy_(torch.where(finite, value, target) if self._deferred else value)
         for variable in problem.variables.values():
             variable.grad = None
@@ -134,33 +133,34 @@ class _Sent:
             _check(name, step, value)
 
 
-def _targets(problem: Problem, segment: Segment) -> Iterator[tuple[Tensor, Tensor]]:
+def _targets(problem: Problem, joined: Joined) -> Iterator[tuple[Tensor, Tensor]]:
     """The problem's own tensors with the values that steps by torch's SGD gave them; momentum begins at zero."""
-    yield from zip(problem.variables.values(), segment.end, strict=True)
-    for name, slot in segment.left.items():
-        state = problem.optimizer.state[problem.variables[name]]
+    yield from zip(problem.variables.values(), joined.end.variables, strict=True)
+    for variable, slot in zip(problem.variables.values(), joined.end.slots, strict=True):
         for key, value in slot.items():
             if value is not None:
+                state = problem.optimizer.state[variable]
                 if state.get(key) is None:
                     state[key] = torch.zeros_like(value, requires_grad=False)
                 yield state[key], value
-    for name, buffer in problem.live_state().buffers.items() if segment.buffers else ():
-        yield buffer, segment.buffers[name]
+    if joined.end.buffers:
+        yield from zip(problem.live_state().buffers, joined.end.buffers, strict=True)
 
 
-def _take_step(problem: Problem, gradients: Mapping[str, Tensor | None], buffers: Mapping[str, Tensor]) -> None:
-    for name, gradient in clip(gradients, problem.clip_norm_now).items():
-        problem.variables[name].grad = gradient
+def _take_step(problem: Problem, gradients: Found, buffers: Vector) -> None:
+    variables = problem.variables.values()
+    for variable, gradient in zip(variables, clip(gradients, problem.clip_norm_now), strict=True):
+        variable.grad = gradient
     problem.optimizer.step()
-    for parameter in problem.variables.values():
-        parameter.grad = None
+    for variable in variables:
+        variable.grad = None
     if buffers:
         with torch.no_grad():
-            for name, buffer in problem.live_state().buffers.items():
-                buffer.copy_(buffers[name])
+            for own, buffer in zip(problem.live_state().buffers, buffers, strict=True):
+                own.copy_(buffer)
     if problem.scheduler is not None:
         problem.scheduler.step()
-    problem.steps_taken += 1
+    problem.step_number += 1
 
 
 def _tensors(problem: Problem, device: torch.device) -> Iterator[Tensor]:

@@ -1,0 +1,291 @@
+"""Curvature products: how u -> (H_tt u, H_xt u) is computed, for a level's variables t and its reads x."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import zip_longest
+from typing import Annotated, ClassVar, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mlo.levels.read_cache import ReadCache
+from mlo.levels.state import leaves
+from mlo.ops.differentiable import TwiceDifferentiable
+from mlo.ops.vectors import Vector, add, filled, norm, scaled
+from mlo.options.config import Config, Registered
+from mlo.options.registry import PRODUCTS
+from mlo.steps import compiled
+from mlo.steps.evaluation import evaluate
+from mlo.steps.losses import Found, loss_of
+from mlo.steps.point import Gradient, Point, gradient, states_at
+from mlo.steps.step import Cotangents, Step, reached
+
+
+class Curvature(Protocol):
+    """The second derivatives of a level's loss at one point, t its variables and x what it reads."""
+
+    def __call__(self, vector: Vector, own: bool = True, cross: bool = True) -> tuple[Vector, Cotangents]:
+        """H_tt u, and {x: H_xt u} (None: nothing depends on x), of the vector u; what is not wanted is empty."""
+
+
+class Product(Config, ABC):
+    """A way to compute curvature products. Subclasses define their options as fields, and implement :meth:`open`."""
+
+    needs_base: ClassVar[bool] = False  # whether the step should keep its gradients with respect to its reads
+    keeps_graph: ClassVar[bool] = False  # whether the step should keep the graph of its gradient
+    autocast: bool = Field(False, description="compute products under the problem's autocast, like its steps")
+
+    def before(self, step: Step, targets: Sequence[str]) -> Curvature:
+        """The curvature at the variables that a step was taken from, with the ``targets`` as reads."""
+        return self._at(step.point, targets, step)
+
+    def after(self, step: Step, targets: Sequence[str]) -> Curvature:
+        """The curvature at the solution, with the ``targets`` as reads."""
+        return self._at(step.at_solution(), targets, None)
+
+    def _at(self, point: Point, targets: Sequence[str], step: Step | None) -> Curvature:
+        if len(point.micro) > 1:
+            return partial(_mean, [partial(self._at, part, targets, None) for part in point.parts()])
+        lowered = point.level.problem.autocast is not None
+        if point.cache is None or lowered:
+            point = point._replace(cache=ReadCache(point.level.device))
+        point = point._replace(autocast=self.autocast and lowered)
+        return self.open(point, targets, None if lowered else step)
+
+    @abstractmethod
+    def open(self, point: Point, targets: Sequence[str], step: Step | None) -> Curvature:
+        """The curvature at a point, of one micro-batch.
+
+        Args:
+            targets: the problems x.
+            step: the step that was taken at this point, with what it keeps; None for any other point.
+        """
+
+
+class Exact(Product):
+    """Double backward: exact. The graph of the gradient is kept for all products; one costs about 3 passes."""
+
+    keeps_graph: ClassVar[bool] = True
+
+    def open(self, point: Point, targets: Sequence[str], step: Step | None) -> Curvature:
+        """See :class:`Product`."""
+        if step is not None and step.graph is None and step.needs_gradient:  # the step's transpose takes it from there
+            step.graph, step.point = _with_graph(point, targets), point
+        kept = None if step is None else step.graph
+        used = False
+
+        def product(vector: Vector, own: bool = True, cross: bool = True) -> tuple[Vector, Cotangents]:
+            nonlocal kept, used
+            of = [*((point.level.name,) if own else ()), *(targets if cross else ())]
+            if kept is None and not used and compiled.applies(point):
+                used = True  # from the second product on, keeping the graph is cheaper
+                found = _compiled_product(point, vector, of, targets)
+                if found is not None:
+                    return _parted(point, found, (), own, targets if cross else ())
+            if kept is None:
+                kept = _with_graph(point, targets)
+            variables, of_loss = kept
+            cached = point.cache.leaves if cross and point.cache is not None else []
+            inputs = [*(variables if own else ()), *_variables(point, targets if cross else ()), *cached]
+            pairs = [(g, u) for g, u in zip(of_loss, vector, strict=True) if g.requires_grad]
+            derivative: Found = [None] * len(inputs)
+            if pairs and inputs:
+                outputs, given = zip(*pairs, strict=True)
+                derivative = torch.autograd.grad(outputs, inputs, given, retain_graph=True, allow_unused=True)
+            end = len(inputs) - len(cached)
+            return _parted(point, derivative[:end], derivative[end:], own, targets if cross else ())
+
+        return product
+
+
+def _with_graph(point: Point, targets: Sequence[str]) -> tuple[Vector, Vector]:
+    """The level's variables, and the gradient at them with its graph."""
+    at = point.at(leaves(point.state.variables))
+    done = gradient(at, (point.level.name,), kind="product", reached=targets, keep_graph=True)
+    return at.state.variables, filled(done.found[point.level.name], at.state.variables)
+
+
+class Forward(Product):
+    """Forward over reverse: exact, with the memory of one backward pass. Each product costs 1 pass with tangents.
+
+    It is not always faster: for small models on a CPU it is slower than ``exact``. Operators without a forward-mode
+    derivative, such as fused attention, raise an error.
+    """
+
+    def open(self, point: Point, targets: Sequence[str], step: Step | None) -> Curvature:
+        """See :class:`Product`."""
+
+        def product(vector: Vector, own: bool = True, cross: bool = True) -> tuple[Vector, Cotangents]:
+            others = targets if cross else ()
+            base = leaves(point.state.variables)
+            assert point.cache is not None
+            with forward_ad.dual_level(), TwiceDifferentiable():
+                if point.apart:
+                    zeros = map(torch.zeros_like, base)
+                    at = point.at(base)._replace(shift=tuple(map(forward_ad.make_dual, zeros, vector)))
+                else:
+                    at = point.at(tuple(map(forward_ad.make_dual, base, vector)))
+                states, _ = states_at(at, at.micro[0])
+                point.cache.begin()
+                loss, _, _ = evaluate(
+                    loss_of,
+                    point.level,
+                    states,
+                    at.micro[0],
+                    {*targets, *point.inner}.difference(point.level.problem.node.held),
+                    point.cache,
+                    point.inner,
+                    kind="product",
+                    count=point.step_number,
+                    autocast=point.autocast,
+                )
+                inputs = [*(base if own else ()), *_variables(point, others), *(point.cache.leaves if cross else ())]
+                found: Found = [None] * len(inputs)
+                if inputs:
+                    found = torch.autograd.grad(loss, inputs, allow_unused=True)
+                found = [None if g is None else forward_ad.unpack_dual(g).tangent for g in found]
+            found = [None if tangent is None else tangent.detach() for tangent in found]
+            end = len(found) - (len(point.cache.leaves) if cross else 0)
+            return _parted(point, found[:end], found[end:], own, others)
+
+        return product
+
+
+class Central(Product):
+    """Central difference of two gradients (DARTS, Liu et al. 2019, eq. 8): 2 passes, without second derivatives.
+
+    It is inaccurate where the loss has kinks (ReLU, max pooling) between the two points. They are ``radius`` away from
+    the point, measured in the Euclidean norm over all variables. The default is the epsilon = 0.01 / |v| of the paper.
+    """
+
+    radius: float = Field(0.01, gt=0, description="distance of the two points from the middle, as a Euclidean norm")
+
+    def open(self, point: Point, targets: Sequence[str], step: Step | None) -> Curvature:
+        """See :class:`Product`."""
+        return partial(_difference, point, targets, self.radius, None)
+
+
+class OneSided(Product):
+    """Forward difference with the gradient at the point itself: 1 pass for each product.
+
+    For products at the state before a step, the gradient of that step is reused; elsewhere it costs one more pass. The
+    error is of first order in ``radius``; that of ``central`` is of second order.
+    """
+
+    needs_base: ClassVar[bool] = True
+    radius: float = Field(0.01, gt=0, description="distance of the second point, as a Euclidean norm")
+
+    def open(self, point: Point, targets: Sequence[str], step: Step | None) -> Curvature:
+        """See :class:`Product`."""
+        base = None if step is None else step.base
+        if base is None:
+            of = (point.level.name, *targets)
+            base = gradient(_moved(point, ()), of, kind="product", at_leaves=True)
+        return partial(_difference, point, targets, self.radius, base)
+
+
+ProductOption = Annotated[Product, Registered(PRODUCTS)]
+
+
+def _difference(
+    point: Point,
+    targets: Sequence[str],
+    radius: float,
+    base: Gradient | None,
+    vector: Vector,
+    own: bool = True,
+    cross: bool = True,
+) -> tuple[Vector, Cotangents]:
+    """The directional derivative of the gradients along ``vector``, as a difference of gradients.
+
+    Args:
+        radius: distance of each other point.
+        base: the gradients at the point itself; None: those on the other side.
+    """
+    size = norm(vector)
+    stride = torch.where(size > 0, radius / size, 0.0)
+    of = [*((point.level.name,) if own else ()), *(targets if cross else ())]
+    sides = [
+        gradient(_moved(point, vector, sign * stride), of, kind="product", reached=targets, at_leaves=cross)
+        for sign in ((1.0, -1.0) if base is None else (1.0,))
+    ]
+    weight = size / (len(sides) * radius)
+    return slope(point, sides[0], sides[1] if base is None else base, own, targets if cross else (), weight)
+
+
+def slope(
+    point: Point, one: Gradient, other: Gradient, own: bool, targets: Sequence[str], weight: Tensor
+) -> tuple[Vector, Cotangents]:
+    """The difference of two gradients times ``weight``: for the level's own variables, and for the targets."""
+    of = [*((point.level.name,) if own else ()), *targets]
+    flat = [_less(a, b, weight) for name in of for a, b in zip(one.found[name], other.found[name], strict=True)]
+    pairs = zip_longest(one.leaves, other.leaves) if targets else ()
+    return _parted(point, flat, [_less(a, b, weight) for a, b in pairs], own, targets)
+
+
+def _moved(point: Point, vector: Vector, stride: float | Tensor = 0.0) -> Point:
+    with torch.no_grad():
+        variables = point.state.variables
+        if point.apart:
+            shift = scaled(vector or variables, stride if vector else 0.0)
+            return point.at(leaves(variables))._replace(shift=shift)
+        return point.at(leaves(add(variables, vector, stride) if vector else variables))
+
+
+def _less(one: Tensor | None, other: Tensor | None, weight: Tensor) -> Tensor | None:
+    """(one - other) * weight, where None is zero."""
+    if one is None:
+        return None if other is None else -other * weight
+    return (one if other is None else one - other) * weight
+
+
+def _variables(point: Point, names: Sequence[str]) -> list[Tensor]:
+    return [variable for name in names for variable in point.reads[name].variables]
+
+
+def _parted(
+    point: Point, found: Found, at_leaves: Found, own: bool, targets: Sequence[str]
+) -> tuple[Vector, Cotangents]:
+    """Flat derivatives as the part of the level's own variables, and that of each target."""
+    mine = point.state.variables if own else ()
+    inputs, direct = _variables(point, targets), found[len(mine) :]
+    if point.cache is not None and any([leaf is not None for leaf in at_leaves]):
+        direct = point.cache.pull(at_leaves, inputs, direct)
+    cross: Cotangents = {}
+    begin = 0
+    for target in targets:
+        variables = point.reads[target].variables
+        cross[target] = reached(direct[begin : begin + len(variables)], variables)
+        begin += len(variables)
+    return filled(found[: len(mine)], mine), cross
+
+
+def _compiled_product(point: Point, vector: Vector, of: Sequence[str], targets: Sequence[str]) -> Found | None:
+    states, _ = states_at(point, point.micro[0])
+    held = point.level.problem.node.held
+    return compiled.product(point, states, point.micro[0], vector, of, set(targets).difference(held), "product")
+
+
+def _mean(
+    parts: Sequence[Callable[[], Curvature]], vector: Vector, own: bool = True, cross: bool = True
+) -> tuple[Vector, Cotangents]:
+    """The mean over micro-batches, evaluated one at a time for each product, so that only one needs memory."""
+    mine: Vector = ()
+    others: Cotangents = {}
+    for part in parts:
+        found, across = part()(vector, own, cross)
+        mine = add(mine, found) if mine else found
+        for target, more in across.items():
+            others[target] = total(others.get(target), more)
+    share = 1 / len(parts)
+    return scaled(mine, share), {t: None if c is None else scaled(c, share) for t, c in others.items()}
+
+
+def total(one: Vector | None, other: Vector | None) -> Vector | None:
+    """The sum of two vectors, where None is zero."""
+    return other if one is None else one if other is None else add(one, other)

@@ -1,0 +1,133 @@
+"""Steps by the formulas of :mod:`mlo.steps.adaptive`: variables by position, gathered by parameter group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlo.levels.state import Slots
+from mlo.ops.vectors import Vector
+from mlo.steps import adaptive
+from mlo.steps.adaptive import Formula, Part
+
+Group = Mapping[str, Any]
+Gradients = Sequence[Tensor | None]
+TOGETHER = 2**20  # bytes of variables that a formula is computed for at once
+# of gradients, of variables and of slots
+Cotangents = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Mapping[str, Tensor]]]
+
+
+def step(
+    formula: Formula,
+    groups: Sequence[Group],
+    numbers: Sequence[int],
+    variables: Vector,
+    gradients: Gradients,
+    slots: Slots,
+) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
+    """The variables and the optimizer's slots after one step.
+
+    Args:
+        groups: the hyperparameters of each parameter group.
+        numbers: the group of each variable.
+    """
+    moved, after = [*variables], [*slots]
+    for part in _parts(formula, groups, numbers, variables, gradients, slots, False):
+        stepped, state = adaptive.step(formula, part)
+        counters = {count: torch.tensor(count, dtype=_counter_dtype()) for count in set(part.counts)}
+        for row, (index, count) in enumerate(zip(part.indices, part.counts, strict=True)):
+            moved[index] = stepped[row]
+            after[index] = {"step": counters[count], **{key: tensors[row] for key, tensors in state.items()}}
+    return [t.clone() if t is v else t for t, v in zip(moved, variables, strict=True)], after
+
+
+def transpose(
+    formula: Formula,
+    groups: Sequence[Group],
+    numbers: Sequence[int],
+    variables: Vector,
+    gradients: Gradients,
+    slots: Slots,
+    stepped: bool,
+    cotangents: Sequence[Tensor],
+    of_slots: Sequence[Mapping[str, Tensor]] | None,
+) -> Cotangents:
+    """Cotangents of gradients, variables and slots before a step, from those of variables and slots after it.
+
+    Args:
+        slots: before the step; or after it, if ``stepped``.
+        of_slots: None: only the cotangents of the gradients are computed.
+    """
+    to_gradients: list[Any] = [
+        torch.zeros_like(c) if g is None else g for c, g in zip(cotangents, gradients, strict=True)
+    ]
+    to_variables = [*cotangents]
+    to_slots = [dict(given) for given in of_slots or ()]
+    for part in _parts(formula, groups, numbers, variables, gradients, slots, stepped):
+        given = [cotangents[index] for index in part.indices]
+        after = None if of_slots is None else _gathered(of_slots, part, given)
+        reached: adaptive.State = part.state if stepped else adaptive.reached(formula, part)
+        found, before, state = adaptive.transpose(formula, part, reached, given, after)
+        for row, index in enumerate(part.indices):
+            to_gradients[index] = found[row]
+            if of_slots is not None:
+                to_variables[index] = before[row]
+                # before the first step there is no state to pass anything on to
+                to_slots[index] = {key: tensors[row] for key, tensors in state.items()} if slots[index] else {}
+    return to_gradients, to_variables, to_slots
+
+
+def _gathered(of_slots: Sequence[Mapping[str, Tensor]], part: Part, like: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """The cotangents of each kind of slot that one of the variables has, with zeros for the others."""
+    given = [of_slots[index] for index in part.indices]
+    return {
+        key: [slot[key] if key in slot else torch.zeros_like(shape) for slot, shape in zip(given, like, strict=True)]
+        for key in part.state
+        if any([key in slot for slot in given])
+    }
+
+
+def _parts(
+    formula: Formula,
+    groups: Sequence[Group],
+    numbers: Sequence[int],
+    variables: Vector,
+    gradients: Gradients,
+    slots: Slots,
+    stepped: bool,
+) -> Iterator[Part]:
+    counters = {id(slot["step"]): slot["step"] for slot in slots if slot}
+    values = dict(zip(counters, torch.stack([*counters.values()]).tolist(), strict=True)) if counters else {}
+    for number, group in enumerate(groups):
+        found = [i for i, g in enumerate(gradients) if g is not None and numbers[i] == number]
+        for indices in _chunks(found, variables):
+            state = {
+                key: [slots[i][key] if slots[i] else torch.zeros_like(variables[i]) for i in indices]
+                for key in formula.begin(group)
+            }
+            taken = [values[id(slots[i]["step"])] if slots[i] else 0.0 for i in indices]
+            # a step that was undone, for it was not finite, has not been counted
+            counts = [max(1.0, count + (not stepped)) for count in taken]
+            own = [gradient for i in indices if (gradient := gradients[i]) is not None]
+            yield Part(group, indices, counts, [variables[i] for i in indices], own, state)
+
+
+def _chunks(indices: Sequence[int], variables: Vector) -> Iterator[list[int]]:
+    """The indices in parts of about ``TOGETHER`` bytes: formulas need several times the memory of their variables."""
+    part, size = list[int](), 0
+    for index in indices:
+        part.append(index)
+        size += variables[index].numel() * variables[index].element_size()
+        if size >= TOGETHER:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _counter_dtype() -> torch.dtype:
+    """As torch.optim has it."""
+    return torch.float64 if torch.get_default_dtype() is torch.float64 else torch.float32

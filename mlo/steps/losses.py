@@ -1,0 +1,205 @@
+"""Losses, gradients and products as functions of tensors: what evaluations run, and what the compiler compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlo.errors import GraphError
+from mlo.levels.read_cache import ReadCache
+from mlo.levels.state import State
+from mlo.levels.substitution import Substitute
+from mlo.ops.activation_checkpointing import Recomputing
+from mlo.ops.vectors import Vector
+from mlo.steps.level import Level
+
+States = Mapping[str, State]
+Found = Sequence[Tensor | None]
+
+
+class Reading:
+    """A context in which the problems that a level reads run in given states.
+
+    Args:
+        reached: problems that the loss is differentiated for; the other reads are constants.
+        cache: keeps the outputs of the problems read, but for those that are ``moving``.
+    """
+
+    def __init__(
+        self,
+        level: Level,
+        states: States,
+        reached: Collection[str],
+        cache: ReadCache | None = None,
+        moving: Collection[str] = (),
+    ) -> None:
+        self._problems = [read.problem for read in level.reads.values()]
+        self.substitutes = [
+            Substitute(read.problem, states[name], name in reached, cache=None if name in moving else cache)
+            for name, read in level.reads.items()
+        ]
+
+    def __enter__(self) -> Reading:
+        for problem, substitute in zip(self._problems, self.substitutes, strict=True):
+            problem.substitute = substitute
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for problem in self._problems:
+            problem.substitute = None
+
+
+def loss_at(level: Level, state: State, batch: Any) -> tuple[Tensor, Substitute]:
+    """The loss of a level in ``state``: the only place that runs a user's loss; and the substitute for its module.
+
+    Raises:
+        GraphError: if the loss is not a scalar tensor.
+    """
+    problem = level.problem
+    own = problem.substitute = Substitute(problem, state, True, own=True)
+    try:
+        loss: Any = problem.loss(batch, **level.arguments)
+    finally:
+        problem.substitute = None
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise GraphError(
+            f"problem {level.name!r}: its loss returned {found}; return a scalar tensor (.mean() or .sum())"
+        )
+    return loss, own
+
+
+def loss_of(
+    level: Level,
+    states: States,
+    batch: Any,
+    reached: Collection[str],
+    cache: ReadCache | None = None,
+    moving: Collection[str] = (),
+    context: AbstractContextManager[Any] | None = None,
+) -> tuple[Tensor, Vector, list[int]]:
+    """The loss of a level where it and all that it reads are in ``states``.
+
+    Args:
+        reached, cache, moving: as for :class:`Reading`.
+        context: that the loss is evaluated in.
+
+    Returns:
+        The loss, the module's buffers after it, and how often each module ran: its own, and those that it reads.
+    """
+    with Reading(level, states, reached, cache, moving) as reading, checkpointing(), context or nullcontext():
+        loss, own = loss_at(level, states[level.name], batch)
+    return loss, own.buffers, [own.calls, *[substitute.calls for substitute in reading.substitutes]]
+
+
+def checkpointing() -> AbstractContextManager[Any]:
+    """A context in which activation checkpointing works under substitution; compiled code needs none."""
+    return nullcontext() if torch.compiler.is_compiling() else Recomputing()
+
+
+def gradient_of(
+    level: Level,
+    states: States,
+    batch: Any,
+    of: Sequence[str],
+    reached: Collection[str],
+    *,
+    inputs: Vector | None = None,
+    keep_graph: bool = False,
+    scale: float | Tensor = 1.0,
+    context: AbstractContextManager[Any] | None = None,
+    cache: ReadCache | None = None,
+    moving: Collection[str] = (),
+    at_leaves: bool = False,
+) -> tuple[Tensor, Found, Vector, list[int]]:
+    """The loss of a level and its gradient, of one micro-batch.
+
+    Only what needs another graph differentiates :func:`loss_of` by itself: :func:`gradient_for_reads`,
+    :func:`mlo.steps.scan.scan` and the product ``forward``.
+
+    Args:
+        of: the problems for whose variables it is differentiated.
+        inputs: what it is differentiated for instead of the level's own variables.
+        keep_graph: keep the gradient's own graph.
+        scale: of the loss, while its gradient is taken.
+        at_leaves: differentiate for the outputs that the ``cache`` cuts out of the graph, too.
+        batch, reached, cache, moving, context: as for :func:`loss_of`.
+
+    Returns:
+        The loss, its gradients in the order of ``of`` (None where it depends on nothing), and the rest of
+        :func:`loss_of`.
+    """
+    loss, buffers, calls = loss_of(level, states, batch, reached, cache, moving, context)
+    wanted: list[Tensor] = []
+    for name in of:
+        wanted += states[name].variables if inputs is None or name != level.name else inputs
+    if at_leaves and cache is not None:
+        wanted += cache.leaves
+    found: Found = [None] * len(wanted)
+    if wanted and loss.requires_grad:
+        scaled = scale is not None and (isinstance(scale, Tensor) or scale != 1.0)
+        by = loss * scale if scaled else loss
+        found = torch.autograd.grad(by, wanted, create_graph=keep_graph, allow_unused=True)
+        if scaled:
+            found = [None if gradient is None else gradient / scale for gradient in found]
+    return loss, found, buffers, calls
+
+
+def gradient_for_reads(
+    level: Level,
+    states: States,
+    batch: Any,
+    of: Sequence[str],
+    reached: Collection[str],
+    *,
+    scale: float | Tensor = 1.0,
+    context: AbstractContextManager[Any] | None = None,
+) -> tuple[Tensor, Found, Vector, list[int]]:
+    """:func:`gradient_of` for the level's own variables, with a graph that reaches only what the loss reads.
+
+    A compiled backward computes its results for all inputs that require gradients. Here the variables do not. Of one
+    that the loss does not depend on, the gradient is zero, not None.
+    """
+    own = states[level.name]
+    calls: list[int] = []
+
+    def loss_at(variables: Vector) -> tuple[Tensor, tuple[Tensor, Vector]]:
+        at = {**states, level.name: own._replace(variables=variables)}
+        loss, buffers, called = loss_of(level, at, batch, reached, context=context)
+        calls.extend(called)
+        return loss * scale, (loss.detach(), buffers)
+
+    constants = tuple([variable.detach() for variable in own.variables])
+    found, (loss, buffers) = torch.func.grad(loss_at, has_aux=True)(constants)
+    if isinstance(scale, Tensor):
+        found = [gradient / scale for gradient in found]
+    return loss, found, buffers, calls
+
+
+def product_of(
+    level: Level,
+    states: States,
+    batch: Any,
+    vector: Vector,
+    of: Sequence[str],
+    reached: Collection[str],
+    **options: Any,
+) -> tuple[Tensor, Found, Vector, list[int]]:
+    """The derivative of <gradient in the level's own variables, vector> for the variables of the problems ``of``.
+
+    Args:
+        options: as for :func:`gradient_of`.
+    """
+    loss, gradient, buffers, calls = gradient_of(
+        level, states, batch, (level.name,), reached, keep_graph=True, **options
+    )
+    inputs = [variable for name in of for variable in states[name].variables]
+    found: Found = [None] * len(inputs)
+    pairs = [(g, u) for g, u in zip(gradient, vector, strict=True) if g is not None and g.requires_grad]
+    if pairs and inputs:
+        found = torch.autograd.grad([g for g, _ in pairs], inputs, [u for _, u in pairs], allow_unused=True)
+    return loss, found, buffers, calls

@@ -1,0 +1,281 @@
+"""A point: all that one evaluation of a level's loss depends on; and its gradient there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mlo.errors import GraphError
+from mlo.levels.read_cache import ReadCache
+from mlo.levels.state import State
+from mlo.ops.differentiable import TwiceDifferentiable
+from mlo.ops.rng import Randomness
+from mlo.ops.vectors import Vector, filled
+from mlo.steps import compiled
+from mlo.steps.autograd_graph import SavedBytes
+from mlo.steps.evaluation import MicroBatch, evaluate
+from mlo.steps.level import Level
+from mlo.steps.losses import Found, gradient_of
+from mlo.steps.scan import retaken, shifted
+
+if TYPE_CHECKING:
+    from mlo.steps.step import Step
+
+
+_NOTHING_ELSE = nullcontext()
+NOTHING: Mapping[str, Any] = {}
+
+
+class Gradient(NamedTuple):
+    """A level's loss and its gradient at a point.
+
+    Attributes:
+        loss: the mean over the micro-batches, detached.
+        found: {problem: its gradients, by position; None where the loss does not depend on a variable}.
+        leaves: the gradients for the outputs that the read cache cut out of the graph.
+        buffers: the module's after the evaluations.
+        micro: what it was evaluated on.
+    """
+
+    loss: Tensor
+    found: Mapping[str, Found]
+    leaves: Found
+    buffers: Vector
+    micro: tuple[MicroBatch, ...]
+
+
+class Point(NamedTuple):
+    """Where a level's loss is evaluated. With several micro-batches, it is their mean.
+
+    Attributes:
+        level: whose loss.
+        state: the level's own.
+        reads: {problem: state}, of the problems that the loss reads, and that the ``inner`` steps read.
+        micro: what it is evaluated on, one after another.
+        step_number: how many steps the problem had taken before.
+        inner: {lower problem: its recorded steps}, lowest first, that are part of the loss: they are taken again under
+            the level's own variables.
+        apart: whether the ``inner`` steps had read other variables of the level than those in ``state``, as at a later
+            one of its steps. The gradient is then for a shift of both, and its derivative for ``state`` alone.
+        shift: what is added to both, if they are ``apart``; the gradient is then for ``state`` alone.
+        autocast: evaluate under the problem's own autocast, if it has one.
+        cache: keeps the outputs of the problems read, for further evaluations.
+    """
+
+    level: Level
+    state: State
+    reads: Mapping[str, State]
+    micro: tuple[MicroBatch, ...]
+    step_number: int
+    inner: Mapping[str, Sequence[Step]] = NOTHING
+    apart: bool = False
+    shift: Vector | None = None
+    autocast: bool = True
+    cache: ReadCache | None = None
+
+    def at(self, variables: Vector) -> Point:
+        """The same point but for the level's own variables."""
+        return self._replace(state=self.state._replace(variables=variables, live=False))
+
+    def parts(self) -> list[Point]:
+        """Points of one micro-batch each."""
+        return [self._replace(micro=(micro,)) for micro in self.micro] if len(self.micro) > 1 else [self]
+
+
+def gradient(
+    point: Point,
+    of: Sequence[str],
+    *,
+    kind: str,
+    reached: Collection[str] = (),
+    keep_graph: bool = False,
+    through_own: bool = True,
+    at_leaves: bool = False,
+) -> Gradient:
+    """The gradient of the loss at a point, for the variables of the problems ``of``.
+
+    Args:
+        kind: what the passes are counted as.
+        reached: further problems that the loss depends on, as when their outputs are cached.
+        keep_graph: keep the gradient's own graph; of one micro-batch.
+        through_own: whether that graph will be differentiated for the level's own variables.
+        at_leaves: differentiate for the outputs that the cache cuts out of the graph, too. Of several micro-batches,
+            these are taken on to the problems ``of``.
+
+    Raises:
+        GraphError: if the loss cannot be differentiated.
+    """
+    if len(point.micro) == 1:
+        return _gradient(point, point.micro[0], of, kind, reached, keep_graph, at_leaves, through_own)
+    count = len(point.micro)
+    losses: list[Tensor] = []
+    micros: list[MicroBatch] = []
+    total: dict[str, list[Tensor | None]] = {}
+    buffers: Vector | None = None
+    for micro in point.micro:
+        at, cache = micro, ReadCache(point.level.device) if at_leaves else None
+        if micro.randomness is None:
+            at = micro._replace(buffers=buffers)
+        done = _gradient(point._replace(cache=cache), at, of, kind, reached, False, at_leaves)
+        found = done.found
+        if cache is not None:
+            found = pulled(point, cache, done)
+        for name, parts in found.items():
+            total[name] = [
+                _running(s, g, count) for s, g in zip(total.get(name, [None] * len(parts)), parts, strict=True)
+            ]
+        losses.append(done.loss)
+        micros += done.micro
+        buffers = done.buffers
+    assert buffers is not None
+    return Gradient(torch.stack(losses).mean(), total, (), buffers, tuple(micros))
+
+
+def pulled(point: Point, cache: ReadCache, done: Gradient) -> Mapping[str, Found]:
+    """The gradients, with those of the cached outputs taken on to the problems read."""
+    names = [name for name in done.found if name != point.level.name]
+    inputs = [variable for name in names for variable in point.reads[name].variables]
+    direct = [gradient for name in names for gradient in done.found[name]]
+    rest, found = iter(cache.pull(done.leaves, inputs, direct)), dict(done.found)
+    for name in names:
+        found[name] = [next(rest) for _ in done.found[name]]
+    return found
+
+
+def _running(total: Tensor | None, gradient: Tensor | None, count: int) -> Tensor | None:
+    """The sum of gradients, each divided by their number."""
+    if gradient is None:
+        return total
+    return gradient / count if total is None else total.add_(gradient, alpha=1 / count)
+
+
+def _gradient(
+    point: Point,
+    micro: MicroBatch,
+    of: Sequence[str],
+    kind: str,
+    reached: Collection[str],
+    keep_graph: bool,
+    at_leaves: bool,
+    through_own: bool = True,
+) -> Gradient:
+    """:func:`gradient` of one micro-batch. One that was not yet evaluated draws from the present random state."""
+    level, scale = point.level, None
+    if micro.randomness is None:
+        at = micro._replace(randomness=Randomness.capture(level.device, level.draws_outside))
+        if level.scale is not None and point.autocast:
+            scale = replace(level.scale)
+            at = at._replace(scale=scale.value)
+    else:
+        at = micro
+    first = micro if scale is None else micro._replace(scale=at.scale)
+    done = _evaluated(point, first, of, kind, reached, keep_graph, at_leaves, through_own)
+    while scale is not None and not scale.accepts([g for found in done[1].values() for g in found if g is not None]):
+        at = at._replace(scale=scale.value)
+        done = _evaluated(point, at, of, kind, reached, keep_graph, at_leaves, through_own)
+    if scale is not None and kind == "step":  # a virtual step has no side effects
+        level.scale = scale
+    return Gradient(*done, (at,))
+
+
+def _evaluated(
+    point: Point,
+    micro: MicroBatch,
+    of: Sequence[str],
+    kind: str,
+    reached: Collection[str],
+    keep_graph: bool,
+    at_leaves: bool,
+    through_own: bool,
+) -> tuple[Tensor, dict[str, Found], Found, Vector]:
+    level = point.level
+    states, inputs = states_at(point, micro)
+    reached = {*reached, *of, *point.inner}.difference(level.problem.node.held)
+    if level.compiler is not None and compiled.applies(point, keep_graph):
+        done = compiled.gradient(point, states, micro, of, reached, kind, keep_graph, through_own)
+        if done is not None:
+            return done[0], _by_level(done[1], of, states), (), done[2]
+    if point.cache is not None:
+        point.cache.begin()
+    for name in of:
+        if not all(map(attrgetter("requires_grad"), states[name].variables)):
+            raise GraphError(
+                f"problem {name!r}: a parameter that its optimizer held at the start no longer requires gradients; "
+                "freeze parameters before the problem is made, or put them in a group with learning rate 0"
+            )
+    measured = keep_graph and level.graph_bytes is None and not level.recast(point.state)
+    saved = SavedBytes(states.values(), micro.batch) if measured else None
+    with TwiceDifferentiable() if keep_graph else _NOTHING_ELSE, saved or _NOTHING_ELSE:
+        try:
+            loss, found, buffers, _ = evaluate(
+                gradient_of,
+                level,
+                states,
+                micro,
+                of,
+                reached,
+                kind=kind,
+                count=point.step_number,
+                autocast=point.autocast,
+                inputs=inputs,
+                keep_graph=keep_graph,
+                scale=micro.scale,
+                cache=point.cache,
+                moving=point.inner,
+                at_leaves=at_leaves,
+            )
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            raise GraphError(
+                f"problem {level.name!r}: the graph of its loss is freed before its gradient is computed; return it "
+                "without calling .backward() on it, and compute all of it in the call, without tensors from earlier "
+                "calls"
+            ) from error
+    if not (level.searched or states[level.name].live or point.inner):  # inner steps read what they recorded
+        level.warn_of_strays(loss, states)
+    if saved is not None:
+        level.note_graph(saved.total, found)
+    parts = _by_level(found, of, states)
+    return loss.detach(), parts, found[sum(map(len, parts.values())) :], buffers
+
+
+def states_at(point: Point, micro: MicroBatch) -> tuple[dict[str, State], Vector | None]:
+    """The states that an evaluation is made in, and what its own gradient is taken for, if not for its variables.
+
+    Inner steps are taken again here. With a point that is ``apart`` from what they read, both are shifted together.
+    """
+    own, name = point.state, point.level.name
+    if micro.buffers is not None:
+        own = own._replace(buffers=micro.buffers)
+    states = {**point.reads, name: own}
+    if not point.inner:
+        return states, None
+    inputs, shifts = None, {}
+    if point.apart:
+        states[name], inputs = shifted(own, point.shift)
+        shifts = {name: inputs}
+        inputs = inputs if point.shift is None else own.variables
+    above = {read: state for read, state in states.items() if read not in point.level.below}
+    return {**states, **retaken(point.inner, above, {}, shifts)}, inputs
+
+
+def _by_level(found: Found, of: Sequence[str], states: Mapping[str, State]) -> dict[str, Found]:
+    parts, begin = {}, 0
+    for name in of:
+        end = begin + len(states[name].variables)
+        parts[name] = found[begin:end]
+        begin = end
+    return parts
+
+
+def own_gradient(point: Point) -> Vector:
+    """The gradient in the level's own variables; one pass for each micro-batch."""
+    name = point.level.name
+    return filled(gradient(point, (name,), kind="product").found[name], point.state.variables)

@@ -1,0 +1,344 @@
+"""The steps of a round: real ones, and virtual ones, which change nothing; and what is recorded of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.utils._pytree import tree_map_only
+
+from mlo.levels.problem import Problem
+from mlo.levels.state import Slots, State, cast, copied
+from mlo.ops.differentiable import TwiceDifferentiable
+from mlo.ops.rng import Randomness, replay
+from mlo.steps import compiled
+from mlo.steps.evaluation import MicroBatch
+from mlo.steps.level import Level
+from mlo.steps.optimizer import Groups, hyperparameters, is_linear, needs_only_after, virtual_step
+from mlo.steps.point import Point
+from mlo.steps.scan import Joined, steps_of
+from mlo.steps.step import NOT_STORED, Step
+from mlo.training.commit import Updater
+from mlo.training.gradients import Gradients, Records, Taken
+from mlo.training.plan import Plan, Role
+
+_GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)  # which live as long as torch
+
+
+@contextmanager
+def looking_ahead(problems: Iterable[Problem], really: bool = True) -> Iterator[None]:
+    """A context in which the problems' attribute ``looking_ahead`` is True (if ``really``)."""
+    affected = list(problems)
+    for problem in affected:
+        problem.looking_ahead = really
+    try:
+        yield
+    finally:
+        for problem in affected:
+            problem.looking_ahead = False
+
+
+class _Round(NamedTuple):
+    """The steps of one level in a round.
+
+    Attributes:
+        level: the level that steps.
+        role: what the estimators make of them.
+        states: of all levels; its own becomes the one that the steps lead to.
+        records: of the levels below.
+        targets: the problems that its steps are pulled back onto.
+        total: how many steps.
+        changing: the problems whose own tensors change before the last pullback.
+        later: whether a problem after this one is differentiated through the levels below.
+        real: whether the steps are real.
+        dtype: that batches are cast to; None: as they are.
+    """
+
+    level: Level
+    role: Role
+    states: dict[str, State]
+    records: Records
+    targets: Collection[str]
+    total: int
+    changing: Collection[str] = ()
+    later: bool = False
+    real: bool = False
+    dtype: torch.dtype | None = None
+
+    @property
+    def kind(self) -> str:
+        """What their passes are counted as."""
+        return "step" if self.real else "virtual"
+
+
+class Rounds:
+    """Takes the steps of rounds for an engine.
+
+    Attributes:
+        losses: {problem: the loss of its last real step}, detached, on the device.
+    """
+
+    def __init__(self, plan: Plan, levels: Mapping[str, Level], gradients: Gradients, updater: Updater) -> None:
+        self._plan, self._levels, self._gradients, self._updater = plan, levels, gradients, updater
+        self.losses: dict[str, Tensor] = {}
+
+    def below(
+        self, top: str, due: Collection[str], states: Mapping[str, State], dtype: torch.dtype | None = None
+    ) -> tuple[dict[str, State], Records]:
+        """The states that the next steps of the problems below ``top`` lead to, and records of those steps.
+
+        Args:
+            due: the problems that step.
+            states: of all problems, to begin with.
+            dtype: of the floating-point tensors in ``states``, if it is another than the modules'.
+        """
+        reached, records = dict(states), Records()
+        names = self._plan.graph.names
+        below = [name for name in names[: names.index(top)] if name in due]
+        if self._plan.lookahead:  # other tops step by themselves, not below this one
+            below = [name for name in below if name not in self._plan.tops]
+        level = self._levels[top]
+        with replay(None, level.device, any([self._levels[name].draws_outside for name in below])):
+            for position, name in enumerate(below):
+                of = self._levels[name]
+                targets = self._plan.targets(name, (*below[position + 1 :], top))
+                reached[name] = _virtual(reached[name], of.problem.optimizer_slots(), dtype)
+                self._steps(
+                    _Round(of, self._plan.roles[name], reached, records, targets, of.problem.steps_now, dtype=dtype)
+                )
+        return reached, records
+
+    def real(self, name: str, states: dict[str, State], records: Records, following: Sequence[str]) -> None:
+        """The real steps of a problem; recorded if one of the ``following`` is differentiated through them."""
+        problem = self._levels[name].problem
+        later = [other for other in following if self._plan.paths[other]]
+        changing: set[str] = set()
+        if later:  # what is stepped on before, or while, the last of them is differentiated
+            last = later[-1]
+            changing = {name, *following[: following.index(last)]}
+            changing |= {last} if self._levels[last].problem.steps > 1 else set()
+        targets = self._plan.targets(name, tuple(later))
+        self._steps(
+            _Round(
+                self._levels[name],
+                self._plan.roles[name],
+                states,
+                records,
+                targets,
+                problem.steps,
+                changing,
+                bool(later),
+                real=True,
+            )
+        )
+
+    def real_step(self, name: str, states: Mapping[str, State], records: Records) -> None:
+        """One real step of a problem that nothing is differentiated through."""
+        of = _Round(self._levels[name], self._plan.roles[name], dict(states), records, (), 1, real=True)
+        self._one(of, 0, 0, keep=False)
+
+    def _steps(self, of: _Round) -> None:
+        last, recorded = of.role.recording.last, list[Step]()
+        index = taken = 0  # steps taken, and of these recorded
+        while index < of.total:
+            left = of.total - index
+            keep = bool(of.targets) and (last is None or left <= last)
+            count = self._joins(of, taken, left) if keep else 0
+            step = self._joined(of, index, count) if count else None
+            if step is None:
+                count, step = 1, self._one(of, index, taken, keep)
+            if step is not None:
+                recorded.append(step)
+                taken += count
+            index += count
+        for step in recorded:
+            step.solution = of.states[of.level.name]
+        if of.targets:
+            of.records[of.level.name] = recorded
+
+    def _one(self, of: _Round, index: int, taken: int, keep: bool) -> Step | None:
+        """One step by itself; its record, if that is to be kept.
+
+        Args:
+            index, taken: how many steps of the round came before it, and how many of them were recorded.
+        """
+        level, problem, role, ahead = of.level, of.level.problem, of.role, 0 if of.real else index
+        states, state, left = of.states, of.states[level.name], of.total - index - 1
+        batches, count = problem.batches_ahead(ahead), problem.step_number + ahead
+        if of.dtype is not None:
+            batches = cast_batches(batches, of.dtype)
+        if not keep:
+            found = self._gradients.of(level.name, states, of.records, batches, of.kind, (), count)
+            self._move(of, found, hyperparameters(problem) if not of.real else (), left)
+            return None
+        groups = hyperparameters(problem)
+        linear = is_linear(problem, groups)
+        only_after = not linear and role.recording.last == 1 and not role.again and needs_only_after(problem, groups)
+        before = self._stored(of, taken, linear, only_after) if role.recording.before else NOT_STORED
+        onto = of.targets if left == 0 or self._keeps(of, taken) else ()
+        if onto and role.keeps_graph and before.variables and before.device == state.device:
+            states = {**states, level.name: before, **self._held(of)}
+        found = self._gradients.of(level.name, states, of.records, batches, of.kind, onto, count, later=index > 0)
+        self._move(of, found, groups, left)
+        if only_after and before.variables:
+            slots = problem.optimizer_slots() if of.real else of.states[level.name].slots
+            before = before._replace(slots=slots)
+        step = Step(found.point._replace(state=before), groups, linear, stepped=only_after)
+        if found.kept:
+            step.gradient = found.own
+        step.unreached = frozenset([i for i, each in enumerate(found.own) if each is None])
+        step.base, step.graph = found.base, found.graph
+        if role.recording.fresh:
+            fresh = cast_batches(problem.batches_ahead(0 if of.real else index + 1), of.dtype)
+            again = zip(found.point.micro, fresh, strict=True)
+            step.fresh = tuple([m._replace(batch=batch, buffers=None, scale=1.0) for m, batch in again])
+        return step
+
+    def _stored(self, of: _Round, taken: int, linear: bool, only_after: bool) -> State:
+        """What is kept of the state before a step."""
+        role, state = of.role, of.states[of.level.name]
+        if taken % role.recording.every:
+            return NOT_STORED
+        slots = of.level.problem.optimizer_slots() if of.real else state.slots
+        if only_after:
+            slots = ()
+        elif linear and not role.again and any(slots):  # only their presence matters
+            slots = tuple([{k: None if v is None else True for k, v in slot.items()} for slot in slots])
+        state = state._replace(slots=slots)
+        if role.recording.store_on == "cpu":
+            return copied(state, torch.device("cpu"))
+        return copied(state) if of.real else state
+
+    def _held(self, of: _Round) -> dict[str, State]:
+        """Copies of what a step reads and what changes before it is pulled back, where its graph is kept until then."""
+        if not of.changing:
+            return {}
+        return {n: copied(of.states[n]) for n in of.level.reads if n in of.changing and of.states[n].live}
+
+    def _move(self, of: _Round, found: Taken, groups: Groups, left: int) -> None:
+        """Take the optimizer's step: really, or to another state."""
+        name, problem = of.level.name, of.level.problem
+        if not of.real:
+            of.states[name] = virtual_step(problem, of.states[name]._replace(buffers=found.buffers), found.own, groups)
+            return
+        if of.later or left > 0:  # the records are still needed afterwards
+            for step in chain.from_iterable(of.records.values()):
+                step.freeze(name)
+        self._updater.update(problem, found.loss, found.own, found.buffers)
+        problem.advance()
+        self.losses[name] = found.loss
+
+    def _keeps(self, of: _Round, taken: int) -> bool:
+        """Whether the graph of a step that is not the last one is kept: while memory lasts for it."""
+        size = of.level.graph_bytes  # known once a last step's graph was kept
+        return size is not None and of.role.keeps_graph and (taken + 1) * size <= of.role.recording.graph_bytes
+
+    def _joins(self, of: _Round, taken: int, left: int) -> int:
+        """How many of a level's next steps are recorded as one, in one graph; 0: the next one is recorded alone."""
+        level, role, recording = of.level, of.role, of.role.recording
+        problem, size = level.problem, level.graph_bytes
+        if size is None or not recording.joins or not role.keeps_graph or problem.accumulate > 1 or role.again:
+            return 0
+        if not is_linear(problem, problem.optimizer.param_groups):
+            return 0
+        state = of.states[level.name]
+        if not all([variable.requires_grad for variable in state.variables]) or (of.real and not _can_join(level)):
+            return 0
+        room = recording.graph_bytes / max(size, 1)
+        return compiled.may_join(level, state, left if room >= taken + left else int(room) - taken)
+
+    def _joined(self, of: _Round, index: int, count: int) -> Step | None:
+        """Several steps in one graph, and their record; None if they can only be taken one by one.
+
+        Their batches may not be of one form, and so have no common code; or a step's loss may reach none of the
+        variables; or, in real steps, a loss may not be finite.
+
+        The graph must outlive what changes before its last use, so it is made with copies of it.
+        """
+        level, problem, name = of.level, of.level.problem, of.level.name
+        states, groups = {**of.states, **self._held(of)}, hyperparameters(problem)
+        if of.real:
+            states[name] = copied(of.states[name]._replace(slots=problem.optimizer_slots()))
+        ahead = 0 if of.real else index
+        batches = [cast_batches(problem.batches_ahead(ahead + i), of.dtype)[0] for i in range(count)]
+        before, first = Randomness.capture(level.device), problem.step_number
+        done = None
+        problem.step_number = first + ahead
+        try:
+            done = _in_one_graph(of, states, batches, groups)
+            problem.step_number = first
+            if done is not None and of.real and not self._updater.commit(problem, done):
+                done = None  # taken one by one, the step that fails raises its error
+        finally:
+            problem.step_number = first
+            if done is None:  # it may have drawn random numbers before it failed
+                before.restore(level.device)
+        if done is None:
+            return None
+        micro = MicroBatch(batches[-1], before)
+        reads = {read: states[read] for read in level.reads}
+        number = first + ahead + count - 1
+        if of.real:
+            problem.step_number = first + count
+            for _ in range(count):
+                problem.advance()
+            self.losses[name] = done.losses[-1]
+        else:
+            end = done.end
+            slots = tuple([{k: v if v is None else v.detach() for k, v in slot.items()} for slot in end.slots])
+            variables = tuple([v.detach().requires_grad_() for v in end.variables])
+            of.states[name] = State(variables, end.constants, end.buffers, slots)
+        return Step(Point(level, states[name], reads, (micro,), number), groups, linear=True, joined=done)
+
+
+def _virtual(state: State, slots: Slots, dtype: torch.dtype | None) -> State:
+    """The state that virtual steps begin with: aliases of the variables, since the steps are not of the module."""
+    variables = tuple([v.detach().requires_grad_(v.requires_grad) for v in state.variables])
+    cast_slots = slots if dtype is None else cast(State((), slots=slots), dtype).slots
+    return state._replace(variables=variables, slots=cast_slots, live=False)
+
+
+def _in_one_graph(of: _Round, states: Mapping[str, State], batches: Sequence[Any], groups: Any) -> Joined | None:
+    level, own = of.level, states[of.level.name]
+    variables = tuple([variable.detach().requires_grad_() for variable in own.variables])
+    slots = tuple(
+        [{k: v.detach().requires_grad_() if isinstance(v, Tensor) else v for k, v in s.items()} for s in own.slots]
+    )
+    start = own._replace(variables=variables, slots=slots, live=False)
+    at = {name: states[name]._replace(slots=(), live=False) for name in level.reads} | {level.name: start}
+    reached = set(of.targets).difference(level.problem.node.held)
+    with TwiceDifferentiable():
+        if not of.real and level.compiles(own):
+            done = compiled.steps(level, at, batches, groups, reached)
+        else:
+            done = steps_of(level, at, batches, groups, reached, counts=True)
+    if done is None or not done[2]:
+        return None
+    _, end, _, losses, calls = done
+    level.count(of.kind, calls)
+    return Joined(start, end, losses)
+
+
+def _can_join(level: Level) -> bool:
+    """Whether several real steps may be one graph: nothing of the user's runs between them, nor compiled code."""
+    problem, optimizer = level.problem, level.problem.optimizer
+    hooks = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, *_GLOBAL_HOOKS]
+    hooks += [variable._backward_hooks for variable in problem.variables.values()]
+    overridden = problem.scheduler is not None or "step" in vars(optimizer)
+    return not overridden and not any(hooks) and level.compiler is None
+
+
+def cast_batches(batches: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
+    """The batches with floating-point tensors of ``dtype``."""
+    if dtype is None:
+        return batches
+
+    def cast_one(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return tuple([tree_map_only(Tensor, cast_one, batch) for batch in batches])
