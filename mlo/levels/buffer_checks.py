@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Never
+from typing import Never
 
 from torch import Tensor, nn
 
 from mlo.errors import GraphError
-
-if TYPE_CHECKING:
-    from mlo.levels.problem import Problem
 
 
 class Unfilled:
@@ -54,21 +51,18 @@ def refuse_filled(problem: str, names: Sequence[str]) -> Never:
     )
 
 
-def refuse_reshaped(problem: Problem, before: Sequence[Tensor], after: Sequence[Tensor | None]) -> None:
+def refuse_reshaped(problem: str, name: str, before: Tensor, after: Tensor | None) -> None:
     """Raise a GraphError if forward set a buffer to None, or to a tensor of a different shape."""
-    for index, (one, other) in enumerate(zip(before, after, strict=True)):
-        if other is None:
-            raise GraphError(
-                f"problem {problem.name!r}: forward sets its module's buffer {problem.buffer_names[index]!r}, which "
-                "held a tensor, to None; keep a tensor of the same shape in it, and mark it as unused with a second "
-                "buffer"
-            )
-        if other.shape != one.shape:
-            raise GraphError(
-                f"problem {problem.name!r}: forward sets its module's buffer {problem.buffer_names[index]!r}, of shape "
-                f"{tuple(one.shape)}, to a tensor of shape {tuple(other.shape)}; the shape must stay the same, so "
-                "register it with its final shape"
-            )
+    if after is None:
+        raise GraphError(
+            f"problem {problem!r}: forward sets its module's buffer {name!r}, which held a tensor, to None; keep a "
+            "tensor of the same shape in it, and mark it as unused with a second buffer"
+        )
+    if after.shape != before.shape:
+        raise GraphError(
+            f"problem {problem!r}: forward sets its module's buffer {name!r}, of shape {tuple(before.shape)}, to a "
+            f"tensor of shape {tuple(after.shape)}; the shape must stay the same, so register it with its final shape"
+        )
 
 
 def gone(problem: str, name: str) -> GraphError:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from itertools import islice, repeat
-from operator import getitem, is_not
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mlo.errors import CheckpointError, ConfigError
 from mlo.levels.batches import Data, open_stream
-from mlo.levels.buffer_checks import Unfilled, gone, refuse_filled
 from mlo.levels.graph import Node
+from mlo.levels.places import Places
 from mlo.levels.state import State
-from mlo.levels.validation import fault_of_name, faults_of_numbers, faults_of_parts
-from mlo.ops.activation_checkpointing import RUNNING
+from mlo.levels.validation import arguments_of, fault_of_name, faults_of_numbers, faults_of_parts
 
 
 class Substitute(Protocol):
@@ -111,17 +106,16 @@ class Problem(ABC):
         self.looking_ahead = False
         self.autocast = autocast
         self.hypergradient = hypergradient
-        self.arguments = _arguments(self, reads or {})
+        self.arguments = arguments_of(name, self.loss, reads or {})
         self.node = Node(name, tuple(dict.fromkeys(self.arguments.values())), _names(held), _names(sometimes))
         self.stream = open_stream(data, name)
         self.step_number = 0
         self.asks_steps_taken = False
-        self._unfilled = Unfilled(module)
         self.substitute: Substitute | None = None
         owned = {id(p): group for group, of in enumerate(optimizer.param_groups) for p in of["params"]}
         self.variables = {n: p for n, p in module.named_parameters() if id(p) in owned and p.requires_grad}
         self.group_numbers = [owned[id(p)] for p in self.variables.values()]
-        self._places = _Places(module, self.variables)
+        self.places = Places(name, module, self.variables)
         if not self.variables:
             raise ConfigError(
                 f"problem {name!r}: its optimizer holds none of its module's trainable parameters; "
@@ -175,47 +169,12 @@ class Problem(ABC):
         return self.clip_norm if self.clip_ahead or not self.looking_ahead else None
 
     @property
-    def buffer_names(self) -> tuple[str, ...]:
-        """The names of the module's buffers."""
-        return self._places.names[self._places.parameters :]
-
-    @property
     def params(self) -> Mapping[str, Tensor]:
         """The parameters of the current evaluation, by name: for penalties, and for distances between problems."""
         if self.substitute is None:
             state = self.live_state()
-            return self._places.named_parameters((*state.variables, *state.constants))
-        return self._places.named_parameters(self.substitute.parameters)
-
-    def run_with(self, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's output with ``tensors`` (variables, constants, buffers) instead of its own.
-
-        With fewer tensors, they are the last ones, and the others stay. Tied tensors stay tied. If forward assigns a
-        new tensor to a buffer, ``tensors`` contains it afterwards.
-        """
-        places = self._places
-        if torch.compiler.is_compiling():  # compiled checkpointing recomputes with the substituted tensors anyway
-            every = places.named(tensors)
-            # all names of tied tensors are given, so functional_call need not search for ties, which is slow
-            if not every:
-                return self.module(*args, **kwargs)
-            output = functional_call(self.module, every, args, kwargs, tie_weights=False)
-            tensors[:] = [every[name] for name in places.names[len(places.names) - len(tensors) :]]
-            return output
-        # as functional_call, in a third of its time, because the owners of all tensors are already known
-        begin = len(places.names) - len(tensors)
-        own = places.exchange(begin, tensors) if tensors else None
-        RUNNING.append((self.module, places, tensors))
-        try:
-            output = self.module(*args, **kwargs)
-        finally:
-            RUNNING.pop()
-            if own is not None:
-                tensors[:] = places.exchange(begin, own)
-            filled = self._unfilled.filled(remove=True)
-        if filled:
-            refuse_filled(self.name, filled)
-        return output
+            return self.places.named_parameters((*state.variables, *state.constants))
+        return self.places.named_parameters(self.substitute.parameters)
 
     def batches_ahead(self, ahead: int = 0) -> tuple[Any, ...]:
         """The ``accumulate`` batches of the step after ``ahead`` more steps; the position does not change."""
@@ -231,12 +190,8 @@ class Problem(ABC):
 
     def live_state(self) -> State:
         """The module's own parameters and buffers."""
-        tensors = self._places.held()
-        if missing := self._places.missing(tensors):
-            raise gone(self.name, missing)
-        if filled := self._unfilled.filled():
-            refuse_filled(self.name, filled)
-        first, second = len(self.variables), self._places.parameters
+        tensors = self.places.held()
+        first, second = len(self.variables), self.places.parameters
         return State(tensors[:first], tensors[first:second], tensors[second:], live=True)
 
     def state_with(self, parameters: Mapping[str, Tensor]) -> State:
@@ -245,7 +200,7 @@ class Problem(ABC):
         Raises:
             ConfigError: if it has no parameter of a name.
         """
-        live, names = self.live_state(), self._places.names[: self._places.parameters]
+        live, names = self.live_state(), self.places.names[: self.places.parameters]
         unknown = [name for name in parameters if name not in names]
         if unknown:
             raise ConfigError(
@@ -316,108 +271,5 @@ class Problem(ABC):
         return f"{type(self).__name__}({self.name!r}, reads={list(self.node.reads)})"
 
 
-def _arguments(problem: Problem, renames: Mapping[str, str | None]) -> dict[str, str]:
-    """{parameter of loss: name of the problem that it reads}, from the signature of loss."""
-    parameters = list(inspect.signature(problem.loss).parameters.values())
-    if not parameters or parameters[0].kind not in (parameters[0].POSITIONAL_OR_KEYWORD, parameters[0].POSITIONAL_ONLY):
-        raise ConfigError(f"problem {problem.name!r}: write its loss as loss(self, batch, <problems that it reads>)")
-    declared = {}
-    for parameter in parameters[1:]:
-        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise ConfigError(
-                f"problem {problem.name!r}: its loss takes {parameter}; write one named parameter per problem"
-            )
-        name = renames.get(parameter.name, parameter.name)
-        if name is not None:
-            declared[parameter.name] = name
-        elif parameter.default is parameter.empty:
-            raise ConfigError(
-                f"problem {problem.name!r}: reads={{{parameter.name!r}: None}}, but that parameter of loss has no "
-                f"default value; write loss(self, batch, ..., {parameter.name}=None)"
-            )
-    unknown = [key for key in renames if key not in {p.name for p in parameters[1:]}]
-    if unknown:
-        raise ConfigError(
-            f"problem {problem.name!r}: reads has {', '.join(map(repr, unknown))}, which is not a parameter of its "
-            f"loss; its parameters are {', '.join(repr(p.name) for p in parameters[1:]) or 'the batch only'}"
-        )
-    return declared
-
-
 def _names(given: str | Sequence[str]) -> tuple[str, ...]:
     return (given,) if isinstance(given, str) else tuple(given)
-
-
-class _Places:
-    """Where the tensors of a module are kept: its variables, then its other parameters, then its buffers.
-
-    Attributes:
-        names: of all of them, as named_parameters and named_buffers list them.
-        parameters: how many of them are parameters.
-    """
-
-    def __init__(self, module: nn.Module, variables: Mapping[str, Tensor]) -> None:
-        found: dict[tuple[int, str], tuple[str, dict[str, Any], str, int]] = {}
-        named = [(name, "_parameters") for name, _ in module.named_parameters(remove_duplicate=False)]
-        named += [(name, "_buffers") for name, _ in module.named_buffers(remove_duplicate=False)]
-        for name, kind in named:
-            path, _, key = name.rpartition(".")
-            owner = getattr(module.get_submodule(path), kind)  # one of a shared submodule is listed once
-            rank = 2 if kind == "_buffers" else name not in variables
-            found.setdefault((id(owner), key), (name, owner, key, int(rank)))
-        first = {id(owner[key]): name for name, owner, key, _ in reversed(found.values())}
-        listed = [place for place in found.values() if first[id(place[1][place[2]])] == place[0]]
-        listed.sort(key=lambda place: place[3])
-        self.names = tuple([name for name, *_ in listed])
-        self.parameters = sum(rank < 2 for *_, rank in listed)
-        self._holders, self._keys = [holder for _, holder, _, _ in listed], [key for _, _, key, _ in listed]
-        numbers = {name: number for number, name in enumerate(self.names)}
-        #: further names of tied tensors: (name, holder, key, number of the tensor)
-        self._ties = [
-            (name, holder, key, numbers[first[id(holder[key])]])
-            for name, holder, key, _ in found.values()
-            if first[id(holder[key])] != name
-        ]
-        order = {name: rank for rank, (name, *_) in enumerate(found.values())}
-        self._in_order = sorted(range(self.parameters), key=lambda number: order[self.names[number]])
-        self._ordered = self._in_order == list(range(self.parameters))
-
-    def held(self) -> tuple[Any, ...]:
-        """The module's own tensors; None for one that is gone."""
-        try:
-            return tuple(map(getitem, self._holders, self._keys))
-        except KeyError:
-            return tuple([holder.get(key) for holder, key in zip(self._holders, self._keys, strict=True)])
-
-    def missing(self, held: Sequence[Any]) -> str | None:
-        """The name of a tensor that is gone, if there is one."""
-        if all(map(is_not, held, repeat(None))) and all(
-            [holder.get(key) is not None for _, holder, key, _ in self._ties]
-        ):
-            return None
-        named = [*zip(self.names, held, strict=True), *[(name, holder.get(key)) for name, holder, key, _ in self._ties]]
-        return next(name for name, tensor in named if tensor is None)
-
-    def exchange(self, begin: int, tensors: Sequence[Any]) -> list[Any]:
-        """Put ``tensors`` into the module, from the number ``begin`` on; what was there before."""
-        before = []
-        places = zip(islice(self._holders, begin, None), islice(self._keys, begin, None), tensors, strict=True)
-        for holder, key, tensor in places:
-            before.append(holder.get(key))
-            holder[key] = tensor
-        for _, holder, key, number in self._ties:
-            if number >= begin:
-                holder[key] = tensors[number - begin]
-        return before
-
-    def named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The last tensors under all their names."""
-        begin = len(self.names) - len(tensors)
-        found = dict(zip(self.names[begin:], tensors, strict=True))
-        return found | {name: tensors[number - begin] for name, _, _, number in self._ties if number >= begin}
-
-    def named_parameters(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """{name: parameter}, in the order of the module."""
-        if self._ordered:
-            return dict(zip(self.names, tensors, strict=False))
-        return {self.names[number]: tensors[number] for number in self._in_order}

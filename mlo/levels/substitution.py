@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlo.levels.buffer_checks import refuse_reshaped
 from mlo.levels.problem import Problem
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import State
@@ -54,13 +53,11 @@ class Substitute:
         if self._own:
             if self._kept is None:
                 self._kept = [*self._replaced, *map(torch.clone, self.buffers)]
-            output = self._problem.run_with(self._kept, args, kwargs)
+            output = self._problem.places.run(self._kept, args, kwargs)
             if self.buffers:
-                after = self._kept[len(self._replaced) :]
-                refuse_reshaped(self._problem, self.buffers, after)
-                self.buffers = tuple([tensor.detach() for tensor in after])
+                self.buffers = self._problem.places.new_buffers(self.buffers, self._kept[len(self._replaced) :])
             return output
         parameters = self._replaced
         if not torch.is_grad_enabled():  # detached even where forward returns a parameter itself
             parameters = tuple([tensor.detach() for tensor in self.parameters])
-        return self._problem.run_with([*parameters, *map(torch.clone, self.buffers)], args, kwargs)
+        return self._problem.places.run([*parameters, *map(torch.clone, self.buffers)], args, kwargs)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from mlo.errors import ConfigError
 
 
 def fault_of_name(name: object) -> list[str]:
@@ -51,3 +56,29 @@ def faults_of_numbers(
     if autocast not in (None, torch.bfloat16, torch.float16):
         faults.append(f"autocast={autocast!r}; pass torch.bfloat16, torch.float16, or None")
     return faults
+
+
+def arguments_of(name: str, loss: Callable[..., object], renames: Mapping[str, str | None]) -> dict[str, str]:
+    """{parameter of loss: name of the problem that it reads}, from the signature of loss."""
+    parameters = list(inspect.signature(loss).parameters.values())
+    if not parameters or parameters[0].kind not in (parameters[0].POSITIONAL_OR_KEYWORD, parameters[0].POSITIONAL_ONLY):
+        raise ConfigError(f"problem {name!r}: write its loss as loss(self, batch, <problems that it reads>)")
+    declared = {}
+    for parameter in parameters[1:]:
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ConfigError(f"problem {name!r}: its loss takes {parameter}; write one named parameter per problem")
+        read = renames.get(parameter.name, parameter.name)
+        if read is not None:
+            declared[parameter.name] = read
+        elif parameter.default is parameter.empty:
+            raise ConfigError(
+                f"problem {name!r}: reads={{{parameter.name!r}: None}}, but that parameter of loss has no "
+                f"default value; write loss(self, batch, ..., {parameter.name}=None)"
+            )
+    unknown = [key for key in renames if key not in {p.name for p in parameters[1:]}]
+    if unknown:
+        raise ConfigError(
+            f"problem {name!r}: reads has {', '.join(map(repr, unknown))}, which is not a parameter of its "
+            f"loss; its parameters are {', '.join(repr(p.name) for p in parameters[1:]) or 'the batch only'}"
+        )
+    return declared
