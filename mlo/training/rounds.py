@@ -5,29 +5,24 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._pytree import tree_map_only
 
 from mlo.levels.problem import Problem
 from mlo.levels.state import Slots, State, cast, copied
-from mlo.ops.differentiable import TwiceDifferentiable
 from mlo.ops.rng import Randomness, replay
-from mlo.steps import compiled
 from mlo.steps.evaluation import MicroBatch
 from mlo.steps.level import Level
 from mlo.steps.optimizer import Groups, hyperparameters, is_linear, needs_only_after, virtual_step
 from mlo.steps.point import Point
-from mlo.steps.scan import Joined, steps_of
 from mlo.steps.step import NOT_STORED, Step
 from mlo.training.commit import Updater
 from mlo.training.gradients import Gradients, Records, Taken
-from mlo.training.plan import Plan, Role
-
-_GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)  # which live as long as torch
+from mlo.training.plan import Plan
+from mlo.training.round import Round, how_many, in_one_graph
 
 
 @contextmanager
@@ -41,39 +36,6 @@ def looking_ahead(problems: Iterable[Problem], really: bool = True) -> Iterator[
     finally:
         for problem in affected:
             problem.looking_ahead = False
-
-
-class _Round(NamedTuple):
-    """The steps of one level in a round.
-
-    Attributes:
-        level: the level that steps.
-        role: what the estimators make of them.
-        states: of all levels; its own becomes the one that the steps lead to.
-        records: of the levels below.
-        targets: the problems that its steps are pulled back onto.
-        total: how many steps.
-        changing: the problems whose own tensors change before the last pullback.
-        later: whether a problem after this one is differentiated through the levels below.
-        real: whether the steps are real.
-        dtype: that batches are cast to; None: as they are.
-    """
-
-    level: Level
-    role: Role
-    states: dict[str, State]
-    records: Records
-    targets: Collection[str]
-    total: int
-    changing: Collection[str] = ()
-    later: bool = False
-    real: bool = False
-    dtype: torch.dtype | None = None
-
-    @property
-    def kind(self) -> str:
-        """What their passes are counted as."""
-        return "step" if self.real else "virtual"
 
 
 class Rounds:
@@ -109,7 +71,7 @@ class Rounds:
                 targets = self._plan.targets(name, (*below[position + 1 :], top))
                 reached[name] = _virtual(reached[name], of.problem.optimizer_slots(), dtype)
                 self._steps(
-                    _Round(of, self._plan.roles[name], reached, records, targets, of.problem.steps_now, dtype=dtype)
+                    Round(of, self._plan.roles[name], reached, records, targets, of.problem.steps_now, dtype=dtype)
                 )
         return reached, records
 
@@ -124,7 +86,7 @@ class Rounds:
             changing |= {last} if self._levels[last].problem.steps > 1 else set()
         targets = self._plan.targets(name, tuple(later))
         self._steps(
-            _Round(
+            Round(
                 self._levels[name],
                 self._plan.roles[name],
                 states,
@@ -139,16 +101,16 @@ class Rounds:
 
     def real_step(self, name: str, states: Mapping[str, State], records: Records) -> None:
         """One real step of a problem that nothing is differentiated through."""
-        of = _Round(self._levels[name], self._plan.roles[name], dict(states), records, (), 1, real=True)
+        of = Round(self._levels[name], self._plan.roles[name], dict(states), records, (), 1, real=True)
         self._one(of, 0, 0, keep=False)
 
-    def _steps(self, of: _Round) -> None:
+    def _steps(self, of: Round) -> None:
         last, recorded = of.role.recording.last, list[Step]()
         index = taken = 0  # steps taken, and of these recorded
         while index < of.total:
             left = of.total - index
             keep = bool(of.targets) and (last is None or left <= last)
-            count = self._joins(of, taken, left) if keep else 0
+            count = how_many(of, taken, left) if keep else 0
             step = self._joined(of, index, count) if count else None
             if step is None:
                 count, step = 1, self._one(of, index, taken, keep)
@@ -161,7 +123,7 @@ class Rounds:
         if of.targets:
             of.records[of.level.name] = recorded
 
-    def _one(self, of: _Round, index: int, taken: int, keep: bool) -> Step | None:
+    def _one(self, of: Round, index: int, taken: int, keep: bool) -> Step | None:
         """One step by itself; its record, if that is to be kept.
 
         Args:
@@ -199,7 +161,7 @@ class Rounds:
             step.fresh = tuple([m._replace(batch=batch, buffers=None, scale=1.0) for m, batch in again])
         return step
 
-    def _stored(self, of: _Round, taken: int, linear: bool, only_after: bool) -> State:
+    def _stored(self, of: Round, taken: int, linear: bool, only_after: bool) -> State:
         """What is kept of the state before a step."""
         role, state = of.role, of.states[of.level.name]
         if taken % role.recording.every:
@@ -214,13 +176,13 @@ class Rounds:
             return copied(state, torch.device("cpu"))
         return copied(state) if of.real else state
 
-    def _held(self, of: _Round) -> dict[str, State]:
+    def _held(self, of: Round) -> dict[str, State]:
         """Copies of what a step reads and what changes before it is pulled back, where its graph is kept until then."""
         if not of.changing:
             return {}
         return {n: copied(of.states[n]) for n in of.level.reads if n in of.changing and of.states[n].live}
 
-    def _move(self, of: _Round, found: Taken, groups: Groups, left: int) -> None:
+    def _move(self, of: Round, found: Taken, groups: Groups, left: int) -> None:
         """Take the optimizer's step: really, or to another state."""
         name, problem = of.level.name, of.level.problem
         if not of.real:
@@ -233,26 +195,12 @@ class Rounds:
         problem.advance()
         self.losses[name] = found.loss
 
-    def _keeps(self, of: _Round, taken: int) -> bool:
+    def _keeps(self, of: Round, taken: int) -> bool:
         """Whether the graph of a step that is not the last one is kept: while memory lasts for it."""
         size = of.level.graph_bytes  # known once a last step's graph was kept
         return size is not None and of.role.keeps_graph and (taken + 1) * size <= of.role.recording.graph_bytes
 
-    def _joins(self, of: _Round, taken: int, left: int) -> int:
-        """How many of a level's next steps are recorded as one, in one graph; 0: the next one is recorded alone."""
-        level, role, recording = of.level, of.role, of.role.recording
-        problem, size = level.problem, level.graph_bytes
-        if size is None or not recording.joins or not role.keeps_graph or problem.accumulate > 1 or role.again:
-            return 0
-        if not is_linear(problem, problem.optimizer.param_groups):
-            return 0
-        state = of.states[level.name]
-        if not all([variable.requires_grad for variable in state.variables]) or (of.real and not _can_join(level)):
-            return 0
-        room = recording.graph_bytes / max(size, 1)
-        return compiled.may_join(level, state, left if room >= taken + left else int(room) - taken)
-
-    def _joined(self, of: _Round, index: int, count: int) -> Step | None:
+    def _joined(self, of: Round, index: int, count: int) -> Step | None:
         """Several steps in one graph, and their record; None if they can only be taken one by one.
 
         Their batches may not be of one form, and so have no common code; or a step's loss may reach none of the
@@ -270,7 +218,7 @@ class Rounds:
         done = None
         problem.step_number = first + ahead
         try:
-            done = _in_one_graph(of, states, batches, groups)
+            done = in_one_graph(of, states, batches, groups)
             problem.step_number = first
             if done is not None and of.real and not self._updater.commit(problem, done):
                 done = None  # taken one by one, the step that fails raises its error
@@ -301,36 +249,6 @@ def _virtual(state: State, slots: Slots, dtype: torch.dtype | None) -> State:
     variables = tuple([v.detach().requires_grad_(v.requires_grad) for v in state.variables])
     cast_slots = slots if dtype is None else cast(State((), slots=slots), dtype).slots
     return state._replace(variables=variables, slots=cast_slots, live=False)
-
-
-def _in_one_graph(of: _Round, states: Mapping[str, State], batches: Sequence[Any], groups: Any) -> Joined | None:
-    level, own = of.level, states[of.level.name]
-    variables = tuple([variable.detach().requires_grad_() for variable in own.variables])
-    slots = tuple(
-        [{k: v.detach().requires_grad_() if isinstance(v, Tensor) else v for k, v in s.items()} for s in own.slots]
-    )
-    start = own._replace(variables=variables, slots=slots, live=False)
-    at = {name: states[name]._replace(slots=(), live=False) for name in level.reads} | {level.name: start}
-    reached = set(of.targets).difference(level.problem.node.held)
-    with TwiceDifferentiable():
-        if not of.real and level.compiles(own):
-            done = compiled.steps(level, at, batches, groups, reached)
-        else:
-            done = steps_of(level, at, batches, groups, reached, counts=True)
-    if done is None or not done[2]:
-        return None
-    _, end, _, losses, calls = done
-    level.count(of.kind, calls)
-    return Joined(start, end, losses)
-
-
-def _can_join(level: Level) -> bool:
-    """Whether several real steps may be one graph: nothing of the user's runs between them, nor compiled code."""
-    problem, optimizer = level.problem, level.problem.optimizer
-    hooks = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, *_GLOBAL_HOOKS]
-    hooks += [variable._backward_hooks for variable in problem.variables.values()]
-    overridden = problem.scheduler is not None or "step" in vars(optimizer)
-    return not overridden and not any(hooks) and level.compiler is None
 
 
 def cast_batches(batches: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:

@@ -38,13 +38,13 @@ def engine(
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many steps are taken in each graph of several."""
     counts: list[int] = []
-    joined = rounds._in_one_graph
+    joined = rounds.in_one_graph
 
     def counted(of: Any, states: Any, batches: list, groups: Any) -> Any:
         counts.append(len(batches))
         return joined(of, states, batches, groups)
 
-    monkeypatch.setattr(rounds, "_in_one_graph", counted)
+    monkeypatch.setattr(rounds, "in_one_graph", counted)
     return counts
 
 
