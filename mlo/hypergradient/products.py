@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import zip_longest
+from itertools import repeat, zip_longest
+from operator import is_not
 from typing import Annotated, ClassVar, Protocol
 
 import torch
@@ -52,10 +53,11 @@ class Product(Config, ABC):
         if len(point.micro) > 1:
             return partial(_mean, [partial(self._at, part, targets, None) for part in point.parts()])
         lowered = point.level.problem.autocast is not None
-        if point.cache is None or lowered:
+        if lowered:
+            step, point = None, point._replace(autocast=self.autocast, cache=ReadCache(point.level.device))
+        elif point.cache is None and (step is None or step.graph is None):
             point = point._replace(cache=ReadCache(point.level.device))
-        point = point._replace(autocast=self.autocast and lowered)
-        return self.open(point, targets, None if lowered else step)
+        return self.open(point, targets, step)
 
     @abstractmethod
     def open(self, point: Point, targets: Sequence[str], step: Step | None) -> Curvature:
@@ -91,11 +93,15 @@ class Exact(Product):
                 kept = _with_graph(point, targets)
             variables, of_loss = kept
             cached = point.cache.leaves if cross and point.cache is not None else []
-            inputs = [*(variables if own else ()), *_variables(point, targets if cross else ()), *cached]
-            pairs = [(g, u) for g, u in zip(of_loss, vector, strict=True) if g.requires_grad]
+            reads = _variables(point, targets) if cross else []
+            inputs = [*(variables if own else ()), *reads, *cached]
             derivative: Found = [None] * len(inputs)
-            if pairs and inputs:
-                outputs, given = zip(*pairs, strict=True)
+            outputs, given = [], []
+            for part, weight in zip(of_loss, vector, strict=True):
+                if part.requires_grad:
+                    outputs.append(part)
+                    given.append(weight)
+            if outputs and inputs:
                 derivative = torch.autograd.grad(outputs, inputs, given, retain_graph=True, allow_unused=True)
             end = len(inputs) - len(cached)
             return _parted(point, derivative[:end], derivative[end:], own, targets if cross else ())
@@ -245,7 +251,10 @@ def _less(one: Tensor | None, other: Tensor | None, weight: Tensor) -> Tensor | 
 
 
 def _variables(point: Point, names: Sequence[str]) -> list[Tensor]:
-    return [variable for name in names for variable in point.reads[name].variables]
+    found: list[Tensor] = []
+    for name in names:
+        found += point.reads[name].variables
+    return found
 
 
 def _parted(
@@ -253,16 +262,16 @@ def _parted(
 ) -> tuple[Vector, Cotangents]:
     """Flat derivatives as the part of the level's own variables, and that of each target."""
     mine = point.state.variables if own else ()
-    inputs, direct = _variables(point, targets), found[len(mine) :]
-    if point.cache is not None and any([leaf is not None for leaf in at_leaves]):
-        direct = point.cache.pull(at_leaves, inputs, direct)
+    direct = found[len(mine) :]
+    if point.cache is not None and any(map(is_not, at_leaves, repeat(None))):
+        direct = point.cache.pull(at_leaves, _variables(point, targets), direct)
     cross: Cotangents = {}
     begin = 0
     for target in targets:
         variables = point.reads[target].variables
         cross[target] = reached(direct[begin : begin + len(variables)], variables)
         begin += len(variables)
-    return filled(found[: len(mine)], mine), cross
+    return filled(found[: len(mine)], mine) if own else (), cross
 
 
 def _compiled_product(point: Point, vector: Vector, of: Sequence[str], targets: Sequence[str]) -> Found | None:

@@ -214,8 +214,10 @@ class Problem(ABC):
 
     def optimizer_slots(self) -> tuple[Mapping[str, Any], ...]:
         """What the optimizer keeps for each variable, in its own tensors."""
-        of = self.optimizer.state
-        return tuple([{**of[variable]} if variable in of else {} for variable in self.variables.values()])
+        of, found = self.optimizer.state, list[Mapping[str, Any]]()
+        for variable in self.variables.values():
+            found.append({**of[variable]} if variable in of else {})
+        return tuple(found)
 
     def state_dict(self) -> dict[str, Any]:
         """The state needed to resume bit for bit: module, optimizer, scheduler and position in the data."""

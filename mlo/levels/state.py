@@ -47,11 +47,14 @@ def leaves(tensors: Sequence[Tensor]) -> Vector:
 @torch.no_grad()
 def copied(state: State, device: torch.device | None = None) -> State:
     """A copy of the state on ``device``; its parameters require gradients where those of the state do."""
-    parts = []
+    parts: list[Vector] = []
     for tensors in state[:3]:
         here = device is None or not tensors or tensors[0].device == device
-        copies = [t.clone() for t in tensors] if here else [t.to(device, copy=True) for t in tensors]
-        parts.append(tuple([c.requires_grad_(t.requires_grad) for c, t in zip(copies, tensors, strict=True)]))
+        copies = tuple(map(torch.clone, tensors)) if here else tuple([t.to(device, copy=True) for t in tensors])
+        for copy, tensor in zip(copies, tensors, strict=True):
+            if tensor.requires_grad:
+                copy.requires_grad_()
+        parts.append(copies)
     slots = slots_on(state.slots, device or state.device, copy=True) if any(state.slots) else state.slots
     return State(parts[0], parts[1], parts[2], slots)
 

@@ -33,20 +33,23 @@ class Named(Protocol):
 RUNNING: list[tuple[nn.Module, Named, Sequence[Tensor]]] = []
 
 
-class Recomputing:
-    """A context: checkpointed calls inside it are later recomputed with the tensors in ``RUNNING``.
+def recompute() -> tuple[Any, Any]:
+    """From now on, recompute checkpointed calls with the tensors in ``RUNNING``, until :func:`end`.
 
     It supports non-reentrant checkpointing. Reentrant checkpointing hides parameters from ``torch.autograd.grad``,
     which would treat them as unused; it raises a ConfigError.
+
+    Returns:
+        What :func:`end` takes. Both run at every evaluation, so they must be cheap.
     """
+    outside = _LIBRARY[_ENTRY], _LIBRARY["CheckpointFunction"]
+    _LIBRARY[_ENTRY], _LIBRARY["CheckpointFunction"] = partial(_recorded, outside[0]), _Reentrant
+    return outside
 
-    def __enter__(self) -> None:  # runs at every evaluation, so it must be cheap
-        self._outside = _LIBRARY[_ENTRY], _LIBRARY["CheckpointFunction"]
-        _LIBRARY[_ENTRY] = partial(_recorded, self._outside[0])
-        _LIBRARY["CheckpointFunction"] = _Reentrant
 
-    def __exit__(self, *_: object) -> None:
-        _LIBRARY[_ENTRY], _LIBRARY["CheckpointFunction"] = self._outside
+def end(outside: tuple[Any, Any]) -> None:
+    """Recompute as before :func:`recompute`."""
+    _LIBRARY[_ENTRY], _LIBRARY["CheckpointFunction"] = outside
 
 
 def _recorded(outside: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -22,12 +22,13 @@ class TwiceDifferentiable:
     """
 
     def __enter__(self) -> None:  # runs at every step, so it must be cheap
-        self._outside = [namespace["_weight_norm"] for namespace in _WEIGHT_NORMS]
-        self._kernels = [bool(enabled()) for enabled, _ in _FUSED_ATTENTION]
+        self._outside, self._kernels = [], list[bool]()
         self._math = torch.backends.cuda.math_sdp_enabled()
         for namespace in _WEIGHT_NORMS:
+            self._outside.append(namespace["_weight_norm"])
             namespace["_weight_norm"] = _weight_norm
-        for _, enable in _FUSED_ATTENTION:
+        for enabled, enable in _FUSED_ATTENTION:
+            self._kernels.append(enabled())
             enable(False)
         torch.backends.cuda.enable_math_sdp(True)
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from mlo.errors import GraphError
+from mlo.levels.problem import Problem
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import State
 from mlo.levels.substitution import Substitute
-from mlo.ops.activation_checkpointing import Recomputing
+from mlo.ops.activation_checkpointing import end, recompute
 from mlo.ops.vectors import Vector
 from mlo.steps.level import Level
 
@@ -23,6 +24,8 @@ Found = Sequence[Tensor | None]
 
 class Reading:
     """A context in which the problems that a level reads run in given states.
+
+    Activation checkpointing inside it recomputes in these states, too; compiled code needs nothing for that.
 
     Args:
         reached: problems that the loss is differentiated for; the other reads are constants.
@@ -37,20 +40,30 @@ class Reading:
         cache: ReadCache | None = None,
         moving: Collection[str] = (),
     ) -> None:
-        self._problems = [read.problem for read in level.reads.values()]
-        self.substitutes = [
-            Substitute(read.problem, states[name], name in reached, cache=None if name in moving else cache)
-            for name, read in level.reads.items()
-        ]
+        self._substitutes: list[tuple[Problem, Substitute]] = []
+        for name, read in level.reads.items():
+            kept = None if name in moving else cache
+            substitute = Substitute(read.problem, states[name], name in reached, cache=kept)
+            self._substitutes.append((read.problem, substitute))
 
     def __enter__(self) -> Reading:
-        for problem, substitute in zip(self._problems, self.substitutes, strict=True):
+        self._outside = None if torch.compiler.is_compiling() else recompute()
+        for problem, substitute in self._substitutes:
             problem.substitute = substitute
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for problem in self._problems:
+    def __exit__(self, *error: object) -> None:
+        for problem, _ in self._substitutes:
             problem.substitute = None
+        if self._outside is not None:
+            end(self._outside)
+
+    def calls(self, own: int) -> list[int]:
+        """How often each module ran: the level's ``own``, and those that it reads."""
+        found = [own]
+        for _, substitute in self._substitutes:
+            found.append(substitute.calls)
+        return found
 
 
 def loss_at(level: Level, state: State, batch: Any) -> tuple[Tensor, Substitute]:
@@ -91,14 +104,9 @@ def loss_of(
     Returns:
         The loss, the module's buffers after it, and how often each module ran: its own, and those that it reads.
     """
-    with Reading(level, states, reached, cache, moving) as reading, checkpointing(), context or nullcontext():
+    with Reading(level, states, reached, cache, moving) as reading, context or nullcontext():
         loss, own = loss_at(level, states[level.name], batch)
-    return loss, own.buffers, [own.calls, *[substitute.calls for substitute in reading.substitutes]]
-
-
-def checkpointing() -> AbstractContextManager[Any]:
-    """A context in which activation checkpointing works under substitution; compiled code needs none."""
-    return nullcontext() if torch.compiler.is_compiling() else Recomputing()
+    return loss, own.buffers, reading.calls(own.calls)
 
 
 def gradient_of(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _NOTHING_ELSE = nullcontext()
+_REQUIRES_GRAD = attrgetter("requires_grad")
 NOTHING: Mapping[str, Any] = {}
 
 
@@ -195,20 +196,20 @@ def _evaluated(
     through_own: bool,
 ) -> tuple[Tensor, dict[str, Found], Found, Vector]:
     level = point.level
-    states, inputs = states_at(point, micro)
+    if point.inner:
+        states, inputs = states_at(point, micro)
+    else:
+        own = point.state if micro.buffers is None else point.state._replace(buffers=micro.buffers)
+        states, inputs = {**point.reads, level.name: own}, None
     reached = {*reached, *of, *point.inner}.difference(level.problem.node.held)
     if level.compiler is not None and compiled.applies(point, keep_graph):
         done = compiled.gradient(point, states, micro, of, reached, kind, keep_graph, through_own)
         if done is not None:
-            return done[0], _by_level(done[1], of, states), (), done[2]
+            loss, found, buffers = done
+            return loss, _by_level(found, of, states), (), buffers
     if point.cache is not None:
         point.cache.begin()
-    for name in of:
-        if not all(map(attrgetter("requires_grad"), states[name].variables)):
-            raise GraphError(
-                f"problem {name!r}: a parameter that its optimizer held at the start no longer requires gradients; "
-                "freeze parameters before the problem is made, or put them in a group with learning rate 0"
-            )
+    _refuse_frozen(of, states)
     measured = keep_graph and level.graph_bytes is None and not level.recast(point.state)
     saved = SavedBytes(states.values(), micro.batch) if measured else None
     with TwiceDifferentiable() if keep_graph else _NOTHING_ELSE, saved or _NOTHING_ELSE:
@@ -255,8 +256,6 @@ def states_at(point: Point, micro: MicroBatch) -> tuple[dict[str, State], Vector
     if micro.buffers is not None:
         own = own._replace(buffers=micro.buffers)
     states = {**point.reads, name: own}
-    if not point.inner:
-        return states, None
     inputs, shifts = None, {}
     if point.apart:
         states[name], inputs = shifted(own, point.shift)
@@ -264,6 +263,15 @@ def states_at(point: Point, micro: MicroBatch) -> tuple[dict[str, State], Vector
         inputs = inputs if point.shift is None else own.variables
     above = {read: state for read, state in states.items() if read not in point.level.below}
     return {**states, **retaken(point.inner, above, {}, shifts)}, inputs
+
+
+def _refuse_frozen(of: Sequence[str], states: Mapping[str, State]) -> None:
+    for name in of:
+        if not all(map(_REQUIRES_GRAD, states[name].variables)):
+            raise GraphError(
+                f"problem {name!r}: a parameter that its optimizer held at the start no longer requires gradients; "
+                "freeze parameters before the problem is made, or put them in a group with learning rate 0"
+            )
 
 
 def _by_level(found: Found, of: Sequence[str], states: Mapping[str, State]) -> dict[str, Found]:

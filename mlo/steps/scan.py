@@ -15,7 +15,7 @@ from mlo.ops.differentiable import ThriceDifferentiable, TwiceDifferentiable
 from mlo.ops.vectors import Vector, filled
 from mlo.steps.evaluation import evaluate
 from mlo.steps.level import Level
-from mlo.steps.losses import Found, Reading, States, checkpointing, loss_at, loss_of
+from mlo.steps.losses import Found, Reading, States, loss_at, loss_of
 from mlo.steps.optimizer import Groups, differentiable_step, sgd_step
 
 if TYPE_CHECKING:
@@ -79,10 +79,9 @@ def steps_of(
             level.problem.step_number += 1
         return loss, state.variables, own.buffers
 
-    with Reading(level, states, reached) as reading, checkpointing():
+    with Reading(level, states, reached) as reading:
         end, each = scan(level, states[level.name], [groups] * len(batches), loss_of_step, sgd_step)
-    calls = [own_calls, *[substitute.calls for substitute in reading.substitutes]]
-    return end.variables, end, each, losses, calls
+    return end.variables, end, each, losses, reading.calls(own_calls)
 
 
 @dataclass(frozen=True)

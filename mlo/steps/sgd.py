@@ -6,7 +6,7 @@ takes several passes over the weights. These formulas give the same bits for the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def step(
     return moved, after
 
 
-def scales(of: Sequence[Group], unreached: Collection[int], slots: Slots) -> list[float]:
+def scales(of: Iterable[Group], unreached: Collection[int], slots: Slots) -> list[float]:
     """For each variable, the derivative of its new value with respect to its gradient, which is a single number.
 
     Args:

@@ -123,7 +123,7 @@ class Step:
         """The number by which the transposed step multiplies a cotangent, if it is one number for all variables."""
         if not self.linear:
             return None
-        of = [self.groups[number] for number in self.point.level.problem.group_numbers]
+        of = map(self.groups.__getitem__, self.point.level.problem.group_numbers)
         scales = set(sgd.scales(of, self.unreached, self.point.state.slots))
         return scales.pop() if len(scales) == 1 else None
 

@@ -49,14 +49,16 @@ class Updater:
         Raises:
             NonFiniteLossError: if not deferred, before anything is changed.
         """
-        sizes = [g.detach() for g in gradients if g is not None]
+        sizes = [gradient for gradient in gradients if gradient is not None]
         if not self._deferred:
-            _check(problem.name, problem.step_number, [loss.item(), norm(sizes).item()])
+            seen = [loss.item(), norm(sizes).item()]
+            if not (math.isfinite(seen[0]) and math.isfinite(seen[1])):
+                _check(problem.name, problem.step_number, seen)
             _take_step(problem, gradients, buffers)
             return
-        seen = torch.stack([loss.double(), norm(sizes).double()])
-        self._round.append((problem.name, problem.step_number, seen))
-        self._finite = self._finite & torch.isfinite(seen).all()
+        sent = torch.stack([loss.double(), norm(sizes).double()])
+        self._round.append((problem.name, problem.step_number, sent))
+        self._finite = self._finite & torch.isfinite(sent).all()
         before = {id(tensor): tensor.detach().clone() for tensor in _tensors(problem, self._device)}
         _take_step(problem, gradients, buffers)
         with torch.no_grad():
@@ -148,8 +150,9 @@ def _targets(problem: Problem, joined: Joined) -> Iterator[tuple[Tensor, Tensor]
 
 
 def _take_step(problem: Problem, gradients: Found, buffers: Vector) -> None:
-    variables = problem.variables.values()
-    for variable, gradient in zip(variables, clip(gradients, problem.clip_norm_now), strict=True):
+    variables, largest = problem.variables.values(), problem.clip_norm_now
+    clipped = gradients if largest is None else clip(gradients, largest)
+    for variable, gradient in zip(variables, clipped, strict=True):
         variable.grad = gradient
     problem.optimizer.step()
     for variable in variables:

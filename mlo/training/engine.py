@@ -132,13 +132,15 @@ class Engine:
             GraphError: if a declared read carries no gradient.
         """
         due = self._due()
-        tops = [name for name in self._plan.tops if name in due] if self._plan.lookahead else []
+        rest, tops = due, list[str]()
+        if self._plan.lookahead:
+            tops = [name for name in self._plan.tops if name in due]
+            rest = [name for name in due if name not in tops]
         for top in tops:
             for _ in range(self.problems[top].steps):
                 with self._ahead(top):
                     states, records = self._rounds.below(top, due, self._live_states())
                     self._rounds.real_step(top, states, records)
-        rest = [name for name in due if name not in tops]
         states, records = self._live_states(), Records()
         for position, name in enumerate(rest):
             self._rounds.real(name, states, records, rest[position + 1 :])
@@ -273,4 +275,7 @@ class Engine:
         return [name for name, problem in self.problems.items() if self.rounds >= problem.warmup]
 
     def _live_states(self) -> dict[str, State]:
-        return {name: problem.live_state() for name, problem in self.problems.items()}
+        states = {}
+        for name, problem in self.problems.items():
+            states[name] = problem.live_state()
+        return states

@@ -128,7 +128,7 @@ class Gradients:
         own, graph = done.found[name], None
         if keep:
             graph = state.variables, filled(own, state.variables)
-            own = tuple([None if each is None else each.detach() for each in own])
+            own = [None if each is None else each.detach() for each in own]
         if role.paths:
             found = done.found if cache is None or not lower else pulled(point, cache, done)
             own = _sum(own, self._through(level, states, records, found, real=kind == "step"))
@@ -196,6 +196,6 @@ class Gradients:
 
 
 def _sum(own: Found, indirect: Vector | None) -> Found:
-    if indirect is None:
-        return own
+    if indirect is None or not any(map(is_not, own, repeat(None))):
+        return own if indirect is None else indirect
     return [s if o is None else o + s for o, s in zip(own, indirect, strict=True)]

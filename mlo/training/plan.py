@@ -26,6 +26,7 @@ class Role(NamedTuple):
         inner: the lower problems whose steps are part of its curvature, lowest first.
         keeps_graph: whether the graphs of its gradients are kept for exact products.
         again: whether recorded steps are taken again, which needs the optimizer's state before them.
+        joins: whether several steps may be recorded in one graph.
     """
 
     recording: Recording
@@ -34,6 +35,7 @@ class Role(NamedTuple):
     inner: Sequence[str]
     keeps_graph: bool
     again: bool
+    joins: bool
 
 
 class Plan:
@@ -78,7 +80,7 @@ class Plan:
             self._check_inner()
             self.paths = {name: self.graph.paths(name, blocked, self.inner) for name in self.graph.names}
         self.roles = {name: self._role(name) for name in self.graph.names}
-        self._targets: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
+        self._targets: dict[tuple[str, tuple[str, ...]], tuple[list[str], tuple[str, ...]]] = {}
         self.tops = [name for name in self.graph.tops() if self.graph.is_upper(name)]
         through = {name for paths in self.paths.values() for name in paths}
         for name in (name for name in self.graph.names if name in through):
@@ -96,13 +98,16 @@ class Plan:
 
     def _role(self, name: str) -> Role:
         problem, recording, paths = self._problems[name], self.recordings[name], self.paths[name]
+        keeps_graph = recording.graph and not paths and problem.autocast is None
+        again = recording.every > 1 or any(name in lows for lows in self.inner.values())
         return Role(
             recording,
             paths,
             lower=tuple([read for read in self.graph.lower_reads(name) if read in paths]),
             inner=self.inner.get(name, ()),
-            keeps_graph=recording.graph and not paths and problem.autocast is None,
-            again=recording.every > 1 or any(name in lows for lows in self.inner.values()),
+            keeps_graph=keeps_graph,
+            again=again,
+            joins=recording.joins and keeps_graph and not again,
         )
 
     def _nested(self) -> list[str]:
@@ -118,12 +123,13 @@ class Plan:
                         "give it hypergradient='one_step' or 'unrolled', or pass inner_path=False"
                     )
 
-    def targets(self, lower: str, uppers: tuple[str, ...]) -> tuple[str, ...]:
-        """The problems that ``lower`` is pulled back onto in the backward passes of ``uppers``."""
-        found = self._targets.get((lower, uppers))
+    def targets(self, lower: str, following: tuple[str, ...]) -> tuple[list[str], tuple[str, ...]]:
+        """Those of the problems ``following`` a lower one that have a hypergradient, and what that one is pulled onto."""
+        found = self._targets.get((lower, following))
         if found is None:
-            found = tuple(dict.fromkeys([t for upper in uppers for t in self.paths[upper].get(lower, ())]))
-            self._targets[lower, uppers] = found
+            later = [other for other in following if self.paths[other]]
+            targets = [target for upper in later for target in self.paths[upper].get(lower, ())]
+            found = self._targets[lower, following] = later, tuple(dict.fromkeys(targets))
         return found
 
     def _refuse_half_products(self, name: str) -> None:

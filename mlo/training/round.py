@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from mlo.levels.state import State
+from mlo.levels.state import State, copied
 from mlo.ops.differentiable import TwiceDifferentiable
 from mlo.steps import compiled
 from mlo.steps.level import Level
@@ -48,17 +48,21 @@ class Round(NamedTuple):
     real: bool = False
     dtype: torch.dtype | None = None
 
-    @property
-    def kind(self) -> str:
-        """What their passes are counted as."""
-        return "step" if self.real else "virtual"
+
+def held_copies(of: Round) -> dict[str, State]:
+    """Copies of what a step reads and what changes before it is pulled back, where its graph is kept until then."""
+    found = {}
+    for name in of.level.reads if of.changing else ():
+        if name in of.changing and of.states[name].live:
+            found[name] = copied(of.states[name])
+    return found
 
 
 def how_many(of: Round, taken: int, left: int) -> int:
     """How many of a level's next steps are recorded as one, in one graph; 0: the next one is recorded alone."""
     level, role, recording = of.level, of.role, of.role.recording
     problem, size = level.problem, level.graph_bytes
-    if size is None or not recording.joins or not role.keeps_graph or problem.accumulate > 1 or role.again:
+    if size is None or not role.joins or problem.accumulate > 1:
         return 0
     if not is_linear(problem, problem.optimizer.param_groups):
         return 0
@@ -87,7 +91,7 @@ def in_one_graph(of: Round, states: Mapping[str, State], batches: Sequence[Any],
     if done is None or not done[2]:
         return None
     _, end, _, losses, calls = done
-    level.count(of.kind, calls)
+    level.count("step" if of.real else "virtual", calls)
     return Joined(start, end, losses)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, repeat
+from operator import is_not
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from mlo.steps.step import NOT_STORED, Step
 from mlo.training.commit import Updater
 from mlo.training.gradients import Gradients, Records, Taken
 from mlo.training.plan import Plan
-from mlo.training.round import Round, how_many, in_one_graph
+from mlo.training.round import Round, held_copies, how_many, in_one_graph
 
 
 @contextmanager
@@ -68,7 +69,7 @@ class Rounds:
         with replay(None, level.device, any([self._levels[name].draws_outside for name in below])):
             for position, name in enumerate(below):
                 of = self._levels[name]
-                targets = self._plan.targets(name, (*below[position + 1 :], top))
+                _, targets = self._plan.targets(name, (*below[position + 1 :], top))
                 reached[name] = _virtual(reached[name], of.problem.optimizer_slots(), dtype)
                 self._steps(
                     Round(of, self._plan.roles[name], reached, records, targets, of.problem.steps_now, dtype=dtype)
@@ -78,13 +79,11 @@ class Rounds:
     def real(self, name: str, states: dict[str, State], records: Records, following: Sequence[str]) -> None:
         """The real steps of a problem; recorded if one of the ``following`` is differentiated through them."""
         problem = self._levels[name].problem
-        later = [other for other in following if self._plan.paths[other]]
-        changing: set[str] = set()
+        (later, targets), changing = self._plan.targets(name, tuple(following)), set[str]()
         if later:  # what is stepped on before, or while, the last of them is differentiated
             last = later[-1]
             changing = {name, *following[: following.index(last)]}
             changing |= {last} if self._levels[last].problem.steps > 1 else set()
-        targets = self._plan.targets(name, tuple(later))
         self._steps(
             Round(
                 self._levels[name],
@@ -110,7 +109,7 @@ class Rounds:
         while index < of.total:
             left = of.total - index
             keep = bool(of.targets) and (last is None or left <= last)
-            count = how_many(of, taken, left) if keep else 0
+            count = how_many(of, taken, left) if keep and of.role.joins else 0
             step = self._joined(of, index, count) if count else None
             if step is None:
                 count, step = 1, self._one(of, index, taken, keep)
@@ -130,12 +129,13 @@ class Rounds:
             index, taken: how many steps of the round came before it, and how many of them were recorded.
         """
         level, problem, role, ahead = of.level, of.level.problem, of.role, 0 if of.real else index
-        states, state, left = of.states, of.states[level.name], of.total - index - 1
+        states, left = of.states, of.total - index - 1
         batches, count = problem.batches_ahead(ahead), problem.step_number + ahead
+        kind = "step" if of.real else "virtual"
         if of.dtype is not None:
             batches = cast_batches(batches, of.dtype)
         if not keep:
-            found = self._gradients.of(level.name, states, of.records, batches, of.kind, (), count)
+            found = self._gradients.of(level.name, states, of.records, batches, kind, (), count)
             self._move(of, found, hyperparameters(problem) if not of.real else (), left)
             return None
         groups = hyperparameters(problem)
@@ -143,9 +143,9 @@ class Rounds:
         only_after = not linear and role.recording.last == 1 and not role.again and needs_only_after(problem, groups)
         before = self._stored(of, taken, linear, only_after) if role.recording.before else NOT_STORED
         onto = of.targets if left == 0 or self._keeps(of, taken) else ()
-        if onto and role.keeps_graph and before.variables and before.device == state.device:
-            states = {**states, level.name: before, **self._held(of)}
-        found = self._gradients.of(level.name, states, of.records, batches, of.kind, onto, count, later=index > 0)
+        if onto and role.keeps_graph and before.variables and role.recording.store_on == "device":
+            states = {**states, level.name: before, **held_copies(of)}
+        found = self._gradients.of(level.name, states, of.records, batches, kind, onto, count, later=index > 0)
         self._move(of, found, groups, left)
         if only_after and before.variables:
             slots = problem.optimizer_slots() if of.real else of.states[level.name].slots
@@ -153,7 +153,8 @@ class Rounds:
         step = Step(found.point._replace(state=before), groups, linear, stepped=only_after)
         if found.kept:
             step.gradient = found.own
-        step.unreached = frozenset([i for i, each in enumerate(found.own) if each is None])
+        if not all(map(is_not, found.own, repeat(None))):
+            step.unreached = frozenset([i for i, each in enumerate(found.own) if each is None])
         step.base, step.graph = found.base, found.graph
         if role.recording.fresh:
             fresh = cast_batches(problem.batches_ahead(0 if of.real else index + 1), of.dtype)
@@ -175,12 +176,6 @@ class Rounds:
         if role.recording.store_on == "cpu":
             return copied(state, torch.device("cpu"))
         return copied(state) if of.real else state
-
-    def _held(self, of: Round) -> dict[str, State]:
-        """Copies of what a step reads and what changes before it is pulled back, where its graph is kept until then."""
-        if not of.changing:
-            return {}
-        return {n: copied(of.states[n]) for n in of.level.reads if n in of.changing and of.states[n].live}
 
     def _move(self, of: Round, found: Taken, groups: Groups, left: int) -> None:
         """Take the optimizer's step: really, or to another state."""
@@ -209,7 +204,7 @@ class Rounds:
         The graph must outlive what changes before its last use, so it is made with copies of it.
         """
         level, problem, name = of.level, of.level.problem, of.level.name
-        states, groups = {**of.states, **self._held(of)}, hyperparameters(problem)
+        states, groups = {**of.states, **held_copies(of)}, hyperparameters(problem)
         if of.real:
             states[name] = copied(of.states[name]._replace(slots=problem.optimizer_slots()))
         ahead = 0 if of.real else index

@@ -44,7 +44,8 @@ class AlongSteps(Estimator, ABC):
         """One product and one pullback through the optimizer for each step."""
         found: Cotangents = dict.fromkeys(targets)
         slots: OfSlots = ()
-        for step in _backwards(steps):
+        here = steps[0].point.state.variables[0].device == steps[0].point.level.device
+        for step in steps if here and len(steps) == 1 else _backwards(steps):
             oldest = step is steps[0]
             if step.joined is not None:
                 cotangent, slots, cross = step.pull_joined(cotangent, slots, targets, oldest)
@@ -53,7 +54,8 @@ class AlongSteps(Estimator, ABC):
             else:
                 cotangent, slots, cross = self._pull(step, cotangent, slots, targets)
             for target, more in cross.items():
-                found[target] = total(found[target], more)
+                so_far = found[target]
+                found[target] = more if so_far is None else total(so_far, more)
         return Pulled(found)
 
     def _pull(
