@@ -124,7 +124,7 @@ class Plan:
                     )
 
     def targets(self, lower: str, following: tuple[str, ...]) -> tuple[list[str], tuple[str, ...]]:
-        """Those of the problems ``following`` a lower one that have a hypergradient, and what that one is pulled onto."""
+        """Those of ``following``, above a lower problem, that have a hypergradient, and what it is pulled back onto."""
         found = self._targets.get((lower, following))
         if found is None:
             later = [other for other in following if self.paths[other]]
