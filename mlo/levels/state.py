@@ -46,9 +46,12 @@ def leaves(tensors: Sequence[Tensor]) -> Vector:
 
 @torch.no_grad()
 def copied(state: State, device: torch.device | None = None) -> State:
-    """A copy of the state on ``device``; its parameters require gradients where those of the state do."""
+    """A copy of what training changes, on ``device``; the constants are the same tensors.
+
+    The variables require gradients where those of the state do.
+    """
     parts: list[Vector] = []
-    for tensors in state[:3]:
+    for tensors in (state.variables, state.buffers):
         here = device is None or not tensors or tensors[0].device == device
         copies = tuple(map(torch.clone, tensors)) if here else tuple([t.to(device, copy=True) for t in tensors])
         for copy, tensor in zip(copies, tensors, strict=True):
@@ -56,7 +59,7 @@ def copied(state: State, device: torch.device | None = None) -> State:
                 copy.requires_grad_()
         parts.append(copies)
     slots = slots_on(state.slots, device or state.device, copy=True) if any(state.slots) else state.slots
-    return State(parts[0], parts[1], parts[2], slots)
+    return State(parts[0], state.constants, parts[1], slots)
 
 
 def slots_on(slots: Slots, device: torch.device, copy: bool = False) -> Slots:

@@ -111,3 +111,22 @@ def test_a_round_takes_few_copies_of_the_parameters(optimizer, copies):
     with _PeakMemory() as memory:
         engine.step()
     assert memory.peak < copies * size
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize("estimator", ["one_step", "unrolled", "cg"])
+def test_frozen_parameters_are_not_copied(estimator, lookahead):
+    """As the backbone under an adapter; both the lower and the upper level have one."""
+    torch.manual_seed(0)
+    modules = [nn.Sequential(nn.Linear(256, 256).requires_grad_(False), nn.Linear(256, 2)) for _ in range(2)]
+    rows, problems = torch.ones(2, 256), []
+    for cls, name, module in zip((Following, Judging), ("low", "top"), modules, strict=True):
+        optimizer = torch.optim.SGD(module[1].parameters(), lr=0.1)
+        problems.append(cls(name, module=module, optimizer=optimizer, data=[rows]))
+    problems[0].steps = 3
+    engine = mlo.Engine(problems, estimator, lookahead=lookahead, device="cpu")
+    engine.run(2)
+    with _PeakMemory() as memory:
+        engine.step()
+    frozen = modules[0][0].weight
+    assert memory.peak < 2.5 * frozen.numel() * frozen.element_size(), "the two that exist are counted"
