@@ -10,7 +10,7 @@ from torch import Tensor
 from mlo.errors import GraphError
 from mlo.hypergradient.estimators.base import Estimator
 from mlo.ops.vectors import Vector, add
-from mlo.steps.point import gradient, pulled
+from mlo.steps.point import Wanted, gradient, pulled
 from mlo.steps.step import Step, reached
 
 
@@ -75,7 +75,7 @@ def _depends(step: Step, target: str) -> bool:
     level = step.point.level
     if target not in level.depends_on:
         point = step.at_solution().parts()[0]
-        done = gradient(point, (target,), kind="product", at_leaves=True)
+        done = gradient(point, Wanted((target,), at_leaves=True))
         found = done.found if point.cache is None else pulled(point, point.cache, done)
         if reached(found[target], point.reads[target].variables) is None:
             return False

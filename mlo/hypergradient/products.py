@@ -23,7 +23,7 @@ from mlo.options.registry import PRODUCTS
 from mlo.steps import compiled
 from mlo.steps.evaluation import evaluate
 from mlo.steps.losses import Found, loss_of
-from mlo.steps.point import Gradient, Point, gradient, states_at
+from mlo.steps.point import Gradient, Point, Wanted, gradient, states_at
 from mlo.steps.step import Cotangents, Step, reached
 
 
@@ -112,7 +112,7 @@ class Exact(Product):
 def _with_graph(point: Point, targets: Sequence[str]) -> tuple[Vector, Vector]:
     """The level's variables, and the gradient at them with its graph."""
     at = point.at(leaves(point.state.variables))
-    done = gradient(at, (point.level.name,), kind="product", reached=targets, keep_graph=True)
+    done = gradient(at, Wanted((point.level.name,), reached=targets, keep_graph=True))
     return at.state.variables, filled(done.found[point.level.name], at.state.variables)
 
 
@@ -191,7 +191,7 @@ class OneSided(Product):
         base = None if step is None else step.base
         if base is None:
             of = (point.level.name, *targets)
-            base = gradient(_moved(point, ()), of, kind="product", at_leaves=True)
+            base = gradient(_moved(point, ()), Wanted(of, at_leaves=True))
         return partial(_difference, point, targets, self.radius, base)
 
 
@@ -217,7 +217,7 @@ def _difference(
     stride = torch.where(size > 0, radius / size, 0.0)
     of = [*((point.level.name,) if own else ()), *(targets if cross else ())]
     sides = [
-        gradient(_moved(point, vector, sign * stride), of, kind="product", reached=targets, at_leaves=cross)
+        gradient(_moved(point, vector, sign * stride), Wanted(of, reached=targets, at_leaves=cross))
         for sign in ((1.0, -1.0) if base is None else (1.0,))
     ]
     weight = size / (len(sides) * radius)

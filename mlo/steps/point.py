@@ -89,52 +89,51 @@ class Point(NamedTuple):
         return [self._replace(micro=(micro,)) for micro in self.micro] if len(self.micro) > 1 else [self]
 
 
-def gradient(
-    point: Point,
-    of: Sequence[str],
-    *,
-    kind: str,
-    reached: Collection[str] = (),
-    keep_graph: bool = False,
-    through_own: bool = True,
-    at_leaves: bool = False,
-) -> Gradient:
-    """The gradient of the loss at a point, for the variables of the problems ``of``.
+class Wanted(NamedTuple):
+    """Which gradient is taken, and for what.
 
-    Args:
+    Attributes:
+        of: the problems for whose variables the loss is differentiated.
         kind: what the passes are counted as.
         reached: further problems that the loss depends on, as when their outputs are cached.
         keep_graph: keep the gradient's own graph; of one micro-batch.
         through_own: whether that graph will be differentiated for the level's own variables.
         at_leaves: differentiate for the outputs that the cache cuts out of the graph, too. Of several micro-batches,
             these are taken on to the problems ``of``.
+    """
+
+    of: Sequence[str]
+    kind: str = "product"
+    reached: Collection[str] = ()
+    keep_graph: bool = False
+    through_own: bool = True
+    at_leaves: bool = False
+
+
+def gradient(point: Point, wanted: Wanted) -> Gradient:
+    """The gradient of the loss at a point.
 
     Raises:
         GraphError: if the loss cannot be differentiated.
     """
     if len(point.micro) == 1:
-        return _gradient(point, point.micro[0], of, kind, reached, keep_graph, at_leaves, through_own)
+        return _gradient(point, point.micro[0], wanted)
     count = len(point.micro)
     losses: list[Tensor] = []
     micros: list[MicroBatch] = []
     total: dict[str, list[Tensor | None]] = {}
-    buffers: Vector | None = None
-    for micro in point.micro:
-        at, cache = micro, ReadCache(point.level.device) if at_leaves else None
-        if micro.randomness is None:
-            at = micro._replace(buffers=buffers)
-        done = _gradient(point._replace(cache=cache), at, of, kind, reached, False, at_leaves)
-        found = done.found
-        if cache is not None:
-            found = pulled(point, cache, done)
+    buffers: Vector = point.state.buffers
+    for index, micro in enumerate(point.micro):
+        cache = ReadCache(point.level.device) if wanted.at_leaves else None
+        at = micro._replace(buffers=buffers) if index and micro.randomness is None else micro
+        done = _gradient(point._replace(cache=cache), at, wanted)
+        found = done.found if cache is None else pulled(point, cache, done)
         for name, parts in found.items():
-            total[name] = [
-                _running(s, g, count) for s, g in zip(total.get(name, [None] * len(parts)), parts, strict=True)
-            ]
+            so_far = total.get(name, [None] * len(parts))
+            total[name] = [_running(s, g, count) for s, g in zip(so_far, parts, strict=True)]
         losses.append(done.loss)
         micros += done.micro
         buffers = done.buffers
-    assert buffers is not None
     return Gradient(torch.stack(losses).mean(), total, (), buffers, tuple(micros))
 
 
@@ -156,54 +155,38 @@ def _running(total: Tensor | None, gradient: Tensor | None, count: int) -> Tenso
     return gradient / count if total is None else total.add_(gradient, alpha=1 / count)
 
 
-def _gradient(
-    point: Point,
-    micro: MicroBatch,
-    of: Sequence[str],
-    kind: str,
-    reached: Collection[str],
-    keep_graph: bool,
-    at_leaves: bool,
-    through_own: bool = True,
-) -> Gradient:
+def _gradient(point: Point, micro: MicroBatch, wanted: Wanted) -> Gradient:
     """:func:`gradient` of one micro-batch. One that was not yet evaluated draws from the present random state."""
-    level, scale = point.level, None
-    if micro.randomness is None:
-        at = micro._replace(randomness=Randomness.capture(level.device, level.draws_outside))
-        if level.scale is not None and point.autocast:
-            scale = replace(level.scale)
-            at = at._replace(scale=scale.value)
-    else:
-        at = micro
-    first = micro if scale is None else micro._replace(scale=at.scale)
-    done = _evaluated(point, first, of, kind, reached, keep_graph, at_leaves, through_own)
-    while scale is not None and not scale.accepts([g for found in done[1].values() for g in found if g is not None]):
+    level = point.level
+    if micro.randomness is not None:
+        return Gradient(*_evaluated(point, micro, wanted), (micro,))
+    at = micro._replace(randomness=Randomness.capture(level.device, level.draws_outside))
+    if level.scale is None or not point.autocast:
+        return Gradient(*_evaluated(point, micro, wanted), (at,))
+    scale = replace(level.scale)
+    at = at._replace(scale=scale.value)
+    done = _evaluated(point, micro._replace(scale=at.scale), wanted)
+    while not scale.accepts([g for found in done[1].values() for g in found if g is not None]):
         at = at._replace(scale=scale.value)
-        done = _evaluated(point, at, of, kind, reached, keep_graph, at_leaves, through_own)
-    if scale is not None and kind == "step":  # a virtual step has no side effects
+        done = _evaluated(point, at, wanted)
+    if wanted.kind == "step":  # a virtual step has no side effects
         level.scale = scale
     return Gradient(*done, (at,))
 
 
-def _evaluated(
-    point: Point,
-    micro: MicroBatch,
-    of: Sequence[str],
-    kind: str,
-    reached: Collection[str],
-    keep_graph: bool,
-    at_leaves: bool,
-    through_own: bool,
-) -> tuple[Tensor, dict[str, Found], Found, Vector]:
+def _evaluated(point: Point, micro: MicroBatch, wanted: Wanted) -> tuple[Tensor, dict[str, Found], Found, Vector]:
+    """The loss, the gradients of each problem and at the cached outputs, and the buffers afterwards."""
+    of, keep_graph = wanted.of, wanted.keep_graph
     level = point.level
     if point.inner:
         states, inputs = states_at(point, micro)
     else:
         own = point.state if micro.buffers is None else point.state._replace(buffers=micro.buffers)
         states, inputs = {**point.reads, level.name: own}, None
-    reached = {*reached, *of, *point.inner}.difference(level.problem.node.held)
+    reached = {*wanted.reached, *of, *point.inner}.difference(level.problem.node.held)
     if level.compiler is not None and compiled.applies(point, keep_graph):
-        done = compiled.gradient(point, states, micro, of, reached, kind, keep_graph, through_own)
+        own_too = keep_graph and wanted.through_own
+        done = compiled.gradient(point, states, micro, of, reached, wanted.kind, keep_graph, own_too)
         if done is not None:
             loss, found, buffers = done
             return loss, _by_level(found, of, states), (), buffers
@@ -221,7 +204,7 @@ def _evaluated(
                 micro,
                 of,
                 reached,
-                kind=kind,
+                kind=wanted.kind,
                 count=point.step_number,
                 autocast=point.autocast,
                 inputs=inputs,
@@ -229,7 +212,7 @@ def _evaluated(
                 scale=micro.scale,
                 cache=point.cache,
                 moving=point.inner,
-                at_leaves=at_leaves,
+                at_leaves=wanted.at_leaves,
             )
         except RuntimeError as error:
             if "backward through the graph a second time" not in str(error):
@@ -286,4 +269,4 @@ def _by_level(found: Found, of: Sequence[str], states: Mapping[str, State]) -> d
 def own_gradient(point: Point) -> Vector:
     """The gradient in the level's own variables; one pass for each micro-batch."""
     name = point.level.name
-    return filled(gradient(point, (name,), kind="product").found[name], point.state.variables)
+    return filled(gradient(point, Wanted((name,))).found[name], point.state.variables)

@@ -15,7 +15,7 @@ from mlo.steps import sgd
 from mlo.steps.evaluation import MicroBatch
 from mlo.steps.losses import Found
 from mlo.steps.optimizer import Groups, StepCotangents, transpose_step, virtual_step
-from mlo.steps.point import Gradient, Point, gradient, own_gradient
+from mlo.steps.point import Gradient, Point, Wanted, gradient, own_gradient
 from mlo.steps.scan import Joined
 
 #: {problem read: the cotangents of its variables, or None if nothing reaches it}
@@ -85,7 +85,7 @@ class Step:
         """The state and the slots that the step led to, computed again; one pass for each micro-batch."""
         problem, state = self.point.level.problem, self.point.state
         variables = tuple([v.detach().requires_grad_() for v in state.variables])
-        done = gradient(self.point.at(variables), (problem.name,), kind="recompute")
+        done = gradient(self.point.at(variables), Wanted((problem.name,), "recompute"))
         found = done.found[problem.name] if self.gradient is None else self.gradient
         state = state._replace(variables=variables, buffers=done.buffers, live=False)
         return virtual_step(problem, state, found, self.groups)

@@ -20,7 +20,7 @@ from mlo.ops.vectors import Vector, filled
 from mlo.steps.evaluation import MicroBatch, evaluate
 from mlo.steps.level import Level
 from mlo.steps.losses import Found, loss_of
-from mlo.steps.point import Gradient, Point, gradient, pulled
+from mlo.steps.point import Gradient, Point, Wanted, gradient, pulled
 from mlo.steps.step import Step, reached
 from mlo.training.plan import Plan
 
@@ -122,9 +122,7 @@ class Gradients:
         point = Point(level, state, reads, tuple(map(MicroBatch, batches)), count, cache=cache)
         at_leaves = cache is not None and bool(lower or needs_base)
         several = role.recording.last != 1
-        done = gradient(
-            point, of, kind=kind, reached=targets, keep_graph=keep, through_own=several, at_leaves=at_leaves
-        )
+        done = gradient(point, Wanted(of, kind, targets, keep, several, at_leaves))
         own, graph = done.found[name], None
         if keep:
             graph = state.variables, filled(own, state.variables)

@@ -12,7 +12,7 @@ from mlo.hypergradient.estimators.base import Estimator, Pulled, Recording
 from mlo.hypergradient.products import slope
 from mlo.levels.read_cache import ReadCache
 from mlo.ops.vectors import Vector, add, filled, norm
-from mlo.steps.point import Point, gradient
+from mlo.steps.point import Point, Wanted, gradient
 from mlo.steps.step import Step
 
 
@@ -43,15 +43,9 @@ class Penalty(Estimator):
         rate = point.level.problem.optimizer.param_groups[0]["lr"] if self.rate is None else self.rate
         size = norm(cotangent)
         tilt = self.tilt / torch.where(size > 0, size, 1.0)
+        wanted = Wanted(targets, reached=targets, at_leaves=True)
         one, other = (
-            gradient(
-                self._descend(point, cotangent, sign * tilt, rate, targets),
-                targets,
-                kind="product",
-                reached=targets,
-                at_leaves=True,
-            )
-            for sign in (1.0, -1.0)
+            gradient(self._descend(point, cotangent, sign * tilt, rate, targets), wanted) for sign in (1.0, -1.0)
         )
         return Pulled(slope(point, one, other, False, targets, 1 / (2 * tilt))[1])
 
@@ -61,7 +55,7 @@ class Penalty(Estimator):
         name = point.level.name
         at = point.at(tuple([v.detach().requires_grad_() for v in point.state.variables]))
         for _ in range(self.steps):
-            found = gradient(at, (name,), kind="product", reached=targets).found[name]
+            found = gradient(at, Wanted((name,), reached=targets)).found[name]
             with torch.no_grad():
                 along = add(filled(found, cotangent), cotangent, tilt)
                 at = at.at(tuple([p.requires_grad_() for p in add(at.state.variables, along, -rate)]))
