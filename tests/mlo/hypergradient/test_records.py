@@ -70,3 +70,75 @@ def test_what_a_loss_takes_from_its_module_is_constant_in_virtual_steps_too():
     found = engine.hypergradient("top")["value"]
     value, weight = low.value.detach(), top.value.detach()
     torch.testing.assert_close(found, 2 * (value - RATE * value * weight) * -RATE * value)
+
+
+class Scale(Vector):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.value
+
+
+class Reading(mlo.Problem):
+    """Reads the top in every way: on its own output, on the batch, by parameter, and as a constant."""
+
+    def loss(self, batch, top):
+        with torch.no_grad():
+            constant = top.params["value"] + top(batch)
+        scaled = (top(self()) - 1).square() / 2
+        return (scaled + self() * (top(batch) + top.params["value"].square() + constant)).sum()
+
+
+class Other(mlo.Problem):
+    def loss(self, batch, low):
+        return low().square().sum()
+
+
+@pytest.mark.parametrize("product", ["exact", "forward", "central", {"kind": "one_sided", "radius": 1e-6}], ids=str)
+@pytest.mark.parametrize("kind", ["one_step", "cg"])
+def test_all_ways_to_read_a_problem(kind, product):
+    low, top = Vector(0.3, -0.7), Scale(0.5, 0.2)
+    batches = [torch.tensor(each, dtype=torch.float64) for each in ((2.0, 3.0), (-1.0, 0.5))]
+    problems = [
+        Reading("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=RATE), data=batches),
+        Other("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE)),
+    ]
+    options = {} if kind == "one_step" else {"fresh_batch": True}
+    engine = mlo.Engine(problems, {"kind": kind, "product": product, **options}, lookahead=False, device="cpu")
+    for _ in range(2):
+        start, x = (p.module.value.detach().clone().requires_grad_() for p in problems)
+
+        def gradient(at: Tensor, x: Tensor, batch: Tensor) -> Tensor:
+            constant = x.detach() * (1 + batch)
+            return x * (x * at - 1) + batch * x + x.square() + constant
+
+        moved = (start - RATE * gradient(start, x, batches[0])).detach()
+        if kind == "one_step":
+            (cross,) = torch.autograd.grad(gradient(start, x, batches[0]), x, 2 * moved)
+            expected = -RATE * cross
+        else:  # the curvature is that of x^2 at^2 / 2, on the next batch
+            (cross,) = torch.autograd.grad(gradient(moved, x, batches[1]), x, 2 * moved / x.detach().square())
+            expected = -cross
+        engine.step()
+        torch.testing.assert_close(low.value.detach(), moved)
+        torch.testing.assert_close(top.value.detach(), (x - RATE * expected).detach(), rtol=1e-6, atol=0)
+        batches.reverse()
+        engine.problems["low"].stream._index = 0
+        engine.problems["low"].stream._data = batches
+
+
+class Constant(mlo.Problem):
+    def loss(self, batch, top):
+        with torch.no_grad():
+            constant = top()
+        return (self() * (constant + top().square())).sum()
+
+
+def test_what_is_read_without_gradients_is_constant():
+    low, top = Vector(0.3, -0.7), Vector(0.5, 0.2)
+    problems = [
+        Constant("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=RATE)),
+        Other("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE)),
+    ]
+    engine = mlo.Engine(problems, "one_step", device="cpu")
+    value, x = low.value.detach(), top.value.detach()
+    stepped = value - RATE * (x + x.square())
+    torch.testing.assert_close(engine.hypergradient("top")["value"], 2 * stepped * -RATE * 2 * x)

@@ -217,6 +217,7 @@ class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.value = nn.Parameter(torch.tensor([0.3, -0.2]))
+        self.constant = nn.Parameter(torch.zeros(2), requires_grad=False)
         self.register_buffer("calls", torch.ones(2))
         self.register_buffer("same", self.calls)
 

@@ -115,14 +115,15 @@ class Far(mlo.Problem):
         return mid().square().sum()
 
 
-def test_steps_on_an_inner_path_see_their_count():
+@pytest.mark.parametrize("product", ["exact", "forward", "central", "one_sided"])
+def test_steps_on_an_inner_path_see_their_count(product):
     modules = {"low": Value(0.3, -0.5), "mid": Value(0.7, 0.2), "top": Value(-0.4, 0.9)}
     made = mlo.Engine(
         [
             cls(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=RATE))
             for cls, (name, module) in zip((InnerLow, Mid, Far), modules.items(), strict=True)
         ],
-        "one_step",
+        {"kind": "one_step", "product": product},
         inner_path=True,
         device="cpu",
     )
