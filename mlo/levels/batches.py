@@ -70,7 +70,8 @@ def open_stream(data: Data, owner: str) -> Batches:
             f"problem {owner!r}: data is a {type(data).__name__}; pass an iterable of batches (a DataLoader, a list), "
             "a generator function, or a mapping of these"
         )
-    return _ListStream(data, owner) if isinstance(data, Sequence) else _Stream(data, owner)
+    # another sequence may load a batch, or draw one, each time that it is asked for it
+    return _ListStream(data, owner) if isinstance(data, list | tuple) else _Stream(data, owner)
 
 
 class _ListStream:

@@ -49,14 +49,15 @@ class Updater:
         Raises:
             NonFiniteLossError: if not deferred, before anything is changed.
         """
-        sizes = [gradient for gradient in gradients if gradient is not None]
+        found = [gradient for gradient in gradients if gradient is not None]
+        size = norm(found) if found else torch.zeros_like(loss)
         if not self._deferred:
-            seen = [loss.item(), norm(sizes).item()]
+            seen = [loss.item(), size.item()]
             if not (math.isfinite(seen[0]) and math.isfinite(seen[1])):
                 _check(problem.name, problem.step_number, seen)
             _take_step(problem, gradients, buffers)
             return
-        sent = torch.stack([loss.double(), norm(sizes).double()])
+        sent = torch.stack([loss.double(), size.double()])
         self._round.append((problem.name, problem.step_number, sent))
         self._finite = self._finite & torch.isfinite(sent).all()
         before = {id(tensor): tensor.detach().clone() for tensor in _tensors(problem, self._device)}

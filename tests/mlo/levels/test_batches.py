@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -165,3 +166,21 @@ def test_batches_of_a_list_are_moved_once():
     assert first.device.type == "meta"
     assert first is again
     assert first is not second
+
+
+def test_a_sequence_that_draws_its_batches_is_asked_once_for_each():
+    """A list has the same batch at a place each time; another sequence may load it, or draw one."""
+
+    class Drawn(Sequence):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            if index >= 3:
+                raise IndexError(index)
+            return torch.rand(2)
+
+    stream, before = open_stream(Drawn(), "problem"), torch.get_rng_state()
+    ahead = [stream.peek(index) for index in range(5)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(one is other for one, other in zip(ahead, [stream.next() for _ in range(5)], strict=True))

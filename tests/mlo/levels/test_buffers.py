@@ -174,3 +174,90 @@ def test_a_buffer_computed_from_a_parameter_keeps_no_graph():
     _, (calls,), _ = loss_of(level, states, None, ("top",))
     assert not calls.requires_grad
     assert not made.problems["low"].module.calls.requires_grad
+
+
+class Remembering(nn.Module):
+    """Adds its last output, which it keeps in a buffer, to the next one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor([0.3, -0.2]))
+        self.register_buffer("last", torch.tensor([1.0, 2.0]))
+
+    def forward(self) -> Tensor:
+        self.last = (2 * self.value + self.last).sin()
+        return self.last
+
+
+class Twice(mlo.Problem):
+    def loss(self, batch, top):
+        self()
+        return (self() * top()).sum()
+
+
+def test_a_second_call_is_differentiated_through_what_the_first_one_kept():
+    low, top = Remembering(), Point(torch.tensor([0.7, 0.4]))
+    problem = Twice("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=0.1))
+    made = mlo.Engine(
+        [problem, Top("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=0.0))], "one_step", device="cpu"
+    )
+    for _ in range(2):
+        value, last, weight = low.value.detach().clone().requires_grad_(), low.last.clone(), top.value.detach()
+        for _ in range(2):
+            last = (2 * value + last).sin()
+        (gradient,) = torch.autograd.grad((last * weight).sum(), value)
+        made.step()
+        torch.testing.assert_close(low.value.detach(), (value - 0.1 * gradient).detach())
+        torch.testing.assert_close(low.last, last.detach())
+
+
+class Tied(nn.Module):
+    """Counts its calls in a buffer that it has under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor([0.3, -0.2]))
+        self.constant = nn.Parameter(torch.zeros(2), requires_grad=False)
+        self.register_buffer("calls", torch.ones(2))
+        self.register_buffer("same", self.calls)
+
+    def forward(self) -> Tensor:
+        self.calls.add_(1)
+        return self.value * self.same
+
+
+def test_a_tied_buffer_stays_tied():
+    made = engine(low=Tied())
+    low = made.problems["low"].module
+    value, momentum, weight = low.value.detach().clone(), torch.zeros(2), made.problems["top"].module.value.detach()
+    expected = []
+    for calls in range(2, 5):
+        momentum = 0.9 * momentum + 2 * calls * (calls * value - weight)
+        value = value - 0.1 * momentum
+        expected.append(value)
+    made.step()
+    torch.testing.assert_close(low.value.detach(), expected[-1])
+    assert low.same is low.calls
+    assert low.calls.tolist() == [4.0, 4.0]
+
+
+class Alone(mlo.Problem):
+    def loss(self, batch):
+        return self().square().sum()
+
+
+class Held(mlo.Problem):
+    def loss(self, batch, top, other):
+        assert not other().requires_grad
+        return (self() - top() * other()).square().sum()
+
+
+def test_what_is_held_has_no_graph():
+    problems = []
+    for cls, name, options in ((Alone, "other", {}), (Held, "low", {"held": "other"}), (Top, "top", {})):
+        module = Point(torch.tensor([0.7, 0.4]))
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        problems.append(cls(name, module=module, optimizer=optimizer, **options))
+    made = mlo.Engine(problems, "one_step", lookahead=False, device="cpu")
+    made.run(2)
+    made.hypergradient("top")

@@ -97,6 +97,34 @@ def test_the_compiled_graph_of_a_step_serves_its_product():
     assert taken == {"step": 1, "virtual": 1, "read": 1}, "the step's own graph serves its product"
 
 
+def test_a_resumed_run_counts_its_steps_though_it_may_compile_several_as_one():
+    class Counting(mlo.Problem):
+        def loss(self, batch, top):
+            return ((self.steps_taken % 3 + 1) * (self(batch) * top(batch)).sin()).mean()
+
+    class Top(mlo.Problem):
+        def loss(self, batch, low):
+            return low(batch).square().mean()
+
+    def engine(compile: bool) -> mlo.Engine:
+        torch.manual_seed(0)
+        low, top, data = nn.Linear(2, 1), nn.Linear(2, 1), [torch.randn(3, 2)]
+        stack = [
+            Counting("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=0.1), data=data, steps=5),
+            Top("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=0.1), data=data),
+        ]
+        return mlo.Engine(stack, "unrolled", lookahead=True, compile=compile, device="cpu")
+
+    first = engine(True)
+    first.run(2)
+    found = []
+    for compile in (True, False):
+        resumed = engine(compile)
+        resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+        found.append(resumed.hypergradient("top"))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=0)
+
+
 @SLOW
 def test_a_resumed_run_compiles_where_the_other_did_and_ends_in_the_same_bits():
     def engine() -> mlo.Engine:

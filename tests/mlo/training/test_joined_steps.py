@@ -238,3 +238,38 @@ def test_where_something_sees_each_step_they_are_taken_one_by_one(monkeypatch):
     engine(clip_norm=0.1).run(3)
     engine(make=torch.optim.Adam).run(3)
     assert seen == []
+
+
+@pytest.mark.usefixtures("float64")
+def test_steps_of_several_batches_are_taken_one_by_one(monkeypatch):
+    seen = commits(monkeypatch)
+    joined, single = (engine(memory=memory, accumulate=2) for memory in (16.0, 0.0))
+    for made in (joined, single):
+        torch.manual_seed(1)
+        made.run(3)
+    assert seen == []
+    torch.testing.assert_close(everything(joined), everything(single), rtol=1e-10, atol=1e-14)
+
+
+def test_a_step_that_nothing_reaches_among_them_is_an_error():
+    class Gone(mlo.Problem):
+        def loss(self, batch, top):
+            output = self(batch).detach() if self.steps_taken == 6 else self(batch)
+            return (top() * output.square()).mean()
+
+    made = engine(Gone)
+    made.run(1)
+    with pytest.raises(mlo.GraphError, match="no gradient of its loss reaches its own parameters"):
+        made.step()
+    assert made.problems["low"].steps_taken == 6
+
+
+def test_in_another_precision_their_batches_are_of_it():
+    found = []
+    for memory in (16.0, 0.0):
+        made = engine(memory=memory)
+        torch.manual_seed(1)
+        made.run(1)
+        found.append(made.hypergradient("top", dtype=torch.float64)["log"])
+    assert found[0].dtype == torch.float64
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0)

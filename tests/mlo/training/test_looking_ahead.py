@@ -152,3 +152,46 @@ def test_a_read_without_a_gradient_is_an_error_unless_declared():
 def test_wrong_counts_raise(steps):
     with pytest.raises(mlo.ConfigError, match=r"steps_ahead=.*whole number, 1 or more"):
         stack(steps_ahead=steps)
+
+
+class FitInTurn(mlo.Problem):
+    """Follows the top at its even steps only."""
+
+    def loss(self, batch, top):
+        return (self() - (0.0 if self.steps_taken % 2 else top())).pow(2).sum()
+
+
+@pytest.mark.parametrize("estimator", ["one_step", "unrolled", "cg", "darts"])
+def test_a_lower_loss_may_read_the_top_at_some_steps_only(estimator):
+    fit, judged = Weight(2.0, -3.0), Weight(0.5, 0.7)
+    sgd = torch.optim.SGD(fit.parameters(), lr=LR)
+    problems = [
+        FitInTurn("fit", module=fit, optimizer=sgd, sometimes="top"),
+        Judge("top", module=judged, optimizer=torch.optim.SGD(judged.parameters(), lr=LR)),
+    ]
+    found = mlo.Engine(problems, estimator, lookahead=False, device="cpu")
+    for turn in range(2):
+        direct, reads = 0.2 * judged.w.detach(), turn == 0
+        stepped = fit.w.detach() - 2 * LR * (fit.w.detach() - reads * judged.w.detach())
+        through = 2 * (stepped - 1) * (1.0 if estimator == "cg" else 2 * LR)
+        torch.testing.assert_close(upper(found), direct + reads * through)
+        found.step()
+
+
+def test_a_top_that_nothing_reaches_at_a_step_stays_as_it_is():
+    class Only(mlo.Problem):
+        def loss(self, batch, fit):
+            return (fit() - 1).pow(2).sum()
+
+    fit, judged = Weight(2.0, -3.0), Weight(0.5, 0.7)
+    problems = [
+        FitInTurn("fit", module=fit, optimizer=torch.optim.SGD(fit.parameters(), lr=LR), sometimes="top"),
+        Only("top", module=judged, optimizer=torch.optim.SGD(judged.parameters(), lr=LR)),
+    ]
+    found = mlo.Engine(problems, "one_step", device="cpu")
+    found.step()
+    before = judged.w.detach().clone()
+    assert not torch.equal(before, Weight(0.5, 0.7).w)
+    found.step()
+    assert torch.equal(judged.w, before)
+    assert found.problems["top"].steps_taken == 2

@@ -311,3 +311,17 @@ def test_a_real_step_is_clipped_as_torch_clips(bound):
     mlo.Engine(stack, "one_step", device="cpu").step()
     torch.testing.assert_close(stack[0].module.value.detach(), twin.detach() - 0.1 * twin.grad)
     assert stack[0].module.value.grad is None
+
+
+def test_a_hypergradient_leaves_reports_and_warm_starts_as_the_last_step_made_them():
+    def low(self, batch, top):
+        return (self() * top()).square().sum() + self().pow(4).sum()
+
+    estimator = {"kind": "cg", "iterations": 1, "warm_start": True}
+    made = mlo.Engine(two_levels(low), estimator, device="cpu")
+    made.run(2)
+    metrics, warm = made.metrics(), [each.clone() for each in made.state_dict()["warm"]["top"]["low"]]
+    assert "low/residual" in metrics
+    made.hypergradient("top")
+    assert made.metrics() == metrics
+    assert all(map(torch.equal, made.state_dict()["warm"]["top"]["low"], warm))

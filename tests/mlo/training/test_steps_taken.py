@@ -76,3 +76,60 @@ def test_that_a_loss_asked_is_remembered_since_compiled_steps_cannot_count():
     made = engine("unrolled", False)
     made.run(1)
     assert [p.asks_steps_taken for p in made.problems.values()] == [True, False]
+
+
+class CountingTop(mlo.Problem):
+    def loss(self, batch, low):
+        return (self.steps_taken + 1) * low().exp().sum()
+
+
+def test_an_objective_is_that_of_the_next_step():
+    low, top = Value(0.3, -0.5), Value(0.7, 0.2)
+    made = mlo.Engine(
+        [
+            Low("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=RATE)),
+            CountingTop("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=0.0)),
+        ],
+        "one_step",
+        device="cpu",
+    )
+    for count in range(3):
+        at, weight = low.value.detach(), top.value.detach()
+        stepped = at - RATE * (count + 1) * weight * (at * weight).cos()
+        torch.testing.assert_close(made.objective("top"), (count + 1) * stepped.exp().sum())
+        made.step()
+
+
+class InnerLow(mlo.Problem):
+    def loss(self, batch, mid):
+        return (self.steps_taken + 1) * (self() * mid()).sum()
+
+
+class Mid(mlo.Problem):
+    def loss(self, batch, low, top):
+        return (low() * top()).sum() + self().square().sum()
+
+
+class Far(mlo.Problem):
+    def loss(self, batch, mid):
+        return mid().square().sum()
+
+
+@pytest.mark.parametrize("product", ["exact", "forward", "central", "one_sided"])
+def test_steps_on_an_inner_path_see_their_count(product):
+    modules = {"low": Value(0.3, -0.5), "mid": Value(0.7, 0.2), "top": Value(-0.4, 0.9)}
+    made = mlo.Engine(
+        [
+            cls(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=RATE))
+            for cls, (name, module) in zip((InnerLow, Mid, Far), modules.items(), strict=True)
+        ],
+        {"kind": "one_step", "product": product},
+        inner_path=True,
+        device="cpu",
+    )
+    for count in range(3):
+        mid, top = modules["mid"].value.detach(), modules["top"].value.detach()
+        slope = RATE * (count + 1)  # the next lower variables are the present ones minus this times mid
+        stepped = mid - RATE * (2 * mid - slope * top)
+        torch.testing.assert_close(made.hypergradient("top")["value"], 2 * stepped * RATE * slope)
+        made.step()
