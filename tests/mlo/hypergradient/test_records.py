@@ -96,7 +96,7 @@ class Both(mlo.Problem):
         return (one * two).sum()
 
 
-@pytest.mark.parametrize("memory", [0.0, 16.0])
+@pytest.mark.parametrize("memory", [0.0, 0.0004, 16.0])  # none joined, two of them, all
 def test_a_variable_that_a_step_does_not_reach_is_not_decayed_by_it(memory):
     low, top = Halves(), Vector(0.5, 0.2)
     sgd = torch.optim.SGD(low.parameters(), lr=RATE, momentum=0.9, weight_decay=0.5)
