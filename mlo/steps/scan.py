@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mlo.levels.problem import Problem
-from mlo.levels.state import State
+from mlo.levels.state import State, copied
 from mlo.ops.differentiable import ThriceDifferentiable, TwiceDifferentiable
 from mlo.ops.vectors import Vector, filled
 from mlo.steps.evaluation import evaluate
@@ -172,6 +172,8 @@ def _retaken(steps: Sequence[Step], states: States, lower: States, shifts: Mappi
         return torch.stack(losses).mean(), inputs, buffers
 
     first = steps[0].point.state
+    if first.device != level.device:  # it may be stored on the CPU
+        first = copied(first, level.device)
     start = first._replace(variables=tuple([v.detach().requires_grad_() for v in first.variables]), live=False)
     return scan(level, start, [step.groups for step in steps], loss_of_step)[0]
 

@@ -83,6 +83,24 @@ def test_with_the_inner_path_it_is_exact(steps, estimator):
         torch.testing.assert_close(taken, expected, rtol=1e-10, atol=1e-13)
 
 
+def test_steps_that_are_stored_on_the_cpu_are_taken_again_on_the_device(device):
+    problems = stack(3)
+    engine = mlo.Engine(problems, {"kind": "unrolled", "store_on": "cpu"}, inner_path=True, device=device)
+    expected = brute_force(problems)
+    torch.testing.assert_close(engine.hypergradient("top")["value"], expected, rtol=1e-10, atol=1e-13)
+
+
+def test_a_difference_is_between_gradients_that_both_include_the_inner_path():
+    """That of the step itself does not, so it is not reused for a one-sided difference."""
+    found = []
+    for product in ("exact", {"kind": "one_sided", "radius": 1e-6}):
+        problems = stack(1)
+        problems[1].steps = 2
+        engine = mlo.Engine(problems, {"kind": "unrolled", "product": product}, inner_path=True, device="cpu")
+        found.append(engine.hypergradient("top")["value"])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
+
+
 def test_it_passes_the_check_that_users_have():
     mlo.check(mlo.Engine(stack(2), "unrolled", inner_path=True, device="cpu"), "top")
 

@@ -26,7 +26,7 @@ class Low(mlo.Problem):
     """Quadratic in its own variables, so that differences of its gradient are exact."""
 
     def loss(self, batch, one, two):
-        return (self() - one().exp()).square().sum() + (self() * two().sin()).sum()
+        return (self() - one().exp()).square().sum() + (self() * one() * two().sin()).sum()
 
 
 class Top(mlo.Problem):
@@ -43,13 +43,106 @@ def test_each_top_is_differentiated_at_what_the_step_had_read(product, optimizer
         problems.append(Top(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=RATE)))
     engine = mlo.Engine(problems, {"kind": "one_step", "product": product}, lookahead=False, device="cpu")
     start, x, y = (p.module.value.detach().clone().requires_grad_() for p in problems)
-    gradient = 2 * (start - x.exp()) + y.sin()
+    gradient = 2 * (start - x.exp()) + x * y.sin()
     moved = start - RATE * (gradient if optimizer is torch.optim.SGD else gradient / (gradient.abs() + 1.0))
     expected = torch.autograd.grad(moved.square().sum(), (x, y))
     engine.step()
     torch.testing.assert_close(low.value.detach(), moved.detach())
     torch.testing.assert_close(one.value.detach(), (x - RATE * expected[0]).detach(), rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(two.value.detach(), (y - RATE * expected[1]).detach(), rtol=1e-7, atol=1e-9)
+
+
+class Bent(mlo.Problem):
+    def loss(self, batch, top):
+        return (self() * top().square()).sum()
+
+
+@pytest.mark.parametrize("product", ["exact", "forward", "central", "one_sided"])
+def test_every_step_of_a_top_is_differentiated_at_what_the_lower_step_had_read(product):
+    low, top = Vector(0.3, -0.7), Vector(0.5, 0.2)
+    problems = [
+        Bent("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=RATE)),
+        Top("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE), steps=3),
+    ]
+    value, x = low.value.detach().clone(), top.value.detach().clone()
+    engine = mlo.Engine(problems, {"kind": "one_step", "product": product}, lookahead=False, device="cpu")
+    engine.step()
+    hypergradient = 2 * (value - RATE * x.square()) * -RATE * 2 * x
+    torch.testing.assert_close(top.value.detach(), x - 3 * RATE * hypergradient, rtol=1e-7, atol=0)
+
+
+class Halves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.tensor([0.3, -0.7], dtype=torch.float64))
+        self.two = nn.Parameter(torch.tensor([0.8, 0.6], dtype=torch.float64))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.one, self.two
+
+
+class HalfSteps(mlo.Problem):
+    """Reaches its second variable at even steps only."""
+
+    def loss(self, batch, top):
+        one, two = self()
+        loss = (one.square() * top()).sum()
+        return loss if self.steps_taken % 2 else loss + (two.square() * top()).sum()
+
+
+class Both(mlo.Problem):
+    def loss(self, batch, low):
+        one, two = low()
+        return (one * two).sum()
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.0004, 16.0])  # none joined, two of them, all
+def test_a_variable_that_a_step_does_not_reach_is_not_decayed_by_it(memory):
+    low, top = Halves(), Vector(0.5, 0.2)
+    sgd = torch.optim.SGD(low.parameters(), lr=RATE, momentum=0.9, weight_decay=0.5)
+    problems = [
+        HalfSteps("low", module=low, optimizer=sgd, steps=4),
+        Both("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=0.0)),
+    ]
+    engine = mlo.Engine(problems, {"kind": "unrolled", "graph_memory": memory}, device="cpu")
+    x, buffers = top.value.detach().clone().requires_grad_(), [torch.zeros(2, dtype=torch.float64)] * 2
+    values = [low.one.detach(), low.two.detach()]
+    for turn in range(3):
+        values, buffers = ([each.detach() for each in of] for of in (values, buffers))
+        for step in range(4):
+            for index in range(1 if step % 2 else 2):
+                along = 2 * values[index] * x + 0.5 * values[index]
+                buffers[index] = 0.9 * buffers[index] + along
+                values[index] = values[index] - RATE * buffers[index]
+        (expected,) = torch.autograd.grad((values[0] * values[1]).sum(), x)
+        torch.testing.assert_close(engine.hypergradient("top")["value"], expected, msg=lambda m, n=turn: f"{n}: {m}")
+        engine.step()
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_adam_leaves_the_moments_of_a_variable_that_a_step_does_not_reach(every):
+    low, top, eps = Halves(), Vector(0.5, 0.2), 0.1
+    adam = torch.optim.Adam(low.parameters(), lr=RATE, eps=eps)
+    problems = [
+        HalfSteps("low", module=low, optimizer=adam, steps=4),
+        Both("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=0.0)),
+    ]
+    engine = mlo.Engine(problems, {"kind": "unrolled", "every": every}, device="cpu")
+    x, zeros = top.value.detach().clone().requires_grad_(), torch.zeros(2, dtype=torch.float64)
+    values, means, squares, counts = [low.one.detach(), low.two.detach()], [zeros] * 2, [zeros] * 2, [0, 0]
+    for _ in range(2):
+        values, means, squares = ([each.detach() for each in of] for of in (values, means, squares))
+        for step in range(4):
+            for i in range(1 if step % 2 else 2):
+                gradient = 2 * values[i] * x
+                counts[i] += 1
+                means[i] = 0.9 * means[i] + 0.1 * gradient
+                squares[i] = 0.999 * squares[i] + 0.001 * gradient.square()
+                mean, square = means[i] / (1 - 0.9 ** counts[i]), squares[i] / (1 - 0.999 ** counts[i])
+                values[i] = values[i] - RATE * mean / (square.sqrt() + eps)
+        (expected,) = torch.autograd.grad((values[0] * values[1]).sum(), x)
+        torch.testing.assert_close(engine.hypergradient("top")["value"], expected)
+        engine.step()
 
 
 class Stray(mlo.Problem):

@@ -115,12 +115,13 @@ class Far(mlo.Problem):
         return mid().square().sum()
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("product", ["exact", "forward", "central", "one_sided"])
-def test_steps_on_an_inner_path_see_their_count(product):
+def test_steps_on_an_inner_path_see_their_count(product, accumulate):
     modules = {"low": Value(0.3, -0.5), "mid": Value(0.7, 0.2), "top": Value(-0.4, 0.9)}
     made = mlo.Engine(
         [
-            cls(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=RATE))
+            cls(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=RATE), accumulate=accumulate)
             for cls, (name, module) in zip((InnerLow, Mid, Far), modules.items(), strict=True)
         ],
         {"kind": "one_step", "product": product},
