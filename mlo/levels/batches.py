@@ -70,7 +70,8 @@ def open_stream(data: Data, owner: str) -> Batches:
             f"problem {owner!r}: data is a {type(data).__name__}; pass an iterable of batches (a DataLoader, a list), "
             "a generator function, or a mapping of these"
         )
-    return _ListStream(data, owner) if isinstance(data, Sequence) else _Stream(data, owner)
+    # other sequences may load or draw an item when it is read, so each is read once, with the stream's random state
+    return _ListStream(data, owner) if type(data) in (list, tuple) else _Stream(data, owner)
 
 
 class _ListStream:

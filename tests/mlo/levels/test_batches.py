@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -165,3 +166,27 @@ def test_batches_of_a_list_are_moved_once():
     assert first.device.type == "meta"
     assert first is again
     assert first is not second
+
+
+class Augmented(Sequence):
+    """A sequence that draws each item when it is read."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        if index >= len(self):
+            raise IndexError
+        return index, torch.rand(()).item()
+
+
+def test_a_sequence_that_draws_its_items_gives_one_batch_however_often_it_is_looked_at():
+    torch.manual_seed(0)
+    stream, state = open_stream(Augmented(), "p"), torch.get_rng_state()
+    for _ in range(2):
+        seen = [stream.peek(ahead) for ahead in range(4)]
+        saved = stream.state_dict()
+        assert seen == [stream.peek(ahead) for ahead in range(4)] == [stream.next() for _ in range(4)]
+        stream.load_state_dict(saved)
+        assert seen == [stream.next() for _ in range(4)]
+    assert torch.equal(state, torch.get_rng_state())
