@@ -62,7 +62,7 @@ def backward(
             found = back.cotangents[target]
             if found is not None:
                 waiting[target] = add(waiting[target], found) if target in waiting else found
-            elif not _depends(steps[-1], target):
+            elif target not in steps[-1].point.level.problem.node.sometimes and not _depends(steps[-1], target):
                 raise unreached(name, target)
     return waiting.get(top)
 

@@ -49,12 +49,13 @@ class Updater:
         Raises:
             NonFiniteLossError: if not deferred, before anything is changed.
         """
-        sizes = [g.detach() for g in gradients if g is not None]
+        found = [g.detach() for g in gradients if g is not None]
+        size = norm(found) if found else torch.zeros_like(loss)  # a loss may read a problem only sometimes
         if not self._deferred:
-            _check(problem.name, problem.step_number, [loss.item(), norm(sizes).item()])
+            _check(problem.name, problem.step_number, [loss.item(), size.item()])
             _take_step(problem, gradients, buffers)
             return
-        seen = torch.stack([loss.double(), norm(sizes).double()])
+        seen = torch.stack([loss.double(), size.double()])
         self._round.append((problem.name, problem.step_number, seen))
         self._finite = self._finite & torch.isfinite(seen).all()
         before = {id(tensor): tensor.detach().clone() for tensor in _tensors(problem, self._device)}
