@@ -71,7 +71,9 @@ def open_stream(data: Data, owner: str) -> Batches:
             "a generator function, or a mapping of these"
         )
     # other sequences may load or draw an item when it is read, so each is read once, with the stream's random state
-    return _ListStream(data, owner) if type(data) in (list, tuple) else _Stream(data, owner)
+    if isinstance(data, list | tuple) and type(data) in (list, tuple):
+        return _ListStream(data, owner)
+    return _Stream(data, owner)
 
 
 class _ListStream:

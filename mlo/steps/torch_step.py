@@ -139,7 +139,8 @@ def off_zero(gradient: Tensor) -> Tensor:
     zero, which is NaN. Next to zero the derivative is finite and correct.
     """
     nudge = torch.finfo(gradient.dtype).tiny ** 0.4
-    return gradient + (gradient.detach() == 0).to(gradient.dtype) * nudge
+    zeros: Tensor = gradient.detach() == 0
+    return gradient.add(zeros.to(gradient.dtype), alpha=nudge)
 
 
 def _leaf(key: str, value: Any, held: bool) -> Any:
