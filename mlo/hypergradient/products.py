@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import leaves
 from mlo.ops.differentiable import TwiceDifferentiable
-from mlo.ops.vectors import Vector, add, filled, norm, scaled
+from mlo.ops.vectors import Vector, add, filled, norm, scaled, times
 from mlo.options.config import Config, Registered
 from mlo.options.registry import PRODUCTS
 from mlo.steps import compiled
@@ -246,8 +246,8 @@ def _moved(point: Point, vector: Vector, stride: float | Tensor = 0.0) -> Point:
 def _less(one: Tensor | None, other: Tensor | None, weight: Tensor) -> Tensor | None:
     """(one - other) * weight, where None is zero."""
     if one is None:
-        return None if other is None else -other * weight
-    return (one if other is None else one - other) * weight
+        return None if other is None else times(-other, weight)
+    return times(one if other is None else one - other, weight)
 
 
 def _variables(point: Point, names: Sequence[str]) -> list[Tensor]:

@@ -71,7 +71,9 @@ def open_stream(data: Data, owner: str) -> Batches:
             "a generator function, or a mapping of these"
         )
     # another sequence may load a batch, or draw one, each time that it is asked for it
-    return _ListStream(data, owner) if isinstance(data, list | tuple) else _Stream(data, owner)
+    if isinstance(data, list | tuple) and type(data) in (list, tuple):
+        return _ListStream(data, owner)
+    return _Stream(data, owner)
 
 
 class _ListStream:

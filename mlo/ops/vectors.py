@@ -38,8 +38,15 @@ def add_(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) 
 
 
 def scaled(a: Sequence[Tensor], scale: float | Tensor) -> Vector:
-    """``scale * a``."""
+    """``scale * a``, where each tensor keeps its dtype."""
+    if isinstance(scale, Tensor) and any([tensor.dtype != scale.dtype for tensor in a]):
+        return tuple([times(tensor, scale) for tensor in a])
     return torch._foreach_mul(list(a), cast(float, scale)) if a else ()  # scalar tensors are accepted too
+
+
+def times(tensor: Tensor, scale: Tensor) -> Tensor:
+    """``scale * tensor`` in the tensor's dtype, which torch keeps only where the tensor has a dimension."""
+    return tensor * scale.to(tensor.dtype)
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mlo.ops.vectors import add, dot, norm, scaled
+from mlo.ops.vectors import add, dot, norm, scaled, times
 
 Gradients = Sequence[Tensor | None]
 _OFF_ZERO = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -20,10 +20,21 @@ def clip(gradients: Gradients, largest: float | None) -> Gradients:
     found = [gradient for gradient in gradients if gradient is not None]
     if not found:
         return gradients
-    scale = (largest / (norm(found) + _OFF_ZERO)).clamp(max=1.0)
+    scale = (largest / (_norm(found) + _OFF_ZERO)).clamp(max=1.0)
     # torch cannot differentiate a product of a list and a tensor
-    clipped = iter([g * scale for g in found] if scale.requires_grad else scaled(found, scale))
+    clipped = iter([times(g, scale) for g in found] if scale.requires_grad else scaled(found, scale))
     return [None if gradient is None else next(clipped) for gradient in gradients]
+
+
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    """As :func:`mlo.ops.vectors.norm`, but differentiable twice, in forward mode too, where gradients are enabled.
+
+    The second derivative of torch's norms is NaN where one of the gradients is zero.
+    """
+    if not torch.is_grad_enabled():
+        return norm(gradients)
+    square = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+    return torch.where(square > 0, square, 1.0).sqrt() * (square > 0)
 
 
 def transpose_clip(gradients: Gradients, largest: float | None, cotangents: Sequence[Tensor]) -> Sequence[Tensor]:

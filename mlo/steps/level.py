@@ -101,12 +101,12 @@ class Level:
         """What decides how later passes are run."""
         scale = None if self.scale is None else [self.scale.value, self.scale.passes]
         known = {"draws_outside": self.draws_outside, "graph_bytes": self.graph_bytes, "reaches_all": self.reaches_all}
-        return {**known, "scale": scale}
+        return {**known, "scale": scale, "asks_steps_taken": self.problem.asks_steps_taken}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what :meth:`state_dict` returned."""
         self.draws_outside, self.graph_bytes = state["draws_outside"], state["graph_bytes"]
-        self.reaches_all = state["reaches_all"]
+        self.reaches_all, self.problem.asks_steps_taken = state["reaches_all"], state["asks_steps_taken"]
         self.scale = None if state["scale"] is None else LossScale(*state["scale"])
 
 

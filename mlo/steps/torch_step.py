@@ -27,6 +27,8 @@ def step(
 ) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
     """The variables and the optimizer's slots after one step; with ``differentiable``, with a graph."""
     moved = [variable.clone() for variable in variables]
+    if differentiable:
+        gradients = [None if g is None else off_zero(g) for g in gradients]
     shadow = _shadow(problem, groups, moved, gradients, slots, differentiable=differentiable)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if differentiable else default)  # for the counters that a first step creates
@@ -47,7 +49,7 @@ def transpose(
     of_slots: Sequence[Mapping[str, Tensor]] | None,
 ) -> Cotangents:
     """As :func:`mlo.steps.formulas.transpose`, with slots from before the step."""
-    leaves = [None if g is None else off_zero(g.detach()).requires_grad_() for g in gradients]
+    leaves = [None if g is None else g.detach().requires_grad_() for g in gradients]
     held = of_slots is None
     start = [variable.detach().requires_grad_(not held) for variable in variables]
     begun = tuple([{k: _leaf(k, v, held) for k, v in slot.items()} for slot in slots])
@@ -131,13 +133,14 @@ def _begin_momentum(shadow: SGD) -> None:
 
 
 def off_zero(gradient: Tensor) -> Tensor:
-    """The gradient with exact zeros replaced by a tiny number.
+    """The gradient with a tiny number added to exact zeros.
 
     Adaptive optimizers divide by the root of a mean square. At zero, autograd computes its derivative as infinity times
     zero, which is NaN. Next to zero the derivative is finite and correct.
     """
     nudge = torch.finfo(gradient.dtype).tiny ** 0.4
-    return torch.where(gradient == 0, nudge, gradient)
+    zeros: Tensor = gradient.detach() == 0
+    return gradient.add(zeros.to(gradient.dtype), alpha=nudge)
 
 
 def _leaf(key: str, value: Any, held: bool) -> Any:

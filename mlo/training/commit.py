@@ -50,7 +50,7 @@ class Updater:
             NonFiniteLossError: if not deferred, before anything is changed.
         """
         found = [gradient for gradient in gradients if gradient is not None]
-        size = norm(found) if found else torch.zeros_like(loss)
+        size = norm(found) if found else torch.zeros_like(loss)  # a loss may read a problem only sometimes
         if not self._deferred:
             seen = [loss.item(), size.item()]
             if not (math.isfinite(seen[0]) and math.isfinite(seen[1])):

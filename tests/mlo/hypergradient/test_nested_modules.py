@@ -182,3 +182,30 @@ def test_normalizations_agree_with_brute_force_on_plain_operators(layer, estimat
     for _ in range(2):
         engine.step()
         torch.testing.assert_close(engine.hypergradient("top"), brute_force(stack), rtol=1e-9, atol=1e-13)
+
+
+class Dead(nn.Module):
+    """A layer with a parameter whose gradient is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dead = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0 * self.dead
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "RMSprop"])
+def test_a_parameter_with_a_zero_gradient_changes_nothing(name, estimator):
+    """Nor does it with clipping, whose norm has a second derivative there too."""
+    found = []
+    for layers in ((), (Dead(),)):
+        stack = nested(rows(2), *layers)
+        module = stack[0].module
+        optimizer = getattr(torch.optim, name)(module.parameters(), lr=0.01)
+        stack[0] = Low("low", module=module, optimizer=optimizer, steps=2, data=rows(2), clip_norm=0.05)
+        engine = mlo.Engine(stack, estimator, inner_path=True, device="cpu")
+        found.append(engine.hypergradient("top"))
+        mlo.check(engine, "top")
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)

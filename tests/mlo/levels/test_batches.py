@@ -168,19 +168,25 @@ def test_batches_of_a_list_are_moved_once():
     assert first is not second
 
 
-def test_a_sequence_that_draws_its_batches_is_asked_once_for_each():
-    """A list has the same batch at a place each time; another sequence may load it, or draw one."""
+class Augmented(Sequence):
+    """A sequence that draws each item when it is read."""
 
-    class Drawn(Sequence):
-        def __len__(self):
-            return 3
+    def __len__(self):
+        return 3
 
-        def __getitem__(self, index):
-            if index >= 3:
-                raise IndexError(index)
-            return torch.rand(2)
+    def __getitem__(self, index):
+        if index >= len(self):
+            raise IndexError
+        return index, torch.rand(()).item()
 
-    stream, before = open_stream(Drawn(), "problem"), torch.get_rng_state()
-    ahead = [stream.peek(index) for index in range(5)]
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(one is other for one, other in zip(ahead, [stream.next() for _ in range(5)], strict=True))
+
+def test_a_sequence_that_draws_its_items_gives_one_batch_however_often_it_is_looked_at():
+    torch.manual_seed(0)
+    stream, state = open_stream(Augmented(), "p"), torch.get_rng_state()
+    for _ in range(2):
+        seen = [stream.peek(ahead) for ahead in range(4)]
+        saved = stream.state_dict()
+        assert seen == [stream.peek(ahead) for ahead in range(4)] == [stream.next() for _ in range(4)]
+        stream.load_state_dict(saved)
+        assert seen == [stream.next() for _ in range(4)]
+    assert torch.equal(state, torch.get_rng_state())

@@ -190,3 +190,51 @@ def test_the_default_dtype_is_as_before():
     ones = {n: torch.ones_like(p) for n, p in made.variables.items()}
     pull(made, made.variables, ones, optimizer_state(made), tuple(ones.values()), {})
     assert torch.get_default_dtype() == torch.float32
+
+
+class Precisions(nn.Module):
+    """Parameters of two dtypes, among them a scalar and an empty one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low = nn.Parameter(torch.randn(3, 2))
+        self.high = nn.Parameter(torch.randn(2, dtype=torch.float64))
+        self.scalar, self.empty = nn.Parameter(torch.tensor(1.5)), nn.Parameter(torch.zeros(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.to(self.low.dtype) @ self.low).double() @ self.high * self.scalar + self.empty.sum()
+
+
+class Factor(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self) -> Tensor:
+        return self.log.exp()
+
+
+class Fit(mlo.Problem):
+    def loss(self, batch, scale):
+        return (self(batch) - 1).square().mean() + scale() * self.params["scalar"].square()
+
+
+class Scale(mlo.Problem):
+    def loss(self, batch, fit):
+        return fit(batch).square().mean()
+
+
+@pytest.mark.parametrize("kind", ["one_step", "unrolled", "darts", "sama", "cg", "neumann", "penalty"])
+def test_parameters_of_several_dtypes_keep_theirs(kind):
+    torch.manual_seed(0)
+    data, module, scale = [torch.randn(5, 3, dtype=torch.float64)], Precisions(), Factor()
+    fit = torch.optim.Adam(module.parameters(), lr=0.01)
+    problems = [
+        Fit("fit", module=module, optimizer=fit, data=data, steps=2, clip_norm=0.5),
+        Scale("scale", module=scale, optimizer=torch.optim.SGD(scale.parameters(), lr=0.1), data=data, clip_norm=0.1),
+    ]
+    engine = mlo.Engine(problems, kind, device="cpu")
+    engine.run(2)
+    assert [p.dtype for p in module.parameters()] == [torch.float32, torch.float64, torch.float32, torch.float32]
+    found, exact = (engine.hypergradient("scale", dtype) for dtype in (None, torch.float64))
+    torch.testing.assert_close(found, exact, rtol=1e-2, atol=1e-7, check_dtype=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -134,3 +136,37 @@ def test_steps_on_an_inner_path_see_their_count(product, accumulate):
         stepped = mid - RATE * (2 * mid - slope * top)
         torch.testing.assert_close(made.hypergradient("top")["value"], 2 * stepped * RATE * slope)
         made.step()
+
+
+def test_a_resumed_engine_knows_that_a_loss_asked():
+    made, resumed = engine("unrolled", False), engine("unrolled", False)
+    made.run(1)
+    resumed.load_state_dict(made.state_dict())
+    assert [p.asks_steps_taken for p in resumed.problems.values()] == [True, False]
+
+
+class Now(mlo.Problem):
+    """Reads the upper problem at every second step only."""
+
+    def loss(self, batch, top):
+        own = self().square().sum()
+        return own if self.steps_taken % 2 else own + (self() * top()).sin().sum()
+
+
+@pytest.mark.parametrize("kind", ["one_step", "darts", "sama", "unrolled", "truncated", "cg", "neumann", "penalty"])
+def test_a_lower_problem_may_read_an_upper_one_only_sometimes(kind):
+    low, top = Value(0.3, -0.5), Value(0.7, 0.2)
+    made = [
+        Now("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=RATE), sometimes="top"),
+        Top("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE)),
+    ]
+    stepping = mlo.Engine(made, kind, device="cpu")
+    for reads in (True, False, True, False):
+        found = stepping.hypergradient("top")["value"]
+        assert bool(found.any()) == reads
+        before = top.value.detach().clone()
+        stepping.step()
+        assert torch.equal(before != top.value, torch.full((2,), reads))
+    made[0].node = replace(made[0].node, sometimes=())
+    with pytest.raises(mlo.GraphError, match="no gradient flows through that read"):
+        mlo.Engine(made, kind, device="cpu").run(2)
