@@ -7,14 +7,15 @@ from pydantic import ValidationError
 from mlo.errors import ConfigError
 from mlo.hypergradient.backward import backward
 from mlo.hypergradient.estimators.base import Estimator, Pulled, Recording
-from mlo.hypergradient.estimators.implicit import ConjugateGradient, Neumann, Nystrom
+from mlo.hypergradient.estimators.implicit import ConjugateGradient, Implicit, Neumann, Nystrom
 from mlo.hypergradient.estimators.one_step import Darts, FirstOrder, OneStep, Sama
 from mlo.hypergradient.estimators.penalty import Penalty
-from mlo.hypergradient.estimators.unrolled import Truncated, Unrolled
+from mlo.hypergradient.estimators.unrolled import AlongSteps, Truncated, Unrolled
 from mlo.hypergradient.products import Central, Curvature, Exact, Forward, OneSided, Product, ProductOption
 from mlo.options.config import Config, EstimatorOption, explain
 
 __all__ = [
+    "AlongSteps",
     "Central",
     "ConjugateGradient",
     "Curvature",
@@ -23,6 +24,7 @@ __all__ = [
     "Exact",
     "FirstOrder",
     "Forward",
+    "Implicit",
     "Neumann",
     "Nystrom",
     "OneSided",

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from mlo.errors import GraphError
-from mlo.hypergradient.estimators.base import Estimator
+from mlo.errors import ConfigError, GraphError
+from mlo.hypergradient.estimators.base import Estimator, Pulled
 from mlo.ops.vectors import Vector, add
 from mlo.steps.point import Wanted, gradient, pulled
 from mlo.steps.step import Step, reached
@@ -53,6 +53,11 @@ def backward(
             continue
         steps = records[name]
         back = estimators[name].pull(steps, waiting.pop(name), targets, warm.get(name))
+        if not isinstance(back, Pulled):
+            raise ConfigError(
+                f"problem {name!r}: pull of {type(estimators[name]).__name__} returned a {type(back).__name__}; return "
+                "mlo.Pulled({target: one tensor per variable, or None})"
+            )
         pullbacks[name] += 1
         for key, value in back.metrics.items():
             metrics[f"{name}/{key}"] = value

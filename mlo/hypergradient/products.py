@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mlo.errors import ConfigError
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import leaves
 from mlo.ops.differentiable import TwiceDifferentiable
@@ -42,7 +43,16 @@ class Product(Config, ABC):
     autocast: bool = Field(False, description="compute products under the problem's autocast, like its steps")
 
     def before(self, step: Step, targets: Sequence[str]) -> Curvature:
-        """The curvature at the variables that a step was taken from, with the ``targets`` as reads."""
+        """The curvature at the variables that a step was taken from, with the ``targets`` as reads.
+
+        Raises:
+            ConfigError: if the estimator did not ask for the state before the step.
+        """
+        if not step.stored:
+            raise ConfigError(
+                f"problem {step.point.level.name!r}: product.before needs the state before the step, which was not "
+                "kept; return mlo.Recording(before=True) from the estimator's property recording"
+            )
         return self._at(step.point, targets, step)
 
     def after(self, step: Step, targets: Sequence[str]) -> Curvature:

@@ -149,7 +149,7 @@ class _Stream:
         return {"start": start, "index": index}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if len(state["start"].get("generators", "none")) != len(self._generators):
+        if "generators" not in state["start"] or len(state["start"]["generators"]) != len(self._generators):
             raise _other_kind(self._owner)
         self._ahead.clear()
         self._set_random_state(state["start"])

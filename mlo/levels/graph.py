@@ -143,10 +143,17 @@ class Graph:
             return
         for name in self.tops():
             if not self.is_upper(name):
+                below = self.names[: self._level[name]]
+                depends = [low for low in below if name in self._live_reads(low)]
                 yield (
                     f"problem {name!r}: no best response that its loss reads depends on {name!r}, so it has no "
                     f"hypergradient; add a parameter named {name!r} to the loss of "
-                    f"{' or '.join(map(repr, self.lower_reads(name)))}, or of a problem that they read"
+                    f"{' or '.join(map(repr, self.lower_reads(name)))}, or of a lower problem that they read"
+                    + (
+                        f"; or let its loss read {' or '.join(map(repr, depends))}, which depends on it"
+                        if depends
+                        else ""
+                    )
                 )
 
 

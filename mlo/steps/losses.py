@@ -149,7 +149,7 @@ def gradient_of(
         wanted += cache.leaves
     found: Found = [None] * len(wanted)
     if wanted and loss.requires_grad:
-        scaled = scale is not None and (isinstance(scale, Tensor) or scale != 1.0)
+        scaled = isinstance(scale, Tensor) or scale != 1.0
         by = loss * scale if scaled else loss
         found = torch.autograd.grad(by, wanted, create_graph=keep_graph, allow_unused=True)
         if scaled:

@@ -82,12 +82,15 @@ class Step:
         return self.point._replace(state=self.solution._replace(live=False), micro=micro, apart=False)
 
     def repeated(self) -> State:
-        """The state and the slots that the step led to, computed again; one pass for each micro-batch."""
+        """The state and the slots that the step led to, computed again; one pass for each micro-batch, if needed."""
         problem, state = self.point.level.problem, self.point.state
         variables = tuple([v.detach().requires_grad_() for v in state.variables])
-        done = gradient(self.point.at(variables), Wanted((problem.name,), "recompute"))
-        found = done.found[problem.name] if self.gradient is None else self.gradient
-        state = state._replace(variables=variables, buffers=done.buffers, live=False)
+        state = state._replace(variables=variables, live=False)
+        found = self.gradient
+        if found is None or state.buffers:
+            done = gradient(self.point.at(variables), Wanted((problem.name,), "recompute"))
+            state = state._replace(buffers=done.buffers)
+            found = done.found[problem.name] if found is None else found
         return virtual_step(problem, state, found, self.groups)
 
     @property

@@ -75,7 +75,7 @@ def check(engine: Engine, name: str | None = None, *, directions: int = 4, toler
             f"It was computed with {_estimators_of(engine, top)}. Of mlo's estimators, unrolled is exact, one_step is "
             "exact if a round has one step, and cg, neumann and nystrom can only be exact at a minimum. If the "
             "estimator should be exact here, either a loss is not a pure function of the problems that it reads "
-            "(detach, no_grad, state kept between calls), or the estimator is wrong"
+            f"(detach, no_grad, state kept between calls), or the estimator is wrong{_left_out(engine)}"
         )
 
 
@@ -158,7 +158,7 @@ def diagnose(engine: Engine, name: str | None = None, estimators: Sequence[objec
 
 
 def _row(engine: Engine, top: str, option: object, exact: Vector) -> Row:
-    title = option if isinstance(option, str) else str(option)
+    title = repr(option) if isinstance(option, Estimator) else str(option)
     try:
         with _every(engine, option) as one:
             found = tuple(g.double() for g in one.hypergradient(top).values())
@@ -261,6 +261,12 @@ def _estimators_of(engine: Engine, top: str) -> str:
         names = Registered(registry.ESTIMATORS).names(kind) or [kind.__name__]
         used.append(f"{names[0]} through {engine.problems[lower].steps} step(s) of {lower!r}")
     return " and ".join(used) or "no estimator"
+
+
+def _left_out(engine: Engine) -> str:
+    """A hint, if the engine leaves inner paths out of the curvature."""
+    nested = [] if engine.inner_path else engine._plan.nested
+    return f". It leaves out the inner path of {', '.join(map(repr, nested))}: pass inner_path=True" if nested else ""
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -135,9 +135,8 @@ class Gradients:
         point = point._replace(micro=done.micro)
         if role.inner:
             inner = {low: records[low] for low in role.inner}
-            deeper = [read for steps in inner.values() for read in steps[0].point.reads if read not in inner]
-            reads |= {read: states[read] for read in deeper if read != name}
-            point = point._replace(inner=inner, apart=later)
+            deeper = {read for steps in inner.values() for read in steps[0].point.reads} - {name, *inner}
+            point = point._replace(inner=inner, apart=later, reads=reads | {read: states[read] for read in deeper})
         kept = bool(role.paths or targets)
         taken = Taken(done.loss, own, done.buffers, point, done if needs_base else None, graph, kept)
         return taken if self._alone else taken.over_processes()

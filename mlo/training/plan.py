@@ -49,6 +49,7 @@ class Plan:
             problem that is not differentiated through others.
         roles: {problem: what follows for its steps}.
         inner: {problem: lower problems whose steps are part of its curvature}, lowest first.
+        nested: the middle problems whose gradient runs through lower ones.
         tops: the top problems that have a hypergradient.
         lookahead: whether top problems step after virtual steps of the others.
     """
@@ -74,7 +75,7 @@ class Plan:
         self.recordings = {name: estimator.recording for name, estimator in self.estimators.items()}
         blocked = {name for name, estimator in self.estimators.items() if not estimator.differentiates}
         self.paths = {name: self.graph.paths(name, blocked) for name in self.graph.names}
-        nested = self._nested()
+        self.nested = nested = self._nested()
         self.inner = {m: tuple(reversed(self.paths[m])) for m in nested} if inner_path else {}
         if inner_path:
             self._check_inner()

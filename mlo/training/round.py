@@ -82,7 +82,7 @@ def in_one_graph(of: Round, states: Mapping[str, State], batches: Sequence[Any],
     )
     start = own._replace(variables=variables, slots=slots, live=False)
     at = {name: states[name]._replace(slots=(), live=False) for name in level.reads} | {level.name: start}
-    reached = set(of.targets).difference(level.problem.node.held)
+    reached = set(of.targets)
     with TwiceDifferentiable():
         if not of.real and level.compiles(own):
             done = compiled.steps(level, at, batches, groups, reached)

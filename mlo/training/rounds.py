@@ -82,7 +82,7 @@ class Rounds:
         (later, targets), changing = self._plan.targets(name, tuple(following)), set[str]()
         if later:  # what is stepped on before, or while, the last of them is differentiated
             last = later[-1]
-            changing = {name, *following[: following.index(last)]}
+            changing = {*following[: following.index(last)]}
             changing |= {last} if self._levels[last].problem.steps > 1 else set()
         self._steps(
             Round(

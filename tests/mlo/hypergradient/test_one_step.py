@@ -9,6 +9,7 @@ from torch import nn
 from two_levels import Following, Judging
 
 import mlo
+from mlo.hypergradient import Exact
 from mlo.training.diagnostics import _PeakMemory
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -130,3 +131,22 @@ def test_frozen_parameters_are_not_copied(estimator, lookahead):
         engine.step()
     frozen = modules[0][0].weight
     assert memory.peak < 2.5 * frozen.numel() * frozen.element_size(), "the two that exist are counted"
+
+
+class Careless(mlo.Estimator):
+    """Asks for nothing, and gives something else than a Pulled."""
+
+    uses_before: bool = False
+
+    def pull(self, steps, cotangent, targets, warm):
+        if self.uses_before:
+            Exact().before(steps[-1], targets)
+        return dict.fromkeys(targets, cotangent)
+
+
+def test_what_an_own_estimator_forgets_is_said():
+    stack = small_lbt("sgd")
+    with pytest.raises(mlo.ConfigError, match=r"'student': pull of Careless returned a dict; return mlo.Pulled"):
+        mlo.Engine(stack, Careless(), device="cpu").hypergradient("arch")
+    with pytest.raises(mlo.ConfigError, match=r"'student': product.before needs .* mlo.Recording\(before=True\)"):
+        mlo.Engine(stack, Careless(uses_before=True), device="cpu").hypergradient("arch")
