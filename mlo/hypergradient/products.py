@@ -18,7 +18,7 @@ from mlo.errors import ConfigError
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import leaves
 from mlo.ops.differentiable import TwiceDifferentiable
-from mlo.ops.vectors import Vector, add, filled, norm, scaled, times
+from mlo.ops.vectors import Vector, add, difference, filled, norm, scaled, total
 from mlo.options.config import Config, Registered
 from mlo.options.registry import PRODUCTS
 from mlo.steps import compiled
@@ -239,9 +239,9 @@ def slope(
 ) -> tuple[Vector, Cotangents]:
     """The difference of two gradients times ``weight``: for the level's own variables, and for the targets."""
     of = [*((point.level.name,) if own else ()), *targets]
-    flat = [_less(a, b, weight) for name in of for a, b in zip(one.found[name], other.found[name], strict=True)]
+    flat = [difference(a, b, weight) for name in of for a, b in zip(one.found[name], other.found[name], strict=True)]
     pairs = zip_longest(one.leaves, other.leaves) if targets else ()
-    return _parted(point, flat, [_less(a, b, weight) for a, b in pairs], own, targets)
+    return _parted(point, flat, [difference(a, b, weight) for a, b in pairs], own, targets)
 
 
 def _moved(point: Point, vector: Vector, stride: float | Tensor = 0.0) -> Point:
@@ -251,13 +251,6 @@ def _moved(point: Point, vector: Vector, stride: float | Tensor = 0.0) -> Point:
             shift = scaled(vector or variables, stride if vector else 0.0)
             return point.at(leaves(variables))._replace(shift=shift)
         return point.at(leaves(add(variables, vector, stride) if vector else variables))
-
-
-def _less(one: Tensor | None, other: Tensor | None, weight: Tensor) -> Tensor | None:
-    """(one - other) * weight, where None is zero."""
-    if one is None:
-        return None if other is None else times(-other, weight)
-    return times(one if other is None else one - other, weight)
 
 
 def _variables(point: Point, names: Sequence[str]) -> list[Tensor]:
@@ -303,8 +296,3 @@ def _mean(
             others[target] = total(others.get(target), more)
     share = 1 / len(parts)
     return scaled(mine, share), {t: None if c is None else scaled(c, share) for t, c in others.items()}
-
-
-def total(one: Vector | None, other: Vector | None) -> Vector | None:
-    """The sum of two vectors, where None is zero."""
-    return other if one is None else one if other is None else add(one, other)

@@ -66,3 +66,15 @@ def filled(values: Iterable[Tensor | None], like: Sequence[Tensor]) -> Vector:
     if all(map(is_not, found, repeat(None))):
         return cast(Vector, found)
     return tuple([torch.zeros_like(shape) if v is None else v for v, shape in zip(found, like, strict=True)])
+
+
+def total(one: Vector | None, other: Vector | None) -> Vector | None:
+    """The sum of two vectors, where None is zero."""
+    return other if one is None else one if other is None else add(one, other)
+
+
+def difference(one: Tensor | None, other: Tensor | None, weight: Tensor) -> Tensor | None:
+    """(one - other) * weight, where None is zero."""
+    if one is None:
+        return None if other is None else times(-other, weight)
+    return times(one if other is None else one - other, weight)

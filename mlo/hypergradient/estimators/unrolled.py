@@ -11,10 +11,10 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from mlo.hypergradient.estimators.base import Estimator, Pulled, Recording
-from mlo.hypergradient.products import Exact, ProductOption, total
+from mlo.hypergradient.products import Exact, ProductOption
 from mlo.levels.problem import Problem
 from mlo.levels.state import copied
-from mlo.ops.vectors import Vector, add, scaled
+from mlo.ops.vectors import Vector, add, scaled, total
 from mlo.steps.optimizer import check_differentiable
 from mlo.steps.step import NOT_STORED, Cotangents, OfSlots, Step
 
