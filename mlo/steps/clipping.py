@@ -27,11 +27,11 @@ def clip(gradients: Gradients, largest: float | None) -> Gradients:
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    """As :func:`mlo.ops.vectors.norm`, but differentiable twice, in forward mode too, where gradients are enabled.
+    """As :func:`mlo.ops.vectors.norm`, but differentiable twice, in forward mode too, if a gradient has a graph.
 
     The second derivative of torch's norms is NaN where one of the gradients is zero.
     """
-    if not torch.is_grad_enabled():
+    if not any([gradient.requires_grad for gradient in gradients]):
         return norm(gradients)
     square = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
     return torch.where(square > 0, square, 1.0).sqrt() * (square > 0)

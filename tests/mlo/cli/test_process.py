@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from mlo.ops import distributed
@@ -22,9 +23,10 @@ time.sleep(60)
 def start(*words, cwd, path=()):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     command = [sys.executable, "-m", "mlo", *words]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # a shell that starts the tests in the background has told them to ignore the interrupt
+    interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=cwd, env=environment, text=True, preexec_fn=interruptible, **pipes)
 
 
 def test_ctrl_c_while_a_job_is_imported_ends_with_one_line(register, tmp_path):

@@ -198,3 +198,23 @@ def test_clipping_is_torchs_and_its_transpose_autograds(largest):
     wanted = torch.autograd.grad(clipped, gradients, cotangents)
     found = transpose_clip(gradients, largest, cotangents)
     torch.testing.assert_close([*found], [*wanted], rtol=1e-12, atol=1e-14)
+
+
+def test_a_real_step_clips_as_torch_does_to_the_bit():
+    class Alone(mlo.Problem):
+        def loss(self, batch):
+            return self(batch).square().mean()
+
+    torch.manual_seed(0)
+    own, twin = nn.Linear(30, 20), nn.Linear(30, 20)
+    twin.load_state_dict(own.state_dict())
+    data = [torch.randn(8, 30) for _ in range(20)]
+    plain = torch.optim.SGD(twin.parameters(), lr=0.1)
+    problem = Alone("alone", module=own, optimizer=torch.optim.SGD(own.parameters(), lr=0.1), data=data, clip_norm=0.05)
+    mlo.Engine(problem, device="cpu").run(20)
+    for batch in data:
+        plain.zero_grad()
+        twin(batch).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.05)
+        plain.step()
+    assert torch.equal(own.weight, twin.weight)
