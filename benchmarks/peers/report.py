@@ -91,7 +91,7 @@ TAIL = """## Explanations
   differentiated. The Python code takes the same time for any network, so it matters most in (d).
 - **(b) with N = 8192, unrolled.** By default, `mlo` keeps at most 64 MiB of the steps' autograd graphs
   (`graph_memory`) and recomputes the other steps in the backward pass, which takes more time and less memory. With
-  memory for all graphs, it takes about the time of the loop by hand, as the next table shows. In (e) with T = 4, it
+  memory for all graphs, it takes about the time of the loop by hand. In (e) with T = 4, it
   recomputes the steps too, since the graph of one step is larger than 64 MiB.
 - **Memory.** In the other workloads of (a) to (d), `mlo` needs a few MB more than the loop by hand, about the same in
   all of them. In (e), where one copy of the weights takes 44 MB, it needs up to four copies more.
