@@ -9,7 +9,7 @@ from operator import is_not
 
 from torch import Tensor
 
-from mlo.levels.state import State, copied
+from mlo.levels.state import State
 from mlo.ops.vectors import Vector, filled
 from mlo.steps import sgd
 from mlo.steps.evaluation import MicroBatch
@@ -61,13 +61,6 @@ class Step:
     def stored(self) -> bool:
         """Whether the state before the step is kept."""
         return bool(self.point.state.variables)
-
-    def freeze(self, name: str) -> None:
-        """Keep a copy of what the step read of problem ``name``, whose own tensors are about to change."""
-        read = self.point.reads.get(name)
-        if read is not None and read.live:
-            self.point = self.point._replace(reads={**self.point.reads, name: copied(read)}, cache=None)
-            self.base = self.graph = None
 
     def forget(self) -> None:
         """Free what is kept for products at the step's point."""

@@ -32,7 +32,6 @@ class Round(NamedTuple):
         targets: the problems that its steps are pulled back onto.
         total: how many steps.
         changing: the problems whose own tensors change before the last pullback.
-        later: whether a problem after this one is differentiated through the levels below.
         real: whether the steps are real.
         dtype: that batches are cast to; None: as they are.
     """
@@ -44,15 +43,14 @@ class Round(NamedTuple):
     targets: Collection[str]
     total: int
     changing: Collection[str] = ()
-    later: bool = False
     real: bool = False
     dtype: torch.dtype | None = None
 
 
 def held_copies(of: Round) -> dict[str, State]:
-    """Copies of what a step reads and what changes before it is pulled back, where its graph is kept until then."""
+    """Copies of what a step reads and what changes before it is pulled back."""
     found = {}
-    for name in of.level.reads if of.changing else ():
+    for name in of.states if of.role.inner else of.level.reads:  # inner steps may read any level
         if name in of.changing and of.states[name].live:
             found[name] = copied(of.states[name])
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain, repeat
+from itertools import repeat
 from operator import is_not
 from typing import Any
 
@@ -93,7 +93,6 @@ class Rounds:
                 targets,
                 problem.steps,
                 changing,
-                bool(later),
                 real=True,
             )
         )
@@ -136,17 +135,19 @@ class Rounds:
             batches = cast_batches(batches, of.dtype)
         if not keep:
             found = self._gradients.of(level.name, states, of.records, batches, kind, (), count)
-            self._move(of, found, hyperparameters(problem) if not of.real else (), left)
+            self._move(of, found, hyperparameters(problem) if not of.real else ())
             return None
         groups = hyperparameters(problem)
         linear = is_linear(problem, groups)
         only_after = not linear and role.recording.last == 1 and not role.again and needs_only_after(problem, groups)
         before = self._stored(of, taken, linear, only_after) if role.recording.before else NOT_STORED
         onto = of.targets if left == 0 or self._keeps(of, taken) else ()
+        if of.changing:
+            states = {**states, **held_copies(of)}
         if onto and role.keeps_graph and before.variables and role.recording.store_on == "device":
-            states = {**states, level.name: before, **held_copies(of)}
+            states = {**states, level.name: before}
         found = self._gradients.of(level.name, states, of.records, batches, kind, onto, count, later=index > 0)
-        self._move(of, found, groups, left)
+        self._move(of, found, groups)
         if only_after and before.variables:
             slots = problem.optimizer_slots() if of.real else of.states[level.name].slots
             before = before._replace(slots=slots)
@@ -177,15 +178,12 @@ class Rounds:
             return copied(state, torch.device("cpu"))
         return copied(state) if of.real else state
 
-    def _move(self, of: Round, found: Taken, groups: Groups, left: int) -> None:
+    def _move(self, of: Round, found: Taken, groups: Groups) -> None:
         """Take the optimizer's step: really, or to another state."""
         name, problem = of.level.name, of.level.problem
         if not of.real:
             of.states[name] = virtual_step(problem, of.states[name]._replace(buffers=found.buffers), found.own, groups)
             return
-        if of.later or left > 0:  # the records are still needed afterwards
-            for step in chain.from_iterable(of.records.values()):
-                step.freeze(name)
         self._updater.update(problem, found.loss, found.own, found.buffers)
         problem.advance()
         self.losses[name] = found.loss
