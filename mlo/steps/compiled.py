@@ -48,7 +48,10 @@ def gradient(
     Args:
         through_own: whether the kept graph is differentiated for the level's own variables.
     """
-    if keep_graph and not through_own and point.level.reaches_all and tuple(of) == (point.level.name,):
+    level = point.level
+    # of a variable that the loss does not reach, it would give zeros: not for a loss that may change with its step
+    steady = level.reaches_all and not level.problem.asks_steps_taken
+    if keep_graph and not through_own and steady and tuple(of) == (level.name,):
         what = "gradient with its graph for what is read"
         done = _run(point, states, micro, what, of, gradient_for_reads, (tuple(of),), reached, kind, {}, True, True)
         if done is not None:

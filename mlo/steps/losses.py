@@ -175,14 +175,14 @@ def gradient_for_reads(
     own = states[level.name]
     calls: list[int] = []
 
-    def loss_at(variables: Vector) -> tuple[Tensor, tuple[Tensor, Vector]]:
+    def scaled_loss(variables: Vector) -> tuple[Tensor, tuple[Tensor, Vector]]:
         at = {**states, level.name: own._replace(variables=variables)}
         loss, buffers, called = loss_of(level, at, batch, reached, context=context)
         calls.extend(called)
         return loss * scale, (loss.detach(), buffers)
 
     constants = tuple([variable.detach() for variable in own.variables])
-    found, (loss, buffers) = torch.func.grad(loss_at, has_aux=True)(constants)
+    found, (loss, buffers) = torch.func.grad(scaled_loss, has_aux=True)(constants)
     if isinstance(scale, Tensor):
         found = [gradient / scale for gradient in found]
     return loss, found, buffers, calls

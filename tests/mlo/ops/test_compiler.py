@@ -469,3 +469,24 @@ def test_the_inner_path_counts():
         for engine in (plain, compiled):
             engine.step()
     assert_compiled(compiled)
+
+
+class Widening(mlo.Problem):
+    """Reaches its bias only at every second step; the optimizer leaves it alone at the others."""
+
+    def loss(self, batch, top):
+        own = batch @ self.params["weight"].T
+        if self.steps_taken % 2 == 0:
+            own = own + self.params["bias"]
+        return (own - top(batch)).square().mean()
+
+
+def test_a_variable_that_a_compiled_step_does_not_reach_is_left_alone():
+    """Momentum would move it on a gradient of zero."""
+    plain, compiled = engines(lambda: two_levels(Widening, momentum=0.9), "one_step")
+    for _ in range(5):
+        plain.step()
+        compiled.step()
+    torch.testing.assert_close(
+        dict(compiled.problems["low"].module.state_dict()), dict(plain.problems["low"].module.state_dict())
+    )
