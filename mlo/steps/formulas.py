@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlo.levels.state import Slots
+from mlo.levels.state import State
 from mlo.ops.vectors import Vector
 from mlo.steps import adaptive
 from mlo.steps.adaptive import Formula, Part
@@ -21,12 +21,7 @@ Cotangents = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Mapping[str, Ten
 
 
 def step(
-    formula: Formula,
-    groups: Sequence[Group],
-    numbers: Sequence[int],
-    variables: Vector,
-    gradients: Gradients,
-    slots: Slots,
+    formula: Formula, groups: Sequence[Group], numbers: Sequence[int], state: State, gradients: Gradients
 ) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
     """The variables and the optimizer's slots after one step.
 
@@ -34,23 +29,22 @@ def step(
         groups: the hyperparameters of each parameter group.
         numbers: the group of each variable.
     """
-    moved, after = [*variables], [*slots]
-    for part in _parts(formula, groups, numbers, variables, gradients, slots, False):
-        stepped, state = adaptive.step(formula, part)
+    moved, after = [*state.variables], [*state.slots]
+    for part in _parts(formula, groups, numbers, state, gradients, stepped=False):
+        stepped, reached = adaptive.step(formula, part)
         counters = {count: torch.tensor(count, dtype=_counter_dtype()) for count in set(part.counts)}
         for row, (index, count) in enumerate(zip(part.indices, part.counts, strict=True)):
             moved[index] = stepped[row]
-            after[index] = {"step": counters[count], **{key: tensors[row] for key, tensors in state.items()}}
-    return [t.clone() if t is v else t for t, v in zip(moved, variables, strict=True)], after
+            after[index] = {"step": counters[count], **{key: tensors[row] for key, tensors in reached.items()}}
+    return [t.clone() if t is v else t for t, v in zip(moved, state.variables, strict=True)], after
 
 
 def transpose(
     formula: Formula,
     groups: Sequence[Group],
     numbers: Sequence[int],
-    variables: Vector,
+    state: State,
     gradients: Gradients,
-    slots: Slots,
     stepped: bool,
     cotangents: Sequence[Tensor],
     of_slots: Sequence[Mapping[str, Tensor]] | None,
@@ -58,7 +52,7 @@ def transpose(
     """Cotangents of gradients, variables and slots before a step, from those of variables and slots after it.
 
     Args:
-        slots: before the step; or after it, if ``stepped``.
+        state: before the step; its slots are those after it, if ``stepped``.
         of_slots: None: only the cotangents of the gradients are computed.
     """
     to_gradients: list[Any] = [
@@ -66,17 +60,18 @@ def transpose(
     ]
     to_variables = [*cotangents]
     to_slots = [dict(given) for given in of_slots or ()]
-    for part in _parts(formula, groups, numbers, variables, gradients, slots, stepped):
+    for part in _parts(formula, groups, numbers, state, gradients, stepped):
         given = [cotangents[index] for index in part.indices]
         after = None if of_slots is None else _gathered(of_slots, part, given)
         reached: adaptive.State = part.state if stepped else adaptive.reached(formula, part)
-        found, before, state = adaptive.transpose(formula, part, reached, given, after)
+        found, before, of_state = adaptive.transpose(formula, part, reached, given, after)
         for row, index in enumerate(part.indices):
             to_gradients[index] = found[row]
             if of_slots is not None:
                 to_variables[index] = before[row]
                 # before the first step there is no state to pass anything on to
-                to_slots[index] = {key: tensors[row] for key, tensors in state.items()} if slots[index] else {}
+                began = bool(state.slots[index])
+                to_slots[index] = {key: tensors[row] for key, tensors in of_state.items()} if began else {}
     return to_gradients, to_variables, to_slots
 
 
@@ -94,17 +89,17 @@ def _parts(
     formula: Formula,
     groups: Sequence[Group],
     numbers: Sequence[int],
-    variables: Vector,
+    state: State,
     gradients: Gradients,
-    slots: Slots,
     stepped: bool,
 ) -> Iterator[Part]:
+    variables, slots = state.variables, state.slots
     counters = {id(slot["step"]): slot["step"] for slot in slots if slot}
     values = dict(zip(counters, torch.stack([*counters.values()]).tolist(), strict=True)) if counters else {}
     for number, group in enumerate(groups):
         found = [i for i, g in enumerate(gradients) if g is not None and numbers[i] == number]
         for indices in _chunks(found, variables):
-            state = {
+            kept = {
                 key: [slots[i][key] if slots[i] else torch.zeros_like(variables[i]) for i in indices]
                 for key in formula.begin(group)
             }
@@ -112,7 +107,7 @@ def _parts(
             # a step that was undone, for it was not finite, has not been counted
             counts = [max(1.0, count + (not stepped)) for count in taken]
             own = [gradient for i in indices if (gradient := gradients[i]) is not None]
-            yield Part(group, indices, counts, [variables[i] for i in indices], own, state)
+            yield Part(group, indices, counts, [variables[i] for i in indices], own, kept)
 
 
 def _chunks(indices: Sequence[int], variables: Vector) -> Iterator[list[int]]:

@@ -61,7 +61,7 @@ def _step(problem: Problem, state: State, gradients: Gradients, groups: Groups, 
     # torch cannot differentiate its operators on lists of tensors, nor step all optimizers with sparse gradients
     sparse = any([g is not None and g.is_sparse for g in gradients])
     if not sparse and not differentiable and (formula := formula_of(problem.optimizer, groups)):
-        found: Any = formulas.step(formula, groups, numbers, state.variables, gradients, state.slots)
+        found: Any = formulas.step(formula, groups, numbers, state, gradients)
     else:
         found = torch_step.step(problem, groups, state.variables, gradients, state.slots, differentiable=differentiable)
     return State(tuple(found[0]), state.constants, state.buffers, tuple(found[1]))
@@ -125,9 +125,7 @@ def transpose_step(
     if plain_sgd:
         found: Any = sgd.transpose(of, clipped, state.slots, cotangent, slots or ({},) * len(of))
     elif formula := formula_of(problem.optimizer, groups):
-        found = formulas.transpose(
-            formula, groups, numbers, state.variables, clipped, state.slots, stepped, cotangent, slots
-        )
+        found = formulas.transpose(formula, groups, numbers, state, clipped, stepped, cotangent, slots)
     else:
         found = torch_step.transpose(problem, groups, state.variables, clipped, state.slots, cotangent, slots)
     onto = tuple(transpose_clip(gradients, largest, found[0]))
