@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,3 +29,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.mix(x)[None, None].chunk(3, dim=-1)
         return self.head(F.scaled_dot_product_attention(query, key, value))[0, 0]
+
+
+class Value(nn.Module):
+    """A module that is its only parameter, in float64."""
+
+    def __init__(self, *value: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value, dtype=torch.float64))
+
+    def forward(self) -> Tensor:
+        return self.value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -56,7 +57,7 @@ class _Cleaning:
         jax.block_until_ready(self._compute(*self._given))
 
 
-class _Trained:
+class _Trained(ABC):
     """Rounds of training; subclasses define one as a function of the state and the batches.
 
     The function returns the hypergradient and the state after the round.
@@ -67,8 +68,9 @@ class _Trained:
         self._batches = zip(*(itertools.cycle(map(_array, part)) for part in batches), strict=False)
         self._round = jax.jit(self.trained)
 
+    @abstractmethod
     def trained(self, state: Tree, *batches: Tree) -> tuple[Tree, Tree]:
-        raise NotImplementedError
+        """The hypergradient, and the state after the round."""
 
     def gradient(self) -> list[Tensor]:
         return _tensors(self._round(self._state, *next(self._batches))[0])

@@ -5,18 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from named_steps import optimizer_state, step_with_graph
-from torch import Tensor, nn
+from torch import Tensor
+from two_levels import Value
 
 import mlo
-
-
-class Vector(nn.Module):
-    def __init__(self, *value: float) -> None:
-        super().__init__()
-        self.value = nn.Parameter(torch.tensor(value, dtype=torch.float64))
-
-    def forward(self) -> Tensor:
-        return self.value
 
 
 def low_loss(low: Tensor, mid: Tensor, top: Tensor) -> Tensor:
@@ -49,7 +41,7 @@ class Top(mlo.Problem):
 def stack(steps: int) -> list[mlo.Problem]:
     made = []
     for cls, name, value in ((Low, "low", (0.3, -0.7)), (Mid, "mid", (0.5, 0.2)), (Top, "top", (-0.4, 0.9))):
-        module = Vector(*value)
+        module = Value(*value)
         optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
         made.append(cls(name, module=module, optimizer=optimizer, steps=steps if name == "low" else 1))
     return made

@@ -7,19 +7,11 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, nn
+from two_levels import Value
 
 import mlo
 
 RATE = 0.1
-
-
-class Vector(nn.Module):
-    def __init__(self, *value: float) -> None:
-        super().__init__()
-        self.value = nn.Parameter(torch.tensor(value, dtype=torch.float64))
-
-    def forward(self) -> Tensor:
-        return self.value
 
 
 class Low(mlo.Problem):
@@ -37,7 +29,7 @@ class Top(mlo.Problem):
 @pytest.mark.parametrize("product", ["exact", "forward", "central", "one_sided"])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, partial(torch.optim.Adam, eps=1.0)], ids=["sgd", "adam"])
 def test_each_top_is_differentiated_at_what_the_step_had_read(product, optimizer):
-    low, one, two = Vector(0.3, -0.7), Vector(0.5, 0.2), Vector(-0.4, 0.9)
+    low, one, two = Value(0.3, -0.7), Value(0.5, 0.2), Value(-0.4, 0.9)
     problems = [Low("low", module=low, optimizer=optimizer(low.parameters(), lr=RATE))]
     for name, module in (("one", one), ("two", two)):
         problems.append(Top(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=RATE)))
@@ -59,7 +51,7 @@ class Bent(mlo.Problem):
 
 @pytest.mark.parametrize("product", ["exact", "forward", "central", "one_sided"])
 def test_every_step_of_a_top_is_differentiated_at_what_the_lower_step_had_read(product):
-    low, top = Vector(0.3, -0.7), Vector(0.5, 0.2)
+    low, top = Value(0.3, -0.7), Value(0.5, 0.2)
     problems = [
         Bent("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=RATE)),
         Top("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE), steps=3),
@@ -98,7 +90,7 @@ class Both(mlo.Problem):
 
 @pytest.mark.parametrize("memory", [0.0, 0.0004, 16.0])  # none joined, two of them, all
 def test_a_variable_that_a_step_does_not_reach_is_not_decayed_by_it(memory):
-    low, top = Halves(), Vector(0.5, 0.2)
+    low, top = Halves(), Value(0.5, 0.2)
     sgd = torch.optim.SGD(low.parameters(), lr=RATE, momentum=0.9, weight_decay=0.5)
     problems = [
         HalfSteps("low", module=low, optimizer=sgd, steps=4),
@@ -121,7 +113,7 @@ def test_a_variable_that_a_step_does_not_reach_is_not_decayed_by_it(memory):
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_adam_leaves_the_moments_of_a_variable_that_a_step_does_not_reach(every):
-    low, top, eps = Halves(), Vector(0.5, 0.2), 0.1
+    low, top, eps = Halves(), Value(0.5, 0.2), 0.1
     adam = torch.optim.Adam(low.parameters(), lr=RATE, eps=eps)
     problems = [
         HalfSteps("low", module=low, optimizer=adam, steps=4),
@@ -154,7 +146,7 @@ class Stray(mlo.Problem):
 
 @pytest.mark.filterwarnings("ignore:problem 'low'")
 def test_what_a_loss_takes_from_its_module_is_constant_in_virtual_steps_too():
-    low, top = Vector(0.3, -0.7), Vector(0.5, 0.2)
+    low, top = Value(0.3, -0.7), Value(0.5, 0.2)
     problems = [
         Stray("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=RATE)),
         Top("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE)),
@@ -165,7 +157,7 @@ def test_what_a_loss_takes_from_its_module_is_constant_in_virtual_steps_too():
     torch.testing.assert_close(found, 2 * (value - RATE * value * weight) * -RATE * value)
 
 
-class Scale(Vector):
+class Scale(Value):
     def forward(self, x: Tensor) -> Tensor:
         return x * self.value
 
@@ -188,7 +180,7 @@ class Other(mlo.Problem):
 @pytest.mark.parametrize("product", ["exact", "forward", "central", {"kind": "one_sided", "radius": 1e-6}], ids=str)
 @pytest.mark.parametrize("kind", ["one_step", "cg"])
 def test_all_ways_to_read_a_problem(kind, product):
-    low, top = Vector(0.3, -0.7), Scale(0.5, 0.2)
+    low, top = Value(0.3, -0.7), Scale(0.5, 0.2)
     batches = [torch.tensor(each, dtype=torch.float64) for each in ((2.0, 3.0), (-1.0, 0.5))]
     problems = [
         Reading("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=RATE), data=batches),
@@ -226,7 +218,7 @@ class Constant(mlo.Problem):
 
 
 def test_what_is_read_without_gradients_is_constant():
-    low, top = Vector(0.3, -0.7), Vector(0.5, 0.2)
+    low, top = Value(0.3, -0.7), Value(0.5, 0.2)
     problems = [
         Constant("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=RATE)),
         Other("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE)),

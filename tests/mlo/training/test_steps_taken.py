@@ -6,20 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from two_levels import Value
 
 import mlo
 
 RATE = 0.1
-
-
-class Value(nn.Module):
-    def __init__(self, *start: float) -> None:
-        super().__init__()
-        self.value = nn.Parameter(torch.tensor(start, dtype=torch.float64))
-
-    def forward(self) -> Tensor:
-        return self.value
 
 
 class Low(mlo.Problem):
