@@ -109,15 +109,25 @@ def _run(
     begun = Randomness.capture(level.device)
 
     def run(*_: Any, **__: Any) -> Any:
-        return compiler.call(key, passed, micro.batch, arguments, scale, spare=spare) or (None, None, None, ())
+        done = compiler.call(key, passed, micro.batch, arguments, scale, spare=spare)
+        if done is None:
+            raise _NotCompiledError
+        return done
 
     second = keep_graph or function is product_of
     with TwiceDifferentiable() if second else nullcontext():
-        done = evaluate(run, level, states, micro, kind=kind, count=point.step_number, autocast=False)
-    if done[0] is None:
-        begun.restore(level.device)  # it may have drawn before it failed
-        return None
-    return done[0], done[1], done[2]
+        try:
+            loss, found, buffers, _ = evaluate(
+                run, level, states, micro, kind=kind, count=point.step_number, autocast=False
+            )
+        except _NotCompiledError:
+            begun.restore(level.device)  # it may have drawn before it failed
+            return None
+    return loss, found, buffers
+
+
+class _NotCompiledError(Exception):
+    """Raised out of an evaluation whose function cannot be compiled."""
 
 
 def _function(

@@ -70,8 +70,7 @@ def evaluate(
         raise
     finally:
         problem.step_number = before
-    if done[-1]:
-        level.count(kind, done[-1])
+    level.count(kind, done[-1])
     if outside is not None:
         level.note_draws(outside)
     return done
