@@ -3,6 +3,7 @@
     python -m benchmarks.gpu --out runs/gpu            # all sections, in under 8 minutes
     python -m benchmarks.gpu --out runs/gpu --report   # the figures of docs/gpu.md, from these results
     python -m benchmarks.gpu --smoke                   # does everything run? on the CPU, at a tiny size
+    python -m benchmarks.gpu --count                   # what a round would launch, without a GPU; writes docs/gpu.md
 
 Each section runs in its own process and within its time, and writes SECTION.json; one that fails does not stop the
 others. It needs torch, torchvision and pydantic; the tests also need what `pip install '.[dev]'` installs.
@@ -17,6 +18,9 @@ from pathlib import Path
 
 from benchmarks.gpu.report import report
 from benchmarks.gpu.sections import SECTIONS, SMOKE_TOTAL, TOTAL
+from benchmarks.measuring import replace_table
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
 
 
 def main() -> int:
@@ -24,6 +28,13 @@ def main() -> int:
     arguments = _parser().parse_args()
     if arguments.report:
         print(report(arguments.out))
+        return 0
+    if arguments.count:
+        from benchmarks.gpu.counted import count_rounds, table
+
+        rows = table(count_rounds())
+        print(rows)
+        replace_table(PAGE, "counted", rows)
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1" if arguments.smoke else "4")
     from benchmarks.gpu.running import run_sections  # imports torch, which the help and the report do not need
@@ -48,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, help=f"for all sections together (default: {TOTAL:.0f})")
     parser.add_argument("--smoke", action="store_true", help="run at a tiny size on the CPU")
     parser.add_argument("--report", action="store_true", help="measure nothing; print tables of the results in --out")
+    parser.add_argument(
+        "--count",
+        action="store_true",
+        help="measure nothing; count kernel launches, and write the table of docs/gpu.md",
+    )
     return parser
 
 

@@ -44,11 +44,11 @@ def _run(session: Session, mark: str, seconds: float) -> dict[str, Any]:
         try:
             code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=seconds, check=False).returncode
         except subprocess.TimeoutExpired:
-            return {"stopped_after_s": round(seconds), "log": _end_of(log)}
-    if session.smoke:
+            return {"failed": f"stopped after {seconds:.0f} s", "log": _end_of(log)}
+    if session.smoke and code == 0:
         return {"exit_code": code, "log": _end_of(log, 200)}
-    if not report.exists():
-        return {"exit_code": code, "log": _end_of(log)}
+    if session.smoke or not report.exists():
+        return {"exit_code": code, "failed": _end_of(log)}
     return {"exit_code": code, **_summary(report)}
 
 

@@ -6,7 +6,7 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.gpu.hand_round import HandRound, Precision
 from benchmarks.gpu.profiles import profile
@@ -58,7 +58,7 @@ def _measure(session: Session, name: str, variant: Variant) -> None:
     device = session.device
     set_precision(variant.tf32, benchmark=device.type == "cuda")
     begin_peak(device)
-    loop = HandRound(_on(new_task(session.size), device, variant.student_last), precision=variant.precision)
+    loop = HandRound(_ordered(new_task(session.size, device), variant.student_last), precision=variant.precision)
     step: Any = loop.step
     eager = median_seconds(step, device, 0.0, least=1, warm=0) if session.smoke else streamed_seconds(step, device, 3)
     found: dict[str, Any] = {"eager_s": round(eager, 4), "eager_peak_gib": peak_gib(device)}
@@ -77,14 +77,16 @@ def _measure(session: Session, name: str, variant: Variant) -> None:
         session.note(f"profile of {name}", profile(step, device))
 
 
-def _on(task: Task, device: torch.device, student_last: bool) -> Task:
-    """The task on a device; images and the student in channels-last order if asked for."""
-    order = torch.channels_last if student_last else torch.contiguous_format
+def _ordered(task: Task, student_last: bool) -> Task:
+    """The task with images and the student in channels-last order, if asked for."""
+    if not student_last:
+        return task
 
-    def moved(tensor: Tensor) -> Tensor:
-        return tensor.to(device, memory_format=order) if tensor.dim() == 4 else tensor.to(device)
+    def last(tensor: Tensor) -> Tensor:
+        return tensor.contiguous(memory_format=torch.channels_last)
 
-    networks: list[nn.Module] = [network.to(device) for network in (task.teacher, task.student, task.architecture)]
-    networks[1].to(memory_format=order)
-    training, validation = (tuple(map(moved, batch)) for batch in (task.training, task.validation))
-    return task._replace(training=training, validation=validation, unlabeled=moved(task.unlabeled))
+    task.student.to(memory_format=torch.channels_last)
+    (images, labels), (judged, classes) = task.training, task.validation
+    return task._replace(
+        training=(last(images), labels), validation=(last(judged), classes), unlabeled=last(task.unlabeled)
+    )

@@ -33,15 +33,16 @@ class Size(NamedTuple):
 PAPER, SMOKE = Size(16, 8, 64, 32, "resnet18", 25_000), Size(2, 3, 2, 8, "small", 16)
 
 
-def new_task(size: Size) -> Task:
-    """The three networks, and one batch of each kind, on the CPU."""
-    return make_task(
-        lambda: make_student(size.student, 3, 10, size.image),
-        channels=size.channels,
-        cells=size.cells,
-        batch=size.batch,
-        size=size.image,
-    )
+def new_task(size: Size, device: torch.device) -> Task:
+    """The three networks, and one batch of each kind, on a device."""
+    with device:
+        return make_task(
+            lambda: make_student(size.student, 3, 10, size.image),
+            channels=size.channels,
+            cells=size.cells,
+            batch=size.batch,
+            size=size.image,
+        )
 
 
 def search_engine(
@@ -63,7 +64,7 @@ def search_engine(
         hypergradient: see :class:`mlo.Engine`; with lookahead in any case.
         compile: see :class:`mlo.Engine`.
     """
-    task = new_task(size)
+    task = new_task(size, device)
     batches = [_images(size, device, seed) for seed in range(3)]
     optimizers = task.optimizers()
     trained: list[dict[str, Any]] = [
