@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -13,6 +14,8 @@ from benchmarks.gpu.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKS = {"cuda": "cuda and not kernels", "cuda and kernels": "cuda and kernels"}
+INTERRUPTED = 2  # the exit code of pytest
+TO_WRITE = 4.0  # seconds that pytest has for its report after it was interrupted
 ONE_FILE = "tests/problems/data/test_images.py"  # that smoke mode collects
 
 
@@ -25,7 +28,7 @@ def measure(session: Session) -> None:
         if session.has_time(name, 0.0 if session.smoke else 10.0):
             share = session.left() * (0.6 if name == "cuda" else 1.0)
             with session.attempt(name):
-                session.note(name, _run(session, mark, share))
+                session.note(name, _run(session, mark, share - TO_WRITE))
         if session.smoke:
             session.skip("tests are collected, not run")
             break
@@ -40,22 +43,32 @@ def _run(session: Session, mark: str, seconds: float) -> dict[str, Any]:
     # without --strict-config, since an option of a plug-in that is not installed would be an error
     command += ["-o", "addopts=--import-mode=importlib", f"--junitxml={report}"]
     command += ["--collect-only", ONE_FILE] if session.smoke else ["tests"]
-    with log.open("w", encoding="utf-8") as file:
-        try:
-            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, timeout=seconds, check=False).returncode
-        except subprocess.TimeoutExpired:
-            return {"failed": f"stopped after {seconds:.0f} s", "log": _end_of(log)}
+    code = code_of(command, log, seconds)
     if session.smoke and code == 0:
         return {"exit_code": code, "log": _end_of(log, 200)}
     if session.smoke or not report.exists():
         return {"exit_code": code, "failed": _end_of(log)}
-    return {"exit_code": code, **_summary(report)}
+    return {"exit_code": code, "interrupted": code == INTERRUPTED, **summary(report)}
 
 
-def _summary(report: Path) -> dict[str, Any]:
+def code_of(command: list[str], log: Path, seconds: float) -> int:
+    """Run pytest, and interrupt it after these seconds: then it still writes about the tests that it ran."""
+    with log.open("w", encoding="utf-8") as file, subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file) as run:
+        for end in (lambda: run.send_signal(signal.SIGINT), run.kill):
+            try:
+                return run.wait(seconds)
+            except subprocess.TimeoutExpired:
+                end()
+                seconds = TO_WRITE
+        return run.wait()
+
+
+def summary(report: Path) -> dict[str, Any]:
     """Counts and messages from a report in JUnit's format."""
     found: dict[str, Any] = {"passed": 0, "skipped": 0, "failed": 0, "messages": {}}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
+        if case.get("name") is None:  # the test at which pytest was interrupted
+            continue
         problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         kind = "passed" if problem is None else "skipped" if problem.tag == "skipped" else "failed"
         found[kind] += 1

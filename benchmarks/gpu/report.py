@@ -120,7 +120,8 @@ def _tests(of: Results) -> Iterator[str]:
     for name in ("cuda", "cuda and kernels"):
         found = of.get(name, "not run")
         if isinstance(found, dict) and "passed" in found:
-            rows.append([f"`{name}`", *(found[kind] for kind in kinds)])
+            stopped = ", stopped before the end" if found.get("interrupted") else ""
+            rows.append([f"`{name}`{stopped}", *(found[kind] for kind in kinds)])
         else:
             rows.append([f"`{name}`", found if isinstance(found, str) else "not finished", None, None])
     yield from _table(["tests", *kinds], rows)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.gpu import running
+from benchmarks.gpu import cuda_tests, running
 from benchmarks.gpu.report import report
 from benchmarks.gpu.running import run_sections
 from benchmarks.gpu.sections import SECTIONS, Section
@@ -156,3 +156,18 @@ def test_the_help_is_one_screen() -> None:
     lines = command("--help").stdout.splitlines()
     assert len(lines) < 40
     assert all(any(line.strip().startswith(name) for line in lines) for name in SECTIONS)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_interrupted_tests_still_report_those_that_ran(tmp_path: Path) -> None:
+    bodies = {"passes": "pass", "fails": "assert False, 'wrong'", "hangs": "time.sleep(60)"}
+    tests = "".join(f"def test_{name}(): {body}\n" for name, body in bodies.items())
+    (tmp_path / "test_it.py").write_text(f"import time\n{tests}")
+    written, log = tmp_path / "report.xml", tmp_path / "log"
+    line = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "-c", "/dev/null"]
+    code = cuda_tests.code_of([*line, f"--junitxml={written}", str(tmp_path)], log, 15.0)
+    assert code == cuda_tests.INTERRUPTED, log.read_text()
+    found = cuda_tests.summary(written)
+    assert (found["passed"], found["failed"]) == (1, 1)
+    assert "wrong" in found["messages"]["test_it::test_fails"]
