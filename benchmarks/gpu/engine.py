@@ -81,4 +81,5 @@ def _measure(session: Session, name: str, variant: Variant) -> None:
     session.note(name, found)
     if variant.profiled:
         call = partial(engine.objective, "teacher") if session.smoke else engine.step  # a round takes 10 s on a CPU
-        session.note(f"profile of {name}", profile(call, device))
+        with session.attempt(f"profile of {name}"):
+            session.note(f"profile of {name}", profile(call, device))

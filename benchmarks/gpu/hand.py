@@ -74,7 +74,8 @@ def _measure(session: Session, name: str, variant: Variant) -> None:
     if device.type != "cuda":
         session.skip(f"{name}, one CUDA graph")
     if variant.profiled and not session.smoke:
-        session.note(f"profile of {name}", profile(step, device))
+        with session.attempt(f"profile of {name}"):
+            session.note(f"profile of {name}", profile(step, device))
 
 
 def _ordered(task: Task, student_last: bool) -> Task:

@@ -26,7 +26,7 @@ def report(folder: Path) -> str:
     if any(of["smoke"] for of in results.values()):
         lines += ["**These are results of `--smoke`: a tiny size on the CPU, with no meaning as figures.**", ""]
     for name, of in results.items():
-        lines += [f"## {_TITLES[name]}", "", *_status(of), *_TABLES[name](of), ""]
+        lines += [f"### {_TITLES[name]}", "", *_status(of), *_TABLES[name](of), ""]
     return "\n".join(lines).rstrip()
 
 
@@ -62,7 +62,7 @@ def _rounds(of: Results, columns: Mapping[str, str]) -> Iterator[str]:
     """One row for each variant; a variant that failed or was skipped says so in its first column of numbers."""
     rows = []
     for name, found in of.items():
-        if name == "status" or name.startswith("profile of "):
+        if name == "status" or (name.startswith("profile of ") and "failed" not in found):
             continue
         if isinstance(found, dict) and columns.keys() & found.keys():
             rows.append([name, *(found.get(key) for key in columns)])
@@ -96,7 +96,7 @@ def _hand(of: Results) -> Iterator[str]:
 def _profiles(of: Results, most: int = 12) -> Iterator[str]:
     """For each profile, the sums and the most expensive kernels."""
     for name, found in of.items():
-        if name.startswith("profile of "):
+        if name.startswith("profile of ") and "launches" in found:
             yield ""
             yield (
                 f"A round, {name.removeprefix('profile of ')}: {found['launches']:,} kernels, {found['busy_ms']:g} ms "

@@ -25,7 +25,7 @@ def measure(session: Session) -> None:
     engine = search_engine(session.size, session.device)
     engine.step()
     synchronize(session.device)
-    with _noted_waits(session.device) as where:
+    with noted_waits(session.device) as where:
         for _ in range(1 if session.smoke else ROUNDS):
             engine.step()
     if session.device.type != "cuda":
@@ -36,7 +36,7 @@ def measure(session: Session) -> None:
 
 
 @contextmanager
-def _noted_waits(device: torch.device) -> Iterator[Counter[str]]:
+def noted_waits(device: torch.device) -> Iterator[Counter[str]]:
     """A context whose value counts the waits in it, {the three innermost lines of mlo and problems: count}."""
     where: Counter[str] = Counter()
 

@@ -6,12 +6,17 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
+from two_levels import Following, Judging
 
-from benchmarks.gpu import cuda_tests, running
+import mlo
+from benchmarks.gpu import cuda_tests, running, waits
 from benchmarks.gpu.report import report
 from benchmarks.gpu.running import run_sections
 from benchmarks.gpu.sections import SECTIONS, Section
@@ -42,7 +47,7 @@ def test_all_sections_run_on_the_cpu(tmp_path: Path) -> None:
     assert all(row["double_backward_us"] > 0 for row in found["convolutions"]["table"])
     assert found["tests"]["cuda"]["exit_code"] == 0
     page = command("--report", "--out", tmp_path).stdout
-    assert all(f"## {title}" in page for title in ("A round by the engine", "Tests", "Compiled, on three cells"))
+    assert all(f"### {title}" in page for title in ("A round by the engine", "Tests", "Compiled, on three cells"))
     assert "no meaning as figures" in page
 
 
@@ -114,6 +119,21 @@ def test_a_section_without_time_is_skipped_and_says_so(tmp_path: Path, monkeypat
     use(monkeypatch, succeeding=succeed)
     assert run_sections(["succeeding"], tmp_path, 5.0, smoke=True)["succeeding"].startswith("skipped: ")
     assert json.loads((tmp_path / "succeeding.json").read_text())["status"] == "skipped: 5 s of 5 s are left"
+
+
+def test_waits_are_counted_by_the_lines_that_lead_to_them() -> None:
+    low, top, batch = nn.Linear(3, 2), nn.Linear(3, 2), torch.randn(4, 3)
+    levels = [
+        Following("low", module=low, optimizer=torch.optim.SGD(low.parameters(), 0.1), data=[batch]),
+        Judging("top", module=top, optimizer=torch.optim.SGD(top.parameters(), 0.1), data=[batch]),
+    ]
+    engine = mlo.Engine(levels, device="cpu")
+    with waits.noted_waits(torch.device("cpu")) as where:
+        engine.run(2, [lambda _: warnings.warn("called a synchronizing CUDA operation", stacklevel=1)])
+        warnings.warn("something else", stacklevel=1)
+    (line,) = where
+    assert line.startswith("mlo/training/engine.py:")
+    assert where[line] == 2
 
 
 def test_the_report_has_the_figures_of_a_gpu(tmp_path: Path) -> None:
