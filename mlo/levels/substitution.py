@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,14 +42,11 @@ class Substitute:
         self.calls = 0
         self._kept: list[Tensor] | None = None
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], cached: bool = True) -> Any:
         """The module's output, counted as a pass, or taken from the cache."""
-        if self._cache is None:
-            return self._forward(args, kwargs)
-        parameters = self.parameters if self._reached else ()
-        return self._cache.run(self._problem.name, self._forward, args, kwargs, parameters)
-
-    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if cached and self._cache is not None:
+            parameters = self.parameters if self._reached else ()
+            return self._cache.run(self._problem.name, partial(self.run, cached=False), args, kwargs, parameters)
         self.calls += 1
         if self._own:
             if self._kept is None:
