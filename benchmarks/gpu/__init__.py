@@ -1,0 +1,1 @@
+"""What a GPU does in a round of Learning by Teaching: counted without one, measured on one."""
