@@ -15,6 +15,11 @@ class Unfilled:
 
     An evaluation replaces the tensors that the module has, and restores them afterwards. A tensor that forward stores
     where there was none cannot be restored: it would stay in the module even after a virtual step.
+
+    Attributes:
+        dictionaries: of the module's buffers.
+        count: how many buffers they had at the start.
+        empty: where one is None.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -22,15 +27,14 @@ class Unfilled:
             (path, part, {key: buffer is not None for key, buffer in part._buffers.items()})
             for path, part in module.named_modules()
         ]
-        self._held = [part._buffers for _, part, _ in self._parts]
-        self._count = sum(map(len, self._held))
-        self._empty = [(held, key) for held in self._held for key, buffer in held.items() if buffer is None]
+        self.dictionaries = [part._buffers for _, part, _ in self._parts]
+        self.count = sum(map(len, self.dictionaries))
+        self.empty = [(held, key) for held in self.dictionaries for key, buffer in held.items() if buffer is None]
 
     def filled(self, remove: bool = False) -> list[str]:
         """The names of those that hold a tensor by now; with ``remove``, these tensors are removed again."""
-        unchanged = sum(map(len, self._held)) == self._count  # runs at every call of a module, so it must be cheap
-        if unchanged and (not self._empty or all([held[key] is None for held, key in self._empty])):
-            return []  # the usual case
+        if sum(map(len, self.dictionaries)) == self.count and all([held[key] is None for held, key in self.empty]):
+            return []
         names = []
         for path, part, had in self._parts:
             for key in [key for key, buffer in part._buffers.items() if buffer is not None and not had.get(key)]:

@@ -64,8 +64,11 @@ class Places:
         if not all(map(is_not, (*found, *ties), repeat(None))):
             names = (*self.names, *[name for name, *_ in self._ties])
             raise gone(self._problem, next(n for n, t in zip(names, (*found, *ties), strict=True) if t is None))
-        if filled := self._unfilled.filled():
-            refuse_filled(self._problem, filled)
+        unfilled = self._unfilled
+        if unfilled.empty or sum(map(len, unfilled.dictionaries)) != unfilled.count:  # most modules need no more
+            filled = unfilled.filled()
+            if filled:
+                refuse_filled(self._problem, filled)
         return found
 
     def run(self, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -92,7 +95,9 @@ class Places:
             RUNNING.pop()
             if own is not None:
                 tensors[:] = self._exchange(begin, own)
-            filled = self._unfilled.filled(remove=True)
+            unfilled, filled = self._unfilled, list[str]()
+            if unfilled.empty or sum(map(len, unfilled.dictionaries)) != unfilled.count:
+                filled = unfilled.filled(remove=True)
         if filled:
             refuse_filled(self._problem, filled)
         return output

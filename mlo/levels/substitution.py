@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from mlo.levels.problem import Problem
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import State
-from mlo.ops.vectors import Vector
+from mlo.ops.vectors import Vector, copied
 
 
 class Substitute:
@@ -41,18 +42,15 @@ class Substitute:
         self.calls = 0
         self._kept: list[Tensor] | None = None
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], cached: bool = True) -> Any:
         """The module's output, counted as a pass, or taken from the cache."""
-        if self._cache is None:
-            return self._forward(args, kwargs)
-        parameters = self.parameters if self._reached else ()
-        return self._cache.run(self._problem.name, self._forward, args, kwargs, parameters)
-
-    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if cached and self._cache is not None:
+            parameters = self.parameters if self._reached else ()
+            return self._cache.run(self._problem.name, partial(self.run, cached=False), args, kwargs, parameters)
         self.calls += 1
         if self._own:
             if self._kept is None:
-                self._kept = [*self._replaced, *map(torch.clone, self.buffers)]
+                self._kept = [*self._replaced, *copied(self.buffers)]
             output = self._problem.places.run(self._kept, args, kwargs)
             if self.buffers:
                 self.buffers = self._problem.places.new_buffers(self.buffers, self._kept[len(self._replaced) :])
@@ -60,4 +58,4 @@ class Substitute:
         parameters = self._replaced
         if not torch.is_grad_enabled():  # detached even where forward returns a parameter itself
             parameters = tuple([tensor.detach() for tensor in self.parameters])
-        return self._problem.places.run([*parameters, *map(torch.clone, self.buffers)], args, kwargs)
+        return self._problem.places.run([*parameters, *copied(self.buffers)], args, kwargs)

@@ -111,13 +111,31 @@ class Wanted(NamedTuple):
 
 
 def gradient(point: Point, wanted: Wanted) -> Gradient:
-    """The gradient of the loss at a point.
+    """The gradient of the loss at a point. A micro-batch not yet evaluated draws from the present random state.
 
     Raises:
         GraphError: if the loss cannot be differentiated.
     """
-    if len(point.micro) == 1:
-        return _gradient(point, point.micro[0], wanted)
+    if len(point.micro) > 1:
+        return _mean_gradient(point, wanted)
+    level, micro = point.level, point.micro[0]
+    if micro.randomness is not None:
+        return Gradient(*_evaluated(point, micro, wanted), (micro,))
+    at = micro._replace(randomness=Randomness.capture(level.device, level.draws_outside))
+    if level.scale is None or not point.autocast:
+        return Gradient(*_evaluated(point, micro, wanted), (at,))
+    scale = replace(level.scale)
+    at = at._replace(scale=scale.value)
+    done = _evaluated(point, micro._replace(scale=at.scale), wanted)
+    while not scale.accepts([g for found in done[1].values() for g in found if g is not None]):
+        at = at._replace(scale=scale.value)
+        done = _evaluated(point, at, wanted)
+    if wanted.kind == "step":  # a virtual step has no side effects
+        level.scale = scale
+    return Gradient(*done, (at,))
+
+
+def _mean_gradient(point: Point, wanted: Wanted) -> Gradient:
     count = len(point.micro)
     losses: list[Tensor] = []
     micros: list[MicroBatch] = []
@@ -126,7 +144,7 @@ def gradient(point: Point, wanted: Wanted) -> Gradient:
     for index, micro in enumerate(point.micro):
         cache = ReadCache(point.level.device) if wanted.at_leaves else None
         at = micro._replace(buffers=buffers) if index and micro.randomness is None else micro
-        done = _gradient(point._replace(cache=cache), at, wanted)
+        done = gradient(point._replace(micro=(at,), cache=cache), wanted)
         found = done.found if cache is None else pulled(point, cache, done)
         for name, parts in found.items():
             so_far = total.get(name, [None] * len(parts))
@@ -153,25 +171,6 @@ def _running(total: Tensor | None, gradient: Tensor | None, count: int) -> Tenso
     if gradient is None:
         return total
     return gradient / count if total is None else total.add_(gradient, alpha=1 / count)
-
-
-def _gradient(point: Point, micro: MicroBatch, wanted: Wanted) -> Gradient:
-    """:func:`gradient` of one micro-batch. One that was not yet evaluated draws from the present random state."""
-    level = point.level
-    if micro.randomness is not None:
-        return Gradient(*_evaluated(point, micro, wanted), (micro,))
-    at = micro._replace(randomness=Randomness.capture(level.device, level.draws_outside))
-    if level.scale is None or not point.autocast:
-        return Gradient(*_evaluated(point, micro, wanted), (at,))
-    scale = replace(level.scale)
-    at = at._replace(scale=scale.value)
-    done = _evaluated(point, micro._replace(scale=at.scale), wanted)
-    while not scale.accepts([g for found in done[1].values() for g in found if g is not None]):
-        at = at._replace(scale=scale.value)
-        done = _evaluated(point, at, wanted)
-    if wanted.kind == "step":  # a virtual step has no side effects
-        level.scale = scale
-    return Gradient(*done, (at,))
 
 
 def _evaluated(point: Point, micro: MicroBatch, wanted: Wanted) -> tuple[Tensor, dict[str, Found], Found, Vector]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -79,6 +79,7 @@ class Estimator(Config, ABC):
         """Raise a ConfigError if the estimator does not support ``problem``."""
 
 
+@dataclass(frozen=True)
 class Pulled:
     """The result of a pullback.
 
@@ -88,12 +89,6 @@ class Pulled:
         solution: a warm start for the next pullback of the same problem, one tensor per variable.
     """
 
-    def __init__(
-        self,
-        cotangents: Cotangents,
-        metrics: Mapping[str, Tensor] | None = None,
-        solution: Vector | None = None,
-    ) -> None:
-        self.cotangents = cotangents
-        self.metrics = metrics or {}
-        self.solution = solution
+    cotangents: Cotangents
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    solution: Vector | None = None
