@@ -28,7 +28,9 @@ class Randomness:
     @staticmethod
     def capture(device: torch.device, outside: bool = False) -> Randomness:
         """The current state; ``device`` is the device of the modules."""
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        # while a CUDA graph is recorded, the state cannot be read; losses that draw are not recorded
+        readable = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+        cuda = torch.cuda.get_rng_state(device) if readable else None
         return Randomness(torch.get_rng_state(), cuda, outside_state() if outside else None)
 
     def restore(self, device: torch.device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from mlo.ops.compiler import Compiler
 from mlo.ops.rng import global_state, replay, set_global_state
 from mlo.ops.vectors import filled
 from mlo.steps.level import Level, levels_of
+from mlo.training.captured import Captured, refuse_capture
 from mlo.training.checkpoint import of_this_process, with_other_processes
 from mlo.training.commit import Updater
 from mlo.training.devices import move_to
@@ -47,6 +49,10 @@ class Engine:
         compile: whether to compile gradients and curvature products with torch.compile. Compilation takes seconds to
             minutes, so it pays off after thousands of rounds. The first pass of each problem runs uncompiled, so errors
             in a loss show a normal traceback. A problem that cannot be compiled leads to a warning and runs uncompiled.
+        capture: whether to record whole rounds as CUDA graphs and replay them, which saves the launching of kernels one
+            by one (:class:`mlo.training.captured.Captured`). Losses may not draw random numbers, and may not depend on
+            Python objects that change from round to round. Rounds that cannot be recorded lead to a warning and are
+            taken as usual. Only on a GPU, and not together with ``compile``.
         device: a torch device, or "auto" for a CUDA GPU if there is one. Modules are moved there once.
 
     Attributes:
@@ -67,9 +73,14 @@ class Engine:
         lookahead: bool | None = None,
         inner_path: bool = False,
         compile: bool = False,
+        capture: bool = False,
         device: str | torch.device = "auto",
     ) -> None:
-        flags = {"lookahead": (lookahead, (True, False, None)), "compile": (compile, (True, False))}
+        flags = {
+            "lookahead": (lookahead, (True, False, None)),
+            "compile": (compile, (True, False)),
+            "capture": (capture, (True, False)),
+        }
         for option, (value, kinds) in flags.items():
             if value not in kinds:
                 raise ConfigError(f"{option}={value!r}; pass {' or '.join(map(str, kinds))}")
@@ -83,6 +94,10 @@ class Engine:
         self._gradients = Gradients(self._plan, self._levels)
         self._updater = Updater(self.device, deferred=self.device.type != "cpu")
         self._rounds = Rounds(self._plan, self._levels, self._gradients, self._updater)
+        self._captured = None
+        if capture:
+            refuse_capture(self.device, compile)
+            self._captured = Captured(self._levels, self._rounds, self._gradients, self._updater)
 
     @property
     def losses(self) -> Mapping[str, Tensor]:
@@ -110,7 +125,7 @@ class Engine:
         It changes nothing. Some entries (memory of graphs, loss scales, what can be compiled) are only known after the
         first rounds.
         """
-        return engine_report(self._plan, self._levels, self.device, self.inner_path)
+        return engine_report(self._plan, self._levels, self.device, self.inner_path, self._captured)
 
     def run(self, steps: int, callbacks: Iterable[Callback] = ()) -> None:
         """Take ``steps`` rounds. After each, call every callback with the engine."""
@@ -132,6 +147,12 @@ class Engine:
             GraphError: if a declared read carries no gradient.
         """
         due = self._due()
+        one_round = partial(self._round, due)
+        one_round() if self._captured is None else self._captured.take(one_round, due)
+        self.rounds += 1
+        self._updater.check_arrived()
+
+    def _round(self, due: list[str]) -> None:
         rest, tops = due, list[str]()
         if self._plan.lookahead:
             tops = [name for name in self._plan.tops if name in due]
@@ -144,8 +165,6 @@ class Engine:
         states, records = self._live_states(), Records()
         for position, name in enumerate(rest):
             self._rounds.real(name, states, records, rest[position + 1 :])
-        self.rounds += 1
-        self._updater.check_arrived()
 
     @outside_autocast
     def hypergradient(self, name: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
