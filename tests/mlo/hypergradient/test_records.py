@@ -227,3 +227,35 @@ def test_what_is_read_without_gradients_is_constant():
     value, x = low.value.detach(), top.value.detach()
     stepped = value - RATE * (x + x.square())
     torch.testing.assert_close(engine.hypergradient("top")["value"], 2 * stepped * -RATE * 2 * x)
+
+
+class Waves(mlo.Problem):
+    def loss(self, batch, top):
+        return (self() * top()).sin().sum()
+
+
+@pytest.mark.parametrize("begins", [{}, {"momentum_buffer": None}], ids=["without state", "with None"])
+@pytest.mark.parametrize("memory", [0.0, 16.0])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_dampening_begins_with_the_second_step(steps, memory, begins):
+    """SGD's first buffer is the whole gradient; a state that holds None, as of old checkpoints, is none."""
+    low, top = Value(0.3, -0.7), Value(0.5, 0.2)
+    sgd = torch.optim.SGD(low.parameters(), lr=RATE, momentum=0.9, dampening=0.4)
+    sgd.state[low.value].update(begins)
+    problems = [
+        Waves("low", module=low, optimizer=sgd, steps=steps),
+        Top("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE)),
+    ]
+    engine = mlo.Engine(problems, {"kind": "unrolled", "graph_memory": memory}, lookahead=False, device="cpu")
+    buffer = None
+    for _ in range(3):
+        value, x = low.value.detach().requires_grad_(), top.value.detach().clone().requires_grad_()
+        for _ in range(steps):
+            (gradient,) = torch.autograd.grad((value * x).sin().sum(), value, create_graph=True)
+            buffer = gradient if buffer is None else 0.9 * buffer + 0.6 * gradient
+            value = value - RATE * buffer
+        (expected,) = torch.autograd.grad(value.square().sum(), x)
+        torch.testing.assert_close(engine.hypergradient("top")["value"], expected, rtol=1e-10, atol=0)
+        engine.step()
+        torch.testing.assert_close(top.value.detach(), (x - RATE * expected).detach(), rtol=1e-10, atol=0)
+        buffer = buffer.detach()
