@@ -110,3 +110,47 @@ def test_what_the_inner_path_cannot_go_through_raises():
         mlo.ConfigError, match=r"inner_path: 'low', below 'mid', has an estimator that does not differentiate steps"
     ):
         mlo.Engine(stack(1), "cg", inner_path=True, device="cpu")
+
+
+class Below(mlo.Problem):
+    def loss(self, batch, mid):
+        return below_loss(self(), mid())
+
+
+class Above(mlo.Problem):
+    def loss(self, batch, mid):
+        return mid().exp().sum()
+
+
+def below_loss(low: Tensor, mid: Tensor) -> Tensor:
+    return (low * mid).sin().sum() + low.square().sum()
+
+
+@pytest.mark.parametrize("product", ["exact", "forward", "central"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_curvature_at_a_solution_takes_the_inner_steps_again_from_there(steps, product):
+    """With an implicit estimator for the middle problem: they read its solution, and not what they had read."""
+    problems = []
+    for cls, name, value in ((Below, "low", (0.3, -0.7)), (Mid, "mid", (0.5, 0.2)), (Above, "top", (-0.4, 0.9))):
+        module = Value(*value)
+        problems.append(cls(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1)))
+    problems[0].hypergradient, problems[0].steps, problems[1].steps = "unrolled", 2, steps
+    made = {"kind": "cg", "product": product}
+    engine = mlo.Engine(problems, made, inner_path=True, lookahead=False, device="cpu")
+    low, mid, top = (problem.module.value for problem in problems)
+    for _ in range(2):
+        start, x = low.detach().clone(), top.detach().clone()
+        engine.step()
+        solution = mid.detach().clone()
+
+        def slope(mid: Tensor, x: Tensor, start: Tensor = start) -> Tensor:
+            at = start.clone().requires_grad_()
+            for _ in range(2):
+                at = at - 0.1 * torch.autograd.grad(below_loss(at, mid), at, create_graph=True)[0]
+            return torch.autograd.grad(mid_loss(mid, at, x), mid, create_graph=True)[0]
+
+        inputs = solution.requires_grad_(), x.requires_grad_()
+        own, cross = torch.autograd.functional.jacobian(slope, inputs)
+        expected = -cross.T @ torch.linalg.solve(own.T, solution.exp())
+        taken = (x - top.detach()) / 0.1
+        torch.testing.assert_close(taken, expected, rtol=1e-8 if product != "central" else 1e-3, atol=0)
