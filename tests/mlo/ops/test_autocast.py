@@ -192,9 +192,13 @@ def test_a_pass_that_is_repeated_draws_the_same_numbers():
         for low in problems[:2]:
             low.autocast = torch.float16
         engine = mlo.Engine(problems, "one_step", device="cpu")
-        engine.load_state_dict({**engine.state_dict(), "scales": {low.name: [scale, 0] for low in problems[:2]}})
+        state = engine.state_dict()
+        for low in problems[:2]:
+            state["levels"][low.name]["scale"] = [scale, 0]
+        engine.load_state_dict(state)
         torch.manual_seed(1)
         engine.step()
+        assert (engine.report().problems["teacher"].loss_scale < scale) == (scale == 2.0**40), "it overflowed"
         return {name: problem.module.state_dict() for name, problem in engine.problems.items()}
 
     torch.testing.assert_close(trained(2.0**40), trained(2.0**8), rtol=1e-3, atol=1e-4)
