@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from two_levels import Value
 
 import mlo
+from mlo.hypergradient import Exact
 
 RATE = 0.1
 
@@ -259,3 +261,36 @@ def test_dampening_begins_with_the_second_step(steps, memory, begins):
         engine.step()
         torch.testing.assert_close(top.value.detach(), (x - RATE * expected).detach(), rtol=1e-10, atol=0)
         buffer = buffer.detach()
+
+
+class Cubic(mlo.Problem):
+    def loss(self, batch, top):
+        return (batch * self().pow(3) / 6 * top()).sum()
+
+
+class AtSolution(mlo.Estimator):
+    """Notes the curvature at the solution on the batch of each step, along ones."""
+
+    curvatures: ClassVar[list[Tensor]] = []
+
+    @property
+    def recording(self):
+        return mlo.Recording(last=None, before=True)
+
+    def pull(self, steps, cotangent, targets, warm):
+        ones = (torch.ones_like(cotangent[0]),)
+        self.curvatures[:] = [Exact().after(step, targets)(ones, cross=False)[0][0] for step in steps]
+        return mlo.Pulled(dict.fromkeys(targets, cotangent))
+
+
+def test_all_steps_of_a_round_have_its_solution():
+    low, top = Value(0.3, -0.7), Value(0.5, 0.2)
+    data = [torch.tensor(factor, dtype=torch.float64) for factor in (1.0, -2.0, 3.0)]
+    problems = [
+        Cubic("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=RATE), data=data, steps=3),
+        Top("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE)),
+    ]
+    engine, x = mlo.Engine(problems, AtSolution(), lookahead=False, device="cpu"), top.value.detach().clone()
+    engine.step()
+    expected = [factor * low.value.detach() * x for factor in data]
+    torch.testing.assert_close(AtSolution.curvatures, expected)
