@@ -158,7 +158,8 @@ def test_a_read_that_is_held_is_a_constant_in_the_inner_path_too(held):
     ],
 )
 @pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.LayerNorm(2)], ids=["linear", "layer norm"])
-def test_inner_paths_through_modules_of_several_small_parameters(norm, optimizer, options, float64):
+@pytest.mark.parametrize(("estimator", "count"), [("unrolled", 2), ("one_step", 1)])
+def test_inner_paths_through_modules_of_several_small_parameters(estimator, count, norm, optimizer, options, float64):
     class Low(mlo.Problem):
         def loss(self, batch, mid, top):
             return (self(batch) - mid(batch)).square().mean() + (self(batch) * top(batch)).sin().mean()
@@ -176,8 +177,8 @@ def test_inner_paths_through_modules_of_several_small_parameters(norm, optimizer
     data = [torch.randn(4, 3)]
     problems = [
         cls(name, module=module, optimizer=optimizer(module.parameters(), **options), data=data, steps=steps)
-        for cls, name, module, steps in zip((Low, Mid, Top), ("low", "mid", "top"), modules, (2, 1, 1), strict=True)
+        for cls, name, module, steps in zip((Low, Mid, Top), ("low", "mid", "top"), modules, (count, 1, 1), strict=True)
     ]
-    made = mlo.Engine(problems, "unrolled", inner_path=True, device="cpu")
+    made = mlo.Engine(problems, estimator, inner_path=True, device="cpu")
     made.run(2)
     mlo.check(made)
