@@ -12,6 +12,8 @@ from two_levels import Value
 
 import mlo
 from mlo.hypergradient import Exact
+from mlo.levels.state import State, copied
+from mlo.training import round
 
 RATE = 0.1
 
@@ -44,6 +46,28 @@ def test_each_top_is_differentiated_at_what_the_step_had_read(product, optimizer
     torch.testing.assert_close(low.value.detach(), moved.detach())
     torch.testing.assert_close(one.value.detach(), (x - RATE * expected[0]).detach(), rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(two.value.detach(), (y - RATE * expected[1]).detach(), rtol=1e-7, atol=1e-9)
+
+
+class LowOverBase(mlo.Problem):
+    def loss(self, batch, base, one, two):
+        return (self() * base() * one() * two()).sum()
+
+
+class Base(mlo.Problem):
+    def loss(self, batch):
+        return self().square().sum()
+
+
+def test_only_what_changes_before_a_step_is_differentiated_is_copied(monkeypatch):
+    """The first top: the base has stepped before, and the second top steps when all is done."""
+    copies: list[State] = []
+    monkeypatch.setattr(round, "copied", lambda state: (copies.append(state), copied(state))[1])
+    problems = []
+    for cls, name in ((Base, "base"), (LowOverBase, "low"), (Top, "one"), (Top, "two")):
+        module = Value(0.3, -0.7)
+        problems.append(cls(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=RATE)))
+    mlo.Engine(problems, "one_step", lookahead=False, device="cpu").step()
+    assert [state.variables[0] is problems[2].module.value for state in copies] == [True]
 
 
 class Bent(mlo.Problem):
