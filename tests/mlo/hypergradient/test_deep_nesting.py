@@ -107,6 +107,14 @@ def test_levels_nested_in_nested_ones(reads, steps, estimator):
     mlo.check(made)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_five_levels_that_all_read_one_another(steps):
+    """In the steps of one level, those below it read what lies between as it was, even if that was taken again."""
+    nested = Nested({name: tuple("abcde".replace(name, "")) for name in "abcde"}, steps)
+    found = engine(nested, "unrolled").hypergradient("e")["value"]
+    torch.testing.assert_close(found, nested.brute_force(), rtol=1e-10, atol=1e-13)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_graphs(seed):
     nested = drawn(seed)
