@@ -289,3 +289,32 @@ def test_every_kind_of_pass_is_under_its_own_autocast(every, product, in_product
     if every == 2:
         expected["low", "recompute"] = {HALF}
     assert seen == expected
+
+
+class Small(mlo.Problem):
+    def loss(self, batch, mid):
+        return 1e-7 * (self(batch) - mid(batch)).float().square().mean()
+
+
+class Turned(mlo.Problem):
+    def loss(self, batch, low, top):
+        return (low(batch) * top(batch)).float().mean() + self(batch).float().square().mean()
+
+
+class Farther(mlo.Problem):
+    def loss(self, batch, mid):
+        return mid(batch).float().square().mean()
+
+
+def test_gradients_on_an_inner_path_do_not_vanish_in_float16():
+    found = []
+    for autocast in (None, torch.float16):
+        torch.manual_seed(0)
+        data, stack = [torch.randn(4, 3)], []
+        for cls, name, rate in ((Small, "low", 1e6), (Turned, "mid", 1.0), (Farther, "top", 1.0)):
+            module = nn.Linear(3, 2)
+            optimizer = torch.optim.SGD(module.parameters(), lr=rate)
+            stack.append(cls(name, module=module, optimizer=optimizer, data=data, autocast=autocast))
+        engine = mlo.Engine(stack, "one_step", inner_path=True, device="cpu")
+        found.append(engine.hypergradient("top")["weight"])
+    assert (found[1] - found[0]).norm() < 0.02 * found[0].norm()
