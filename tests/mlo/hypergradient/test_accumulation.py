@@ -296,3 +296,30 @@ def test_curvature_at_the_solution_begins_with_the_buffers_there(fresh, product)
         engine.step()
         torch.testing.assert_close(low.gain, 2.25 * gain)
         torch.testing.assert_close(top.value.detach(), x - rate * expected, rtol=1e-7, atol=0)
+
+
+class Grown(mlo.Problem):
+    def loss(self, batch, low):
+        value, gain = self()
+        return (batch * gain * value * low()).sum()
+
+
+class Near(mlo.Problem):
+    def loss(self, batch, top):
+        return (self() - top()[0]).square().sum()
+
+
+def test_an_objective_moves_buffers_from_one_micro_batch_to_the_next():
+    low, top, rate = Value(0.3, -0.7), Growing(0.5, 0.2), 0.1
+    data = [torch.tensor(factor) for factor in (1.0, 3.0)]
+    problems = [
+        Near("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=rate)),
+        Grown("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=rate), data=data, accumulate=2),
+    ]
+    engine = mlo.Engine(problems, "one_step", device="cpu")
+    value, x = low.value.detach(), top.value.detach()
+    stepped = value - 2 * rate * (value - x)
+    expected = (1.5 * 1.0 + 2.25 * 3.0) / 2 * (x * stepped).sum()
+    torch.testing.assert_close(engine.objective("top"), expected)
+    assert top.gain == 1.0
+    mlo.check(engine)
