@@ -318,3 +318,32 @@ def test_gradients_on_an_inner_path_do_not_vanish_in_float16():
         engine = mlo.Engine(stack, "one_step", inner_path=True, device="cpu")
         found.append(engine.hypergradient("top")["weight"])
     assert (found[1] - found[0]).norm() < 0.02 * found[0].norm()
+
+
+class Tiny(mlo.Problem):
+    def loss(self, batch, low, top):
+        return 1e-7 * (low(batch).float().square().mean() + (self(batch) * top(batch)).float().mean())
+
+
+class Toward(mlo.Problem):
+    def loss(self, batch, mid):
+        return (self(batch) - mid(batch)).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:the gradient of 'mid' itself runs through 'low'")
+def test_cotangents_of_lower_problems_do_not_vanish_in_float16():
+    """Those of their outputs would, without the loss scale."""
+    moved = []
+    for autocast in (None, torch.float16):
+        torch.manual_seed(0)
+        data, stack = [torch.randn(4, 3)], []
+        for cls, name, rate in ((Toward, "low", 0.5), (Tiny, "mid", 1e7), (Farther, "top", 1.0)):
+            module = nn.Linear(3, 2)
+            optimizer = torch.optim.SGD(module.parameters(), lr=rate)
+            given = autocast if name == "mid" else None
+            stack.append(cls(name, module=module, optimizer=optimizer, data=data, autocast=given))
+        before = stack[1].module.weight.detach().clone()
+        engine = mlo.Engine(stack, {"kind": "one_step", "product": "central"}, lookahead=False, device="cpu")
+        engine.step()
+        moved.append(stack[1].module.weight.detach() - before)
+    assert (moved[1] - moved[0]).norm() < 0.02 * moved[0].norm()
