@@ -236,6 +236,35 @@ def test_all_ways_to_read_a_problem(kind, product):
         engine.problems["low"].stream._data = batches
 
 
+class Box:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class Boxed(Value):
+    def forward(self) -> Box:
+        return Box(self.value.square())
+
+
+class Opening(mlo.Problem):
+    def loss(self, batch, top):
+        return (self() * top().value).sum()
+
+
+@pytest.mark.parametrize("product", ["exact", "forward", "central", "one_sided"])
+def test_what_is_read_may_be_an_object_of_any_class(product):
+    """Its tensors cannot be found in it, to be cut out of the graph: it is computed anew for each evaluation."""
+    low, top = Value(0.3, -0.7), Boxed(0.5, 0.2)
+    problems = [
+        Opening("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=RATE)),
+        Other("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE)),
+    ]
+    engine = mlo.Engine(problems, {"kind": "one_step", "product": product}, device="cpu")
+    value, x = low.value.detach(), top.value.detach()
+    expected = 2 * (value - RATE * x.square()) * -RATE * 2 * x
+    torch.testing.assert_close(engine.hypergradient("top")["value"], expected, rtol=1e-7, atol=0)
+
+
 class Constant(mlo.Problem):
     def loss(self, batch, top):
         with torch.no_grad():
