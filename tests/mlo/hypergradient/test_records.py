@@ -318,17 +318,18 @@ def test_dampening_begins_with_the_second_step(steps, memory, begins):
 
 class Cubic(mlo.Problem):
     def loss(self, batch, top):
-        return (batch * self().pow(3) / 6 * top()).sum()
+        return ((1 + self.steps_taken) * batch * self().pow(3) / 6 * top()).sum()
 
 
 class AtSolution(mlo.Estimator):
-    """Notes the curvature at the solution on the batch of each step, along ones."""
+    """Notes the curvature at the solution on the batch of each record, along ones."""
 
+    joined: bool = False
     curvatures: ClassVar[list[Tensor]] = []
 
     @property
     def recording(self):
-        return mlo.Recording(last=None, before=True)
+        return mlo.Recording(last=None, before=True, graph=self.joined, graph_bytes=2.0**20 if self.joined else 0.0)
 
     def pull(self, steps, cotangent, targets, warm):
         ones = (torch.ones_like(cotangent[0]),)
@@ -336,14 +337,18 @@ class AtSolution(mlo.Estimator):
         return mlo.Pulled(dict.fromkeys(targets, cotangent))
 
 
-def test_all_steps_of_a_round_have_its_solution():
+@pytest.mark.parametrize("joined", [False, True])
+def test_all_steps_of_a_round_have_its_solution(joined):
+    """The record of several steps in one graph has the batch and the count of the last of them."""
     low, top = Value(0.3, -0.7), Value(0.5, 0.2)
     data = [torch.tensor(factor, dtype=torch.float64) for factor in (1.0, -2.0, 3.0)]
     problems = [
         Cubic("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=RATE), data=data, steps=3),
         Top("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE)),
     ]
-    engine, x = mlo.Engine(problems, AtSolution(), lookahead=False, device="cpu"), top.value.detach().clone()
-    engine.step()
-    expected = [factor * low.value.detach() * x for factor in data]
-    torch.testing.assert_close(AtSolution.curvatures, expected)
+    engine = mlo.Engine(problems, AtSolution(joined=joined), lookahead=False, device="cpu")
+    for turn in range(2):  # the first round measures a graph
+        x = top.value.detach().clone()
+        engine.step()
+        expected = [(1 + 3 * turn + i) * factor * low.value.detach() * x for i, factor in enumerate(data)]
+        torch.testing.assert_close(AtSolution.curvatures, expected[-1:] if joined and turn else expected)
