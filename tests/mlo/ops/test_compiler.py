@@ -443,6 +443,31 @@ def test_autocast_is_the_present_one_in_steps_and_in_products(autocast, in_produ
     assert lowered == {"", str(autocast).removeprefix("torch.")}
 
 
+class Faint(mlo.Problem):
+    def loss(self, batch, top):
+        return 1e-7 * (self(batch) - top(batch)).float().square().mean()
+
+
+@pytest.mark.parametrize("estimator", ["one_step", pytest.param(RECOMPUTED, marks=SLOW)], ids=str)
+def test_gradients_of_compiled_steps_do_not_vanish_in_float16(estimator):
+    torch.set_default_dtype(torch.float32)
+
+    def stack() -> list[mlo.Problem]:
+        made = two_levels(Faint, steps=2)
+        made[0].autocast, made[0].optimizer.param_groups[0]["lr"] = torch.float16, 1e6
+        return made
+
+    plain, compiled = engines(stack, estimator)
+    for _ in range(3):
+        found = [engine.hypergradient("top")["weight"] for engine in (plain, compiled)]
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-6)
+        for engine in (plain, compiled):
+            engine.step()
+        moved = [engine.problems["low"].module.weight.detach() for engine in (plain, compiled)]
+        torch.testing.assert_close(*moved, rtol=1e-4, atol=1e-6)
+    assert "gradient in float16" in compiled.report().problems["low"].compiled
+
+
 @pytest.mark.parametrize(
     "estimator",
     ["one_step", pytest.param(RECOMPUTED, marks=SLOW), pytest.param({"kind": "cg", "damping": 1.0}, marks=SLOW)],
