@@ -506,9 +506,23 @@ class Widening(mlo.Problem):
         return (own - top(batch)).square().mean()
 
 
-def test_a_variable_that_a_compiled_step_does_not_reach_is_left_alone():
-    """Momentum would move it on a gradient of zero."""
-    plain, compiled = engines(lambda: two_levels(Widening, momentum=0.9), "one_step")
+class Narrow(mlo.Problem):
+    """Never reaches its bias."""
+
+    def loss(self, batch, top):
+        return (batch @ self.params["weight"].T - top(batch)).square().mean()
+
+
+@pytest.mark.parametrize("cls", [Widening, Narrow])
+def test_a_variable_that_a_compiled_step_does_not_reach_is_left_alone(cls):
+    """Momentum and weight decay would move it on a gradient of zero."""
+
+    def stack() -> list[mlo.Problem]:
+        made = two_levels(cls, momentum=0.9)
+        made[0].optimizer.param_groups[0]["weight_decay"] = 0.1
+        return made
+
+    plain, compiled = engines(stack, "one_step")
     for _ in range(5):
         plain.step()
         compiled.step()
