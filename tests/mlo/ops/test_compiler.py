@@ -231,6 +231,18 @@ def test_what_cannot_be_compiled_is_warned_of_once_and_runs_as_it_is(cls, reason
     assert not_compiled(compiled) == {"low": {"everything"}}
 
 
+class Failing(mlo.Problem):
+    def loss(self, batch, top):
+        return (self(batch) - top(batch)).square().mean() * {}["y"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_error_of_the_first_pass_comes_without_a_warning_of_compilation():
+    engine = mlo.Engine(two_levels(Failing, steps=2), "one_step", compile=True, device="cpu")
+    with pytest.raises(KeyError, match="'y'"):
+        engine.step()
+
+
 @torch._dynamo.config.patch(recompile_limit=3)
 @pytest.mark.parametrize("steps", [7, pytest.param(12, marks=SLOW)])
 def test_several_steps_are_one_compiled_call_at_the_present_rates_and_factors(steps):
