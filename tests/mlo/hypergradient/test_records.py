@@ -316,6 +316,32 @@ def test_dampening_begins_with_the_second_step(steps, memory, begins):
         buffer = buffer.detach()
 
 
+class ReadsHalves(mlo.Problem):
+    def loss(self, batch, top):
+        one, two = top()
+        return (self() * (one + two.sin())).sum()
+
+
+class HalfDirect(mlo.Problem):
+    def loss(self, batch, low):
+        return self()[0].square().sum() + low().square().sum()
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_a_loss_may_depend_directly_on_some_of_its_own_variables_only(lookahead):
+    low, top = Value(0.3, -0.7), Halves()
+    problems = [
+        ReadsHalves("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=RATE)),
+        HalfDirect("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE)),
+    ]
+    engine = mlo.Engine(problems, "one_step", lookahead=lookahead, device="cpu")
+    one, two = top.one.detach().clone(), top.two.detach().clone()
+    through = 2 * (low.value.detach() - RATE * (one + two.sin())) * -RATE
+    engine.step()
+    torch.testing.assert_close(top.one.detach(), one - RATE * (2 * one + through))
+    torch.testing.assert_close(top.two.detach(), two - RATE * through * two.cos())
+
+
 class Cubic(mlo.Problem):
     def loss(self, batch, top):
         return ((1 + self.steps_taken) * batch * self().pow(3) / 6 * top()).sum()
