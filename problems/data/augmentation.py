@@ -59,7 +59,8 @@ class Transforms:
         self._shape, self._device = shape, device
         self._padded = (image_channels, *(size + 2 * augmentation.crop for size in shape))
         self._colors = v2.ColorJitter(strength, strength, strength, strength / 2)
-        self._squares = [to_device(_squares(size, augmentation.cutout), device) for size in shape]
+        sizes = shape if augmentation.cutout else ()
+        self._squares = [to_device(_squares(size, augmentation.cutout), device) for size in sizes]
 
     def draw(self, count: int) -> Draws:
         """The random values of ``count`` images, from torch's global CPU generator."""
