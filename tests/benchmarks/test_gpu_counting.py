@@ -73,6 +73,7 @@ def test_lists_of_tensors_with_different_strides_are_added_one_by_one() -> None:
 def test_bytes_are_those_of_inputs_and_results() -> None:
     wide = on_gpu(1, 5).expand(100, 5)
     assert counted(lambda: on_gpu(100, 5) * wide).bytes == 4 * (500 + 5 + 500)
+    assert counted(lambda: on_gpu(100).unfold(0, 10, 1) + 1).bytes == 4 * (100 + 910)
 
 
 @pytest.mark.parametrize(
