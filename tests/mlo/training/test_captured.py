@@ -72,12 +72,12 @@ def engines(make: Callable[[], list[mlo.Problem]], *args: Any, **kwargs: Any) ->
     return plain, captured
 
 
-def assert_same(plain: mlo.Engine, captured: mlo.Engine) -> None:
+def assert_same(plain: mlo.Engine, captured: mlo.Engine, rtol: float = 1e-11) -> None:
     """All that a run consists of."""
     one, other = plain.state_dict(), captured.state_dict()
     for state in (one, other):
         state["random"]["numpy"][0] = 0  # a string, the generator's kind
-    torch.testing.assert_close(other, one, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(other, one, rtol=rtol, atol=rtol / 100)
     assert plain.passes == captured.passes
     assert plain.pullbacks == captured.pullbacks
     assert plain.rounds == captured.rounds
@@ -135,7 +135,7 @@ def searching() -> list[mlo.Problem]:
 def test_three_levels_with_lookahead_and_a_warm_up() -> None:
     plain, captured = engines(searching, "darts")
     run_both(plain, captured, 9)
-    assert_same(plain, captured)
+    assert_same(plain, captured, rtol=1e-8)  # differences of gradients multiply rounding errors
     assert captured.report().replayed == 3
 
 
