@@ -18,8 +18,12 @@ from two_levels import Attention
 
 import mlo
 from mlo.ops import compiler as compiling
+from mlo.ops import torch_versions
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.skipif(not torch_versions.COMPILES_GRADIENTS, reason="this torch cannot compile gradients"),
+]
 SLOW = pytest.mark.slow
 SEVERAL = f"{compiling.STEPS} steps as one"
 
