@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
 
+import needs
 import pytest
 import torch
 from analytic import LR, NESTED, NESTED_WITH_INNER_PATH, SHAPES, Point, Quadratics, Smooth
@@ -58,7 +59,6 @@ OPTIMIZERS: dict[str, dict[str, object]] = {
 }
 CLASSES = {name: c for name, c in vars(torch.optim).items() if inspect.isclass(c) and c is not torch.optim.Optimizer}
 NOT_DIFFERENTIABLE = [name for name, c in CLASSES.items() if "differentiable" not in inspect.signature(c).parameters]
-MUON = pytest.param("Muon", marks=pytest.mark.skipif("Muon" not in CLASSES, reason="this torch has no Muon"))
 
 
 def inverse(damping: float) -> Callable[[Tensor], Tensor]:
@@ -246,7 +246,7 @@ def test_optimizers_without_a_differentiable_step_are_refused(optimizer, estimat
 
 
 @pytest.mark.parametrize("estimator", SOLUTIONS)
-@pytest.mark.parametrize("optimizer", ["Adafactor", MUON])
+@pytest.mark.parametrize("optimizer", ["Adafactor", pytest.param("Muon", marks=needs.muon)])
 def test_and_do_where_the_solution_is_differentiated(optimizer, estimator):
     made, (make, reference) = Quadratics.make(SHAPES[0]), SOLUTIONS[estimator]
     expected = brute_force(made, made.problems(), "top", **reference)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 
+import needs
 import numpy as np
 import pytest
 import torch
@@ -18,12 +19,8 @@ from two_levels import Attention
 
 import mlo
 from mlo.ops import compiler as compiling
-from mlo.ops import torch_versions
 
-pytestmark = [
-    pytest.mark.usefixtures("float64"),
-    pytest.mark.skipif(not torch_versions.COMPILES_GRADIENTS, reason="this torch cannot compile gradients"),
-]
+pytestmark = [pytest.mark.usefixtures("float64"), needs.compiled_gradients]
 SLOW = pytest.mark.slow
 SEVERAL = f"{compiling.STEPS} steps as one"
 
