@@ -146,6 +146,10 @@ def _reason(error: Exception) -> str:
     """The reason in one line, with the line of the user's code if torch names it."""
     if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
         return "what its loss reads, or the shape of its batches, changes so often that torch stopped recompiling"
+    if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+        inner = error.inner_exception
+        said = f"{type(inner).__name__}: {inner}".partition("\n")[0]
+        return f"torch {torch.__version__} fails to generate code for it ({said}); another release of torch may succeed"
     message = str(error).strip()
     lines = [found for found in re.findall(r'File "(.+?)", line (\d+)', message) if not _ours(found[0])]
     return message.partition("\n")[0] + (f" ({lines[-1][0]}, line {lines[-1][1]})" if lines else "")

@@ -224,6 +224,19 @@ def test_what_cannot_be_compiled_is_warned_of_once_and_runs_as_it_is(cls, reason
     assert not_compiled(compiled) == {"low": {"everything"}}
 
 
+@pytest.mark.filterwarnings("ignore:problem 'top' runs without compilation")
+def test_a_failure_of_the_code_generator_is_reported_as_torchs(monkeypatch):
+    def fail(*_: object) -> None:
+        raise AssertionError("((50, 64, 8), (50, 8, 64))\nin a long trace")
+
+    monkeypatch.setitem(compiling._OPTIONS, "backend", fail)
+    compiled = mlo.Engine(two_levels(Held), "one_step", compile=True, device="cpu")
+    reason = r"torch [\d.]+\S* fails to generate code for it \(AssertionError: \(\(50, .*64\)\)\); another release"
+    with pytest.warns(UserWarning, match=f"'low' runs without compilation: {reason}"):
+        compiled.run(3)
+    assert not_compiled(compiled) == {name: {"everything"} for name in ("low", "top")}
+
+
 @torch._dynamo.config.patch(recompile_limit=3)
 @pytest.mark.parametrize("steps", [7, pytest.param(12, marks=SLOW)])
 def test_several_steps_are_one_compiled_call_at_the_present_rates_and_factors(steps):
