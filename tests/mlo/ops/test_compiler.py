@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 
+import needs
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from two_levels import Attention
 import mlo
 from mlo.ops import compiler as compiling
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.usefixtures("float64"), needs.compiled_gradients]
 SLOW = pytest.mark.slow
 SEVERAL = f"{compiling.STEPS} steps as one"
 
@@ -241,6 +242,19 @@ def test_an_error_of_the_first_pass_comes_without_a_warning_of_compilation():
     engine = mlo.Engine(two_levels(Failing, steps=2), "one_step", compile=True, device="cpu")
     with pytest.raises(KeyError, match="'y'"):
         engine.step()
+
+
+@pytest.mark.filterwarnings("ignore:problem 'top' runs without compilation")
+def test_a_failure_of_the_code_generator_is_reported_as_torchs(monkeypatch):
+    def fail(*_: object) -> None:
+        raise AssertionError("((50, 64, 8), (50, 8, 64))\nin a long trace")
+
+    monkeypatch.setitem(compiling._OPTIONS, "backend", fail)
+    compiled = mlo.Engine(two_levels(Held), "one_step", compile=True, device="cpu")
+    reason = r"torch [\d.]+\S* fails to generate code for it \(AssertionError: \(\(50, .*64\)\)\); another release"
+    with pytest.warns(UserWarning, match=f"'low' runs without compilation: {reason}"):
+        compiled.run(3)
+    assert not_compiled(compiled) == {name: {"everything"} for name in ("low", "top")}
 
 
 @torch._dynamo.config.patch(recompile_limit=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import needs
 import pytest
 import torch
 
@@ -70,6 +71,7 @@ def test_a_final_training_trains_in_each_precision(precision):
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
+@needs.compiled_gradients
 def test_a_compiled_search_takes_the_same_steps(monkeypatch):
     calls = []
     monkeypatch.setattr("torch.compile", lambda run, **options: calls.append(options) or run)  # what is compiled, run
