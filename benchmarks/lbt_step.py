@@ -44,11 +44,12 @@ class Task(NamedTuple):
     validation: tuple[Tensor, Tensor]
     unlabeled: Tensor
 
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        """The optimizers of teacher, student and architecture."""
+    def optimizers(self, capturable: bool = False) -> list[torch.optim.Optimizer]:
+        """The optimizers of teacher, student and architecture; ``capturable``: whether by a CUDA graph."""
         networks = self.teacher, self.student
         sgd = [torch.optim.SGD(n.parameters(), lr=STEP, momentum=MOMENTUM, weight_decay=DECAY) for n in networks]
-        return [*sgd, torch.optim.Adam(self.architecture.parameters(), 3e-4, (0.5, 0.999), weight_decay=1e-3)]
+        options: dict[str, Any] = {"betas": (0.5, 0.999), "weight_decay": 1e-3, "capturable": capturable}
+        return [*sgd, torch.optim.Adam(self.architecture.parameters(), 3e-4, **options)]
 
 
 def resnet18() -> nn.Module:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 os.environ["OMP_NUM_THREADS"] = "1"  # small tensors gain nothing by more, and lose much where cores are shared
 
 import pytest
 import torch
+from replaying import record
 
 from mlo.cli import main as cli
+from mlo.hypergradient import solvers
+from mlo.ops import vectors
+from mlo.training import engine as engine_module
+from mlo.training.captured import Captured
+from mlo.training.commit import Updater
 
 torch.set_num_threads(1)
 
@@ -39,6 +46,16 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines capture on the CPU, and check losses as on a GPU."""
+    monkeypatch.setattr(engine_module, "Updater", lambda device, deferred: Updater(device, deferred=True))
+    monkeypatch.setattr(engine_module, "Captured", partial(Captured, record=record))
+    monkeypatch.setattr(engine_module, "refuse_capture", lambda device, compile: None)
+    for module in (vectors, solvers):
+        monkeypatch.setattr(module, "readable", lambda tensor: False)
 
 
 @pytest.fixture

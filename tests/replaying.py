@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map
+
+import mlo
 
 READS = frozenset(("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"))
 
@@ -55,3 +57,16 @@ def record(function: Callable[[], None]) -> Callable[[], None]:
     with Recorder() as recorder:
         function()
     return recorder.replay
+
+
+def assert_same(plain: mlo.Engine, captured: mlo.Engine, rtol: float = 1e-11) -> None:
+    """All that a run consists of."""
+    one, other = (tree_map(_comparable, engine.state_dict()) for engine in (plain, captured))
+    torch.testing.assert_close(other, one, rtol=rtol, atol=rtol / 100)
+    assert plain.passes == captured.passes
+    assert plain.pullbacks == captured.pullbacks
+    assert plain.rounds == captured.rounds
+
+
+def _comparable(leaf: Any) -> Any:
+    return 0 if isinstance(leaf, str) else leaf  # torch.testing compares no strings, such as a generator's kind

@@ -53,6 +53,7 @@ def search_engine(
     autocast: torch.dtype | None = None,
     hypergradient: object = "darts",
     compile: bool = False,
+    capture: bool = False,
 ) -> mlo.Engine:
     """The engine of a search, with augmented batches, clipping and a schedule of the learning rates.
 
@@ -62,11 +63,11 @@ def search_engine(
         student: whether there is one; without it this is second-order DARTS.
         autocast: of all three losses.
         hypergradient: see :class:`mlo.Engine`; with lookahead in any case.
-        compile: see :class:`mlo.Engine`.
+        compile, capture: see :class:`mlo.Engine`.
     """
     task = new_task(size, device)
     batches = [_images(size, device, seed) for seed in range(3)]
-    optimizers = task.optimizers()
+    optimizers = task.optimizers(capturable=capture)
     trained: list[dict[str, Any]] = [
         {
             "optimizer": optimizer,
@@ -83,7 +84,8 @@ def search_engine(
     judging: dict[str, Any] = {"data": batches[2], "optimizer": optimizers[2], "autocast": autocast}
     reads = {} if student else {"student": None}
     levels.append(ArchValidate("arch", module=task.architecture, reads=reads, **judging))
-    return mlo.Engine(levels, hypergradient, lookahead=True, compile=compile, device=device)
+    how: dict[str, Any] = {"compile": compile, "capture": capture, "device": device}
+    return mlo.Engine(levels, hypergradient, lookahead=True, **how)
 
 
 def _images(size: Size, device: torch.device, seed: int) -> Iterable[Any]:

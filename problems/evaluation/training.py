@@ -38,7 +38,7 @@ def network(training: Training, genotype: Genotype, splits: Splits) -> Evaluatio
 
 
 def training_engine(
-    training: Training, genotype: Genotype, splits: Splits, part: Part, steps: int, device: str
+    training: Training, genotype: Genotype, splits: Splits, part: Part, steps: int, device: str, capture: bool = False
 ) -> mlo.Engine:
     """The engine that trains a genotype's network for `steps` steps on a part of the data."""
     module = network(training, genotype, splits)
@@ -55,7 +55,7 @@ def training_engine(
         drop_path=training.drop_path,
         label_smoothing=training.label_smoothing,
     )
-    return mlo.Engine([problem], device=device)
+    return mlo.Engine([problem], device=device, capture=capture)
 
 
 def _scheduler(training: Training, optimizer: SGD, steps: int, epoch: int) -> LRScheduler:
@@ -131,7 +131,8 @@ class TrainNetwork(mlo.Problem):
     def loss(self, batch: Any) -> Tensor:
         """The training loss."""
         images, labels = batch
-        logits, auxiliary = self(images, drop_path=self.drop_path * self.steps_taken / self.total_steps)
+        drop_path = self.drop_path * self.steps_taken / self.total_steps if self.drop_path else None
+        logits, auxiliary = self(images, drop_path=drop_path)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         if auxiliary is None:
             return loss

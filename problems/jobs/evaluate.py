@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 import mlo
 from mlo import ConfigError, Job, distributed
@@ -19,6 +19,7 @@ from mlo.files import write_atomic
 from mlo.options import registry
 from problems.data.options import Data
 from problems.evaluation.options import Training
+from problems.jobs.capture import check_capture
 from problems.nas import PUBLISHED, Genotype
 
 if TYPE_CHECKING:
@@ -50,6 +51,18 @@ class EvaluateJob(Job):
     )
     data: Data = Field(Data(), description="the images")
     training: Training = Field(Training(), description="the network and its training")
+    capture: bool = Field(
+        False,
+        description="record a step as a CUDA graph, and replay it; needs a CUDA GPU, and training without drop_path",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.capture and self.training.drop_path:
+            raise ValueError(
+                "capture: cannot be used with training.drop_path, which draws random numbers; write only one of them"
+            )
+        return self
 
     def check(self) -> None:
         """Also check that the genotype can be found, and that the images can be loaded and fit the training.
@@ -57,6 +70,7 @@ class EvaluateJob(Job):
         See :meth:`mlo.Job.check`.
         """
         super().check()
+        check_capture(self.capture, self.device)
         from problems.evaluation.training import check_images
 
         find_genotype(self.genotype)
@@ -72,7 +86,7 @@ class EvaluateJob(Job):
         splits = self.splits
         check_images(self.training, splits)
         part = splits.labeled if self.training.images == "labeled" else splits.everything
-        return training_engine(self.training, genotype, splits, part, self.steps, self.device)
+        return training_engine(self.training, genotype, splits, part, self.steps, self.device, self.capture)
 
     def stages(self) -> Iterator[tuple[str, Callable[[], mlo.Engine], int]]:
         """The training, with a published architecture, because the one in ``genotype`` may not exist yet."""

@@ -15,6 +15,7 @@ import mlo
 from mlo import EstimatorOption, Job
 from problems.data.options import Data
 from problems.evaluation.options import FinalTraining
+from problems.jobs.capture import check_capture
 from problems.search.options import Search
 
 if TYPE_CHECKING:
@@ -97,6 +98,9 @@ class LbtJob(Job):
     compile: bool = Field(
         False, description="compile the search with torch.compile; pays off after thousands of rounds"
     )
+    capture: bool = Field(
+        False, description="record a round of each stage as a CUDA graph, and replay it; needs a CUDA GPU (docs/lbt.md)"
+    )
     page: bool = Field(True, description="write report.html and pictures at the end; false makes sweeps faster")
     draws: int = Field(4, ge=1, description="number of architectures that best_of_random draws")
     data: Data = Field(Data(), description="the images")
@@ -108,6 +112,8 @@ class LbtJob(Job):
         twice = [method for method in self.methods if self.methods.count(method) > 1]
         if twice:
             raise ValueError(f"methods: {twice[0]} is given twice; write each method once")
+        if self.capture and self.compile:
+            raise ValueError("capture and compile are both true; write only one of them")
         every = self.search.eigenvalue_every
         if every is not None and every % self.log_every:
             raise ValueError(
@@ -133,11 +139,14 @@ class LbtJob(Job):
         return self
 
     def check(self) -> None:
-        """Also check that the images can be loaded, and that the final training and the student accept them.
+        """Also check that rounds can be captured if they should be, and that the images can be loaded and fit.
+
+        The final training and the student have to accept them.
 
         See :meth:`mlo.Job.check`.
         """
         super().check()
+        check_capture(self.capture, self.device)
         from problems.evaluation.training import check_images
         from problems.jobs.lbt_stages import new_student
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import mlo
 from mlo import Run
+from problems.data.images import Part
 from problems.evaluation import training
 from problems.jobs.lbt import LbtJob, Method
 from problems.jobs.report import save_genotypes, write_report
@@ -38,10 +39,15 @@ def search_engine(job: LbtJob, method: Method, found: list[ArchitectureLogits]) 
         problems.append(levels.student(search, new_student(job), job.steps, splits, with_labels, **options))
     left_out = [] if lbt else ["student"]
     left_out += ["teacher"] if lbt and job.judged_by == "student" else []
-    judged = {"student_weight": job.student_weight, "in_turn": authors and lbt}
+    judged: dict[str, Any] = {
+        "student_weight": job.student_weight,
+        "in_turn": authors and lbt,
+        "capturable": job.capture,
+    }
     problems.append(levels.architecture(search, space, splits, reads=dict.fromkeys(left_out), **judged))
     lookahead = job.teacher_estimator.lookahead or authors if job.lookahead is None else job.lookahead
-    return mlo.Engine(problems, job.hypergradient, lookahead=lookahead, compile=job.compile, device=job.device)
+    how: dict[str, Any] = {"compile": job.compile, "capture": job.capture, "device": job.device}
+    return mlo.Engine(problems, job.hypergradient, lookahead=lookahead, **how)
 
 
 def new_student(job: LbtJob) -> nn.Module:
@@ -53,13 +59,18 @@ def new_student(job: LbtJob) -> nn.Module:
 def training_engine(job: LbtJob, genotype: Genotype) -> mlo.Engine:
     """The engine of the final training, on the training and validation images or on everything but the test images."""
     part = job.splits.labeled if job.evaluation.images == "labeled" else job.splits.everything
-    return training.training_engine(job.evaluation, genotype, job.splits, part, job.evaluation.steps, job.device)
+    return _training_engine(job, genotype, part)
 
 
 def draw_engine(job: LbtJob, genotype: Genotype) -> mlo.Engine:
     """The training of a random draw's network on the training images, so that the validation images can judge it."""
-    options, splits = job.evaluation, job.splits
-    return training.training_engine(options, genotype, splits, splits.train, options.steps, job.device)
+    return _training_engine(job, genotype, job.splits.train)
+
+
+def _training_engine(job: LbtJob, genotype: Genotype, part: Part) -> mlo.Engine:
+    options = job.evaluation
+    capture = job.capture and not options.drop_path  # it draws random numbers
+    return training.training_engine(options, genotype, job.splits, part, options.steps, job.device, capture)
 
 
 def stages(job: LbtJob) -> Iterator[tuple[str, Callable[[], mlo.Engine], int]]:

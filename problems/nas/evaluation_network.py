@@ -29,10 +29,12 @@ class GenotypeEdge(nn.Module):
         self.operation = make_operation(choice.operation, plan.channels, edge_stride(plan, choice.source), affine=True)
         self.droppable = not isinstance(self.operation, nn.Identity)
 
-    def forward(self, states: Sequence[Tensor], drop_path: float | Tensor) -> Tensor:
+    def forward(self, states: Sequence[Tensor], drop_path: float | Tensor | None) -> Tensor:
         """Apply the operation to the source, one of the states that the cell has computed so far."""
         output: Tensor = self.operation(states[self.source])
-        return apply_drop_path(output, drop_path) if self.training and self.droppable else output
+        if drop_path is None or not self.training or not self.droppable:
+            return output
+        return apply_drop_path(output, drop_path)
 
 
 class GenotypeCell(nn.Module):
@@ -44,7 +46,7 @@ class GenotypeCell(nn.Module):
         nodes = genotype.cell("reduce" if plan.reduces else "normal")
         self.edges = nn.ModuleList(GenotypeEdge(choice, plan) for node in nodes for choice in node)
 
-    def forward(self, before: Tensor, last: Tensor, drop_path: float | Tensor) -> Tensor:
+    def forward(self, before: Tensor, last: Tensor, drop_path: float | Tensor | None) -> Tensor:
         """Map the outputs of the two previous cells to this cell's output, nodes x channels wide."""
         states: list[Tensor] = self.inputs(before, last)
         for index in range(0, len(self.edges), 2):
@@ -91,17 +93,17 @@ class EvaluationNetwork(nn.Module):
         auxiliary_channels = genotype.nodes * plans[self.auxiliary_after].channels
         self.auxiliary = AuxiliaryHead(auxiliary_channels, classes, stem) if auxiliary else None
 
-    def forward(self, images: Tensor, drop_path: float | Tensor = 0.0) -> Predictions:
+    def forward(self, images: Tensor, drop_path: float | Tensor | None = None) -> Predictions:
         """Classify images of shape (N, image_channels, H, W).
 
         Args:
             images: the images.
-            drop_path: the probability of drop-path, applied only in training.
+            drop_path: the probability of drop-path, applied only in training; None: no random numbers are drawn.
 
         Raises:
             ValueError: if `drop_path` is not in [0, 1), or the images are too small for the auxiliary head.
         """
-        if not isinstance(drop_path, Tensor) and not 0 <= drop_path < 1:
+        if isinstance(drop_path, float | int) and not 0 <= drop_path < 1:
             raise ValueError(f"the drop-path probability must be in [0, 1), not {drop_path}")
         auxiliary = None
         before, last = self.stem(images)

@@ -32,7 +32,7 @@ class Sharpness(nn.Module):
         self.rounds: list[int] = []
         self.eigenvalues: list[float] = []
         self.logits: list[dict[str, list[list[float]]]] = []
-        self._now = 0
+        self._latest: list[float] = []  # that of the current round; no number, which a CUDA graph would hold fixed
 
     def measure(self, engine: mlo.Engine) -> None:
         """Compute the eigenvalue if this round is due for one and does not have it yet.
@@ -40,20 +40,20 @@ class Sharpness(nn.Module):
         It uses the teacher's loss on the architecture's next validation batch, in the precision of the weights. It
         does not change the search: random state and the position in the data stay as they are.
         """
-        self._now = engine.rounds
-        if self._now % self.every or self._now in self.rounds:
-            return
-        arch, supernet = engine.problems["arch"], engine.problems["teacher"].module
-        assert isinstance(supernet, Supernet)
-        images, labels = arch.batches_ahead()[0]
-        logits: ArchitectureLogits = arch.module()
-        self.eigenvalues.append(dominant_eigenvalue(architecture_loss(supernet, images, labels), logits))
-        self.rounds.append(self._now)
-        self.logits.append({kind: matrix.tolist() for kind, matrix in logits._asdict().items()})
+        now = engine.rounds
+        if now % self.every == 0 and now not in self.rounds:
+            arch, supernet = engine.problems["arch"], engine.problems["teacher"].module
+            assert isinstance(supernet, Supernet)
+            images, labels = arch.batches_ahead()[0]
+            logits: ArchitectureLogits = arch.module()
+            self.eigenvalues.append(dominant_eigenvalue(architecture_loss(supernet, images, labels), logits))
+            self.rounds.append(now)
+            self.logits.append({kind: matrix.tolist() for kind, matrix in logits._asdict().items()})
+        self._latest = self.eigenvalues[-1:] if now in self.rounds[-1:] else []
 
     def latest(self) -> torch.Tensor | None:
         """The eigenvalue of the current round, a scalar, or None if this round has none."""
-        return torch.tensor(self.eigenvalues[-1]) if self.rounds and self.rounds[-1] == self._now else None
+        return torch.tensor(self._latest[0]) if self._latest else None
 
     def entry_to_restore(self) -> int | None:
         """The entry to go back to if the search should end, or None; see :func:`early_stop_epoch`."""

@@ -64,8 +64,13 @@ def student(
     )
 
 
-def architecture(search: Search, space: SearchSpace, splits: Splits, **options: Any) -> ArchValidate:
-    """The architecture's level, which also logs the weights of the operations."""
+def architecture(
+    search: Search, space: SearchSpace, splits: Splits, capturable: bool = False, **options: Any
+) -> ArchValidate:
+    """The architecture's level, which also logs the weights of the operations.
+
+    ``capturable``: whether Adam counts its steps on the GPU, as a CUDA graph needs it.
+    """
     module = Architecture(space)
     if search.eigenvalue_every is not None:
         module.add_module("sharpness", Sharpness(search.eigenvalue_every))
@@ -74,7 +79,7 @@ def architecture(search: Search, space: SearchSpace, splits: Splits, **options: 
         "arch",
         space=space,
         module=module,
-        optimizer=Adam(module.parameters(), lr=rate, betas=(0.5, 0.999), weight_decay=1e-3),
+        optimizer=Adam(module.parameters(), lr=rate, betas=(0.5, 0.999), weight_decay=1e-3, capturable=capturable),
         data=splits.validation.batches(search.batch_size, search.augmentation),
         warmup=search.warmup,
         clip_norm=search.architecture_clip,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,11 @@ from torch import Tensor, nn
 
 import mlo
 from benchmarks.gpu.counting import Counting, count_round, count_step
-from benchmarks.gpu.pretended import META, pretended_gpu
+from benchmarks.gpu.pretended import GPU, META, pretended_gpu
+from benchmarks.gpu.workload import SMOKE, search_engine
 from mlo.options.registry import ESTIMATORS, PRODUCTS, entries
+from mlo.training import engine as engine_module
+from mlo.training.captured import Captured
 
 FEW = {
     "cg": {"iterations": 2},
@@ -65,6 +70,16 @@ def test_a_round_of_meta_weight_net_reads_nothing_on_the_host(hypergradient: obj
 )
 def test_a_round_of_lbt_reads_nothing_on_the_host(hypergradient: object) -> None:
     assert count_round(student, channels=2, cells=3, batch=2, size=8, hypergradient=hypergradient).launches
+
+
+@pytest.mark.parametrize("student", [True, False])
+def test_a_captured_round_of_a_search_reads_nothing_on_the_host(student: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = partial(Captured, record=lambda function: (function(), function)[1])
+    monkeypatch.setattr(engine_module, "Captured", record)
+    with pretended_gpu():
+        engine = search_engine(SMOKE, GPU, student=student, capture=True)
+        assert count_step(engine.step, before=4).launches
+    assert engine.report().replayed > 0
 
 
 def test_bookkeeping_is_a_small_part_of_the_launches() -> None:

@@ -10,17 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from replaying import record
+from replaying import assert_same, record
 from torch import Tensor, nn
 
 import mlo
 from benchmarks.lbt_step import make_task
 from benchmarks.lbt_step import problems as lbt_problems
-from mlo.hypergradient import solvers
-from mlo.ops import vectors
 from mlo.training import engine as engine_module
 from mlo.training.captured import Captured
-from mlo.training.commit import Updater
 
 ROUNDS = 9
 
@@ -57,30 +54,9 @@ def levels(cls: type[Fit] = Fit, rate: float = 0.1, last: int = 6, **low: Any) -
     ]
 
 
-@pytest.fixture
-def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines capture on the CPU, and check losses as on a GPU."""
-    monkeypatch.setattr(engine_module, "Updater", lambda device, deferred: Updater(device, deferred=True))
-    monkeypatch.setattr(engine_module, "Captured", partial(Captured, record=record))
-    monkeypatch.setattr(engine_module, "refuse_capture", lambda device, compile: None)
-    for module in (vectors, solvers):
-        monkeypatch.setattr(module, "readable", lambda tensor: False)
-
-
 def engines(make: Callable[[], list[mlo.Problem]], *args: Any, **kwargs: Any) -> tuple[mlo.Engine, mlo.Engine]:
     plain, captured = (mlo.Engine(make(), *args, capture=c, device="cpu", **kwargs) for c in (False, True))
     return plain, captured
-
-
-def assert_same(plain: mlo.Engine, captured: mlo.Engine, rtol: float = 1e-11) -> None:
-    """All that a run consists of."""
-    one, other = plain.state_dict(), captured.state_dict()
-    for state in (one, other):
-        state["random"]["numpy"][0] = 0  # a string, the generator's kind
-    torch.testing.assert_close(other, one, rtol=rtol, atol=rtol / 100)
-    assert plain.passes == captured.passes
-    assert plain.pullbacks == captured.pullbacks
-    assert plain.rounds == captured.rounds
 
 
 KINDS: list[Any] = [
