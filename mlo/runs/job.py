@@ -44,6 +44,10 @@ class Job(Config):
     threads: int | None = Field(
         None, ge=1, description="CPU threads; null leaves the number to torch; small networks are fastest with 1"
     )
+    deterministic: bool = Field(
+        False,
+        description="the same bits each time, on a GPU too; false lets cuDNN choose the fastest kernels for the shapes",
+    )
     steps: int = Field(1000, ge=1, description="rounds of the main stage")
     log_every: int = Field(10, ge=1, description="rounds between two lines of metrics.jsonl")
     checkpoint_every: int = Field(200, ge=1, description="rounds between two checkpoints")

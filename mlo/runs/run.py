@@ -12,6 +12,7 @@ from mlo.ops import distributed
 from mlo.options.registry import versions
 from mlo.runs.folder import create_folder, has_started, locked, run_info, stored_job, write_results
 from mlo.runs.job import Job
+from mlo.runs.kernels import chosen_kernels
 from mlo.runs.stage import METRICS, run_stage, training_seconds
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class Run:
         """
         with contextlib.ExitStack() as held:
             distributed.on_main(lambda: held.enter_context(locked(self.path)))
-            results = self.job.run(self)
+            with chosen_kernels(self.job):
+                results = self.job.run(self)
             distributed.on_main(lambda: write_results(self.path, results or {}))
 
     def stage(
