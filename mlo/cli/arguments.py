@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,10 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE.yaml", help="A file of options; those on the command line have precedence."),
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(metavar="PRESET", help="A named set of options of the job; other options have precedence."),
+]
 Help = Annotated[bool, typer.Option("--help", "-h", help="Show help; with a NAME, the job's main options.")]
 HelpAll = Annotated[bool, typer.Option("--help-all", help="Show all options of the job.")]
 Workers = Annotated[int, typer.Option(min=1, metavar="N", help="How many runs at a time, each in its own process.")]
@@ -49,16 +54,27 @@ def job_class(context: typer.Context, name: str | None, help: bool, help_all: bo
     return model
 
 
-def make_job(context: typer.Context, name: str | None, config: Path | None, help: bool, help_all: bool) -> Job:
+def make_job(
+    context: typer.Context, name: str | None, preset: str | None, config: Path | None, help: bool, help_all: bool
+) -> Job:
     """The job of a command line."""
     model = job_class(context, name, help, help_all)
-    data = merged(model, config, read_options(model, context.args))
+    data = merged(model, preset, config, read_options(model, context.args))
     try:
         return validate(model, data, str(name))
     except ConfigError as error:
         raise ConfigError(f"{error}\n`mlo run {name} --help-all` shows all options") from None
 
 
-def merged(model: type[Job], config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults, updated with the file's options, and then with those of the command line."""
-    return dict(merge(merge(defaults(model), read_yaml(config) if config else {}), given))
+def merged(model: type[Job], preset: str | None, config: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults, updated with the options of the preset, then of the file, and then of the command line.
+
+    Raises:
+        ConfigError: if the job has no such preset, or a file cannot be read.
+    """
+    if preset is not None and preset not in model.presets:
+        names = registry.unknown(preset, model.presets, "among the presets of this job")
+        raise ConfigError(f"--preset: {names if model.presets else 'this job has no presets; leave it out'}")
+    files = [model.presets[preset]] if preset is not None else []
+    files += [config] if config else []
+    return reduce(merge, [*map(read_yaml, files), given], defaults(model))

@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -33,7 +34,8 @@ def job_help(context: Context, name: str, model: type[Job], every: bool) -> str:
         room = None if every else page.width - max(map(len, names)) - 6
         with page.section(title):
             page.write_dl([(name, _meaning(option, room)) for name, option in zip(names, found, strict=True)], 40)
-    records = [parameter.get_help_record(context) for parameter in context.command.params]
+    records: list[Any] = [(f"--preset {name}", _first_comment(path)) for name, path in model.presets.items()]
+    records += [p.get_help_record(context) for p in context.command.params if p.name != "preset"]
     with page.section(f"Options of mlo {context.info_name}"):
         page.write_dl([record for record in records if record and re.match("--(?!help)", record[0])], 40)
     examples = [example for example in model.examples if f"{example} ".startswith(f"{command} ")]
@@ -90,6 +92,12 @@ def _meaning(option: Option, room: int | None) -> str:
     return f"{shorten(text.partition(';')[0] or kinds, room - len(default) - 3, placeholder='...')} ({default})"
 
 
+def _first_comment(path: Path) -> str:
+    """The comment in the first line of a YAML file, or nothing."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
 def _choices(field: FieldInfo) -> list[str]:
     """The words that an option takes; none if it takes numbers or any text."""
     if mark := registered(field):
@@ -125,6 +133,14 @@ def _completions(context: Context, incomplete: str) -> Iterator[tuple[str, str]]
         elif incomplete.startswith("-"):
             for prefix in [plain, grid] if context.info_name == "sweep" else [plain]:
                 yield f"{prefix}{_dashed(option.path)}", option.field.description or ""
+
+
+def summary_of(group: str, name: str) -> str:
+    """A line about a registered name, also where it cannot be loaded."""
+    try:
+        return registry.summary_of(group, name)
+    except ConfigError as error:
+        return f"(broken: {error})"
 
 
 def complete_names(group: str) -> Callable[[str], list[str]]:

@@ -14,12 +14,13 @@ from mlo.cli.arguments import (
     HelpAll,
     Name,
     OneCoreEach,
+    Preset,
     Workers,
     job_class,
     make_job,
     merged,
 )
-from mlo.cli.help import JobCommand, complete_names
+from mlo.cli.help import JobCommand, complete_names, summary_of
 from mlo.cli.interruption import StoppableCommands, stoppable
 from mlo.cli.options import read_sweep
 from mlo.errors import ConfigError, MloError
@@ -61,6 +62,7 @@ def top(
 def run(
     context: typer.Context,
     name: Name = None,
+    preset: Preset = None,
     config: ConfigFile = None,
     output: Annotated[
         Path | None,
@@ -73,7 +75,7 @@ def run(
 
     `mlo run NAME --help` shows the job's main options, `mlo run NAME --help-all` all of them.
     """
-    job = distributed.on_main(lambda: make_job(context, name, config, help, help_all))
+    job = distributed.on_main(lambda: make_job(context, name, preset, config, help, help_all))
     from mlo.runs.folder import discard_folder
     from mlo.runs.run import Run
 
@@ -102,6 +104,7 @@ def resume(folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The f
 def sweep(
     context: typer.Context,
     name: Name = None,
+    preset: Preset = None,
     config: ConfigFile = None,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The folder for the run folders; required.", show_default=False)
@@ -131,7 +134,7 @@ def sweep(
     from mlo.reports.tables import table
     from mlo.sweeps.grid import grid, report_failures, run_all
 
-    planned = grid(str(name), merged(model, config, given), values, seeds, output)
+    planned = grid(str(name), merged(model, preset, config, given), values, seeds, output)
     with stoppable("the same command"):
         failures = run_all(planned, workers, one_core_each)
     failed = report_failures(failures, len(planned))
@@ -244,6 +247,7 @@ def reproduce(
 def graph(
     context: typer.Context,
     name: Name = None,
+    preset: Preset = None,
     config: ConfigFile = None,
     help: Help = False,
     help_all: HelpAll = False,
@@ -253,7 +257,7 @@ def graph(
     Prints a graph for each stage of `mlo run NAME`, and takes the same options.
     """
     stages: dict[str, list[str]] = {}
-    for stage, build, _ in make_job(context, name, config, help, help_all).stages():
+    for stage, build, _ in make_job(context, name, preset, config, help, help_all).stages():
         stages.setdefault(str(build().graph), []).append(stage)
     print("\n\n".join(f"{', '.join(names)}:\n{graph}" for graph, names in stages.items()))
 
@@ -265,15 +269,8 @@ def list_all() -> None:
         names = registry.entries(group)
         print(f"{registry.TITLES[group]}: {written}")
         for name in names:
-            print(f"  {name:<{max(map(len, names))}}  {_summary(group, name)}")
+            print(f"  {name:<{max(map(len, names))}}  {summary_of(group, name)}")
         print("" if names else "  (none)\n")
-
-
-def _summary(group: str, name: str) -> str:
-    try:
-        return registry.summary_of(group, name)
-    except ConfigError as error:
-        return f"(broken: {error})"
 
 
 def _execute(run: "Run") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -33,11 +34,14 @@ class Job(Config):
         main_options: {heading: names of options} that `--help` shows; `--help-all` shows all. Without it, `--help`
             shows the options that the class itself declares.
         examples: command lines that `--help` shows, such as `mlo run NAME --steps 100`.
+        presets: {name: YAML file of options}, for `mlo run NAME --preset PRESET`. `--help` shows the comment in the
+            first line of each file.
     """
 
     data_parallel: ClassVar[bool] = False
     main_options: ClassVar[Mapping[str, Sequence[str]]] = {}
     examples: ClassVar[Sequence[str]] = ()
+    presets: ClassVar[Mapping[str, Path]] = {}
 
     seed: int = Field(0, ge=0, description="seed of all random numbers: the same seed gives the same run")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto: a GPU if there is one, else the CPU")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -44,6 +45,8 @@ class LbtJob(Job):
         "mlo sweep lbt --output runs/weights --grid.student_weight '[0.5, 1, 2]' --seeds 3",
         "mlo graph lbt --judged-by student",
     )
+
+    presets: ClassVar[Mapping[str, Path]] = {"h100": Path(__file__).parent / "presets" / "h100.yaml"}
 
     threads: int | None = Field(
         1, ge=1, description="CPU threads; null: torch's default. 1 is fastest for small images"

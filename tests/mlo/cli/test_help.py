@@ -11,6 +11,7 @@ from mlo.options import registry
 from mlo.runs.job import load_job
 
 LIGHT = '''
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -31,6 +32,7 @@ class LightJob(Job):
     """
 
     main_options: ClassVar = {"Method": ("hypergradient", "mode"), "Where it starts": ("start", "seed")}
+    presets: ClassVar = {"strong": Path(__file__).parent / "strong.yaml"}
     examples: ClassVar = ("mlo run light", "mlo run light --mode off", "mlo sweep light --output runs/s")
 
     start: Start = Start()
@@ -56,7 +58,9 @@ finally:
 @pytest.fixture
 def light(register):
     """The folder of a package with a job named `light`."""
-    return register("light_package", LIGHT, {"mlo.problems": {"light": "light_package:LightJob"}})
+    site = register("light_package", LIGHT, {"mlo.problems": {"light": "light_package:LightJob"}})
+    (site / "strong.yaml").write_text("# A strong ridge.\nstart: {ridge: 0.7, dropout: 0.4}\n")
+    return site
 
 
 def in_a_process(site, *words, **environment):
@@ -107,7 +111,7 @@ def test_help_shows_the_main_options_under_their_headings(light):
         "--mode on | off (default on) Where it starts:",
         "--start.ridge the ridge at the start (default 0.1)",
         "--start.dropout float (default 0.2) --seed ",
-        "Options of mlo run: --config FILE.yaml ",
+        "Options of mlo run: --preset strong A strong ridge. --config FILE.yaml ",
         "Examples: mlo run light mlo run light --mode off mlo run light --help-all shows all options.",
     ):
         assert part in text
