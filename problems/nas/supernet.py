@@ -108,10 +108,14 @@ class Supernet(nn.Module):
     Attributes:
         skip_dropout: the probability of dropout after skip-connections of stride 1 in training, in [0, 1). It may be
             changed at any time (Chen et al. 2019, P-DARTS, section 3.3).
+        memory_format: the order of images and features in memory. On a CPU channels-last is faster. The section "Memory
+            format" of docs/gpu.md says how to choose on a GPU.
 
     Raises:
         ValueError: for fewer than one cell, an unknown stem, or channels not divisible by `space.partial`.
     """
+
+    memory_format: torch.memory_format = torch.channels_last
 
     def __init__(
         self,
@@ -154,7 +158,7 @@ class Supernet(nn.Module):
             "normal": self.space.mixture("normal", weights.normal),
             "reduce": self.space.mixture("reduce", weights.reduce),
         }
-        before, last = self.stem(images.contiguous(memory_format=torch.channels_last))
+        before, last = self.stem(images.contiguous(memory_format=self.memory_format))
         for cell in self.cells:
             assert isinstance(cell, MixedCell)
             before, last = last, cell(before, last, mixtures[cell.kind], self.skip_dropout)

@@ -215,6 +215,18 @@ def test_skip_dropout_can_be_changed_at_any_time():
         net(images, logits)
 
 
+@pytest.mark.parametrize("space", [DARTS, PC_DARTS])
+def test_the_memory_format_is_that_of_the_features_and_changes_no_result(space, float64):
+    supernet, weights = Supernet(space, channels=4, cells=3), Architecture(space)()
+    images, found, strides = torch.randn(2, 3, 8, 8), [], []
+    supernet.stem.register_forward_pre_hook(lambda _, inputs: strides.append(inputs[0].stride(1)))
+    for supernet.memory_format in (Supernet.memory_format, torch.contiguous_format):
+        loss = supernet(images, weights).square().sum()
+        found.append([loss, *torch.autograd.grad(loss, [*supernet.parameters()])])
+    assert strides == [1, 64]
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_invalid_arguments_are_rejected():
     with pytest.raises(ValueError, match="at least 1 cell"):
         Supernet(cells=0)
