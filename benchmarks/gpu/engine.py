@@ -1,4 +1,4 @@
-"""Section `engine`: rounds of a search by the engine, in several precisions; and second-order DARTS alone."""
+"""Section `engine`: rounds of a search in several precisions, as usual and captured; and second-order DARTS alone."""
 
 from __future__ import annotations
 
@@ -34,14 +34,25 @@ class Variant(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012  never changed
     profiled: bool = False
 
+    @property
+    def captured(self) -> bool:
+        """Whether rounds are replayed as a CUDA graph."""
+        return bool(self.options.get("capture"))
 
+
+BEFORE_REPLAYS = 4  # rounds
+CAPTURE = {"capture": True}
 VARIANTS = {
     "float32": Variant(),
     "TF32": Variant(tf32=True),
     "TF32, cuDNN's fastest": Variant(tf32=True, benchmark=True, profiled=True),
     "bfloat16, products in float32": Variant(tf32=True, benchmark=True, options=BFLOAT16),
     "bfloat16": Variant(tf32=True, benchmark=True, options={**BFLOAT16, **LOW_PRODUCTS}, profiled=True),
+    "float32, captured": Variant(benchmark=True, options=CAPTURE),
+    "TF32, captured": Variant(tf32=True, benchmark=True, options=CAPTURE),
+    "bfloat16, captured": Variant(tf32=True, benchmark=True, options={**BFLOAT16, **LOW_PRODUCTS, **CAPTURE}),
     "DARTS-2nd alone, TF32, cuDNN's fastest": Variant(tf32=True, benchmark=True, options={"student": False}),
+    "DARTS-2nd alone, TF32, captured": Variant(tf32=True, benchmark=True, options={"student": False, **CAPTURE}),
 }
 """Of what is multiplied; float32 products are in TF32 where torch may choose it."""
 
@@ -49,8 +60,8 @@ VARIANTS = {
 def measure(session: Session) -> None:
     """Seconds of a round, peak memory, GPU-days of a search, and a profile of one round."""
     for name, variant in VARIANTS.items():
-        if session.smoke and variant.tf32 and not variant.options:
-            session.skip(name)  # on a CPU it is float32
+        if session.smoke and (variant.captured or (variant.tf32 and not variant.options)):
+            session.skip(name)  # on a CPU nothing is captured, and TF32 is float32
         elif session.has_time(name, 0.0 if session.smoke else NEEDED):
             with session.attempt(name):
                 _measure(session, name, variant)
@@ -68,7 +79,8 @@ def _measure(session: Session, name: str, variant: Variant) -> None:
     if session.smoke:
         alone = ahead = median_seconds(engine.step, device, 0.0, least=1, warm=0)
     else:
-        alone = median_seconds(engine.step, device, min(6.0, session.left() / 4), least=4, most=20)
+        warm = BEFORE_REPLAYS if variant.captured else 2
+        alone = median_seconds(engine.step, device, min(6.0, session.left() / 4), least=4, most=20, warm=warm)
         ahead = streamed_seconds(engine.step, device, max(2, min(10, int(session.left() / 6 / alone))))
     found: dict[str, Any] = {
         "first_s": round(first, 2),
@@ -78,6 +90,9 @@ def _measure(session: Session, name: str, variant: Variant) -> None:
         "peak_gib": peak_gib(device),
         "losses": {key: round(value, 4) for key, value in engine.metrics().items() if key.endswith("/loss")},
     }
+    if variant.captured:
+        report = engine.report()
+        found |= {"replayed": report.replayed, "not_captured": report.not_captured}
     session.note(name, found)
     if variant.profiled:
         call = partial(engine.objective, "teacher") if session.smoke else engine.step  # a round takes 10 s on a CPU

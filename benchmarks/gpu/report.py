@@ -79,7 +79,10 @@ def _engine(of: Results) -> Iterator[str]:
     paper = " and ".join(f"{days} for {name}" for name, days in PAPER_GPU_DAYS.items())
     yield f"GPU-days are those of a search of {ROUNDS:,} rounds. The paper reports {paper}, on a V100."
     yield ""
-    columns = {"round_s": "s a round", "streamed_s": "s, host ahead", "gpu_days": "GPU-days", "peak_gib": "peak, GiB"}
+    columns = {
+        "round_s": "s a round", "streamed_s": "s, host ahead", "gpu_days": "GPU-days", "peak_gib": "peak, GiB",
+        "replayed": "rounds replayed", "not_captured": "why not",
+    }  # fmt: skip
     yield from _rounds(of, columns)
     yield from _profiles(of)
 

@@ -20,7 +20,7 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "device": Section("device", 25, "name, memory, driver; matrix products, bandwidth, cost of a launch"),
-    "engine": Section("engine", 100, "rounds by the engine in five precisions, and DARTS-2nd alone; profiles"),
+    "engine": Section("engine", 150, "rounds by the engine, as usual and captured, and DARTS-2nd alone; profiles"),
     "hand": Section("hand", 75, "the same round by hand, eager and as one CUDA graph: the mark to reach"),
     "waits": Section("waits", 20, "the lines where a round waits for the device"),
     "tests": Section("cuda_tests", 110, "the tests that are marked cuda"),

@@ -42,6 +42,7 @@ def test_all_sections_run_on_the_cpu(tmp_path: Path) -> None:
     found = results(tmp_path)
     assert {of["status"] for of in found.values()} == {"done"}
     assert all("needs a CUDA device" in json.dumps(found[name]) for name in SECTIONS if name != "convolutions")
+    assert found["engine"]["float32, captured"] == "skipped: needs a CUDA device"
     assert found["engine"]["float32"]["losses"].keys() == {"teacher/loss", "student/loss", "arch/loss"}
     assert len(found["hand"]["bfloat16"]["losses"]) == 3
     assert all(row["double_backward_us"] > 0 for row in found["convolutions"]["table"])
@@ -141,7 +142,12 @@ def test_the_report_has_the_figures_of_a_gpu(tmp_path: Path) -> None:
     profile = {"launches": 44_000, "busy_ms": 150.0, "mean_us": 3.4, "top": [{"name": "a|b", "count": 7, "ms": 1.5}]}
     written = {
         "device": {"name": "NVIDIA H100", "copy_tb_s": 2.9},
-        "engine": {"TF32": rounds, "bfloat16": {"failed": "Traceback\nValueError: x"}, "profile of TF32": profile},
+        "engine": {
+            "TF32": rounds,
+            "TF32, captured": {**rounds, "replayed": 21, "not_captured": None},
+            "bfloat16": {"failed": "Traceback\nValueError: x"},
+            "profile of TF32": profile,
+        },
         "hand": {"TF32": {"eager_s": 0.1, "graph_s": 0.05, "gpu_days": 0.0113}},
         "waits": {"waits_a_round": 2.0, "lines": {"mlo/a.py:1": 6}},
         "tests": {"cuda": {"passed": 40, "skipped": 1, "failed": 1, "messages": {"test_x": "no\nkernel"}}},
@@ -153,8 +159,9 @@ def test_the_report_has_the_figures_of_a_gpu(tmp_path: Path) -> None:
     page = report(tmp_path)
     for line in (
         "| GPU | NVIDIA H100 |",
-        "| TF32 | 0.2 | 0.19 | 0.0429 | 9.5 |",
-        "| bfloat16 | failed: ValueError: x |  |  |  |",
+        "| TF32 | 0.2 | 0.19 | 0.0429 | 9.5 |  |  |",
+        "| TF32, captured | 0.2 | 0.19 | 0.0429 | 9.5 | 21 |  |",
+        "| bfloat16 | failed: ValueError: x |  |  |  |  |  |",
         "A round, TF32: 44,000 kernels, 150 ms of kernels, 3.4 µs each. The most expensive:",
         "| `a\\|b` | 7 | 1.5 |",
         "| TF32 | 0.1 | 0.05 | 0.0113 |  |  |",
