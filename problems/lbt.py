@@ -81,7 +81,7 @@ class StudentInTurn(mlo.Problem):
 
     def loss(self, batch: Any, teacher: mlo.Problem, arch: mlo.Problem) -> Tensor:
         """The loss of the student's next real step, or of its virtual step."""
-        if not self.looking_ahead and self.steps_taken % self.steps == 1:
+        if not self.looking_ahead and self.step_in_round == 1:
             return self._labeled(batch)
         unlabeled = batch["unlabeled"]
         if not isinstance(unlabeled, Tensor):
@@ -98,7 +98,7 @@ class StudentInTurn(mlo.Problem):
 
 
 def _hard(probabilities: Tensor) -> Tensor:
-    return F.one_hot(probabilities.argmax(dim=1), probabilities.shape[1]).to(probabilities)
+    return torch.zeros_like(probabilities).scatter(1, probabilities.argmax(dim=1, keepdim=True), 1.0)
 
 
 class ArchValidate(mlo.Problem):
@@ -130,7 +130,7 @@ class ArchValidate(mlo.Problem):
         split = batch if isinstance(batch, Mapping) else {"teacher": batch, "student": batch}
         terms = []
         if self.in_turn and teacher is not None and student is not None:
-            teacher, student = (teacher, None) if self.steps_taken % 2 == 0 else (None, student)
+            teacher, student = (teacher, None) if self.step_in_round == 0 else (None, student)
         if teacher is not None:
             images, labels = split["teacher"]
             terms.append(F.cross_entropy(teacher(images, self()), labels))

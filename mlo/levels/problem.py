@@ -62,6 +62,8 @@ class Problem(ABC):
     Attributes:
         steps_taken: number of steps that this problem took before the current one, virtual ones included. If a step is
             evaluated again, to differentiate it, the number is the same as the first time.
+        step_in_round: ``steps_taken % steps``, the position of the current step in its round. A loss that asks for it,
+            and not for ``steps_taken``, can be captured (``Engine(capture=True)``).
         looking_ahead: True while a virtual step (lookahead) or its derivative is evaluated. A loss may use it to
             differ from the loss of the real step.
 
@@ -110,7 +112,7 @@ class Problem(ABC):
         self.node = Node(name, tuple(dict.fromkeys(self.arguments.values())), _names(held), _names(sometimes))
         self.stream = open_stream(data, name)
         self.step_number = 0
-        self.asks_steps_taken = False
+        self.asks_steps_taken = self.asks_total = False
         self.substitute: Substitute | None = None
         owned = {id(p): group for group, of in enumerate(optimizer.param_groups) for p in of["params"]}
         self.variables = {n: p for n, p in module.named_parameters() if id(p) in owned and p.requires_grad}
@@ -149,14 +151,21 @@ class Problem(ABC):
 
     @property
     def steps_taken(self) -> int:
-        """See :class:`Problem`; that a loss has asked is remembered, since compiled steps cannot count."""
-        if self.substitute is not None and not self.asks_steps_taken:
-            self.asks_steps_taken = True
+        """See :class:`Problem`; that a loss has asked is remembered, since compiled and captured steps cannot count."""
+        if self.substitute is not None and not self.asks_total:
+            self.asks_steps_taken = self.asks_total = True
         return self.step_number
 
     @steps_taken.setter
     def steps_taken(self, count: int) -> None:
         self.step_number = count
+
+    @property
+    def step_in_round(self) -> int:
+        """See :class:`Problem`; compiled steps cannot count, but all captured rounds have the same steps."""
+        if self.substitute is not None and not self.asks_steps_taken:
+            self.asks_steps_taken = True
+        return self.step_number % self.steps
 
     @property
     def steps_now(self) -> int:

@@ -118,7 +118,7 @@ class Captured:
             optimizer = level.problem.optimizer
             if level.scale is not None:
                 yield f"the loss scale of {name!r}, for float16, depends on values; use torch.bfloat16"
-            if level.problem.asks_steps_taken:
+            if level.problem.asks_total:
                 yield f"the loss of {name!r} asks for steps_taken, which a recording would hold fixed"
             if not _on_device(optimizer):
                 yield (

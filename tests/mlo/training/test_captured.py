@@ -181,6 +181,19 @@ class Annealed(Fit):
         return super().loss(batch, top) * 0.9**self.steps_taken
 
 
+class InTurn(Fit):
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        return super().loss(batch, top) * (1 + self.step_in_round)
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_loss_may_ask_which_step_of_its_round_it_is() -> None:
+    plain, captured = engines(partial(levels, InTurn, steps=3), "unrolled")
+    run_both(plain, captured)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 2
+
+
 def with_adam() -> list[mlo.Problem]:
     problems = levels()
     problems[1].optimizer = torch.optim.Adam(problems[1].module.parameters(), 0.01)

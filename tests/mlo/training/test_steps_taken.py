@@ -175,3 +175,14 @@ def test_a_lower_problem_may_read_an_upper_one_only_sometimes(kind):
     made[0].node = replace(made[0].node, sometimes=())
     with pytest.raises(mlo.GraphError, match="no gradient flows through that read"):
         mlo.Engine(made, kind, device="cpu").run(2)
+
+
+def test_the_step_in_a_round_is_the_count_modulo_the_steps() -> None:
+    made = engine("unrolled", lookahead=True)
+    low, seen = made.problems["low"], []
+    low.loss = lambda batch, top: seen.append(low.step_in_round) or (low() * top()).sin().sum()
+    made.run(2)
+    assert set(seen) == {0, 1, 2}
+    assert low.step_in_round == low.steps_taken % 3 == 0
+    assert low.asks_steps_taken  # so that no compiled step holds a count fixed
+    assert not low.asks_total
