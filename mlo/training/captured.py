@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 from mlo.errors import ConfigError
 from mlo.ops import distributed
 from mlo.ops.rng import global_state
+from mlo.ops.vectors import readable
 from mlo.steps.level import Level
 from mlo.training.commit import Updater
 from mlo.training.gradients import Gradients
@@ -135,6 +136,7 @@ class Captured:
             one_round()
             host.carry()
 
+        before = self._random_states()
         rates.fill()
         try:
             with self._streams(go_on=False), rates.on_device(), host.kept():
@@ -145,13 +147,17 @@ class Captured:
             one_round()
             return
         host.follow()
+        self._changes = 0
+        for obstacle in self._obstacles(before):
+            self._refuse(obstacle)
+            return
 
         def again() -> None:
             rates.fill()
             replay()
             host.follow()
 
-        self._changes, self._replay = 0, again
+        self._replay = again
 
     def _refuse(self, obstacle: str) -> None:
         self.obstacle = obstacle
@@ -204,7 +210,9 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def _value(option: Any) -> Any:
-    return option.data_ptr() if isinstance(option, Tensor) else option
+    if not isinstance(option, Tensor):
+        return option
+    return option.tolist() if readable(option) else option.data_ptr()
 
 
 def _on_device(optimizer: Optimizer) -> bool:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mlo.levels.batches import Batches
 from mlo.levels.problem import Problem
-from mlo.ops.vectors import copy_
+from mlo.ops.vectors import copy_, readable
 from mlo.steps.level import Level
 from mlo.training.commit import Updater
 from mlo.training.gradients import Gradients
@@ -109,7 +109,8 @@ class Rates:
 class _RatesOfProblem:
     def __init__(self, problem: Problem) -> None:
         self._problem, self._number = problem, 0
-        self._groups = [group for group in problem.optimizer.param_groups if not isinstance(group["lr"], Tensor)]
+        groups = problem.optimizer.param_groups
+        self._groups = [group for group in groups if not isinstance(group["lr"], Tensor) or readable(group["lr"])]
         # of each step, and after the last one
         self._rates = [[self._tensor(group) for group in self._groups] for _ in range(problem.steps + 1)]
 
