@@ -281,6 +281,20 @@ def test_capture_is_refused_where_it_cannot_be(options: dict[str, Any], message:
         mlo.Engine(levels(), "one_step", device="cpu", **({"capture": True} | options))
 
 
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_scheduler_does_not_move_in_replayed_rounds_before_its_problem_steps() -> None:
+    def make() -> list[mlo.Problem]:
+        problems = levels()
+        problems[1].warmup = 7
+        problems[1].scheduler = torch.optim.lr_scheduler.StepLR(problems[1].optimizer, 1, 0.5)
+        return problems
+
+    plain, captured = engines(make, "one_step")
+    run_both(plain, captured, 13)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 3 + 2  # before the first step of the top, and after it
+
+
 class LateToAsk(Fit):
     def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
         later = len(batch[0]) == 6 and self.step_number > 2
