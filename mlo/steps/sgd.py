@@ -104,7 +104,8 @@ def _together(
         if gradient is not None:
             found.setdefault((number, slot.get("momentum_buffer") is not None), []).append(index)
     for (number, began), indices in found.items():
-        for part in chunks(indices, tensors):
+        # in a graph, everything is kept anyway
+        for part in [indices] if torch.is_grad_enabled() else chunks(indices, tensors):
             yield number, began, part
 
 
