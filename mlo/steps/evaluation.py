@@ -40,6 +40,7 @@ def evaluate(
     kind: str,
     count: int,
     autocast: bool,
+    twice: bool = False,
     **options: Any,
 ) -> tuple[Any, ...]:
     """Run a function of :mod:`mlo.steps.losses`, or what is compiled from it, and count its passes.
@@ -50,12 +51,17 @@ def evaluate(
         kind: what the passes are counted as.
         count: how many steps the problem had taken before.
         autocast: whether to evaluate under the problem's autocast, if it has one.
+        twice: whether the result will be differentiated again.
     """
+    second = twice or kind == "product"
     problem, dtype = level.problem, level.problem.autocast if autocast else None
     outside = outside_state() if level.draws_outside and micro.randomness is None else None
     before, problem.step_number = problem.step_number, count
     try:
-        with nullcontext() if micro.randomness is None else replay(micro.randomness, level.device):
+        with (
+            nullcontext() if micro.randomness is None else replay(micro.randomness, level.device),
+            nullcontext() if second else level.tf32.in_step(),
+        ):
             if dtype is not None:
                 options["context"] = lowered(level.device.type, dtype)
             done = run(level, states, micro.batch, *arguments, **options)

@@ -14,15 +14,16 @@ from mlo.levels.graph import Graph
 from mlo.levels.problem import Problem
 from mlo.levels.state import State, cast
 from mlo.ops import distributed
-from mlo.ops.autocast import outside_autocast
 from mlo.ops.compiler import Compiler
 from mlo.ops.rng import global_state, replay, set_global_state
+from mlo.ops.tf32 import Tf32
 from mlo.ops.vectors import filled
 from mlo.steps.level import Level, levels_of
 from mlo.training.checkpoint import of_this_process, with_other_processes
 from mlo.training.commit import Updater
 from mlo.training.devices import move_to
 from mlo.training.gradients import Gradients, Records
+from mlo.training.outermost import outermost
 from mlo.training.plan import Plan
 from mlo.training.report import EngineReport, engine_report
 from mlo.training.rounds import Rounds, cast_batches, looking_ahead
@@ -47,6 +48,8 @@ class Engine:
         compile: whether to compile gradients and curvature products with torch.compile. Compilation takes seconds to
             minutes, so it pays off after thousands of rounds. The first pass of each problem runs uncompiled, so errors
             in a loss show a normal traceback. A problem that cannot be compiled leads to a warning and runs uncompiled.
+        tf32: whether float32 convolutions and matrix products of steps may use TensorFloat-32 on a GPU; None: as torch
+            is set. Curvature products, and passes whose graph these use, never do.
         device: a torch device, or "auto" for a CUDA GPU if there is one. Modules are moved there once.
 
     Attributes:
@@ -67,9 +70,11 @@ class Engine:
         lookahead: bool | None = None,
         inner_path: bool = False,
         compile: bool = False,
+        tf32: bool | None = None,
         device: str | torch.device = "auto",
     ) -> None:
-        flags = {"lookahead": (lookahead, (True, False, None)), "compile": (compile, (True, False))}
+        three = True, False, None
+        flags = {"lookahead": (lookahead, three), "compile": (compile, (True, False)), "tf32": (tf32, three)}
         for option, (value, kinds) in flags.items():
             if value not in kinds:
                 raise ConfigError(f"{option}={value!r}; pass {' or '.join(map(str, kinds))}")
@@ -79,7 +84,8 @@ class Engine:
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
         self.device = move_to(problems, device)
         self.rounds = 0
-        self._levels = levels_of(problems, self.device, Compiler(self.device) if compile else None)
+        self._tf32 = Tf32(tf32)
+        self._levels = levels_of(problems, self.device, Compiler(self.device) if compile else None, self._tf32)
         self._gradients = Gradients(self._plan, self._levels)
         self._updater = Updater(self.device, deferred=self.device.type != "cpu")
         self._rounds = Rounds(self._plan, self._levels, self._gradients, self._updater)
@@ -88,6 +94,11 @@ class Engine:
     def losses(self) -> Mapping[str, Tensor]:
         """{problem: the loss of its last real step}, detached, on the device."""
         return self._rounds.losses
+
+    @property
+    def tf32(self) -> bool | None:
+        """As given."""
+        return self._tf32.steps
 
     @property
     def graph(self) -> Graph:
@@ -110,7 +121,7 @@ class Engine:
         It changes nothing. Some entries (memory of graphs, loss scales, what can be compiled) are only known after the
         first rounds.
         """
-        return engine_report(self._plan, self._levels, self.device, self.inner_path)
+        return engine_report(self._plan, self._levels, self.device, self.inner_path, self.tf32)
 
     def run(self, steps: int, callbacks: Iterable[Callback] = ()) -> None:
         """Take ``steps`` rounds. After each, call every callback with the engine."""
@@ -123,7 +134,7 @@ class Engine:
                 callback(self)
         self._updater.wait()
 
-    @outside_autocast
+    @outermost
     def step(self) -> None:
         """Take one round.
 
@@ -147,7 +158,7 @@ class Engine:
         self.rounds += 1
         self._updater.check_arrived()
 
-    @outside_autocast
+    @outermost
     def hypergradient(self, name: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The gradient of the next step of problem ``name``: {parameter name: tensor of its shape}.
 
@@ -168,7 +179,7 @@ class Engine:
             found = self._gradients.of(name, states, records, batches, "virtual", (), count).own
         return dict(zip(self.problems[name].variables, filled(found, states[name].variables), strict=True))
 
-    @outside_autocast
+    @outermost
     def objective(
         self, name: str, parameters: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:

@@ -78,6 +78,7 @@ class EngineReport:
         lookahead: whether the top problems step after virtual steps of the others.
         inner_path: as the engine was given.
         compile: as the engine was given.
+        tf32: as the engine was given.
         problems: {name: its report}, lowest level first.
     """
 
@@ -85,21 +86,25 @@ class EngineReport:
     lookahead: bool
     inner_path: bool
     compile: bool
+    tf32: bool | None
     problems: Mapping[str, ProblemReport]
 
     def __str__(self) -> str:
-        flags = {"lookahead": self.lookahead, "inner_path": self.inner_path, "compile": self.compile}
-        first = ", ".join([f"device={str(self.device)!r}", *(f"{flag}={value}" for flag, value in flags.items())])
+        names = "lookahead", "inner_path", "compile", "tf32"
+        first = ", ".join([f"device={str(self.device)!r}", *(f"{name}={getattr(self, name)}" for name in names)])
         return "\n".join([first, *(str(problem) for problem in reversed(list(self.problems.values())))])
 
 
-def engine_report(plan: Plan, levels: Mapping[str, Level], device: torch.device, inner_path: bool) -> EngineReport:
+def engine_report(
+    plan: Plan, levels: Mapping[str, Level], device: torch.device, inner_path: bool, tf32: bool | None
+) -> EngineReport:
     """The report on the engine with these parts."""
     return EngineReport(
         device=device,
         lookahead=plan.lookahead,
         inner_path=inner_path,
         compile=any(level.compiler is not None for level in levels.values()),
+        tf32=tf32,
         problems={
             name: _problem_report(level, number, plan) for number, (name, level) in enumerate(levels.items(), start=1)
         },

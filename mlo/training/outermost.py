@@ -1,0 +1,42 @@
+"""What surrounds each call of an engine that evaluates losses: the precision is the engine's, not the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import wraps
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+
+from mlo.ops.tf32 import Tf32
+
+
+class HasPrecision(Protocol):
+    """What an engine has of it."""
+
+    device: torch.device
+    _tf32: Tf32
+
+
+Self = TypeVar("Self", bound=HasPrecision)
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
+
+
+def outermost(
+    method: Callable[Concatenate[Self, Arguments], Returned],
+) -> Callable[Concatenate[Self, Arguments], Returned]:
+    """A decorator that runs the method without the caller's ``torch.autocast``, and with the engine's TensorFloat-32.
+
+    Otherwise backward passes and the sums between them would run in the caller's precision.
+    """
+
+    @wraps(method)
+    def run(self: Self, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
+        kind = self.device.type
+        autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with autocast, self._tf32.in_call():
+            return method(self, *args, **kwargs)
+
+    return run
