@@ -36,6 +36,11 @@ def write_table(description: str | None, table: Callable[[int], str], page: Path
     parser.add_argument("--rounds", type=int, default=5, help="rounds to take the median of")
     rows = table(parser.parse_args().rounds)
     print(rows)
+    replace_table(page, mark, rows)
+
+
+def replace_table(page: Path, mark: str, rows: str) -> None:
+    """Replace the table of a page that is between the lines `<!-- mark -->` and `<!-- end -->`."""
     text = page.read_text(encoding="utf-8")
     marked = re.sub(rf"(<!-- {mark} -->\n).*?(\n<!-- end -->)", lambda m: m[1] + rows + m[2], text, flags=re.DOTALL)
     page.write_text(marked, encoding="utf-8")

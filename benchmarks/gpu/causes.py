@@ -9,17 +9,19 @@ from types import CodeType, FrameType
 import torch
 
 ROOT, _TORCH = Path(__file__).resolve().parents[2], Path(torch.__file__).parent
-FORWARD, BACKWARD, OPTIMIZER, GUARD, COPIES, PRODUCTS, TRANSFERS, OTHER = CAUSES = (
+FORWARD, BACKWARD, DATA, OPTIMIZER, GUARD, COPIES, PRODUCTS, TRANSFERS, OTHER = CAUSES = (
     "forward passes",
     "backward passes",
+    "batches",
     "optimizer steps and their transposes",
-    "guard and real updates",
+    "guard against non-finite values",
     "copies of states",
     "products, and backward over the levels",
     "transfers to and from the host",
     "other",
 )
 _HELPERS = "helpers"  # what calls them is the cause
+_PRODUCTS_BY_HAND = ("_sides", "_student_product", "_teacher_product", "_architecture_gradient")
 _OF_FILES = (  # the first that fits
     ("torch/autograd/__init__.py", BACKWARD),
     ("torch/optim/", OPTIMIZER),
@@ -31,7 +33,13 @@ _OF_FILES = (  # the first that fits
     ("mlo/hypergradient/", PRODUCTS),
     ("mlo/training/commit.py", GUARD),
     ("mlo/training/", OTHER),
+    ("problems/data/", DATA),
     ("problems/", FORWARD),
+    ("benchmarks/gpu/hand_optimizers.py:norm", _HELPERS),
+    ("benchmarks/gpu/hand_optimizers.py:in_order_of", _HELPERS),
+    ("benchmarks/gpu/hand_optimizers.py", OPTIMIZER),
+    *[(f"benchmarks/gpu/hand_round.py:{name}", PRODUCTS) for name in _PRODUCTS_BY_HAND],
+    ("benchmarks/gpu/hand_round.py", FORWARD),
 )
 
 
@@ -65,4 +73,4 @@ def _of_code(code: CodeType) -> tuple[str, str]:
     inside = path.is_relative_to(ROOT) and ".venv" not in path.parts
     short = str(path.relative_to(ROOT)) if inside else "/".join(path.parts[-3:])
     name = f"{short}:{code.co_name}"
-    return next((of for part, of in _OF_FILES if short.startswith(part)), ""), name
+    return next((of for part, of in _OF_FILES if name.startswith(part)), ""), name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import repeat, zip_longest
+from itertools import repeat
 from operator import is_not
 from typing import Annotated, ClassVar, Protocol
 
@@ -239,9 +239,9 @@ def slope(
 ) -> tuple[Vector, Cotangents]:
     """The difference of two gradients times ``weight``: for the level's own variables, and for the targets."""
     of = [*((point.level.name,) if own else ()), *targets]
-    flat = [difference(a, b, weight) for name in of for a, b in zip(one.found[name], other.found[name], strict=True)]
-    pairs = zip_longest(one.leaves, other.leaves) if targets else ()
-    return _parted(point, flat, [difference(a, b, weight) for a, b in pairs], own, targets)
+    flat = [part for name in of for part in difference(one.found[name], other.found[name], weight)]
+    at_leaves = difference(one.leaves, other.leaves, weight) if targets else ()
+    return _parted(point, flat, at_leaves, own, targets)
 
 
 def _moved(point: Point, vector: Vector, stride: float | Tensor = 0.0) -> Point:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from mlo.ops.rng import Randomness
+from mlo.ops.vectors import aligned
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class ReadCache:
             if pairs and wanted:
                 outputs, cotangents = zip(*pairs, strict=True)
                 found = torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True, allow_unused=True)
-                _add_to(pulled, wanted, found)
+                _add_to(pulled, wanted, aligned(found, wanted))
         return [pulled.get(tensor) for tensor in inputs]
 
 

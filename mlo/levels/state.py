@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mlo.ops import vectors
 from mlo.ops.vectors import Vector
 
 #: what an optimizer keeps for each variable: {"momentum_buffer": tensor}, {"exp_avg": ..., "step": ...} or {}
@@ -53,7 +54,7 @@ def copied(state: State, device: torch.device | None = None) -> State:
     parts: list[Vector] = []
     for tensors in (state.variables, state.buffers):
         here = device is None or not tensors or tensors[0].device == device
-        copies = tuple(map(torch.clone, tensors)) if here else tuple([t.to(device, copy=True) for t in tensors])
+        copies = vectors.copied(tensors) if here else tuple([t.to(device, copy=True) for t in tensors])
         for copy, tensor in zip(copies, tensors, strict=True):
             if tensor.requires_grad:
                 copy.requires_grad_()

@@ -11,7 +11,7 @@ from torch import Tensor
 from mlo.levels.problem import Problem
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import State
-from mlo.ops.vectors import Vector
+from mlo.ops.vectors import Vector, copied
 
 
 class Substitute:
@@ -50,7 +50,7 @@ class Substitute:
         self.calls += 1
         if self._own:
             if self._kept is None:
-                self._kept = [*self._replaced, *map(torch.clone, self.buffers)]
+                self._kept = [*self._replaced, *copied(self.buffers)]
             output = self._problem.places.run(self._kept, args, kwargs)
             if self.buffers:
                 self.buffers = self._problem.places.new_buffers(self.buffers, self._kept[len(self._replaced) :])
@@ -58,4 +58,4 @@ class Substitute:
         parameters = self._replaced
         if not torch.is_grad_enabled():  # detached even where forward returns a parameter itself
             parameters = tuple([tensor.detach() for tensor in self.parameters])
-        return self._problem.places.run([*parameters, *map(torch.clone, self.buffers)], args, kwargs)
+        return self._problem.places.run([*parameters, *copied(self.buffers)], args, kwargs)

@@ -1,11 +1,16 @@
-"""Arithmetic on vectors in parameter space, stored as tuples with one tensor per parameter."""
+"""Arithmetic on vectors in parameter space, stored as tuples with one tensor per parameter.
+
+On a GPU the cost of many small tensors is that of the kernel launches. So all of them are taken at once, by torch's
+operators on lists where there is one. These launch one kernel for many tensors only if all tensors at one position
+agree in their strides; :func:`aligned` sees to that for gradients.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import repeat
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat, zip_longest
 from operator import is_not
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,15 +18,86 @@ from torch import Tensor
 Vector = tuple[Tensor, ...]
 
 
+TOGETHER = 2**20  # bytes of variables that a step is computed for at once
+SMALL = 2**16  # elements; smaller tensors are put together for operators that have no form for lists
+
+
 def copied(a: Sequence[Tensor]) -> Vector:
-    """A copy of the vector."""
-    return tuple(tensor.clone() for tensor in a)
+    """A copy of the vector, without a graph."""
+    copies = tuple([torch.empty_like(tensor) for tensor in a])
+    copy_(copies, a)
+    return copies
+
+
+@torch.no_grad()
+def copy_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy the values into the targets, which may have other dtypes and devices."""
+    for to, given in _alike(targets, values):
+        torch._foreach_copy_(to, given)
+
+
+@torch.no_grad()
+def select_(condition: Tensor, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy the values into the targets if the condition, a scalar tensor, is True. The host does not wait for it."""
+    for to, given in _alike(targets, values):
+        small, memory = list[Tensor](), list[tuple[Tensor, Tensor]]()
+        for tensor, value in zip(to, given, strict=True):
+            if tensor.numel() < SMALL and tensor.stride() == value.stride() and _is_dense(tensor):
+                small.append(tensor)
+                memory.append((_memory(tensor), _memory(value)))
+            else:
+                tensor.copy_(torch.where(condition, value, tensor))
+        if small:
+            old, new = map(torch.cat, zip(*memory, strict=True))
+            chosen = torch.where(condition, new, old).split([tensor.numel() for tensor in small])
+            torch._foreach_copy_([old for old, _ in memory], chosen)
+
+
+def _alike(a: Sequence[Tensor], b: Sequence[Tensor]) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
+    """The pairs of tensors, gathered by their dtypes and devices."""
+    found: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for one, other in zip(a, b, strict=True):
+        ones, others = found.setdefault((one.dtype, other.dtype, one.device, other.device), ([], []))
+        ones.append(one)
+        others.append(other)
+    return found.values()
+
+
+def aligned(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The gradients with the strides of ``like``, as ``.backward()`` has them in ``.grad``.
+
+    A convolution gives its weight's gradient in the layout of its input. Mostly only dimensions of size 1 have other
+    strides; then no data is moved.
+    """
+    return [
+        gradient if gradient is None or gradient.stride() == tensor.stride() else _with_strides_of(tensor, gradient)
+        for gradient, tensor in zip(gradients, like, strict=True)
+    ]
+
+
+def _with_strides_of(like: Tensor, tensor: Tensor) -> Tensor:
+    if tensor.layout is not torch.strided or not _is_dense(like):
+        return tensor
+    strides = zip(like.shape, like.stride(), tensor.stride(), strict=True)
+    if any([size > 1 and one != other for size, one, other in strides]):
+        return torch.empty_like(like, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+    return tensor.as_strided(like.shape, like.stride(), tensor.storage_offset())
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor's elements fill its memory without gaps, in whatever order."""
+    return tensor.layout is torch.strided and bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order of its memory."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
 def add(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) -> Vector:
     """``a + scale * b``."""
     if isinstance(scale, Tensor):
-        if scale.device.type == "cuda":  # float(scale) would synchronize with the GPU
+        if scale.device.type != "cpu":  # float(scale) would wait for the device
             return torch._foreach_add(list(a), list(scaled(b, scale)))
         scale = float(scale)
     return torch._foreach_add(list(a), list(b), alpha=scale)
@@ -30,7 +106,7 @@ def add(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) -
 def add_(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) -> None:
     """Add ``scale * b`` to ``a`` in place."""
     if isinstance(scale, Tensor):
-        if scale.device.type == "cuda":  # float(scale) would synchronize with the GPU
+        if scale.device.type != "cpu":  # float(scale) would wait for the device
             torch._foreach_add_(list(a), list(scaled(b, scale)))
             return
         scale = float(scale)
@@ -51,7 +127,12 @@ def times(tensor: Tensor, scale: Tensor) -> Tensor:
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """The inner product, a scalar tensor."""
-    return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)]).sum()
+    pairs = [(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)]
+    small = [pair for pair in pairs if len(pair[0]) < SMALL]
+    if len(small) > 1:
+        pairs = [pair for pair in pairs if len(pair[0]) >= SMALL]
+        pairs.append((torch.cat([x for x, _ in small]), torch.cat([y for _, y in small])))
+    return torch.stack([torch.dot(x, y) for x, y in pairs]).sum()
 
 
 def norm(a: Sequence[Tensor]) -> Tensor:
@@ -68,13 +149,38 @@ def filled(values: Iterable[Tensor | None], like: Sequence[Tensor]) -> Vector:
     return tuple([torch.zeros_like(shape) if v is None else v for v, shape in zip(found, like, strict=True)])
 
 
+def chunks(indices: Sequence[int], of: Sequence[Tensor]) -> Iterator[list[int]]:
+    """The indices in parts of about ``TOGETHER`` bytes: what is computed for each part needs a few times its memory."""
+    part, size = list[int](), 0
+    for index in indices:
+        part.append(index)
+        size += of[index].numel() * of[index].element_size()
+        if size >= TOGETHER:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
 def total(one: Vector | None, other: Vector | None) -> Vector | None:
     """The sum of two vectors, where None is zero."""
     return other if one is None else one if other is None else add(one, other)
 
 
-def difference(one: Tensor | None, other: Tensor | None, weight: Tensor) -> Tensor | None:
-    """(one - other) * weight, where None is zero."""
-    if one is None:
-        return None if other is None else times(-other, weight)
-    return times(one if other is None else one - other, weight)
+def difference(one: Sequence[Tensor | None], other: Sequence[Tensor | None], weight: Tensor) -> Sequence[Tensor | None]:
+    """(one - other) * weight, where None is zero, and so is what only one of them has."""
+    found: list[Tensor | None] = [None] * max(len(one), len(other))
+    both, ones, others = list[int](), list[Tensor](), list[Tensor]()
+    for index, (a, b) in enumerate(zip_longest(one, other)):
+        if a is not None and b is not None:
+            both.append(index)
+            ones.append(a)
+            others.append(b)
+        elif a is not None:
+            found[index] = times(a, weight)
+        elif b is not None:
+            found[index] = times(-b, weight)
+    if both:
+        for index, tensor in zip(both, scaled(torch._foreach_sub(ones, others), weight), strict=True):
+            found[index] = tensor
+    return found

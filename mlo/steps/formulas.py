@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from mlo.levels.state import State
-from mlo.ops.vectors import Vector
+from mlo.ops.vectors import chunks
 from mlo.steps import adaptive
 from mlo.steps.adaptive import Formula, Part
 
 Group = Mapping[str, Any]
 Gradients = Sequence[Tensor | None]
-TOGETHER = 2**20  # bytes of variables that a formula is computed for at once
 # of gradients, of variables and of slots
 Cotangents = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Mapping[str, Tensor]]]
 
@@ -98,7 +97,7 @@ def _parts(
     values = dict(zip(counters, torch.stack([*counters.values()]).tolist(), strict=True)) if counters else {}
     for number, group in enumerate(groups):
         found = [i for i, g in enumerate(gradients) if g is not None and numbers[i] == number]
-        for indices in _chunks(found, variables):
+        for indices in chunks(found, variables):
             kept = {
                 key: [slots[i][key] if slots[i] else torch.zeros_like(variables[i]) for i in indices]
                 for key in formula.begin(group)
@@ -108,19 +107,6 @@ def _parts(
             counts = [max(1.0, count + (not stepped)) for count in taken]
             own = [gradient for i in indices if (gradient := gradients[i]) is not None]
             yield Part(group, indices, counts, [variables[i] for i in indices], own, kept)
-
-
-def _chunks(indices: Sequence[int], variables: Vector) -> Iterator[list[int]]:
-    """The indices in parts of about ``TOGETHER`` bytes: formulas need several times the memory of their variables."""
-    part, size = list[int](), 0
-    for index in indices:
-        part.append(index)
-        size += variables[index].numel() * variables[index].element_size()
-        if size >= TOGETHER:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
 
 
 def _counter_dtype() -> torch.dtype:

@@ -15,7 +15,7 @@ from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import State
 from mlo.levels.substitution import Substitute
 from mlo.ops.activation_checkpointing import end, recompute
-from mlo.ops.vectors import Vector
+from mlo.ops.vectors import Vector, aligned
 from mlo.steps.level import Level
 
 States = Mapping[str, State]
@@ -154,6 +154,8 @@ def gradient_of(
         found = torch.autograd.grad(by, wanted, create_graph=keep_graph, allow_unused=True)
         if scaled:
             found = [None if gradient is None else gradient / scale for gradient in found]
+        if not keep_graph:
+            found = aligned(found, wanted)
     return loss, found, buffers, calls
 
 

@@ -49,8 +49,7 @@ def differentiable_step(problem: Problem, state: State, gradients: Gradients, gr
 
 def sgd_step(problem: Problem, state: State, gradients: Gradients, groups: Groups) -> State:
     """:func:`differentiable_step` of torch's SGD without clipping; learning rates may be tensors."""
-    of = [groups[number] for number in problem.group_numbers]
-    variables, slots = sgd.step(of, state.variables, gradients, state.slots)
+    variables, slots = sgd.step(groups, problem.group_numbers, state.variables, gradients, state.slots)
     return State(tuple(variables), state.constants, state.buffers, tuple(slots))
 
 
@@ -115,15 +114,14 @@ def transpose_step(
         stepped: whether the slots in ``state`` are those after the step.
     """
     numbers, largest = problem.group_numbers, problem.clip_norm_now
-    of = [groups[number] for number in numbers]
     plain_sgd = sgd.applies(problem.optimizer, groups)
     if plain_sgd and slots is None and largest is None:
         unreached = [index for index, gradient in enumerate(gradients) if gradient is None]
-        scales = sgd.scales(of, unreached, state.slots)
-        return StepCotangents(tuple([c * scale for c, scale in zip(cotangent, scales, strict=True)]), (), ())
+        scales = sgd.scales([groups[number] for number in numbers], unreached, state.slots)
+        return StepCotangents(tuple(torch._foreach_mul(cotangent, scales)), (), ())
     clipped = clip(gradients, largest)
     if plain_sgd:
-        found: Any = sgd.transpose(of, clipped, state.slots, cotangent, slots or ({},) * len(of))
+        found: Any = sgd.transpose(groups, numbers, clipped, state.slots, cotangent, slots or ({},) * len(numbers))
     elif formula := formula_of(problem.optimizer, groups):
         found = formulas.transpose(formula, groups, numbers, state, clipped, stepped, cotangent, slots)
     else:

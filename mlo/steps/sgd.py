@@ -6,16 +6,19 @@ takes several passes over the weights. These formulas give the same bits for the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from mlo.ops.vectors import chunks
+
 Group = Mapping[str, Any]
 Slots = Sequence[Mapping[str, Any]]
 Gradients = Sequence[Tensor | None]
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 def applies(optimizer: Optimizer, groups: Sequence[Group]) -> bool:
@@ -26,8 +29,12 @@ def applies(optimizer: Optimizer, groups: Sequence[Group]) -> bool:
 
 
 def step(
-    of: Sequence[Group], variables: Sequence[Tensor], gradients: Gradients, slots: Slots
-) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    groups: Sequence[Group],
+    numbers: Sequence[int],
+    variables: Sequence[Tensor],
+    gradients: Gradients,
+    slots: Slots,
+) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
     """The variables and slots after one step, as in :class:`torch.optim.SGD`; differentiable in all tensors.
 
     With gradient g, variable w and momentum buffer b: g <- g + weight_decay * w, b <- momentum * b +
@@ -35,31 +42,53 @@ def step(
     Nesterov, or w <- w - lr * g without momentum. With maximize, g is the negative gradient.
 
     Args:
-        of: the hyperparameters of each variable's group; the learning rate may be a tensor.
+        groups: the hyperparameters of each parameter group; the learning rate may be a tensor.
+        numbers: the group of each variable.
         variables: before the step.
         gradients: a variable whose gradient is None does not change.
         slots: of each variable, {"momentum_buffer": tensor or None} or {}.
     """
-    moved, after = [], []
-    for group, variable, gradient, slot in zip(of, variables, gradients, slots, strict=True):
-        if gradient is None:
-            moved.append(variable.clone())
-            after.append(dict(slot))
-            continue
-        along = -gradient if group["maximize"] else gradient
+    moved = [v.clone() if g is None else v for v, g in zip(variables, gradients, strict=True)]
+    after: list[Mapping[str, Any]] = [*slots]
+    for number, began, indices in _together(numbers, gradients, slots, variables):
+        group, own = groups[number], [variables[index] for index in indices]
+        along: Tensors = [g for g in map(gradients.__getitem__, indices) if g is not None]
+        if group["maximize"]:
+            along = torch._foreach_neg(along)
         if group["weight_decay"]:
-            along = torch.add(along, variable, alpha=group["weight_decay"])
-        kept = {}
+            along = torch._foreach_add(along, own, alpha=group["weight_decay"])
+        buffers: Tensors = ()
         if momentum := group["momentum"]:
-            last = slot.get("momentum_buffer")
-            buffer = along.clone() if last is None else (last * momentum).add(along, alpha=1 - group["dampening"])
-            kept = {"momentum_buffer": buffer}
-            along = torch.add(along, buffer, alpha=momentum) if group["nesterov"] else buffer
-        rate = group["lr"]
-        by_tensor = isinstance(rate, Tensor)
-        moved.append(variable - rate.to(along.dtype) * along if by_tensor else variable.add(along, alpha=-rate))
-        after.append(kept)
+            if began:
+                last = torch._foreach_mul([slots[index]["momentum_buffer"] for index in indices], momentum)
+                buffers = torch._foreach_add(last, along, alpha=1 - group["dampening"])
+            else:
+                buffers = [tensor.clone() for tensor in along]
+            along = torch._foreach_add(along, buffers, alpha=momentum) if group["nesterov"] else buffers
+        stepped = _against(own, along, group["lr"])
+        for row, index in enumerate(indices):
+            moved[index] = stepped[row]
+            after[index] = {"momentum_buffer": buffers[row]} if momentum else {}
     return moved, after
+
+
+def _against(variables: Tensors, along: Tensors, rate: float | Tensor) -> Tensors:
+    if not isinstance(rate, Tensor):
+        return torch._foreach_add(variables, along, alpha=-rate)
+    return [variable - rate.to(part.dtype) * part for variable, part in zip(variables, along, strict=True)]
+
+
+def _together(
+    numbers: Sequence[int], gradients: Gradients, slots: Slots, tensors: Sequence[Tensor]
+) -> Iterator[tuple[int, bool, list[int]]]:
+    """The variables with a gradient, by position, where they step alike: (group, whether momentum has begun, some)."""
+    found: dict[tuple[int, bool], list[int]] = {}
+    for index, (number, gradient, slot) in enumerate(zip(numbers, gradients, slots, strict=True)):
+        if gradient is not None:
+            found.setdefault((number, slot.get("momentum_buffer") is not None), []).append(index)
+    for (number, began), indices in found.items():
+        for part in chunks(indices, tensors):
+            yield number, began, part
 
 
 def scales(of: Iterable[Group], unreached: Collection[int], slots: Slots) -> list[float]:
@@ -82,7 +111,8 @@ def scales(of: Iterable[Group], unreached: Collection[int], slots: Slots) -> lis
 
 
 def transpose(
-    of: Sequence[Group],
+    groups: Sequence[Group],
+    numbers: Sequence[int],
     gradients: Gradients,
     slots: Slots,
     cotangents: Sequence[Tensor],
@@ -91,30 +121,38 @@ def transpose(
     """The transpose of :func:`step`: the cotangents of gradients, variables and slots before the step.
 
     Args:
-        of: the hyperparameters of each variable's group.
+        groups, numbers: as for :func:`step`.
         gradients: only which of them are None matters.
-        slots: before the step.
+        slots: before the step; only which of them are None matters.
         cotangents, of_slots: the cotangents of the variables and of the slots after the step.
     """
-    to_gradients, to_variables, to_slots = [], [], []
-    for group, gradient, slot, cotangent, given in zip(of, gradients, slots, cotangents, of_slots, strict=True):
-        of_buffer = given.get("momentum_buffer")
-        if gradient is None:
-            to_gradients.append(torch.zeros_like(cotangent))
-            to_variables.append(cotangent)
-            to_slots.append(dict(given))
-            continue
-        along, before = cotangent * -group["lr"], {}
-        if momentum := group["momentum"]:
-            buffer = along * momentum if group["nesterov"] else along
-            buffer = buffer if of_buffer is None else buffer + of_buffer
-            taken = buffer
-            if slot.get("momentum_buffer") is not None:
-                before = {"momentum_buffer": buffer * momentum}
-                taken = buffer * (1 - group["dampening"]) if group["dampening"] else buffer
-            along = along + taken if group["nesterov"] else taken
+    to_variables, to_slots = [*cotangents], [dict(given) for given in of_slots]
+    to_gradients = [torch.zeros_like(c) if g is None else c for c, g in zip(cotangents, gradients, strict=True)]
+    for number, began, indices in _together(numbers, gradients, slots, cotangents):
+        group, own = groups[number], [cotangents[index] for index in indices]
+        along: Tensors = torch._foreach_mul(own, -group["lr"])
+        before: Tensors = ()
+        momentum = group["momentum"]
+        if momentum:
+            given = [of_slots[index].get("momentum_buffer") for index in indices]
+            buffers = _sum(torch._foreach_mul(along, momentum) if group["nesterov"] else along, given)
+            taken = buffers
+            if began:
+                before = torch._foreach_mul(buffers, momentum)
+                taken = torch._foreach_mul(buffers, 1 - group["dampening"]) if group["dampening"] else buffers
+            along = torch._foreach_add(along, taken) if group["nesterov"] else taken
         decay = group["weight_decay"]
-        to_variables.append(torch.add(cotangent, along, alpha=decay) if decay else cotangent)
-        to_gradients.append(-along if group["maximize"] else along)
-        to_slots.append(before)
+        rest = torch._foreach_add(own, along, alpha=decay) if decay else own
+        along = torch._foreach_neg(along) if group["maximize"] else along
+        for row, index in enumerate(indices):
+            to_variables[index], to_gradients[index] = rest[row], along[row]
+            to_slots[index] = {"momentum_buffer": before[row]} if before else {}
     return to_gradients, to_variables, to_slots
+
+
+def _sum(tensors: Tensors, others: Sequence[Tensor | None]) -> Tensors:
+    """The sums of tensors and others, where None is zero."""
+    there = [other for other in others if other is not None]
+    if len(there) == len(others):
+        return torch._foreach_add(tensors, there)
+    return [one if other is None else one + other for one, other in zip(tensors, others, strict=True)]

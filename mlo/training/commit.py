@@ -15,7 +15,7 @@ from torch import Tensor
 from mlo.errors import NonFiniteLossError
 from mlo.levels.problem import Problem
 from mlo.ops import distributed
-from mlo.ops.vectors import Vector, norm
+from mlo.ops.vectors import Vector, copied, copy_, norm, select_
 from mlo.steps.clipping import clip
 from mlo.steps.losses import Found
 from mlo.steps.scan import Joined
@@ -60,12 +60,12 @@ class Updater:
         sent = torch.stack([loss.double(), size.double()])
         self._round.append((problem.name, problem.step_number, sent))
         self._finite = self._finite & torch.isfinite(sent).all()
-        before = {id(tensor): tensor.detach().clone() for tensor in _tensors(problem, self._device)}
+        held = _tensors(problem, self._device)
+        before = dict(zip(map(id, held), copied(held), strict=True))
         _take_step(problem, gradients, buffers)
-        with torch.no_grad():
-            for tensor in _tensors(problem, self._device):
-                old = before.get(id(tensor))
-                tensor.copy_(torch.where(self._finite, tensor, torch.zeros_like(tensor) if old is None else old))
+        held = _tensors(problem, self._device)  # with those that the optimizer made in its first step
+        old = [before[id(t)] if id(t) in before else torch.zeros_like(t) for t in held]
+        select_(~self._finite, held, old)
 
     def commit(self, problem: Problem, joined: Joined) -> bool:
         """Set variables, momentum and buffers to where several steps led.
@@ -83,9 +83,11 @@ class Updater:
             self._finite = finite = self._finite & finite
         elif not finite:
             return False
-        with torch.no_grad():
-            for target, value in _targets(problem, joined):
-                target.copy_(torch.where(finite, value, target) if self._deferred else value)
+        targets, values = zip(*_targets(problem, joined), strict=True)
+        if self._deferred:
+            select_(finite, targets, values)
+        else:
+            copy_(targets, values)
         for variable in problem.variables.values():
             variable.grad = None
         return True
@@ -159,22 +161,18 @@ def _take_step(problem: Problem, gradients: Found, buffers: Vector) -> None:
     for variable in variables:
         variable.grad = None
     if buffers:
-        with torch.no_grad():
-            for own, buffer in zip(problem.live_state().buffers, buffers, strict=True):
-                own.copy_(buffer)
+        copy_(problem.live_state().buffers, buffers)
     if problem.scheduler is not None:
         problem.scheduler.step()
     problem.step_number += 1
 
 
-def _tensors(problem: Problem, device: torch.device) -> Iterator[Tensor]:
+def _tensors(problem: Problem, device: torch.device) -> list[Tensor]:
     """All tensors of the problem that a step changes and that are on the device."""
-    yield from problem.variables.values()
-    yield from problem.module.buffers()
+    found = [*problem.variables.values(), *problem.module.buffers()]
     for slots in problem.optimizer.state.values():
-        for value in slots.values():
-            if isinstance(value, Tensor) and value.device.type == device.type:
-                yield value
+        found += [v for v in slots.values() if isinstance(v, Tensor) and v.device.type == device.type]
+    return found
 
 
 def _check(name: str, step: int, seen: list[float]) -> None:

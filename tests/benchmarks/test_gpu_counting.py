@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from two_levels import Following, Judging
 
 import mlo
 from benchmarks.gpu import causes
+from benchmarks.gpu.counted import count_rounds, table
 from benchmarks.gpu.counting import Counting, count_round, count_step
 from benchmarks.gpu.pretended import META, HostReadError, pretended_gpu
+from benchmarks.gpu.workload import SMOKE
 
 SMALL = {"channels": 2, "cells": 3, "batch": 2, "size": 8}
 
@@ -133,8 +136,44 @@ def test_launches_do_not_depend_on_the_size_of_batches(small_round: Counting) ->
     assert small_round.bytes < other.bytes
 
 
+def product(kind: str) -> dict[str, str]:
+    return {"kind": "one_step", "product": kind}
+
+
 @pytest.mark.slow
-def test_a_round_at_the_papers_size_has_the_operations_that_the_docs_state() -> None:
-    found = count_round()
-    assert 1.95e12 < found.flop < 2.05e12
-    assert 250e9 < found.bytes < 300e9
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        *("first_order", "one_step", "sama", "unrolled", "truncated", "penalty"),
+        {"kind": "cg", "iterations": 2},
+        {"kind": "neumann", "terms": 2},
+        {"kind": "nystrom", "rank": 2},
+        *map(product, ("central", "one_sided", "forward")),
+    ],
+    ids=str,
+)
+def test_no_estimator_reads_on_the_host(estimator: object) -> None:
+    assert count_round(student, **SMALL, hypergradient=estimator).launches > 1000
+
+
+@pytest.mark.slow
+def test_a_round_at_the_papers_size_costs_what_the_docs_state() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    for row in table(count_rounds()).splitlines():
+        assert row in page
+
+
+def test_the_table_of_counts_has_the_batches_and_their_transfers() -> None:
+    counts = count_rounds(SMOKE)
+    rows = table(counts).splitlines()
+    engine, by_hand, darts = counts.values()
+    assert by_hand.launches < engine.launches
+    assert darts.launches < engine.launches
+    assert rows[0] == "| | engine | by hand | engine, DARTS-2nd alone |"
+    assert (
+        rows[2] == f"| kernel launches | **{engine.launches:,}** | **{by_hand.launches:,}** | **{darts.launches:,}** |"
+    )
+    assert engine.by_cause[causes.DATA] > 0
+    assert engine.by_cause[causes.TRANSFERS] > 1
+    assert by_hand.by_cause[causes.DATA] == by_hand.by_cause[causes.TRANSFERS] == 0
+    assert all(count.by_cause[causes.OTHER] < 10 for count in counts.values())

@@ -1,0 +1,85 @@
+"""Section `engine`: rounds of a search by the engine, in several precisions; and second-order DARTS alone."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.gpu.profiles import profile
+from benchmarks.gpu.sections import gpu_days
+from benchmarks.gpu.session import Session
+from benchmarks.gpu.timing import (
+    begin_peak,
+    median_seconds,
+    peak_gib,
+    set_precision,
+    streamed_seconds,
+    synchronize,
+)
+from benchmarks.gpu.workload import search_engine
+
+NEEDED = 8.0  # seconds, to begin another variant with
+BFLOAT16 = {"autocast": torch.bfloat16}
+LOW_PRODUCTS = {"hypergradient": {"kind": "one_step", "product": {"kind": "central", "autocast": True}}}
+
+
+class Variant(NamedTuple):
+    """How rounds are taken: whether TF32 and cuDNN's search for kernels are on, and options of the engine."""
+
+    tf32: bool = False
+    benchmark: bool = False
+    options: dict[str, Any] = {}  # noqa: RUF012  never changed
+    profiled: bool = False
+
+
+VARIANTS = {
+    "float32": Variant(),
+    "TF32": Variant(tf32=True),
+    "TF32, cuDNN's fastest": Variant(tf32=True, benchmark=True, profiled=True),
+    "bfloat16, products in float32": Variant(tf32=True, benchmark=True, options=BFLOAT16),
+    "bfloat16": Variant(tf32=True, benchmark=True, options={**BFLOAT16, **LOW_PRODUCTS}, profiled=True),
+    "DARTS-2nd alone, TF32, cuDNN's fastest": Variant(tf32=True, benchmark=True, options={"student": False}),
+}
+"""Of what is multiplied; float32 products are in TF32 where torch may choose it."""
+
+
+def measure(session: Session) -> None:
+    """Seconds of a round, peak memory, GPU-days of a search, and a profile of one round."""
+    for name, variant in VARIANTS.items():
+        if session.smoke and variant.tf32 and not variant.options:
+            session.skip(name)  # on a CPU it is float32
+        elif session.has_time(name, 0.0 if session.smoke else NEEDED):
+            with session.attempt(name):
+                _measure(session, name, variant)
+
+
+def _measure(session: Session, name: str, variant: Variant) -> None:
+    device = session.device
+    set_precision(variant.tf32, variant.benchmark and device.type == "cuda")
+    begin_peak(device)
+    engine = search_engine(session.size, device, **variant.options)
+    begin = time.perf_counter()
+    engine.step()
+    synchronize(device)
+    first = time.perf_counter() - begin
+    if session.smoke:
+        alone = ahead = median_seconds(engine.step, device, 0.0, least=1, warm=0)
+    else:
+        alone = median_seconds(engine.step, device, min(6.0, session.left() / 4), least=4, most=20)
+        ahead = streamed_seconds(engine.step, device, max(2, min(10, int(session.left() / 6 / alone))))
+    found: dict[str, Any] = {
+        "first_s": round(first, 2),
+        "round_s": round(alone, 4),
+        "streamed_s": round(ahead, 4),
+        "gpu_days": None if session.smoke else gpu_days(ahead),
+        "peak_gib": peak_gib(device),
+        "losses": {key: round(value, 4) for key, value in engine.metrics().items() if key.endswith("/loss")},
+    }
+    session.note(name, found)
+    if variant.profiled:
+        call = partial(engine.objective, "teacher") if session.smoke else engine.step  # a round takes 10 s on a CPU
+        with session.attempt(f"profile of {name}"):
+            session.note(f"profile of {name}", profile(call, device))

@@ -1,0 +1,102 @@
+"""Arithmetic on many tensors at once gives what it gives tensor by tensor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mlo.ops import vectors
+
+NAN = float("nan")
+
+
+def mixed() -> list[torch.Tensor]:
+    """Small and large tensors of several dtypes, layouts and shapes."""
+    torch.manual_seed(0)
+    return [
+        torch.randn(3, 4),
+        torch.randn(vectors.SMALL + 1),
+        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        torch.randn(5, dtype=torch.float64),
+        torch.randn(4, 6).t(),
+        torch.randn(2, 9)[:, ::2],
+        torch.randn(()),
+        torch.zeros(0),
+        torch.tensor(7),
+        torch.tensor([True, False]),
+    ]
+
+
+def test_a_copy_has_the_values_and_layouts_in_memory_of_its_own() -> None:
+    before = mixed()
+    before[0].requires_grad_()
+    copies = vectors.copied(before)
+    for copy, tensor in zip(copies, before, strict=True):
+        assert torch.equal(copy, tensor)
+        assert copy.dtype == tensor.dtype
+        assert not copy.requires_grad
+        assert copy.numel() == 0 or copy.data_ptr() != tensor.data_ptr()
+    assert copies[2].stride() == before[2].stride()
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_values_are_selected_on_the_device_even_where_the_others_are_not_finite(condition: bool) -> None:
+    targets, values = mixed(), [t.clone() if not t.is_floating_point() else t + 1 for t in mixed()]
+    bad = targets if condition else values
+    for tensor in bad:
+        if tensor.is_floating_point():
+            tensor.fill_(NAN)
+    expected = [t.clone() for t in (values if condition else targets)]
+    addresses = [t.data_ptr() for t in targets]
+    vectors.select_(torch.tensor(condition), targets, values)
+    assert [t.data_ptr() for t in targets] == addresses
+    assert all(map(torch.equal, targets, expected))
+
+
+def test_a_copy_into_other_dtypes_casts() -> None:
+    targets = [torch.zeros(2, dtype=torch.float64), torch.zeros(2), torch.zeros(2, 2).t()]
+    values = [torch.tensor([0.1, 0.2]), torch.tensor([3.0, 4.0]), torch.arange(4.0).view(2, 2)]
+    vectors.copy_(targets, values)
+    assert all(torch.equal(t, v.to(t.dtype)) for t, v in zip(targets, values, strict=True))
+
+
+def test_gradients_have_the_strides_of_their_variables_and_mostly_their_own_memory() -> None:
+    variables = [torch.zeros(6, 1, 3, 3), torch.zeros(8, 4, 1, 1), torch.zeros(4, 3, 3, 3), torch.zeros(3)]
+    gradients = [
+        torch.randn(v.shape).to(memory_format=torch.channels_last) if v.dim() == 4 else None for v in variables
+    ]
+    found = vectors.aligned(gradients, variables)
+    for before, after, variable in zip(gradients, found, variables, strict=True):
+        assert (before is None) == (after is None)
+        if before is not None and after is not None:
+            assert after.stride() == variable.stride()
+            assert torch.equal(before, after)
+    shared = [a.data_ptr() == b.data_ptr() for a, b in zip(gradients, found, strict=True) if a is not None]
+    assert shared == [True, True, False]
+
+
+def test_a_sparse_gradient_stays_as_it_is() -> None:
+    sparse = torch.eye(3).to_sparse()
+    assert vectors.aligned([sparse], [torch.zeros(3, 3)])[0] is sparse
+
+
+def test_the_inner_product_of_small_and_large_tensors() -> None:
+    one = [t.double() for t in mixed() if t.is_floating_point()]
+    other = [t.cos() for t in one]
+    expected = sum(float((a * b).sum()) for a, b in zip(one, other, strict=True))
+    assert vectors.dot(one, other).item() == pytest.approx(expected, rel=1e-12)
+    assert vectors.dot(one[:1], other[:1]).item() == pytest.approx(float((one[0] * other[0]).sum()), rel=1e-12)
+
+
+def test_a_difference_takes_none_as_zero_and_fills_the_shorter_side() -> None:
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 3.0])
+    found = vectors.difference([a, None, a, None, b], [b, b, None, None], torch.tensor(2.0))
+    expected = [2 * (a - b), -2 * b, 2 * a, None, 2 * b]
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+def test_parts_of_limited_size_hold_everything_once() -> None:
+    tensors = [torch.zeros(n) for n in (10, 2 * vectors.TOGETHER, 10, vectors.TOGETHER // 4, 10)]
+    assert list(vectors.chunks([0, 1, 2, 3, 4], tensors)) == [[0, 1], [2, 3], [4]]
+    assert list(vectors.chunks([], tensors)) == []
