@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from mlo.levels.state import State
@@ -73,6 +74,9 @@ def evaluate(
                 f"(the batch of problem {level.name!r} is a tensor of shape {tuple(micro.batch.shape)}: each item of "
                 "its data is one batch; write data=[(x, y)] for one batch of two tensors)"
             )
+        raise
+    except torch.OutOfMemoryError as error:
+        error.add_note(f"Memory ran out in an evaluation of the loss of problem {level.name!r}.")
         raise
     finally:
         problem.step_number = before
