@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mlo
 from mlo.ops.differentiable import TwiceDifferentiable
+from mlo.training.devices import warn_of_masks
 
 LAYERS = {
     "lstm": lambda: nn.LSTM(3, 4, 2, bidirectional=True),
@@ -169,6 +170,18 @@ def test_a_recurrent_layer_is_not_compiled_and_gives_the_same(kind):
     with pytest.warns(UserWarning, match="'low' runs without compilation"):
         other.run(3)
     torch.testing.assert_close(other.hypergradient("top"), plain.hypergradient("top"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("layers", "dropout", "warns"), [(2, 0.5, True), (2, 0.0, False), (1, 0.5, False)])
+@pytest.mark.filterwarnings("ignore:dropout option adds dropout")
+def test_masks_that_a_gpu_cannot_repeat_are_warned_of(layers, dropout, warns, recwarn):
+    problem = problems(Low, Top, kind="lstm", dtype=torch.float32)[0]
+    problem.module.layer = nn.LSTM(3, 4, layers, dropout=dropout)
+    recwarn.clear()
+    warn_of_masks(problem)
+    assert [str(w.message).partition(" cannot")[0] for w in recwarn] == warns * [
+        "problem 'low': the dropout between the layers of 'layer'"
+    ]
 
 
 @pytest.mark.cuda
