@@ -31,5 +31,5 @@ def _cheaper(estimator: Estimator) -> str:
     if recording.last != 1 and recording.store_on == "device":
         steps.append("store_on='cpu'")
     if isinstance(product, Product) and product.keeps_graph:
-        steps.append("product='forward', or 'darts' or 'sama', which keep no graph of a gradient")
+        steps.append("'darts' or 'sama', which keep no graph of a gradient")
     return f"Less: {'; '.join(steps)}." if steps else "It keeps no graph of a gradient."
