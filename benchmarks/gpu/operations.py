@@ -82,9 +82,11 @@ def moved_bytes(given: Sequence[Tensor], result: Any) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of the elements that the tensor has in memory: an expanded one has fewer than its shape says."""
-    held = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or size == 0]
-    return tensor.element_size() * prod(held)
+    """Of the elements that the tensor has in memory: an expanded or overlapping one has fewer than its shape says."""
+    if not tensor.numel():
+        return 0
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.element_size() * min(tensor.numel(), span)
 
 
 def _of_lists(name: str, args: Sequence[Any], result: Any) -> int:

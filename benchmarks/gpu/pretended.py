@@ -8,7 +8,7 @@ training loop calls answer as on a machine with one GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -28,7 +28,7 @@ class HostReadError(RuntimeError):
 def pretended_gpu() -> Iterator[None]:
     """A context in which meta tensors pass for tensors on a GPU. It does not nest."""
     state = torch.zeros(16, dtype=torch.uint8)  # as a GPU's random state, which is on the host
-    stream = mock.Mock(is_capturing=lambda: False)
+    stream = mock.Mock(is_capturing=lambda: False, record_event=_Event)
     cuda = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -37,12 +37,15 @@ def pretended_gpu() -> Iterator[None]:
         "get_rng_state": lambda device=None: state,
         "set_rng_state": lambda new, device=None: None,
         "current_stream": lambda device=None: stream,
+        "Stream": lambda device=None: stream,
+        "stream": nullcontext,
         "synchronize": _wait,
         "Event": _Event,
     }
     with (
         mock.patch.multiple(torch.cuda, **cuda),
         mock.patch.object(torch.accelerator, "current_stream", return_value=stream),
+        mock.patch.object(Tensor, "record_stream"),
         _Pretence(),
     ):
         yield
@@ -65,6 +68,8 @@ class _Pretence(TorchFunctionMode):
             options["device"] = _real(options["device"])
         if options.get("pin_memory"):
             options["pin_memory"] = False
+        if function is Tensor.pin_memory:
+            return args[0]
         if function is Tensor.cuda:
             return args[0].to(META)
         if function is Tensor.to:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mlo.ops.vectors import Vector, add, add_, copied, dot, norm, scaled
+from mlo.ops.vectors import Vector, add, add_, copied, dot, norm, readable, scaled
 
 MatVec = Callable[[Vector], Vector]
 
@@ -85,7 +85,7 @@ def neumann_series(
         add_(term, matvec(term), -rate)
         last, size = size, norm(term)
         active = active & (size <= last)
-        if active.device.type == "cpu":
+        if readable(active):
             if active:
                 add_(total, term)
         else:
@@ -140,4 +140,4 @@ def _chosen(active: Tensor, one: Vector, other: Vector) -> Vector:
 
 def _finished(active: Tensor) -> bool:
     """Whether the iteration can stop; only known on the CPU, since a GPU would have to be waited for."""
-    return active.device.type == "cpu" and not bool(active)
+    return readable(active) and not bool(active)

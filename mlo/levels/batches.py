@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 
 from mlo.errors import CheckpointError, ConfigError
-from mlo.ops.rng import global_state, seeded_state, set_global_state
+from mlo.levels.transfers import Arriving, from_host, to_device
+from mlo.ops.rng import CPU, Randomness
 
+_State = tuple[Randomness, list[torch.Tensor]]  # of the global generators and of those of DataLoaders
 Data = Iterable[Any] | Callable[[], Iterable[Any]] | Mapping[str, Any] | None
 
 
@@ -94,7 +95,7 @@ class _ListStream:
         if self.device is None or self.device.type == "cpu":
             return self._data[index]
         if index not in self._moved:
-            self._moved[index] = _on(self.device, self._data[index])
+            self._moved[index] = to_device(self._data[index], self.device)
         return self._moved[index]
 
     def next(self) -> Any:
@@ -119,6 +120,9 @@ class _Stream:
     The source draws its random numbers from a random state that belongs to the stream. So reading batches ahead of time
     changes nothing else, and the position (the random state at the start of the epoch, and the number of batches since)
     is all that a checkpoint needs.
+
+    If batches are copied from the host to a GPU, the next one is read when one is taken, so that its copy runs at the
+    same time as the computations on this one.
     """
 
     def __init__(self, data: Iterable[Any] | Callable[[], Iterable[Any]], owner: str) -> None:
@@ -126,10 +130,11 @@ class _Stream:
         self._data = data
         self._owner = owner
         self._generators = _generators_of(data)
-        self._ahead: deque[tuple[dict[str, Any], int, Any]] = deque()
+        self._ahead: deque[tuple[_State, int, Arriving]] = deque()
+        self._copies: torch.cuda.Stream | None = None
         self._iterator: Iterator[Any] | None = None
         self._index = 0
-        self._random = seeded_state(int(torch.randint(2**62, ())))
+        self._random = Randomness.seeded(int(torch.randint(2**62, ())))
         self._start = self._random_state()
 
     def generators(self) -> list[torch.Generator]:
@@ -138,21 +143,26 @@ class _Stream:
     def peek(self, ahead: int = 0) -> Any:
         while len(self._ahead) <= ahead:
             self._ahead.append(self._fetch())
-        return self._ahead[ahead][2]
+        return self._ahead[ahead][2].get()
 
     def next(self) -> Any:
-        self.peek()
-        return self._ahead.popleft()[2]
+        batch = self.peek()
+        self._ahead.popleft()
+        if self._copies is not None and not self._ahead:
+            self._ahead.append(self._fetch())
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
-        start, index = self._ahead[0][:2] if self._ahead else (self._start, self._index)
-        return {"start": start, "index": index}
+        (random, generators), index = self._ahead[0][:2] if self._ahead else (self._start, self._index)
+        return {"start": {"global": random.portable(), "generators": generators}, "index": index}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if "generators" not in state["start"] or len(state["start"]["generators"]) != len(self._generators):
             raise _other_kind(self._owner)
         self._ahead.clear()
-        self._set_random_state(state["start"])
+        self._random = Randomness.of(state["start"]["global"])
+        for generator, saved in zip(self._generators, state["start"]["generators"], strict=True):
+            generator.set_state(saved)
         self._begin()
         with self._own_randomness():
             for seen in range(state["index"]):
@@ -160,7 +170,7 @@ class _Stream:
                     raise _too_short(self._owner, state["index"], seen)
         self._index = state["index"]
 
-    def _fetch(self) -> tuple[dict[str, Any], int, Any]:
+    def _fetch(self) -> tuple[_State, int, Arriving]:
         with self._own_randomness():
             batch = next(self._pass(), _END)
         if batch is _END:
@@ -169,9 +179,11 @@ class _Stream:
                 batch = next(self._pass(), _END)
             if batch is _END:
                 raise _empty(self._owner)
-        start, index = self._start, self._index
+        start, index, device = self._start, self._index, self.device or CPU
         self._index += 1
-        return start, index, batch if self.device is None or self.device.type == "cpu" else _on(self.device, batch)
+        if self._copies is None and from_host(batch, device):
+            self._copies = torch.cuda.Stream(device)
+        return start, index, Arriving(batch, device, self._copies)
 
     def _pass(self) -> Iterator[Any]:
         if self._iterator is None:
@@ -185,21 +197,16 @@ class _Stream:
 
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
-        outside = global_state()
-        set_global_state(self._random)
+        outside = Randomness.capture(CPU, outside=True)
+        self._random.restore(CPU)
         try:
             yield
         finally:
-            self._random = global_state()
-            set_global_state(outside)
+            self._random = Randomness.capture(CPU, outside=True)
+            outside.restore(CPU)
 
-    def _random_state(self) -> dict[str, Any]:
-        return {"global": self._random, "generators": [g.get_state() for g in self._generators]}
-
-    def _set_random_state(self, state: dict[str, Any]) -> None:
-        self._random = state["global"]
-        for generator, saved in zip(self._generators, state["generators"], strict=True):
-            generator.set_state(saved)
+    def _random_state(self) -> _State:
+        return self._random, [generator.get_state() for generator in self._generators]
 
 
 class _MergedStream:
@@ -235,10 +242,6 @@ class _MergedStream:
 
 
 _END = object()
-
-
-def _on(device: torch.device, batch: Any) -> Any:
-    return tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
 def _empty(owner: str) -> ConfigError:

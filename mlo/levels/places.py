@@ -19,12 +19,13 @@ class Places:
     """Where the tensors of a problem's module are kept: its variables, then its other parameters, then its buffers.
 
     Attributes:
+        problem: the name of the problem.
         names: of all of them, as named_parameters and named_buffers list them.
         parameters: how many of them are parameters.
     """
 
     def __init__(self, problem: str, module: nn.Module, variables: Mapping[str, Tensor]) -> None:
-        self._problem, self._module, self._unfilled = problem, module, Unfilled(module)
+        self.problem, self._module, self._unfilled = problem, module, Unfilled(module)
         found: dict[tuple[int, str], tuple[str, dict[str, Any], str, int]] = {}
         named = [(name, "_parameters") for name, _ in module.named_parameters(remove_duplicate=False)]
         named += [(name, "_buffers") for name, _ in module.named_buffers(remove_duplicate=False)]
@@ -63,12 +64,12 @@ class Places:
         ties = [holder.get(key) for _, holder, key, _ in self._ties] if self._ties else ()
         if not all(map(is_not, (*found, *ties), repeat(None))):
             names = (*self.names, *[name for name, *_ in self._ties])
-            raise gone(self._problem, next(n for n, t in zip(names, (*found, *ties), strict=True) if t is None))
+            raise gone(self.problem, next(n for n, t in zip(names, (*found, *ties), strict=True) if t is None))
         unfilled = self._unfilled
         if unfilled.empty or sum(map(len, unfilled.dictionaries)) != unfilled.count:  # most modules need no more
             filled = unfilled.filled()
             if filled:
-                refuse_filled(self._problem, filled)
+                refuse_filled(self.problem, filled)
         return found
 
     def run(self, tensors: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -99,7 +100,7 @@ class Places:
             if unfilled.empty or sum(map(len, unfilled.dictionaries)) != unfilled.count:
                 filled = unfilled.filled(remove=True)
         if filled:
-            refuse_filled(self._problem, filled)
+            refuse_filled(self.problem, filled)
         return output
 
     def new_buffers(self, before: Sequence[Tensor], after: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -109,7 +110,7 @@ class Places:
             GraphError: if forward set one of them to None, or to a tensor of a different shape.
         """
         for name, one, other in zip(self.names[self.parameters :], before, after, strict=True):
-            refuse_reshaped(self._problem, name, one, other)
+            refuse_reshaped(self.problem, name, one, other)
         return tuple([tensor.detach() for tensor in after if tensor is not None])
 
     def _exchange(self, begin: int, tensors: Sequence[Any]) -> list[Any]:

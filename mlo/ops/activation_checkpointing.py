@@ -13,17 +13,25 @@ from typing import Any, Protocol
 
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
 from mlo.errors import ConfigError
+from mlo.ops import torch_versions
 from mlo.ops.differentiable import with_current_operators
 
-_ENTRY = "_checkpoint_without_reentrant_generator_impl"
 _LIBRARY = vars(torch.utils.checkpoint)
 
 
 class Named(Protocol):
-    """What gives tensors their names."""
+    """What gives tensors their names.
+
+    Attributes:
+        problem: the name of the problem whose module has them.
+    """
+
+    problem: str
 
     def named(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """The tensors by name."""
@@ -42,22 +50,37 @@ def recompute() -> tuple[Any, Any]:
     Returns:
         What :func:`end` takes. Both run at every evaluation, so they must be cheap.
     """
-    outside = _LIBRARY[_ENTRY], _LIBRARY["CheckpointFunction"]
-    _LIBRARY[_ENTRY], _LIBRARY["CheckpointFunction"] = partial(_recorded, outside[0]), _Reentrant
+    outside = _LIBRARY[torch_versions.CHECKPOINT_ENTRY], _LIBRARY["CheckpointFunction"]
+    _LIBRARY[torch_versions.CHECKPOINT_ENTRY], _LIBRARY["CheckpointFunction"] = (
+        partial(_recorded, outside[0]),
+        _Reentrant,
+    )
     return outside
 
 
 def end(outside: tuple[Any, Any]) -> None:
     """Recompute as before :func:`recompute`."""
-    _LIBRARY[_ENTRY], _LIBRARY["CheckpointFunction"] = outside
+    _LIBRARY[torch_versions.CHECKPOINT_ENTRY], _LIBRARY["CheckpointFunction"] = outside
 
 
 def _recorded(outside: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch_versions.CHECKPOINTS_FORWARD:
+        _refuse_tangents(args, kwargs)
     again = function
     if RUNNING:
         module, names, tensors = RUNNING[-1]
         again = _Substituted(module, names.named(list(tensors)), function) if tensors else function
     return outside(with_current_operators(again), *args, **kwargs)
+
+
+def _refuse_tangents(*arguments: Any) -> None:
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        who = f"problem {RUNNING[-1][1].problem!r}" if RUNNING else "a loss"
+        raise ConfigError(
+            f"{who} checkpoints activations, which have no forward derivative in torch {torch.__version__}; use "
+            "another product than 'forward', such as 'exact', or torch 2.13 or later"
+        )
 
 
 class _Reentrant:

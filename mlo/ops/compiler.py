@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mlo import errors
+from mlo.ops import torch_versions
 
 Key = tuple[str, *tuple[Hashable, ...]]
 STEPS = 5  # steps in one compiled function: half the time of a small network's step is the overhead of the call
 SMALL_GRAPH = 2**18  # bytes: steps of which more than this is kept are faster one by one
 _OPTIONS: dict[str, Any] = {
     "fullgraph": True,
-    "isolate_recompiles": True,
+    **({"isolate_recompiles": True} if torch_versions.ISOLATES_RECOMPILES else {}),
     # the same random numbers as in eager mode, since a pass may be repeated there
     "options": {"fallback_random": True},
 }
@@ -43,9 +44,13 @@ class Compiler:
         ran: the compiled functions that have run.
         failed: {function that cannot be compiled, but whose work others do: reason}.
         refused: {problem that cannot be compiled: reason}.
+
+    Raises:
+        ConfigError: if this release of torch cannot compile gradients.
     """
 
     def __init__(self, device: torch.device) -> None:
+        _check_torch()
         import torch._dynamo  # takes a second, so only if compilation is requested
         import torch._functorch.config
 
@@ -121,6 +126,14 @@ class Compiler:
         warnings.warn(f"problem {problem!r} runs without compilation: {reason}", stacklevel=2)
 
 
+def _check_torch() -> None:
+    if not torch_versions.COMPILES_GRADIENTS:
+        raise errors.ConfigError(
+            f"compile=True: torch {torch.__version__} cannot compile gradients; leave it out, or install torch 2.11 or "
+            "later"
+        )
+
+
 def _copied_out(captured: Callable[..., Any]) -> Callable[..., Any]:
     """The function with its results copied out of the CUDA graph's memory, which the next replay overwrites."""
 
@@ -135,6 +148,10 @@ def _reason(error: Exception) -> str:
     """The reason in one line, with the line of the user's code if torch names it."""
     if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
         return "what its loss reads, or the shape of its batches, changes so often that torch stopped recompiling"
+    if isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+        inner = error.inner_exception
+        said = f"{type(inner).__name__}: {inner}".partition("\n")[0]
+        return f"torch {torch.__version__} fails to generate code for it ({said}); another release of torch may succeed"
     message = str(error).strip()
     lines = [found for found in re.findall(r'File "(.+?)", line (\d+)', message) if not _ours(found[0])]
     return message.partition("\n")[0] + (f" ({lines[-1][0]}, line {lines[-1][1]})" if lines else "")

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Randomness:
@@ -26,9 +28,36 @@ class Randomness:
     outside: tuple[Any, Any] | None = None
 
     @staticmethod
+    def seeded(seed: int) -> Randomness:
+        """The state of all generators on the CPU after seeding them. The generators themselves do not change."""
+        numpy_state = np.random.RandomState(seed % 2**32).get_state()
+        outside = numpy_state, random.Random(seed).getstate()
+        return Randomness(torch.Generator().manual_seed(seed).get_state(), None, outside)
+
+    @staticmethod
+    def of(state: dict[str, Any]) -> Randomness:
+        """The state from what :meth:`portable` returned."""
+        kind, keys, position, has_gauss, gauss = state["numpy"]
+        version, words, gauss_next = state["python"]
+        numpy_state = kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss
+        return Randomness(state["torch"], None, (numpy_state, (version, tuple(words.tolist()), gauss_next)))
+
+    def portable(self) -> dict[str, Any]:
+        """The state on the CPU and of NumPy and Python, in types that torch.load reads with weights_only."""
+        assert self.outside is not None
+        (kind, keys, position, has_gauss, gauss), (version, words, gauss_next) = self.outside
+        return {
+            "torch": self.cpu,
+            "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+            "python": [version, torch.tensor(words, dtype=torch.int64), gauss_next],
+        }
+
+    @staticmethod
     def capture(device: torch.device, outside: bool = False) -> Randomness:
         """The current state; ``device`` is the device of the modules."""
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        # while a CUDA graph is recorded, the state cannot be read; losses that draw are not recorded
+        readable = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+        cuda = torch.cuda.get_rng_state(device) if readable else None
         return Randomness(torch.get_rng_state(), cuda, outside_state() if outside else None)
 
     def restore(self, device: torch.device) -> None:
@@ -67,22 +96,12 @@ def same_outside(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
 
 def global_state() -> dict[str, Any]:
     """The global random state of torch (CPU), NumPy and Python, in types that torch.load reads with weights_only."""
-    return _portable(torch.get_rng_state(), np.random.get_state(legacy=True), random.getstate())
-
-
-def seeded_state(seed: int) -> dict[str, Any]:
-    """The :func:`global_state` after seeding all three with ``seed``. The generators themselves do not change."""
-    torch_state = torch.Generator().manual_seed(seed).get_state()
-    return _portable(torch_state, np.random.RandomState(seed % 2**32).get_state(), random.Random(seed).getstate())
+    return Randomness.capture(CPU, outside=True).portable()
 
 
 def set_global_state(state: dict[str, Any]) -> None:
     """Restore what :func:`global_state` returned."""
-    torch.set_rng_state(state["torch"])
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    version, words, gauss_next = state["python"]
-    random.setstate((version, tuple(words.tolist()), gauss_next))
+    Randomness.of(state).restore(CPU)
 
 
 def seed_everything(seed: int) -> None:
@@ -90,13 +109,3 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
-
-
-def _portable(torch_state: torch.Tensor, numpy_state: Any, python_state: Any) -> dict[str, Any]:
-    kind, keys, position, has_gauss, gauss = numpy_state
-    version, words, gauss_next = python_state
-    return {
-        "torch": torch_state,
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-        "python": [version, torch.tensor(words, dtype=torch.int64), gauss_next],
-    }

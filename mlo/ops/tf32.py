@@ -35,6 +35,11 @@ class Tf32:
         self.steps = steps
         self._for_products: Sequence[Change] = ()
 
+    @property
+    def settings(self) -> list[tuple[Any, Any]]:
+        """In a call of the engine: the settings of steps and of products, where they differ."""
+        return [(change.before, change.after) for change in self._for_products]
+
     @contextmanager
     def in_call(self) -> Iterator[None]:
         """A context for a call of the engine: float32 is float32 in it, but :meth:`in_step`."""

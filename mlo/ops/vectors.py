@@ -94,10 +94,15 @@ def _memory(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether a value can be read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def add(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) -> Vector:
     """``a + scale * b``."""
     if isinstance(scale, Tensor):
-        if scale.device.type != "cpu":  # float(scale) would wait for the device
+        if not readable(scale):
             return torch._foreach_add(list(a), list(scaled(b, scale)))
         scale = float(scale)
     return torch._foreach_add(list(a), list(b), alpha=scale)
@@ -106,7 +111,7 @@ def add(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) -
 def add_(a: Sequence[Tensor], b: Sequence[Tensor], scale: float | Tensor = 1.0) -> None:
     """Add ``scale * b`` to ``a`` in place."""
     if isinstance(scale, Tensor):
-        if scale.device.type != "cpu":  # float(scale) would wait for the device
+        if not readable(scale):
             torch._foreach_add_(list(a), list(scaled(b, scale)))
             return
         scale = float(scale)
@@ -151,7 +156,8 @@ def filled(values: Iterable[Tensor | None], like: Sequence[Tensor]) -> Vector:
 
 def chunks(indices: Sequence[int], of: Sequence[Tensor]) -> Iterator[list[int]]:
     """The indices in parts of about ``TOGETHER`` bytes: what is computed for each part needs a few times its memory."""
-    part, size = list[int](), 0
+    part: list[int] = []
+    size = 0
     for index in indices:
         part.append(index)
         size += of[index].numel() * of[index].element_size()

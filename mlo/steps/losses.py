@@ -104,7 +104,7 @@ def loss_of(
     Returns:
         The loss, the module's buffers after it, and how often each module ran: its own, and those that it reads.
     """
-    with Reading(level, states, reached, cache, moving) as reading, context or nullcontext():
+    with Reading(level, states, reached, cache, moving) as reading, nullcontext() if context is None else context:
         loss, own = loss_at(level, states[level.name], batch)
     return loss, own.buffers, reading.calls(own.calls)
 

@@ -115,9 +115,9 @@ def transpose_step(
     """
     numbers, largest = problem.group_numbers, problem.clip_norm_now
     plain_sgd = sgd.applies(problem.optimizer, groups)
-    if plain_sgd and slots is None and largest is None:
+    if plain_sgd and slots is None and largest is None and sgd.by_numbers(groups):
         unreached = [index for index, gradient in enumerate(gradients) if gradient is None]
-        scales = sgd.scales([groups[number] for number in numbers], unreached, state.slots)
+        scales: Any = sgd.scales([groups[number] for number in numbers], unreached, state.slots)
         return StepCotangents(tuple(torch._foreach_mul(cotangent, scales)), (), ())
     clipped = clip(gradients, largest)
     if plain_sgd:

@@ -22,10 +22,19 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 def applies(optimizer: Optimizer, groups: Sequence[Group]) -> bool:
-    """Whether the optimizer is torch's own SGD, unfused, with numbers (not tensors) as learning rates."""
+    """Whether the optimizer is torch's own SGD, unfused, with learning rates that need no gradient."""
     if type(optimizer) is not SGD:
         return False
-    return not any([group["fused"] or isinstance(group["lr"], Tensor) for group in groups])
+    return not any([group["fused"] or (_by_tensor(group) and group["lr"].requires_grad) for group in groups])
+
+
+def by_numbers(groups: Sequence[Group]) -> bool:
+    """Whether all learning rates are numbers, not tensors."""
+    return not any(map(_by_tensor, groups))
+
+
+def _by_tensor(group: Group) -> bool:
+    return isinstance(group["lr"], Tensor)
 
 
 def step(
@@ -75,7 +84,7 @@ def step(
 def _against(variables: Tensors, along: Tensors, rate: float | Tensor) -> Tensors:
     if not isinstance(rate, Tensor):
         return torch._foreach_add(variables, along, alpha=-rate)
-    return [variable - rate.to(part.dtype) * part for variable, part in zip(variables, along, strict=True)]
+    return torch._foreach_sub(variables, torch._foreach_mul(along, rate))
 
 
 def _together(
@@ -91,7 +100,7 @@ def _together(
             yield number, began, part
 
 
-def scales(of: Iterable[Group], unreached: Collection[int], slots: Slots) -> list[float]:
+def scales(of: Iterable[Group], unreached: Collection[int], slots: Slots) -> list[float | Tensor]:
     """For each variable, the derivative of its new value with respect to its gradient, which is a single number.
 
     Args:
@@ -99,13 +108,13 @@ def scales(of: Iterable[Group], unreached: Collection[int], slots: Slots) -> lis
         unreached: the positions of variables that had no gradient.
         slots: before the step.
     """
-    found = []
+    found: list[float | Tensor] = []
     for index, group in enumerate(of):
         scale = group["lr"] if group["maximize"] else -group["lr"]
         if momentum := group["momentum"]:
             first = slots[index].get("momentum_buffer") is None
             share = 1.0 if first else 1.0 - group["dampening"]
-            scale *= 1.0 + momentum * share if group["nesterov"] else share
+            scale = scale * (1.0 + momentum * share if group["nesterov"] else share)
         found.append(0.0 if index in unreached else scale)
     return found
 

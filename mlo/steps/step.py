@@ -115,13 +115,16 @@ class Step:
             stepped=self.stepped,
         )
 
-    def scale(self) -> float | None:
+    def scale(self) -> float | Tensor | None:
         """The number by which the transposed step multiplies a cotangent, if it is one number for all variables."""
         if not self.linear:
             return None
-        of = map(self.groups.__getitem__, self.point.level.problem.group_numbers)
-        scales = set(sgd.scales(of, self.unreached, self.point.state.slots))
-        return scales.pop() if len(scales) == 1 else None
+        of, slots = map(self.groups.__getitem__, self.point.level.problem.group_numbers), self.point.state.slots
+        scales = sgd.scales(of, self.unreached, slots)
+        if sgd.by_numbers(self.groups):
+            return scales[0] if len({*scales}) == 1 else None
+        alike = len(self.groups) == 1 and not self.unreached and len({*map(frozenset, slots)}) < 2
+        return scales[0] if alike else None
 
     def pull_joined(
         self, cotangent: Vector, slots: OfSlots, targets: Collection[str], oldest: bool

@@ -14,10 +14,13 @@ from torch import Tensor
 
 from mlo.errors import NonFiniteLossError
 from mlo.levels.problem import Problem
+from mlo.levels.state import State
 from mlo.ops import distributed
 from mlo.ops.vectors import Vector, copied, copy_, norm, select_
+from mlo.steps import sgd
 from mlo.steps.clipping import clip
 from mlo.steps.losses import Found
+from mlo.steps.optimizer import hyperparameters, virtual_step
 from mlo.steps.scan import Joined
 
 ROUNDS_BEHIND = 2  # after which several processes check the losses of a round: by then a GPU has usually sent them
@@ -34,13 +37,19 @@ class Updater:
     Args:
         device: the device of the problems.
         deferred: whether to undo bad updates on the device, as described for the GPU.
+
+    Attributes:
+        waiting: (problem, its steps before, its loss and the gradient's norm) of this round's deferred updates.
+        recorded: whether the updates become part of a CUDA graph. Torch's SGD, which would read its learning rate on
+            the host, is then replaced by its formula.
     """
 
     def __init__(self, device: torch.device, deferred: bool) -> None:
         self._device = device
         self._deferred = deferred
         self._finite = torch.ones((), dtype=torch.bool, device=device)
-        self._round: list[tuple[str, int, Tensor]] = []
+        self.waiting: list[tuple[str, int, Tensor]] = []
+        self.recorded = False
         self._sent: deque[_Sent] = deque()
 
     def update(self, problem: Problem, loss: Tensor, gradients: Found, buffers: Vector) -> None:
@@ -58,11 +67,11 @@ class Updater:
             _take_step(problem, gradients, buffers)
             return
         sent = torch.stack([loss.double(), size.double()])
-        self._round.append((problem.name, problem.step_number, sent))
-        self._finite = self._finite & torch.isfinite(sent).all()
+        self.waiting.append((problem.name, problem.step_number, sent))
+        self._finite.logical_and_(torch.isfinite(sent).all())  # in place, as a CUDA graph needs it
         held = _tensors(problem, self._device)
         before = dict(zip(map(id, held), copied(held), strict=True))
-        _take_step(problem, gradients, buffers)
+        _take_step(problem, gradients, buffers, self.recorded)
         held = _tensors(problem, self._device)  # with those that the optimizer made in its first step
         old = [before[id(t)] if id(t) in before else torch.zeros_like(t) for t in held]
         select_(~self._finite, held, old)
@@ -79,11 +88,11 @@ class Updater:
         seen[-1, 1] = norm([end.detach() for end in joined.end.variables])
         finite = torch.isfinite(seen).all()
         if self._deferred:
-            self._round += [(problem.name, problem.step_number + index, each) for index, each in enumerate(seen)]
-            self._finite = finite = self._finite & finite
+            self.waiting += [(problem.name, problem.step_number + index, each) for index, each in enumerate(seen)]
+            finite = self._finite.logical_and_(finite)
         elif not finite:
             return False
-        targets, values = zip(*_targets(problem, joined), strict=True)
+        targets, values = zip(*_targets(problem, joined.end), strict=True)
         if self._deferred:
             select_(finite, targets, values)
         else:
@@ -98,9 +107,9 @@ class Updater:
         Raises:
             NonFiniteLossError: for the first loss or gradient that was not finite.
         """
-        if self._round:
-            self._sent.append(_Sent(self._round, self._device))
-            self._round = []
+        if self.waiting:
+            self._sent.append(_Sent(self.waiting, self._device))
+            self.waiting = []
         while self._sent and self._is_due():
             self._sent.popleft().check()
 
@@ -138,28 +147,32 @@ class _Sent:
             _check(name, step, value)
 
 
-def _targets(problem: Problem, joined: Joined) -> Iterator[tuple[Tensor, Tensor]]:
+def _targets(problem: Problem, end: State) -> Iterator[tuple[Tensor, Tensor]]:
     """The problem's own tensors with the values that steps by torch's SGD gave them; momentum begins at zero."""
-    yield from zip(problem.variables.values(), joined.end.variables, strict=True)
-    for variable, slot in zip(problem.variables.values(), joined.end.slots, strict=True):
+    yield from zip(problem.variables.values(), end.variables, strict=True)
+    for variable, slot in zip(problem.variables.values(), end.slots, strict=True):
         for key, value in slot.items():
             if value is not None:
                 state = problem.optimizer.state[variable]
                 if state.get(key) is None:
                     state[key] = torch.zeros_like(value, requires_grad=False)
                 yield state[key], value
-    if joined.end.buffers:
-        yield from zip(problem.live_state().buffers, joined.end.buffers, strict=True)
+    if end.buffers:
+        yield from zip(problem.live_state().buffers, end.buffers, strict=True)
 
 
-def _take_step(problem: Problem, gradients: Found, buffers: Vector) -> None:
+def _take_step(problem: Problem, gradients: Found, buffers: Vector, recorded: bool = False) -> None:
     variables, largest = problem.variables.values(), problem.clip_norm_now
-    clipped = gradients if largest is None else clip(gradients, largest)
-    for variable, gradient in zip(variables, clipped, strict=True):
-        variable.grad = gradient
-    problem.optimizer.step()
-    for variable in variables:
-        variable.grad = None
+    if recorded and sgd.applies(problem.optimizer, groups := hyperparameters(problem)):
+        state = problem.live_state()._replace(slots=problem.optimizer_slots(), buffers=())
+        copy_(*zip(*_targets(problem, virtual_step(problem, state, gradients, groups)), strict=True))
+    else:
+        clipped = gradients if largest is None else clip(gradients, largest)
+        for variable, gradient in zip(variables, clipped, strict=True):
+            variable.grad = gradient
+        problem.optimizer.step()
+        for variable in variables:
+            variable.grad = None
     if buffers:
         copy_(problem.live_state().buffers, buffers)
     if problem.scheduler is not None:

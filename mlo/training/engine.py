@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from mlo.ops.rng import global_state, replay, set_global_state
 from mlo.ops.tf32 import Tf32
 from mlo.ops.vectors import filled
 from mlo.steps.level import Level, levels_of
+from mlo.training.captured import Captured, refuse_capture
 from mlo.training.checkpoint import of_this_process, with_other_processes
 from mlo.training.commit import Updater
 from mlo.training.devices import move_to
@@ -48,13 +50,17 @@ class Engine:
         compile: whether to compile gradients and curvature products with torch.compile. Compilation takes seconds to
             minutes, so it pays off after thousands of rounds. The first pass of each problem runs uncompiled, so errors
             in a loss show a normal traceback. A problem that cannot be compiled leads to a warning and runs uncompiled.
+        capture: whether to record whole rounds as CUDA graphs and replay them, which saves the launching of kernels one
+            by one (:class:`mlo.training.captured.Captured`). Losses may not draw random numbers, and may not depend on
+            Python objects that change from round to round. Rounds that cannot be recorded lead to a warning and are
+            taken as usual. Only on a GPU, and not together with ``compile``.
         tf32: whether float32 convolutions and matrix products of steps may use TensorFloat-32 on a GPU; None: as torch
             is set. Curvature products, and passes whose graph these use, never do.
         device: a torch device, or "auto" for a CUDA GPU if there is one. Modules are moved there once.
 
     Attributes:
         graph: which problem reads which.
-        inner_path: as given.
+        inner_path, tf32: as given.
         rounds: number of rounds taken so far.
         losses: {problem: its loss at its last step}, detached scalar tensors on the device.
 
@@ -70,11 +76,13 @@ class Engine:
         lookahead: bool | None = None,
         inner_path: bool = False,
         compile: bool = False,
+        capture: bool = False,
         tf32: bool | None = None,
         device: str | torch.device = "auto",
     ) -> None:
-        three = True, False, None
-        flags = {"lookahead": (lookahead, three), "compile": (compile, (True, False)), "tf32": (tf32, three)}
+        either, three = (True, False), (True, False, None)
+        flags = {"lookahead": (lookahead, three), "compile": (compile, either), "capture": (capture, either)}
+        flags["tf32"] = tf32, three
         for option, (value, kinds) in flags.items():
             if value not in kinds:
                 raise ConfigError(f"{option}={value!r}; pass {' or '.join(map(str, kinds))}")
@@ -84,21 +92,20 @@ class Engine:
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
         self.device = move_to(problems, device)
         self.rounds = 0
-        self._tf32 = Tf32(tf32)
+        self.tf32, self._tf32 = tf32, Tf32(tf32)
         self._levels = levels_of(problems, self.device, Compiler(self.device) if compile else None, self._tf32)
         self._gradients = Gradients(self._plan, self._levels)
         self._updater = Updater(self.device, deferred=self.device.type != "cpu")
         self._rounds = Rounds(self._plan, self._levels, self._gradients, self._updater)
+        self._captured = None
+        if capture:
+            refuse_capture(self.device, compile)
+            self._captured = Captured(self._levels, self._rounds, self._gradients, self._updater)
 
     @property
     def losses(self) -> Mapping[str, Tensor]:
         """{problem: the loss of its last real step}, detached, on the device."""
         return self._rounds.losses
-
-    @property
-    def tf32(self) -> bool | None:
-        """As given."""
-        return self._tf32.steps
 
     @property
     def graph(self) -> Graph:
@@ -121,7 +128,7 @@ class Engine:
         It changes nothing. Some entries (memory of graphs, loss scales, what can be compiled) are only known after the
         first rounds.
         """
-        return engine_report(self._plan, self._levels, self.device, self.inner_path, self.tf32)
+        return engine_report(self._plan, self._levels, self.device, self.inner_path, self._captured, self.tf32)
 
     def run(self, steps: int, callbacks: Iterable[Callback] = ()) -> None:
         """Take ``steps`` rounds. After each, call every callback with the engine."""
@@ -143,6 +150,12 @@ class Engine:
             GraphError: if a declared read carries no gradient.
         """
         due = self._due()
+        one_round = partial(self._round, due)
+        one_round() if self._captured is None else self._captured.take(one_round, due)
+        self.rounds += 1
+        self._updater.check_arrived()
+
+    def _round(self, due: list[str]) -> None:
         rest, tops = due, list[str]()
         if self._plan.lookahead:
             tops = [name for name in self._plan.tops if name in due]
@@ -155,8 +168,6 @@ class Engine:
         states, records = self._live_states(), Records()
         for position, name in enumerate(rest):
             self._rounds.real(name, states, records, rest[position + 1 :])
-        self.rounds += 1
-        self._updater.check_arrived()
 
     @outermost
     def hypergradient(self, name: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -286,7 +297,4 @@ class Engine:
         return [name for name, problem in self.problems.items() if self.rounds >= problem.warmup]
 
     def _live_states(self) -> dict[str, State]:
-        states = {}
-        for name, problem in self.problems.items():
-            states[name] = problem.live_state()
-        return states
+        return {name: problem.live_state() for name, problem in self.problems.items()}

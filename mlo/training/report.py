@@ -10,6 +10,7 @@ import torch
 from mlo.hypergradient import Estimator
 from mlo.steps import compiled
 from mlo.steps.level import Level
+from mlo.training.captured import Captured
 from mlo.training.plan import Plan
 
 
@@ -78,6 +79,9 @@ class EngineReport:
         lookahead: whether the top problems step after virtual steps of the others.
         inner_path: as the engine was given.
         compile: as the engine was given.
+        capture: as the engine was given.
+        replayed: how many rounds were replays of a recorded one.
+        not_captured: why rounds are not recorded, if that is known.
         tf32: as the engine was given.
         problems: {name: its report}, lowest level first.
     """
@@ -86,17 +90,30 @@ class EngineReport:
     lookahead: bool
     inner_path: bool
     compile: bool
+    capture: bool
+    replayed: int
+    not_captured: str | None
     tf32: bool | None
     problems: Mapping[str, ProblemReport]
 
     def __str__(self) -> str:
-        names = "lookahead", "inner_path", "compile", "tf32"
-        first = ", ".join([f"device={str(self.device)!r}", *(f"{name}={getattr(self, name)}" for name in names)])
+        names = ("lookahead", "inner_path", "compile", "capture", "tf32")
+        flags = {name: getattr(self, name) for name in names}
+        first = ", ".join([f"device={str(self.device)!r}", *(f"{flag}={value}" for flag, value in flags.items())])
+        if self.capture:
+            first += f"\nrounds replayed: {self.replayed}"
+        if self.not_captured is not None:
+            first += f"\nnot captured: {self.not_captured}"
         return "\n".join([first, *(str(problem) for problem in reversed(list(self.problems.values())))])
 
 
 def engine_report(
-    plan: Plan, levels: Mapping[str, Level], device: torch.device, inner_path: bool, tf32: bool | None
+    plan: Plan,
+    levels: Mapping[str, Level],
+    device: torch.device,
+    inner_path: bool,
+    captured: Captured | None,
+    tf32: bool | None,
 ) -> EngineReport:
     """The report on the engine with these parts."""
     return EngineReport(
@@ -104,6 +121,9 @@ def engine_report(
         lookahead=plan.lookahead,
         inner_path=inner_path,
         compile=any(level.compiler is not None for level in levels.values()),
+        capture=captured is not None,
+        replayed=0 if captured is None else captured.replayed,
+        not_captured=None if captured is None else captured.obstacle,
         tf32=tf32,
         problems={
             name: _problem_report(level, number, plan) for number, (name, level) in enumerate(levels.items(), start=1)

@@ -51,7 +51,7 @@ def held_copies(of: Round) -> dict[str, State]:
     """Copies of what a step reads and what changes before it is pulled back."""
     found = {}
     for name in of.states if of.role.inner else of.level.reads:  # inner steps may read any level
-        if name in of.changing and of.states[name].live:
+        if name in of.changing:
             found[name] = copied(of.states[name])
     return found
 

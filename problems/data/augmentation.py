@@ -1,9 +1,8 @@
-"""Random changes of training images.
+"""Random changes of training images: drawn on the host, made on the images' device.
 
-Random values are drawn for each image, from torch's global CPU generator. Images are changed on their device. A
-torchvision transform draws once for a whole batch. So crop, flip and cutout are our own: they draw for each image and
-change the whole batch at once. On one CPU core, crop and flip of 64 images of 3x32x32 take 0.9 ms, and 1.8 ms with
-torchvision's transforms, image by image. Resized crop and jitter are torchvision's, image by image (3 and 13 ms).
+The random values of a batch come from torch's global CPU generator, so that they are the same on every device. Those of
+crop, flip and cutout go to the device in one copy, and there each operation changes the whole batch at once. Jitter is
+torchvision's, image by image, and so is the resized crop, which :meth:`problems.data.images.Pixels.read` makes.
 """
 
 from __future__ import annotations
@@ -16,30 +15,112 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from mlo import ConfigError
+from mlo.levels.transfers import to_device
 from problems.data.options import Augmentation
 
 
-class Transforms(NamedTuple):
-    """The transforms of an :class:`Augmentation` for images of one shape, in the order of use.
+class Draws(NamedTuple):
+    """The random values of a batch of B images.
 
     Attributes:
-        framing: crops one image of any size to the shape; None: the default of the source.
-        pixels: for a batch (B, C, H, W) with values in [0, 1].
-        normalized: for the batch after normalization.
+        places: (3, B) of int64, on the images' device: where the window of each image begins, as an index into the
+            flattened batch of padded images, followed by their mirror images; row and column of the center of the
+            cutout.
+        colors: torchvision's parameters of the jitter, for each image; empty without jitter.
     """
 
-    framing: v2.Transform | None
-    pixels: v2.Transform
-    normalized: v2.Transform
+    places: Tensor
+    colors: list[dict[str, Any]]
 
 
-def make_transforms(augmentation: Augmentation, image_channels: int, shape: tuple[int, int]) -> Transforms:
-    """The transforms for images with ``image_channels`` channels and ``shape`` (H, W).
+class Transforms:
+    """The random changes of an :class:`Augmentation`.
+
+    Args:
+        augmentation: the options.
+        image_channels, shape: C and (H, W) of the images.
+        device: of the images.
+
+    Attributes:
+        framing: crops one image of any size to ``shape``; None: the default of the source.
 
     Raises:
         ConfigError: if there is jitter and the images do not have 1 or 3 channels, or if crop or cutout is larger than
             the images.
     """
+
+    def __init__(
+        self, augmentation: Augmentation, image_channels: int, shape: tuple[int, int], device: torch.device
+    ) -> None:
+        _check(augmentation, image_channels, shape)
+        strength = 0.4 * augmentation.jitter
+        self.framing = v2.RandomResizedCrop(shape, antialias=True) if augmentation.resized_crop else None
+        self._augmentation = augmentation
+        self._shape, self._device = shape, device
+        self._padded = (image_channels, *(size + 2 * augmentation.crop for size in shape))
+        self._colors = v2.ColorJitter(strength, strength, strength, strength / 2)
+        sizes = shape if augmentation.cutout else ()
+        self._squares = [to_device(_squares(size, augmentation.cutout), device) for size in sizes]
+
+    def draw(self, count: int) -> Draws:
+        """The random values of ``count`` images, from torch's global CPU generator."""
+        options, places = self._augmentation, torch.zeros(3, count, dtype=torch.int64)
+        offsets, mirrored = torch.zeros(count, 2, dtype=torch.int64), torch.zeros(count, dtype=torch.bool)
+        if options.crop:
+            offsets = torch.randint(2 * options.crop + 1, (count, 2))
+        if options.flip:
+            mirrored = torch.rand(count) < 0.5
+        colors = [self._colors.make_params([]) for _ in range(count if options.jitter else 0)]
+        if options.cutout:
+            places[1], places[2] = (torch.randint(size, (count,)) for size in self._shape)
+        channels, height, width = self._padded
+        lefts = torch.where(mirrored, 2 * options.crop - offsets[:, 1], offsets[:, 1])
+        images = torch.arange(count) + count * mirrored
+        places[0] = (images * channels * height + offsets[:, 0]) * width + lefts
+        return Draws(to_device(places, self._device), colors)
+
+    def move(self, images: Tensor, draws: Draws) -> Tensor:
+        """Crop and flip images (B, C, H, W) of any type.
+
+        Half of them are mirrored left to right. Each is a window of the image that is padded with zeros; all positions
+        of the window are equally probable.
+        """
+        options = self._augmentation
+        if not options.crop and not options.flip:
+            return images
+        padded = F.pad(images, (options.crop,) * 4)
+        both = torch.cat([padded, padded.flip(-1)]).contiguous()
+        window = (self._padded[0], *self._shape)
+        last = sum((size - 1) * stride for size, stride in zip(window, both.stride()[1:], strict=True))
+        windows = both.as_strided((both.numel() - last, *window), (1, *both.stride()[1:]))  # from each element on
+        return windows.index_select(0, draws.places[0])
+
+    def recolor(self, images: Tensor, draws: Draws) -> Tensor:
+        """Jitter images (B, C, H, W) with values in [0, 1]."""
+        if not self._augmentation.jitter:
+            return images
+        return torch.stack([self._colors.transform(*each) for each in zip(images, draws.colors, strict=True)])
+
+    def erase(self, images: Tensor, draws: Draws) -> Tensor:
+        """Set a square to zero in each of the normalized images (B, C, H, W), in place.
+
+        Its center is uniform over the image, so the square may extend beyond the edge (DeVries & Taylor 2017,
+        arXiv:1708.04552).
+        """
+        if not self._augmentation.cutout:
+            return images
+        rows, columns = (inside[centers] for inside, centers in zip(self._squares, draws.places[1:], strict=True))
+        return images.masked_fill_((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), 0.0)
+
+
+def _squares(size: int, length: int) -> Tensor:
+    """Which positions along an axis are inside a square with side ``length``, for each center: (size, size)."""
+    positions = torch.arange(size)
+    first = positions[:, None] - length // 2
+    return (positions >= first) & (positions < first + length)
+
+
+def _check(augmentation: Augmentation, image_channels: int, shape: tuple[int, int]) -> None:
     if augmentation.jitter and image_channels not in (1, 3):
         raise ConfigError(
             f"augmentation.jitter: {augmentation.jitter} was given, but the images have {image_channels} channels, and "
@@ -51,92 +132,3 @@ def make_transforms(augmentation: Augmentation, image_channels: int, shape: tupl
                 f"augmentation.{option}: {value} was given, but the images are {shape[0]}x{shape[1]} pixels; "
                 f"write at most {min(shape)}"
             )
-    strength = augmentation.jitter
-    colors = v2.ColorJitter(0.4 * strength, 0.4 * strength, 0.4 * strength, 0.2 * strength)
-    pixels = [
-        *([CropEach(augmentation.crop)] if augmentation.crop else []),
-        *([FlipEach()] if augmentation.flip else []),
-        *([Each(colors)] if strength else []),
-    ]
-    return Transforms(
-        framing=v2.RandomResizedCrop(shape, antialias=True) if augmentation.resized_crop else None,
-        pixels=v2.Compose(pixels or [v2.Identity()]),
-        normalized=CutoutEach(augmentation.cutout) if augmentation.cutout else v2.Identity(),
-    )
-
-
-class CropEach(v2.Transform):  # type: ignore[misc]
-    """Pads each image of (B, C, H, W) with ``padding`` zeros on each side, and crops it at random to its old size."""
-
-    def __init__(self, padding: int) -> None:
-        super().__init__()
-        self.padding = padding
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """The offsets in the padded images, (B, 2)."""
-        return {"offsets": torch.randint(2 * self.padding + 1, (len(flat_inputs[0]), 2))}
-
-    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
-        """The cropped images, (B, C, H, W)."""
-        count, channels, height, width = inpt.shape
-        device = inpt.device
-        tops, lefts = params["offsets"].to(device).T
-        rows = (tops[:, None] + torch.arange(height, device=device)).view(count, 1, height, 1)
-        columns = (lefts[:, None] + torch.arange(width, device=device)).view(count, 1, 1, width)
-        images = torch.arange(count, device=device).view(-1, 1, 1, 1)
-        return F.pad(inpt, (self.padding,) * 4)[
-            images, torch.arange(channels, device=device).view(-1, 1, 1), rows, columns
-        ]
-
-
-class FlipEach(v2.Transform):  # type: ignore[misc]
-    """Mirrors each image of (B, C, H, W) left to right with probability 0.5."""
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Which images to flip, (B,)."""
-        return {"flipped": torch.rand(len(flat_inputs[0])) < 0.5}
-
-    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
-        """The images (B, C, H, W), some of them mirrored."""
-        return torch.where(params["flipped"].to(inpt.device).view(-1, 1, 1, 1), inpt.flip(-1), inpt)
-
-
-class CutoutEach(v2.Transform):  # type: ignore[misc]
-    """Sets a square with side ``length`` to zero in each image of (B, C, H, W).
-
-    Its center is uniform over the image, so the square may extend beyond the edge (DeVries & Taylor 2017,
-    arXiv:1708.04552).
-    """
-
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self.length = length
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """The centers, (B, 2): row and column."""
-        count, _, height, width = flat_inputs[0].shape
-        return {"centers": torch.stack([torch.randint(height, (count,)), torch.randint(width, (count,))], dim=1)}
-
-    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
-        """The images with their squares, (B, C, H, W)."""
-        centers = params["centers"].to(inpt.device)
-        rows, columns = (self._inside(centers[:, axis], inpt.shape[2 + axis]) for axis in (0, 1))
-        return inpt.masked_fill((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), 0.0)
-
-    def _inside(self, centers: Tensor, size: int) -> Tensor:
-        """Which of the ``size`` positions along an axis are inside each image's square, (B, size)."""
-        first = centers[:, None] - self.length // 2
-        positions = torch.arange(size, device=centers.device)
-        return (positions >= first) & (positions < first + self.length)
-
-
-class Each(v2.Transform):  # type: ignore[misc]
-    """Applies a transform of one image to each image of (B, C, H, W), with separate random draws."""
-
-    def __init__(self, one: v2.Transform) -> None:
-        super().__init__()
-        self.one = one
-
-    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
-        """The images (B, C, H, W), each transformed."""
-        return torch.stack([self.one(image) for image in inpt])

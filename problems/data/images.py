@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -16,11 +16,12 @@ from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
 from mlo import ConfigError, distributed
-from problems.data.augmentation import Transforms, make_transforms
+from mlo.levels.transfers import to_device
+from problems.data.augmentation import Transforms
 from problems.data.options import Augmentation
 
 RESIZED = 256 / 224  # images in files are resized to this multiple of the side, and then cropped at the center
-Key: TypeAlias = tuple[Tensor, int]  # the positions of a batch's images in their part, and a seed for its augmentation
+Key: TypeAlias = tuple[Tensor, Tensor, int]  # rows and labels of a batch's images, and a seed for its augmentation
 
 
 class Images(NamedTuple):
@@ -31,7 +32,7 @@ class Images(NamedTuple):
 
 
 class Pixels(Protocol):
-    """Stored images; values are read as float32 in [0, 1]."""
+    """Stored images: of uint8, or of float in [0, 1]."""
 
     @property
     def image_channels(self) -> int:
@@ -46,7 +47,10 @@ class Pixels(Protocol):
         """The device of the images that :meth:`read` returns."""
 
     def read(self, rows: Tensor, framing: v2.Transform | None = None) -> Tensor:
-        """The images in these rows, (B, C, H, W); ``framing`` crops each image of any size to (C, H, W)."""
+        """The images in these rows, (B, C, H, W); ``framing`` crops each image of any size to (C, H, W).
+
+        ``rows`` are on :attr:`device`.
+        """
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,8 @@ class ArrayPixels:
 
     def read(self, rows: Tensor, framing: v2.Transform | None = None) -> Tensor:
         """Read and crop on the array's device."""
-        images = self.array[rows.to(self.device)]
-        images = images if images.is_floating_point() else images.float() / 255
-        return images if framing is None else torch.stack([framing(image) for image in images])
+        images = self.array.index_select(0, rows)
+        return images if framing is None else torch.stack([framing(image) for image in to_unit(images)])
 
 
 class FilePixels:
@@ -112,7 +115,7 @@ class FilePixels:
             ConfigError: if a file cannot be read as an image.
         """
         frame = framing or self._center
-        return torch.stack([frame(self._decoded(row)) for row in rows.tolist()]).float() / 255
+        return torch.stack([frame(self._decoded(row)) for row in rows.tolist()])
 
     def _decoded(self, row: int) -> Tensor:
         path = os.fsdecode(self._paths[row])
@@ -121,6 +124,13 @@ class FilePixels:
         except OSError as error:
             raise ConfigError(f"data: {path} cannot be read as an image ({error}); repair or remove it") from error
         return decoded
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Images of uint8 as float32 in [0, 1]; those of float as they are."""
+    if images.is_floating_point():
+        return images
+    return images.float().div_(torch.full((), 255.0, device=images.device))  # a GPU multiplies by 1/255.0, rounded
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,7 @@ class Part:
         rows: (N,), the rows of these images in ``pixels``.
         mean, deviation: (C,), used to normalize each channel's values in [0, 1] when images are read.
         workers: processes that load batches; with 0, the main process loads them.
+        pin_memory: whether batches are loaded into pinned memory, from where they are copied to a GPU.
     """
 
     pixels: Pixels
@@ -141,13 +152,13 @@ class Part:
     mean: Tensor
     deviation: Tensor
     workers: int = 0
+    pin_memory: bool = False
 
     @staticmethod
-    def of(pixels: Pixels, labels: Tensor, workers: int = 0) -> Part:
+    def of(pixels: Pixels, labels: Tensor, workers: int = 0, pin_memory: bool = False) -> Part:
         """All of ``pixels``, not normalized yet."""
-        channels = pixels.image_channels
-        rows = torch.arange(len(labels))
-        return Part(pixels, labels.long(), rows, torch.zeros(channels), torch.ones(channels), workers)
+        mean, deviation = torch.zeros(pixels.image_channels), torch.ones(pixels.image_channels)
+        return Part(pixels, labels.long(), torch.arange(len(labels)), mean, deviation, workers, pin_memory)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -189,74 +200,82 @@ class Part:
         Raises:
             ConfigError: if the augmentation does not fit the images, or a batch cannot be shared out evenly.
         """
-        transforms = make_transforms(augmentation or Augmentation(), self.pixels.image_channels, self.pixels.shape)
+        pixels, transforms = self.pixels, None
+        if augmentation not in (None, Augmentation()):
+            transforms = Transforms(augmentation, pixels.image_channels, pixels.shape, pixels.device)
         whole = min(size, len(self))
-        sampler = _Shuffled(len(self), whole, distributed.share(whole, "batch_size: a batch"))
-        return DataLoader(_Batched(self, transforms), sampler=sampler, batch_size=None, num_workers=self.workers)
+        return self._loader(transforms, _Shuffled(self, whole, distributed.share(whole, "batch_size: a batch")))
 
     def in_order(self, size: int) -> DataLoader[Images]:
         """Batches of :class:`Images` for testing: each image once, in order, without augmentation."""
-        sampler = _InOrder(len(self), size)
-        return DataLoader(_Batched(self, None), sampler=sampler, batch_size=None, num_workers=self.workers)
+        return self._loader(None, _InOrder(self, size))
 
     def load(self) -> Images:
         """All images at once; only for parts that fit into memory."""
         return Images(*(torch.cat(parts) for parts in zip(*self.in_order(500), strict=True)))
 
+    def ordered(self, positions: Tensor) -> Tensor:
+        """Rows and labels of the images at these positions, (2, B), on the device of the pixels."""
+        return to_device(torch.stack([self.rows[positions], self.labels[positions]]), self.pixels.device)
+
+    def _loader(self, transforms: Transforms | None, sampler: Sampler[Key]) -> DataLoader[Images]:
+        options: dict[str, Any] = {"num_workers": self.workers, "pin_memory": self.pin_memory}
+        return DataLoader(_Batched(self, transforms), sampler=sampler, batch_size=None, **options)
+
 
 class _Batched(Dataset[Images]):
-    """A part whose items are whole batches, so that a batch is cropped and augmented at once."""
+    """A part whose items are whole batches, made on the device of the pixels. Nothing is read back from there."""
 
     def __init__(self, part: Part, transforms: Transforms | None) -> None:
-        self._part = part
+        self._pixels = part.pixels
         self._transforms = transforms
+        self._moments = to_device(torch.stack([part.mean, part.deviation]), part.pixels.device).view(2, -1, 1, 1)
 
     def __getitem__(self, key: Key) -> Images:
-        positions, seed = key
-        part, device = self._part, self._part.pixels.device
-        labels = part.labels[positions].to(device)
-        if self._transforms is None:
-            return Images(self._normalized(part.pixels.read(part.rows[positions])), labels)
+        (rows, labels, seed), transforms = key, self._transforms
+        if transforms is None:
+            return Images(self._normalized(to_unit(self._pixels.read(rows))), labels)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            framed = part.pixels.read(part.rows[positions], self._transforms.framing)
-            normalized = self._normalized(self._transforms.pixels(framed))
-            return Images(self._transforms.normalized(normalized), labels)
+            images = self._pixels.read(rows, transforms.framing)
+            draws = transforms.draw(len(rows))
+        images = transforms.recolor(to_unit(transforms.move(images, draws)), draws)
+        return Images(transforms.erase(self._normalized(images), draws), labels)
 
     def _normalized(self, images: Tensor) -> Tensor:
-        mean, deviation = (value.to(images.device).view(-1, 1, 1) for value in (self._part.mean, self._part.deviation))
-        return (images - mean) / deviation
+        return (images - self._moments[0]).div_(self._moments[1])
 
 
 class _Shuffled(Sampler[Key]):
     """This process's share of each batch, in random order, with a seed; all from one draw of the global generator."""
 
-    def __init__(self, count: int, size: int, share: slice) -> None:
-        self._count = count
+    def __init__(self, part: Part, size: int, share: slice) -> None:
+        self._part = part
         self._size = size
         self._share = share
 
     def __len__(self) -> int:
-        return self._count // self._size
+        return len(self._part) // self._size
 
     def __iter__(self) -> Iterator[Key]:
         generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
-        order = torch.randperm(self._count, generator=generator)
-        for positions in order[: len(self) * self._size].split(self._size):
+        order = torch.randperm(len(self._part), generator=generator)[: len(self) * self._size]
+        for batch in self._part.ordered(order).split(self._size, dim=1):
+            rows, labels = batch[:, self._share]
             seed = int(torch.randint(2**62, (), generator=generator))
-            yield positions[self._share], seed + self._share.start
+            yield rows, labels, seed + self._share.start
 
 
 class _InOrder(Sampler[Key]):
-    """The positions of batches in order. Nothing is drawn, so the seed is not used."""
+    """Batches in order. Nothing is drawn, so the seed is not used."""
 
-    def __init__(self, count: int, size: int) -> None:
-        self._count = count
+    def __init__(self, part: Part, size: int) -> None:
+        self._part = part
         self._size = size
 
     def __len__(self) -> int:
-        return math.ceil(self._count / self._size)
+        return math.ceil(len(self._part) / self._size)
 
     def __iter__(self) -> Iterator[Key]:
-        for positions in torch.arange(self._count).split(self._size):
-            yield positions, 0
+        for rows, labels in self._part.ordered(torch.arange(len(self._part))).split(self._size, dim=1):
+            yield rows, labels, 0

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from mlo import ConfigError
 from mlo.options import registry
-from problems.data.images import ArrayPixels, FilePixels, Part
+from problems.data.images import ArrayPixels, FilePixels, Part, Pixels
 from problems.data.locations import CIFAR_FOLDERS
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -41,7 +41,7 @@ class LoadOptions(NamedTuple):
         root: the folder that holds the data sets.
         download: whether torchvision may download a data set that is missing.
         image_size: images are resized to this side, in pixels; None: not resized (image files: 224).
-        device: where images from arrays are stored; None: the CPU.
+        device: of the run; None: the CPU. Images from arrays are stored there if they fit.
         workers: processes that load image files.
         named_by: the option that gives the source's name, for messages.
     """
@@ -148,11 +148,17 @@ def _faults(arrays: dict[str, np.ndarray], part: str) -> list[str]:
 
 
 def _in_memory(images: torch.Tensor, labels: torch.Tensor, options: LoadOptions) -> Part:
-    """A part with images (N, C, H, W) in memory, resized once, with antialiasing, if ``options`` have a size."""
+    """A part with images (N, C, H, W) in memory, resized once, with antialiasing, if ``options`` have a size.
+
+    They are stored on the device, unless it is a GPU and they take more than a quarter of its memory.
+    """
     size = options.image_size
     if size is not None and images.shape[2:] != (size, size):
         images = torch.cat([v2.functional.resize(some, [size, size], antialias=True) for some in images.split(1000)])
-    return Part.of(ArrayPixels(images.to(options.device or "cpu")), labels)
+    device = options.device or torch.device("cpu")
+    if device.type == "cuda" and images.nbytes > torch.cuda.get_device_properties(device).total_memory / 4:
+        device = torch.device("cpu")
+    return _part(ArrayPixels(images.to(device)), labels, options)
 
 
 def _folders(path: Path, options: LoadOptions) -> Source:
@@ -180,7 +186,13 @@ def _folders(path: Path, options: LoadOptions) -> Source:
 
 def _in_files(images: datasets.ImageFolder, options: LoadOptions) -> Part:
     pixels = FilePixels([path for path, _ in images.samples], options.image_size or FOLDER_IMAGE_SIZE)
-    return Part.of(pixels, torch.tensor(images.targets), options.workers)
+    return _part(pixels, torch.tensor(images.targets), options, options.workers)
+
+
+def _part(pixels: Pixels, labels: torch.Tensor, options: LoadOptions, workers: int = 0) -> Part:
+    """All of ``pixels``, not normalized. Batches that the CPU makes for a GPU are loaded into pinned memory."""
+    for_gpu = options.device is not None and options.device.type == "cuda"
+    return Part.of(pixels, labels, workers, pin_memory=for_gpu and pixels.device.type == "cpu")
 
 
 def _imagenet(options: LoadOptions) -> Source:

@@ -60,7 +60,7 @@ def load_splits(data: Data, seed: int, device: torch.device | None = None) -> Sp
     Args:
         data: the options.
         seed: the same seed gives the same split.
-        device: where images from arrays are stored; None: the CPU.
+        device: of the run; None: the CPU. Images from arrays are stored there if they fit.
 
     Raises:
         ConfigError: if a source is missing or invalid, or if it has too few images.

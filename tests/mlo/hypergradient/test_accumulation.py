@@ -6,6 +6,7 @@ import pytest
 import torch
 from brute_force import batches, small_lbt
 from torch import Tensor, nn
+from two_levels import Value
 
 import mlo
 from mlo.levels.batches import open_stream
@@ -250,3 +251,75 @@ def test_buffers_and_noise_are_those_of_each_micro_batch(accumulate, options):
         before = top.value.detach().clone()
         engine.step()
         torch.testing.assert_close((before - top.value.detach()) / 0.1, expected, rtol=1e-9, atol=1e-13)
+
+
+class Growing(Value):
+    """Gives a factor, too, which every call raises."""
+
+    def __init__(self, *value: float) -> None:
+        super().__init__(*value)
+        self.register_buffer("gain", torch.ones(()))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        self.gain.mul_(1.5)
+        return self.value, self.gain.clone()
+
+
+class Bowl(mlo.Problem):
+    def loss(self, batch, top):
+        value, gain = self()
+        return (gain * value.square() / 2 + batch * value * top()).sum()
+
+
+class Size(mlo.Problem):
+    def loss(self, batch, low):
+        return low()[0].square().sum()
+
+
+@pytest.mark.parametrize("product", ["exact", "forward", "central"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_curvature_at_the_solution_begins_with_the_buffers_there(fresh, product):
+    """Not with those that a micro-batch had in the step."""
+    low, top, rate = Growing(0.3, -0.7), Value(0.5, 0.2), 0.1
+    data = [torch.tensor(factor) for factor in (1.0, 3.0, -2.0, 1.0)]
+    problems = [
+        Bowl("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=rate), data=data, accumulate=2),
+        Size("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=rate)),
+    ]
+    engine = mlo.Engine(problems, {"kind": "cg", "product": product, "fresh_batch": fresh}, device="cpu")
+    for turn in range(2):
+        value, x, gain = low.value.detach().clone(), top.value.detach().clone(), low.gain.clone()
+        factor, following = ((2.0, -0.5), (-0.5, 2.0))[turn]
+        value = value - rate * ((1.5 + 2.25) / 2 * gain * value + factor * x)
+        expected = -(following if fresh else factor) / (1.5**3 * gain) * 2 * value
+        torch.testing.assert_close(engine.hypergradient("top")["value"], expected, rtol=1e-7, atol=0)
+        engine.step()
+        torch.testing.assert_close(low.gain, 2.25 * gain)
+        torch.testing.assert_close(top.value.detach(), x - rate * expected, rtol=1e-7, atol=0)
+
+
+class Grown(mlo.Problem):
+    def loss(self, batch, low):
+        value, gain = self()
+        return (batch * gain * value * low()).sum()
+
+
+class Near(mlo.Problem):
+    def loss(self, batch, top):
+        return (self() - top()[0]).square().sum()
+
+
+def test_an_objective_moves_buffers_from_one_micro_batch_to_the_next():
+    low, top, rate = Value(0.3, -0.7), Growing(0.5, 0.2), 0.1
+    data = [torch.tensor(factor) for factor in (1.0, 3.0)]
+    problems = [
+        Near("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=rate)),
+        Grown("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=rate), data=data, accumulate=2),
+    ]
+    engine = mlo.Engine(problems, "one_step", device="cpu")
+    value, x = low.value.detach(), top.value.detach()
+    stepped = value - 2 * rate * (value - x)
+    expected = (1.5 * 1.0 + 2.25 * 3.0) / 2 * (x * stepped).sum()
+    torch.testing.assert_close(engine.objective("top"), expected)
+    assert top.gain == 1.0
+    mlo.check(engine)

@@ -160,9 +160,10 @@ def test_a_warm_start_is_part_of_the_state_and_is_unchanged_by_evaluating():
     options = {"kind": "cg", "iterations": 1, "warm_start": True}
     engine = mlo.Engine(quadratics.problems(), options, device="cpu")
     engine.run(3)
-    saved = engine.state_dict()
+    saved, metrics = engine.state_dict(), engine.metrics()
     evaluated = engine.hypergradient("top")["value"]
     assert torch.equal(engine.hypergradient("top")["value"], evaluated)
+    assert engine.metrics() == metrics, "the residuals of the last real step"
     resumed = mlo.Engine(quadratics.problems(), options, device="cpu")
     assert not torch.equal(resumed.hypergradient("top")["value"], evaluated)
     resumed.load_state_dict(saved)

@@ -107,6 +107,14 @@ def test_levels_nested_in_nested_ones(reads, steps, estimator):
     mlo.check(made)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_five_levels_that_all_read_one_another(steps):
+    """In the steps of one level, those below it read what lies between as it was, even if that was taken again."""
+    nested = Nested({name: tuple("abcde".replace(name, "")) for name in "abcde"}, steps)
+    found = engine(nested, "unrolled").hypergradient("e")["value"]
+    torch.testing.assert_close(found, nested.brute_force(), rtol=1e-10, atol=1e-13)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_graphs(seed):
     nested = drawn(seed)
@@ -114,8 +122,11 @@ def test_random_graphs(seed):
     torch.testing.assert_close(found, nested.brute_force(), rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("held", [(), ("top",)], ids=["differentiated", "held"])
-def test_a_read_that_is_held_is_a_constant_in_the_inner_path_too(held):
+@pytest.mark.parametrize("product", ["exact", "forward"])
+@pytest.mark.parametrize("held", ["none", "low", "mid"])
+def test_a_read_that_is_held_is_a_constant_in_the_inner_path_too(held, product):
+    """Held by one problem, it is differentiated in the other all the same."""
+
     def value(start: list[float]) -> Point:
         return Point(torch.tensor(start, dtype=torch.float64))
 
@@ -132,18 +143,24 @@ def test_a_read_that_is_held_is_a_constant_in_the_inner_path_too(held):
             return (mid() * self()).sum() + low().square().sum()
 
     low, mid, top = value([0.3, -0.7]), value([0.5, 0.2]), value([-0.4, 0.9])
-    classes, modules, options = (Low, Mid, Top), (low, mid, top), ({"held": held}, {}, {})
+    classes, modules, options = (
+        (Low, Mid, Top),
+        (low, mid, top),
+        [{"held": "top"} if n == held else {} for n in ("low", "mid", "top")],
+    )
     problems = [
         c(n, module=m, optimizer=torch.optim.SGD(m.parameters(), lr=LR), **o)
         for c, n, m, o in zip(classes, ("low", "mid", "top"), modules, options, strict=True)
     ]
     a, b, x = (m.value.detach().clone().requires_grad_() for m in modules)
-    seen = x.detach() if held else x
-    slope = torch.autograd.grad((a * b).sin().sum() + (a * seen).exp().sum(), a, create_graph=True)[0]
+    seen = {name: x.detach() if name == held else x for name in ("low", "mid")}
+    slope = torch.autograd.grad((a * b).sin().sum() + (a * seen["low"]).exp().sum(), a, create_graph=True)[0]
     a = a - LR * slope
-    total = torch.autograd.grad((b - a.cos()).square().sum() + (b * x).exp().sum(), b, create_graph=True)[0]
+    direct = (b - a.cos()).square().sum() + (b * seen["mid"]).exp().sum()
+    total = torch.autograd.grad(direct, b, create_graph=True)[0]
     loss = ((b - LR * total) * x).sum() + a.square().sum()
-    found = mlo.Engine(problems, "one_step", inner_path=True, device="cpu").hypergradient("top")["value"]
+    made = mlo.Engine(problems, {"kind": "one_step", "product": product}, inner_path=True, device="cpu")
+    found = made.hypergradient("top")["value"]
     torch.testing.assert_close(found, torch.autograd.grad(loss, x)[0], rtol=1e-10, atol=1e-13)
 
 
@@ -158,7 +175,8 @@ def test_a_read_that_is_held_is_a_constant_in_the_inner_path_too(held):
     ],
 )
 @pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.LayerNorm(2)], ids=["linear", "layer norm"])
-def test_inner_paths_through_modules_of_several_small_parameters(norm, optimizer, options, float64):
+@pytest.mark.parametrize(("estimator", "count"), [("unrolled", 2), ("one_step", 1)])
+def test_inner_paths_through_modules_of_several_small_parameters(estimator, count, norm, optimizer, options, float64):
     class Low(mlo.Problem):
         def loss(self, batch, mid, top):
             return (self(batch) - mid(batch)).square().mean() + (self(batch) * top(batch)).sin().mean()
@@ -176,8 +194,8 @@ def test_inner_paths_through_modules_of_several_small_parameters(norm, optimizer
     data = [torch.randn(4, 3)]
     problems = [
         cls(name, module=module, optimizer=optimizer(module.parameters(), **options), data=data, steps=steps)
-        for cls, name, module, steps in zip((Low, Mid, Top), ("low", "mid", "top"), modules, (2, 1, 1), strict=True)
+        for cls, name, module, steps in zip((Low, Mid, Top), ("low", "mid", "top"), modules, (count, 1, 1), strict=True)
     ]
-    made = mlo.Engine(problems, "unrolled", inner_path=True, device="cpu")
+    made = mlo.Engine(problems, estimator, inner_path=True, device="cpu")
     made.run(2)
     mlo.check(made)

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
 
+import needs
 import pytest
 import torch
 from analytic import LR, NESTED, NESTED_WITH_INNER_PATH, SHAPES, Point, Quadratics, Smooth
@@ -245,7 +246,7 @@ def test_optimizers_without_a_differentiable_step_are_refused(optimizer, estimat
 
 
 @pytest.mark.parametrize("estimator", SOLUTIONS)
-@pytest.mark.parametrize("optimizer", ["Adafactor", "Muon"])
+@pytest.mark.parametrize("optimizer", ["Adafactor", pytest.param("Muon", marks=needs.muon)])
 def test_and_do_where_the_solution_is_differentiated(optimizer, estimator):
     made, (make, reference) = Quadratics.make(SHAPES[0]), SOLUTIONS[estimator]
     expected = brute_force(made, made.problems(), "top", **reference)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from named_steps import optimizer_state, step_with_graph
@@ -9,6 +11,7 @@ from torch import Tensor
 from two_levels import Value
 
 import mlo
+from mlo.hypergradient import Central, Exact, Forward
 
 
 def low_loss(low: Tensor, mid: Tensor, top: Tensor) -> Tensor:
@@ -110,3 +113,82 @@ def test_what_the_inner_path_cannot_go_through_raises():
         mlo.ConfigError, match=r"inner_path: 'low', below 'mid', has an estimator that does not differentiate steps"
     ):
         mlo.Engine(stack(1), "cg", inner_path=True, device="cpu")
+
+
+class Below(mlo.Problem):
+    def loss(self, batch, mid):
+        return below_loss(self(), mid())
+
+
+class Above(mlo.Problem):
+    def loss(self, batch, mid):
+        return mid().exp().sum()
+
+
+def below_loss(low: Tensor, mid: Tensor) -> Tensor:
+    return (low * mid).sin().sum() + low.square().sum()
+
+
+def nested(estimator: object, steps: int) -> mlo.Engine:
+    """Two steps of the lowest problem, which the gradient of the middle one runs through; without lookahead."""
+    problems = []
+    for cls, name, value in ((Below, "low", (0.3, -0.7)), (Mid, "mid", (0.5, 0.2)), (Above, "top", (-0.4, 0.9))):
+        module = Value(*value)
+        problems.append(cls(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1)))
+    problems[0].hypergradient, problems[0].steps, problems[1].steps = "unrolled", 2, steps
+    return mlo.Engine(problems, estimator, inner_path=True, lookahead=False, device="cpu")
+
+
+def curvature(mid: Tensor, top: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivatives of the middle problem's gradient, in which the lowest one's steps are taken from ``start``."""
+
+    def slope(mid: Tensor, top: Tensor) -> Tensor:
+        at = start.detach().requires_grad_()
+        for _ in range(2):
+            at = at - 0.1 * torch.autograd.grad(below_loss(at, mid), at, create_graph=True)[0]
+        return torch.autograd.grad(mid_loss(mid, at, top), mid, create_graph=True)[0]
+
+    return torch.autograd.functional.jacobian(slope, (mid.requires_grad_(), top.requires_grad_()))
+
+
+@pytest.mark.parametrize("product", ["exact", "forward", "central"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_curvature_at_a_solution_takes_the_inner_steps_again_from_there(steps, product):
+    """With an implicit estimator for the middle problem: they read its solution, and not what they had read."""
+    engine = nested({"kind": "cg", "product": product}, steps)
+    low, mid, top = (problem.module.value for problem in engine.problems.values())
+    for _ in range(2):
+        start, x = low.detach().clone(), top.detach().clone()
+        engine.step()
+        solution = mid.detach().clone()
+        own, cross = curvature(solution, x, start)
+        expected = -cross.T @ torch.linalg.solve(own.T, solution.detach().exp())
+        taken = (x.detach() - top.detach()) / 0.1
+        torch.testing.assert_close(taken, expected, rtol=1e-8 if product != "central" else 1e-3, atol=0)
+
+
+class Columns(mlo.Estimator):
+    """Notes the curvature at the first step of the round."""
+
+    product: mlo.ProductOption
+    columns: ClassVar[list[Tensor]] = []
+
+    @property
+    def recording(self):
+        return mlo.Recording(last=None, before=True)
+
+    def pull(self, steps, cotangent, targets, warm):
+        at = self.product.before(steps[0], targets)
+        self.columns[:] = [at((unit,), cross=False)[0][0] for unit in torch.eye(2, dtype=torch.float64)]
+        return mlo.Pulled(at(cotangent, own=False)[1])
+
+
+@pytest.mark.parametrize("product", [Exact(), Forward(), Central()])
+def test_the_curvature_before_the_first_step_is_that_of_the_inner_steps_too(product):
+    """For the estimators of mlo nothing lies before that step; an estimator of one's own may ask for it."""
+    engine = nested(Columns(product=product), 2)
+    low, mid, top = (problem.module.value.detach().clone() for problem in engine.problems.values())
+    engine.step()
+    expected = curvature(mid, top, low)[0]
+    found = torch.stack(Columns.columns)
+    torch.testing.assert_close(found, expected.T, rtol=1e-8 if not isinstance(product, Central) else 1e-3, atol=0)

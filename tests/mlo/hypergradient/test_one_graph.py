@@ -66,6 +66,13 @@ def test_attention_takes_the_kernel_that_has_a_second_derivative(taken):
     mlo.check(both(taken, [4], module=Attention))
 
 
+def test_momentum_passes_from_one_graph_to_the_one_before(taken, monkeypatch):
+    """As where code of a few steps is compiled."""
+    possible = rounds.how_many
+    monkeypatch.setattr(rounds, "how_many", lambda of, before, left: min(2, possible(of, before, left)))
+    mlo.check(both(taken, [2, 2]))
+
+
 def test_gradients_that_are_accumulated_are_not_taken_in_one_graph(taken):
     mlo.check(both(taken, [], accumulate=2))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from two_levels import Value
 
 import mlo
+from mlo.hypergradient import Exact
+from mlo.levels.state import State, copied
+from mlo.training import round
 
 RATE = 0.1
 
@@ -42,6 +46,28 @@ def test_each_top_is_differentiated_at_what_the_step_had_read(product, optimizer
     torch.testing.assert_close(low.value.detach(), moved.detach())
     torch.testing.assert_close(one.value.detach(), (x - RATE * expected[0]).detach(), rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(two.value.detach(), (y - RATE * expected[1]).detach(), rtol=1e-7, atol=1e-9)
+
+
+class LowOverBase(mlo.Problem):
+    def loss(self, batch, base, one, two):
+        return (self() * base() * one() * two()).sum()
+
+
+class Base(mlo.Problem):
+    def loss(self, batch):
+        return self().square().sum()
+
+
+def test_only_what_changes_before_a_step_is_differentiated_is_copied(monkeypatch):
+    """The first top: the base has stepped before, and the second top steps when all is done."""
+    copies: list[State] = []
+    monkeypatch.setattr(round, "copied", lambda state: (copies.append(state), copied(state))[1])
+    problems = []
+    for cls, name in ((Base, "base"), (LowOverBase, "low"), (Top, "one"), (Top, "two")):
+        module = Value(0.3, -0.7)
+        problems.append(cls(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=RATE)))
+    mlo.Engine(problems, "one_step", lookahead=False, device="cpu").step()
+    assert [state.variables[0] is problems[2].module.value for state in copies] == [True]
 
 
 class Bent(mlo.Problem):
@@ -210,6 +236,35 @@ def test_all_ways_to_read_a_problem(kind, product):
         engine.problems["low"].stream._data = batches
 
 
+class Box:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class Boxed(Value):
+    def forward(self) -> Box:
+        return Box(self.value.square())
+
+
+class Opening(mlo.Problem):
+    def loss(self, batch, top):
+        return (self() * top().value).sum()
+
+
+@pytest.mark.parametrize("product", ["exact", "forward", "central", "one_sided"])
+def test_what_is_read_may_be_an_object_of_any_class(product):
+    """Its tensors cannot be found in it, to be cut out of the graph: it is computed anew for each evaluation."""
+    low, top = Value(0.3, -0.7), Boxed(0.5, 0.2)
+    problems = [
+        Opening("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=RATE)),
+        Other("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE)),
+    ]
+    engine = mlo.Engine(problems, {"kind": "one_step", "product": product}, device="cpu")
+    value, x = low.value.detach(), top.value.detach()
+    expected = 2 * (value - RATE * x.square()) * -RATE * 2 * x
+    torch.testing.assert_close(engine.hypergradient("top")["value"], expected, rtol=1e-7, atol=0)
+
+
 class Constant(mlo.Problem):
     def loss(self, batch, top):
         with torch.no_grad():
@@ -227,3 +282,99 @@ def test_what_is_read_without_gradients_is_constant():
     value, x = low.value.detach(), top.value.detach()
     stepped = value - RATE * (x + x.square())
     torch.testing.assert_close(engine.hypergradient("top")["value"], 2 * stepped * -RATE * 2 * x)
+
+
+class Waves(mlo.Problem):
+    def loss(self, batch, top):
+        return (self() * top()).sin().sum()
+
+
+@pytest.mark.parametrize("begins", [{}, {"momentum_buffer": None}], ids=["without state", "with None"])
+@pytest.mark.parametrize("memory", [0.0, 16.0])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_dampening_begins_with_the_second_step(steps, memory, begins):
+    """SGD's first buffer is the whole gradient; a state that holds None, as of old checkpoints, is none."""
+    low, top = Value(0.3, -0.7), Value(0.5, 0.2)
+    sgd = torch.optim.SGD(low.parameters(), lr=RATE, momentum=0.9, dampening=0.4)
+    sgd.state[low.value].update(begins)
+    problems = [
+        Waves("low", module=low, optimizer=sgd, steps=steps),
+        Top("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE)),
+    ]
+    engine = mlo.Engine(problems, {"kind": "unrolled", "graph_memory": memory}, lookahead=False, device="cpu")
+    buffer = None
+    for _ in range(3):
+        value, x = low.value.detach().requires_grad_(), top.value.detach().clone().requires_grad_()
+        for _ in range(steps):
+            (gradient,) = torch.autograd.grad((value * x).sin().sum(), value, create_graph=True)
+            buffer = gradient if buffer is None else 0.9 * buffer + 0.6 * gradient
+            value = value - RATE * buffer
+        (expected,) = torch.autograd.grad(value.square().sum(), x)
+        torch.testing.assert_close(engine.hypergradient("top")["value"], expected, rtol=1e-10, atol=0)
+        engine.step()
+        torch.testing.assert_close(top.value.detach(), (x - RATE * expected).detach(), rtol=1e-10, atol=0)
+        buffer = buffer.detach()
+
+
+class ReadsHalves(mlo.Problem):
+    def loss(self, batch, top):
+        one, two = top()
+        return (self() * (one + two.sin())).sum()
+
+
+class HalfDirect(mlo.Problem):
+    def loss(self, batch, low):
+        return self()[0].square().sum() + low().square().sum()
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+def test_a_loss_may_depend_directly_on_some_of_its_own_variables_only(lookahead):
+    low, top = Value(0.3, -0.7), Halves()
+    problems = [
+        ReadsHalves("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=RATE)),
+        HalfDirect("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE)),
+    ]
+    engine = mlo.Engine(problems, "one_step", lookahead=lookahead, device="cpu")
+    one, two = top.one.detach().clone(), top.two.detach().clone()
+    through = 2 * (low.value.detach() - RATE * (one + two.sin())) * -RATE
+    engine.step()
+    torch.testing.assert_close(top.one.detach(), one - RATE * (2 * one + through))
+    torch.testing.assert_close(top.two.detach(), two - RATE * through * two.cos())
+
+
+class Cubic(mlo.Problem):
+    def loss(self, batch, top):
+        return ((1 + self.steps_taken) * batch * self().pow(3) / 6 * top()).sum()
+
+
+class AtSolution(mlo.Estimator):
+    """Notes the curvature at the solution on the batch of each record, along ones."""
+
+    joined: bool = False
+    curvatures: ClassVar[list[Tensor]] = []
+
+    @property
+    def recording(self):
+        return mlo.Recording(last=None, before=True, graph=self.joined, graph_bytes=2.0**20 if self.joined else 0.0)
+
+    def pull(self, steps, cotangent, targets, warm):
+        ones = (torch.ones_like(cotangent[0]),)
+        self.curvatures[:] = [Exact().after(step, targets)(ones, cross=False)[0][0] for step in steps]
+        return mlo.Pulled(dict.fromkeys(targets, cotangent))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_all_steps_of_a_round_have_its_solution(joined):
+    """The record of several steps in one graph has the batch and the count of the last of them."""
+    low, top = Value(0.3, -0.7), Value(0.5, 0.2)
+    data = [torch.tensor(factor, dtype=torch.float64) for factor in (1.0, -2.0, 3.0)]
+    problems = [
+        Cubic("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=RATE), data=data, steps=3),
+        Top("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=RATE)),
+    ]
+    engine = mlo.Engine(problems, AtSolution(joined=joined), lookahead=False, device="cpu")
+    for turn in range(2):  # the first round measures a graph
+        x = top.value.detach().clone()
+        engine.step()
+        expected = [(1 + 3 * turn + i) * factor * low.value.detach() * x for i, factor in enumerate(data)]
+        torch.testing.assert_close(AtSolution.curvatures, expected[-1:] if joined and turn else expected)

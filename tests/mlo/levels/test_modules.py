@@ -91,6 +91,16 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.two(torch.tanh(self.one(x))))).mean(dim=1)
 
 
+class TiedWithBuffer(Tied):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.gain.mul_(1.1)
+        return super().forward(x * self.gain)
+
+
 def parametrized() -> nn.Module:
     module = Tied()
     parametrize.register_parametrization(module.one, "weight", nn.Tanh())
@@ -148,6 +158,7 @@ MODULES = {
     "in place": InPlace,
     "unused": Unused,
     "tied": Tied,
+    "tied with buffer": TiedWithBuffer,
     "parametrized": parametrized,
     "weight norm": lambda: weight_normed(parametrizations.weight_norm),
     "checkpointed weight norm": lambda: weight_normed(parametrizations.weight_norm, checkpointed=True),
@@ -178,6 +189,32 @@ def test_checkpointed_activations_are_recomputed_with_the_substituted_parameters
         made.run(2)
         found.append(made.hypergradient("scale")["logs"])
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+
+
+class Flat(mlo.Problem):
+    """Uses the parameters as one vector, its own and those of what it reads."""
+
+    def loss(self, batch, other=None):
+        own, read = (torch.cat([p.flatten() for p in each.params.values()]) for each in (self, other))
+        weights = torch.arange(1.0, 1 + own.numel())
+        return ((own * weights).sum() - (read * weights).sum()).sin()
+
+
+def test_parameters_are_in_the_order_of_the_module():
+    """Not with the frozen ones last; a vector of all of them is that of torch."""
+    modules = [nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)).double() for _ in range(2)]
+    problems = []
+    for name, other, module in (("low", "top", modules[0]), ("top", "low", modules[1])):
+        for frozen in (module[0].weight, module[1].bias):
+            frozen.requires_grad_(False)
+        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+        problems.append(Flat(name, module=module, optimizer=optimizer, reads={"other": other}))
+        assert list(problems[-1].params) == [name for name, _ in module.named_parameters()]
+    weights = torch.arange(1.0, 19.0).double()
+    own, read = (nn.utils.parameters_to_vector(module.parameters()) @ weights for module in modules)
+    expected = modules[0][2].weight.detach() - 0.1 * (own - read).cos().detach() * weights[12:16].view(2, 2)
+    mlo.Engine(problems, "one_step", lookahead=False, device="cpu").step()
+    torch.testing.assert_close(modules[0][2].weight.detach(), expected)
 
 
 class Scaled(mlo.Problem):

@@ -192,9 +192,13 @@ def test_a_pass_that_is_repeated_draws_the_same_numbers():
         for low in problems[:2]:
             low.autocast = torch.float16
         engine = mlo.Engine(problems, "one_step", device="cpu")
-        engine.load_state_dict({**engine.state_dict(), "scales": {low.name: [scale, 0] for low in problems[:2]}})
+        state = engine.state_dict()
+        for low in problems[:2]:
+            state["levels"][low.name]["scale"] = [scale, 0]
+        engine.load_state_dict(state)
         torch.manual_seed(1)
         engine.step()
+        assert (engine.report().problems["teacher"].loss_scale < scale) == (scale == 2.0**40), "it overflowed"
         return {name: problem.module.state_dict() for name, problem in engine.problems.items()}
 
     torch.testing.assert_close(trained(2.0**40), trained(2.0**8), rtol=1e-3, atol=1e-4)
@@ -285,3 +289,61 @@ def test_every_kind_of_pass_is_under_its_own_autocast(every, product, in_product
     if every == 2:
         expected["low", "recompute"] = {HALF}
     assert seen == expected
+
+
+class Small(mlo.Problem):
+    def loss(self, batch, mid):
+        return 1e-7 * (self(batch) - mid(batch)).float().square().mean()
+
+
+class Turned(mlo.Problem):
+    def loss(self, batch, low, top):
+        return (low(batch) * top(batch)).float().mean() + self(batch).float().square().mean()
+
+
+class Farther(mlo.Problem):
+    def loss(self, batch, mid):
+        return mid(batch).float().square().mean()
+
+
+def test_gradients_on_an_inner_path_do_not_vanish_in_float16():
+    found = []
+    for autocast in (None, torch.float16):
+        torch.manual_seed(0)
+        data, stack = [torch.randn(4, 3)], []
+        for cls, name, rate in ((Small, "low", 1e6), (Turned, "mid", 1.0), (Farther, "top", 1.0)):
+            module = nn.Linear(3, 2)
+            optimizer = torch.optim.SGD(module.parameters(), lr=rate)
+            stack.append(cls(name, module=module, optimizer=optimizer, data=data, autocast=autocast))
+        engine = mlo.Engine(stack, "one_step", inner_path=True, device="cpu")
+        found.append(engine.hypergradient("top")["weight"])
+    assert (found[1] - found[0]).norm() < 0.02 * found[0].norm()
+
+
+class Tiny(mlo.Problem):
+    def loss(self, batch, low, top):
+        return 1e-7 * (low(batch).float().square().mean() + (self(batch) * top(batch)).float().mean())
+
+
+class Toward(mlo.Problem):
+    def loss(self, batch, mid):
+        return (self(batch) - mid(batch)).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:the gradient of 'mid' itself runs through 'low'")
+def test_cotangents_of_lower_problems_do_not_vanish_in_float16():
+    """Those of their outputs would, without the loss scale."""
+    moved = []
+    for autocast in (None, torch.float16):
+        torch.manual_seed(0)
+        data, stack = [torch.randn(4, 3)], []
+        for cls, name, rate in ((Toward, "low", 0.5), (Tiny, "mid", 1e7), (Farther, "top", 1.0)):
+            module = nn.Linear(3, 2)
+            optimizer = torch.optim.SGD(module.parameters(), lr=rate)
+            given = autocast if name == "mid" else None
+            stack.append(cls(name, module=module, optimizer=optimizer, data=data, autocast=given))
+        before = stack[1].module.weight.detach().clone()
+        engine = mlo.Engine(stack, {"kind": "one_step", "product": "central"}, lookahead=False, device="cpu")
+        engine.step()
+        moved.append(stack[1].module.weight.detach() - before)
+    assert (moved[1] - moved[0]).norm() < 0.02 * moved[0].norm()

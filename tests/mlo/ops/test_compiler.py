@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 
+import needs
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from two_levels import Attention
 import mlo
 from mlo.ops import compiler as compiling
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.usefixtures("float64"), needs.compiled_gradients]
 SLOW = pytest.mark.slow
 SEVERAL = f"{compiling.STEPS} steps as one"
 
@@ -32,6 +33,13 @@ def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     if "kernels" not in request.keywords:
         monkeypatch.setitem(compiling._OPTIONS, "backend", "aot_eager")
         monkeypatch.delitem(compiling._OPTIONS, "options")
+
+
+@pytest.fixture
+def pairs(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Two steps, and not five, are one compiled function, of this description; it is traced in half the time."""
+    monkeypatch.setattr("mlo.steps.compiled.STEPS", 2)
+    return "2 steps as one"
 
 
 def engines(stack, estimator: object, **options: object) -> tuple[mlo.Engine, mlo.Engine]:
@@ -117,6 +125,7 @@ def test_a_resumed_run_counts_its_steps_though_it_may_compile_several_as_one():
 
     first = engine(True)
     first.run(2)
+    assert SEVERAL not in first.report().problems["low"].compiled, "they would not be used"
     found = []
     for compile in (True, False):
         resumed = engine(compile)
@@ -223,6 +232,31 @@ def test_what_cannot_be_compiled_is_warned_of_once_and_runs_as_it_is(cls, reason
     assert not_compiled(compiled) == {"low": {"everything"}}
 
 
+class Failing(mlo.Problem):
+    def loss(self, batch, top):
+        return (self(batch) - top(batch)).square().mean() * {}["y"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_error_of_the_first_pass_comes_without_a_warning_of_compilation():
+    engine = mlo.Engine(two_levels(Failing, steps=2), "one_step", compile=True, device="cpu")
+    with pytest.raises(KeyError, match="'y'"):
+        engine.step()
+
+
+@pytest.mark.filterwarnings("ignore:problem 'top' runs without compilation")
+def test_a_failure_of_the_code_generator_is_reported_as_torchs(monkeypatch):
+    def fail(*_: object) -> None:
+        raise AssertionError("((50, 64, 8), (50, 8, 64))\nin a long trace")
+
+    monkeypatch.setitem(compiling._OPTIONS, "backend", fail)
+    compiled = mlo.Engine(two_levels(Held), "one_step", compile=True, device="cpu")
+    reason = r"torch [\d.]+\S* fails to generate code for it \(AssertionError: \(\(50, .*64\)\)\); another release"
+    with pytest.warns(UserWarning, match=f"'low' runs without compilation: {reason}"):
+        compiled.run(3)
+    assert not_compiled(compiled) == {name: {"everything"} for name in ("low", "top")}
+
+
 @torch._dynamo.config.patch(recompile_limit=3)
 @pytest.mark.parametrize("steps", [7, pytest.param(12, marks=SLOW)])
 def test_several_steps_are_one_compiled_call_at_the_present_rates_and_factors(steps):
@@ -259,6 +293,60 @@ def test_steps_on_batches_of_several_forms_are_taken_one_by_one():
     plain, compiled = engines(stack, "unrolled")
     same_in_each_round(plain, compiled)
     assert SEVERAL not in compiled.report().problems["low"].compiled
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_steps_may_share_batches_in_any_way(pairs):
+    def stack() -> list[mlo.Problem]:
+        made = two_levels(Held, steps=2)
+        one, two = torch.randn(4, 3), torch.randn(4, 3)
+        made[0].stream = mlo.levels.batches.open_stream([one, one, two], "low")
+        return made
+
+    plain, compiled = engines(stack, "unrolled")
+    same_in_each_round(plain, compiled)
+    assert pairs in compiled.report().problems["low"].compiled
+    assert not not_compiled(compiled)
+
+
+class CountingLater(Held):
+    """Does not ask for the count before its factor changes."""
+
+    def loss(self, batch, top):
+        return super().loss(batch, top) / (1.0 if self.factor == 1.0 else 1 + self.steps_taken)
+
+
+def test_a_loss_that_asks_for_the_count_later_is_compiled_step_by_step_from_then_on(pairs):
+    plain, compiled = engines(lambda: two_levels(CountingLater, steps=2), "unrolled")
+    same_in_each_round(plain, compiled)
+    assert pairs in compiled.report().problems["low"].compiled
+    for engine in (plain, compiled):
+        engine.problems["low"].factor = 2.0
+    found = [engine.hypergradient("top")["weight"] for engine in (plain, compiled)]
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-13)
+
+
+def test_a_second_product_at_a_point_keeps_the_graph_for_all_further_ones():
+    """The first one is compiled as a whole."""
+    plain, compiled = engines(lambda: two_levels(Held), {"kind": "cg", "damping": 1.0, "iterations": 4})
+    for engine in (plain, compiled):
+        engine.run(3)
+    counts = [engine.passes["low"]["product"] for engine in (plain, compiled)]
+    for engine in (plain, compiled):
+        engine.hypergradient("top")
+    taken = [engine.passes["low"]["product"] - n for engine, n in zip((plain, compiled), counts, strict=True)]
+    assert taken == [1, 2]
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_steps_are_compiled_once_in_the_precision_of_the_module():
+    """The graph of the last step of a round reaches only what is read; in another precision nothing is compiled."""
+    _, compiled = engines(lambda: two_levels(Held, steps=2), "one_step", lookahead=True)
+    compiled.run(3)
+    compiled.hypergradient("top", torch.float32)
+    expected = ("gradient", "gradient with its graph for what is read")
+    assert compiled.report().problems["low"].compiled == expected
+    assert not not_compiled(compiled)
 
 
 @torch._dynamo.config.patch(recompile_limit=3)
@@ -390,6 +478,18 @@ def test_on_a_gpu_passes_are_replayed(estimator):
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
+class Tied(nn.Module):
+    """Two layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.two(self.one(x).tanh()))
+
+
 def weight_normed() -> nn.Module:
     return parametrizations.weight_norm(nn.Linear(3, 2))
 
@@ -399,7 +499,8 @@ class Between(mlo.Problem):
         return (self(batch) - one(batch) * two(batch)).square().mean()
 
 
-def test_two_tops_over_one_low_problem_each_have_their_code():
+@pytest.mark.parametrize("estimator", ["one_step", pytest.param(RECOMPUTED, marks=SLOW)], ids=str)
+def test_two_tops_over_one_low_problem_each_have_their_code(estimator):
     def stack() -> list[mlo.Problem]:
         torch.manual_seed(0)
         made, data = [], [torch.randn(4, 3)]
@@ -409,13 +510,45 @@ def test_two_tops_over_one_low_problem_each_have_their_code():
             made.append(cls(name, module=module, optimizer=optimizer, data=data, steps=2))
         return made
 
-    plain, compiled = engines(stack, RECOMPUTED)
+    plain, compiled = engines(stack, estimator, lookahead=True)
     for _ in range(3):
         for name in ("one", "two"):
             found = [engine.hypergradient(name)["weight"] for engine in (plain, compiled)]
             torch.testing.assert_close(*found, rtol=1e-9, atol=1e-13)
         plain.step()
         compiled.step()
+
+
+class Own(mlo.Problem):
+    def loss(self, batch):
+        return (self(batch) - batch[:, :2]).square().mean()
+
+
+class OverOwn(mlo.Problem):
+    """Notices what is not a constant."""
+
+    def loss(self, batch, own, top):
+        read = own(batch)
+        return (self(batch) - read * top(batch)).square().mean() * (3.0 if read.requires_grad else 1.0)
+
+
+@pytest.mark.parametrize("estimator", [pytest.param("one_step", marks=SLOW), "unrolled"])
+def test_a_read_that_nothing_is_pulled_back_onto_is_a_constant_in_compiled_code(estimator, pairs):
+    """Its backward would compute a gradient for it."""
+
+    def stack() -> list[mlo.Problem]:
+        torch.manual_seed(0)
+        made, data = [], [torch.randn(4, 3)]
+        for cls, name in ((Own, "own"), (OverOwn, "low"), (Top, "top")):
+            module = nn.Linear(3, 2)
+            optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+            made.append(cls(name, module=module, optimizer=optimizer, data=data, steps=2 if name == "low" else 1))
+        return made
+
+    plain, compiled = engines(stack, estimator)
+    same_in_each_round(plain, compiled)
+    assert_compiled(compiled)
+    assert (pairs in compiled.report().problems["low"].compiled) == (estimator == "unrolled")
 
 
 @pytest.mark.parametrize(
@@ -443,13 +576,38 @@ def test_autocast_is_the_present_one_in_steps_and_in_products(autocast, in_produ
     assert lowered == {"", str(autocast).removeprefix("torch.")}
 
 
+class Faint(mlo.Problem):
+    def loss(self, batch, top):
+        return 1e-7 * (self(batch) - top(batch)).float().square().mean()
+
+
+@pytest.mark.parametrize("estimator", ["one_step", pytest.param(RECOMPUTED, marks=SLOW)], ids=str)
+def test_gradients_of_compiled_steps_do_not_vanish_in_float16(estimator):
+    torch.set_default_dtype(torch.float32)
+
+    def stack() -> list[mlo.Problem]:
+        made = two_levels(Faint, steps=2)
+        made[0].autocast, made[0].optimizer.param_groups[0]["lr"] = torch.float16, 1e6
+        return made
+
+    plain, compiled = engines(stack, estimator)
+    for _ in range(3):
+        found = [engine.hypergradient("top")["weight"] for engine in (plain, compiled)]
+        torch.testing.assert_close(*found, rtol=1e-3, atol=1e-6)
+        for engine in (plain, compiled):
+            engine.step()
+        moved = [engine.problems["low"].module.weight.detach() for engine in (plain, compiled)]
+        torch.testing.assert_close(*moved, rtol=1e-4, atol=1e-6)
+    assert "gradient in float16" in compiled.report().problems["low"].compiled
+
+
 @pytest.mark.parametrize(
     "estimator",
     ["one_step", pytest.param(RECOMPUTED, marks=SLOW), pytest.param({"kind": "cg", "damping": 1.0}, marks=SLOW)],
     ids=str,
 )
-@pytest.mark.parametrize("module", [Attention, weight_normed])
-def test_attention_and_weight_norm_are_differentiated_twice(module, estimator):
+@pytest.mark.parametrize("module", [Attention, weight_normed, Tied])
+def test_attention_weight_norm_and_tied_weights_are_differentiated_twice(module, estimator):
     plain, compiled = engines(lambda: two_levels(Held, steps=2, module=module), estimator)
     for _ in range(3):
         found = [engine.hypergradient("top")["weight"] for engine in (plain, compiled)]
@@ -481,9 +639,23 @@ class Widening(mlo.Problem):
         return (own - top(batch)).square().mean()
 
 
-def test_a_variable_that_a_compiled_step_does_not_reach_is_left_alone():
-    """Momentum would move it on a gradient of zero."""
-    plain, compiled = engines(lambda: two_levels(Widening, momentum=0.9), "one_step")
+class Narrow(mlo.Problem):
+    """Never reaches its bias."""
+
+    def loss(self, batch, top):
+        return (batch @ self.params["weight"].T - top(batch)).square().mean()
+
+
+@pytest.mark.parametrize("cls", [Widening, Narrow])
+def test_a_variable_that_a_compiled_step_does_not_reach_is_left_alone(cls):
+    """Momentum and weight decay would move it on a gradient of zero."""
+
+    def stack() -> list[mlo.Problem]:
+        made = two_levels(cls, momentum=0.9)
+        made[0].optimizer.param_groups[0]["weight_decay"] = 0.1
+        return made
+
+    plain, compiled = engines(stack, "one_step")
     for _ in range(5):
         plain.step()
         compiled.step()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -88,13 +90,24 @@ def test_a_run_is_the_same_as_one_by_one(monkeypatch):
     assert joined.problems["low"].stream.state_dict() == single.problems["low"].stream.state_dict()
 
 
+@pytest.mark.parametrize("memory", [16.0, 0.0])
+def test_no_gradient_is_left_in_the_parameters(memory):
+    made = engine(memory=memory)
+    for _ in range(2):
+        for parameter in made.problems["low"].module.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        made.step()
+        assert all(parameter.grad is None for parameter in made.problems["low"].module.parameters())
+
+
 @pytest.mark.usefixtures("float64")
 def test_two_tops_are_differentiated_through_one_graph(monkeypatch):
     """The first one's step changes what the steps read, whose graph has copies of it."""
 
     class Both(mlo.Problem):
         def loss(self, batch, top, other):
-            return (top() * (self(batch) - batch).square() + other() * self(batch).cos()).mean()
+            both = top.params["log"] * other.params["log"]  # autograd saves the parameters themselves
+            return (top() * (self(batch) - batch).square() + both * self(batch).cos()).mean()
 
     seen = commits(monkeypatch)
     joined, single = (engine(Both, memory, tops=2) for memory in (16.0, 0.0))
@@ -223,6 +236,7 @@ def test_where_something_sees_each_step_they_are_taken_one_by_one(monkeypatch):
         lambda problem: problem.optimizer.register_step_post_hook(lambda *_: None),
         lambda problem: next(problem.module.parameters()).register_hook(lambda g: g),
         lambda problem: setattr(problem, "scheduler", torch.optim.lr_scheduler.StepLR(problem.optimizer, 1)),
+        lambda problem: setattr(problem, "scheduler", SimpleNamespace(step=lambda: None)),  # one of the user's own
     ):
         made = engine()
         prepare(made.problems["low"])

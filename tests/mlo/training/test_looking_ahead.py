@@ -154,6 +154,24 @@ def test_wrong_counts_raise(steps):
         stack(steps_ahead=steps)
 
 
+class ForTwo(mlo.Problem):
+    def loss(self, batch, one, two):
+        return (self() - one() * two()).pow(2).sum()
+
+
+def test_a_top_takes_no_virtual_steps_for_another_top():
+    problems = []
+    for cls, name, reads in ((ForTwo, "low", {}), (Judge, "one", {"fit": "low"}), (Judge, "two", {"fit": "low"})):
+        module = Weight(0.5, 0.7)
+        optimizer = torch.optim.SGD(module.parameters(), lr=LR)
+        problems.append(cls(name, module=module, optimizer=optimizer, reads=reads))
+    found = mlo.Engine(problems, "one_step", lookahead=True, device="cpu")
+    found.step()
+    upper_passes = {name: dict(found.passes[name]) for name in ("one", "two")}
+    assert all("virtual" not in passes for passes in upper_passes.values())
+    assert found.passes["low"]["virtual"] == 2
+
+
 class FitInTurn(mlo.Problem):
     """Follows the top at its even steps only."""
 

@@ -33,10 +33,10 @@ def engine(estimator: object, lookahead: bool, optimizer=torch.optim.SGD) -> mlo
     return mlo.Engine(made, estimator, lookahead=lookahead, device="cpu")
 
 
-def by_hand(low: Tensor, top: Tensor) -> Tensor:
+def by_hand(low: Tensor, top: Tensor, last: int = 3) -> Tensor:
     top = top.detach().requires_grad_()
     for step in range(3):
-        low = low.detach().requires_grad_() if step == 0 else low
+        low = low.detach().requires_grad_() if step <= 3 - last else low
         loss = (step + 1) * (low * top).sin().sum()
         low = low - RATE * torch.autograd.grad(loss, low, create_graph=True)[0]
     return torch.autograd.grad(low.exp().sum(), top)[0]
@@ -45,14 +45,21 @@ def by_hand(low: Tensor, top: Tensor) -> Tensor:
 @pytest.mark.parametrize("lookahead", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"graph_memory": 0}, {"every": 3}, {"product": "forward"}, {"every": 2, "product": "forward"}],
+    [
+        {},
+        {"graph_memory": 0},
+        {"every": 3},
+        {"product": "forward"},
+        {"every": 2, "product": "forward"},
+        {"kind": "truncated", "steps": 2},
+    ],
     ids=str,
 )
 def test_every_way_to_differentiate_a_step_sees_its_count(options, lookahead):
     made = engine({"kind": "unrolled", **options}, lookahead)
     low, top = (p.module.value for p in made.problems.values())
     for _ in range(3):  # the first round measures graphs, later ones may join steps
-        expected = by_hand(low, top)
+        expected = by_hand(low, top, options.get("steps", 3))
         torch.testing.assert_close(made.hypergradient("top")["value"], expected, rtol=1e-10, atol=0)
         before = top.detach().clone()
         made.step()
@@ -109,25 +116,31 @@ class Far(mlo.Problem):
         return mid().square().sum()
 
 
+@pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("product", ["exact", "forward", "central", "one_sided"])
-def test_steps_on_an_inner_path_see_their_count(product, accumulate):
-    modules = {"low": Value(0.3, -0.5), "mid": Value(0.7, 0.2), "top": Value(-0.4, 0.9)}
-    made = mlo.Engine(
-        [
-            cls(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=RATE), accumulate=accumulate)
-            for cls, (name, module) in zip((InnerLow, Mid, Far), modules.items(), strict=True)
-        ],
-        {"kind": "one_step", "product": product},
-        inner_path=True,
-        device="cpu",
-    )
-    for count in range(3):
-        mid, top = modules["mid"].value.detach(), modules["top"].value.detach()
-        slope = RATE * (count + 1)  # the next lower variables are the present ones minus this times mid
-        stepped = mid - RATE * (2 * mid - slope * top)
-        torch.testing.assert_close(made.hypergradient("top")["value"], 2 * stepped * RATE * slope)
-        made.step()
+def test_steps_on_an_inner_path_see_their_count_and_their_rate(product, accumulate, steps):
+    """A scheduler halves the rate after each real step of the lowest problem; virtual ones have the present rate."""
+    low, mid, top = Value(0.3, -0.5), Value(0.7, 0.2), Value(-0.4, 0.9)
+    made = []
+    for cls, name, module in ((InnerLow, "low", low), (Mid, "mid", mid), (Far, "top", top)):
+        optimizer = torch.optim.SGD(module.parameters(), lr=RATE)
+        made.append(cls(name, module=module, optimizer=optimizer, accumulate=accumulate))
+    made[0].steps, made[0].scheduler = steps, torch.optim.lr_scheduler.StepLR(made[0].optimizer, 1, gamma=0.5)
+    options = {"kind": "one_step" if steps == 1 else "unrolled", "product": product}
+    engine = mlo.Engine(made, options, inner_path=True, lookahead=False, device="cpu")
+    count = 0
+    for _ in range(3):
+        rate, middle, x = RATE * 0.5**count, mid.value.detach().clone(), top.value.detach().clone()
+        for real in (False, True):  # the next lower variables are the present ones minus the slope times mid
+            slope = sum(rate * (0.5**step if real else 1.0) * (count + step + 1) for step in range(steps))
+            expected = 2 * (middle - RATE * (2 * middle - slope * x)) * RATE * slope
+            if real:
+                engine.step()
+                torch.testing.assert_close(top.value.detach(), x - RATE * expected, rtol=1e-10, atol=0)
+            else:
+                torch.testing.assert_close(engine.hypergradient("top")["value"], expected)
+        count += steps
 
 
 def test_a_resumed_engine_knows_that_a_loss_asked():

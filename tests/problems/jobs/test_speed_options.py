@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import needs
 import pytest
 import torch
 
@@ -82,6 +83,7 @@ def test_tf32_reaches_both_engines(tf32):
     assert [engine.tf32 for engine in (made.search_engine("lbt"), made.training_engine(GENOTYPE))] == [tf32, tf32]
 
 
+@needs.compiled_gradients
 def test_a_compiled_search_takes_the_same_steps(monkeypatch):
     calls = []
     monkeypatch.setattr("torch.compile", lambda run, **options: calls.append(options) or run)  # what is compiled, run

@@ -1,0 +1,223 @@
+"""Whole rounds as CUDA graphs: recorded once, and replayed with the batches and learning rates of each round."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from mlo.errors import ConfigError
+from mlo.ops import distributed
+from mlo.ops.rng import global_state
+from mlo.ops.vectors import readable
+from mlo.steps.level import Level
+from mlo.training.commit import Updater
+from mlo.training.gradients import Gradients
+from mlo.training.recording import HeldBatches, Host, Rates
+from mlo.training.rounds import Rounds
+
+#: runs a function while its kernels are recorded, and returns what runs these kernels again
+Record = Callable[[Callable[[], None]], Callable[[], None]]
+USUAL_ROUNDS = 2  # with nothing changed between them, before one is recorded: the first makes and measures things
+MOST_CHANGES = 20  # one after another, after which a warning says why nothing is replayed
+
+
+def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
+    """Run a function as a CUDA graph; what is returned replays it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    graph.replay()  # recording alone computes nothing
+    return graph.replay
+
+
+def refuse_capture(device: torch.device, compile: bool) -> None:
+    """Raise a ConfigError where rounds cannot be captured at all."""
+    if device.type != "cuda":
+        raise ConfigError(f"capture=True needs a CUDA GPU, and the device is {str(device)!r}; pass capture=False")
+    if compile:
+        raise ConfigError("capture and compile are both True; pass only one of them")
+    if distributed.world() > 1:
+        raise ConfigError("capture=True works in one process; pass capture=False under torchrun")
+
+
+class Captured:
+    """Takes the rounds of an engine: replays a recorded round where nothing has changed that a recording holds fixed.
+
+    A recording holds fixed: which problems step, all hyperparameters but the learning rates, numbers and flags among
+    the attributes of problems and modules, and where parameters, buffers and optimizer states are in memory. After a
+    change, rounds are taken as usual, and then recorded again. Where batches have other shapes, one round is.
+
+    Attributes:
+        replayed: how many rounds were replayed.
+        obstacle: why no round can be recorded; None if nothing is known of that.
+    """
+
+    def __init__(
+        self,
+        levels: Mapping[str, Level],
+        rounds: Rounds,
+        gradients: Gradients,
+        updater: Updater,
+        record: Record = cuda_graph,
+    ) -> None:
+        self._levels, self._rounds, self._gradients, self._updater = levels, rounds, gradients, updater
+        self._record = record
+        self._fixed: dict[str, Any] = {}
+        self._usual = self._changes = self.replayed = 0
+        self._batches: dict[str, HeldBatches] = {}
+        self._replay: Callable[[], None] | None = None
+        self.obstacle: str | None = None
+
+    def take(self, one_round: Callable[[], None], due: Sequence[str]) -> None:
+        """Take a round, as ``one_round`` does."""
+        if self.obstacle is not None:
+            one_round()
+            return
+        fixed = {"which problems step": tuple(due)} | _fixed(self._levels)
+        if fixed != self._fixed:
+            self._forget(fixed)
+        if self._usual < USUAL_ROUNDS:
+            self._take_as_usual(one_round)
+        elif not all([batches.fill() for batches in self._batches.values()]):
+            one_round()
+        elif self._replay is None:
+            self._capture(one_round)
+        else:
+            self._replay()
+            self.replayed += 1
+
+    def _forget(self, fixed: dict[str, Any]) -> None:
+        """What a recording would hold fixed has changed."""
+        self._changes = self._changes + 1 if self._replay is None else 0
+        if self._changes == MOST_CHANGES:
+            names = [name for name, value in fixed.items() if self._fixed.get(name) != value]
+            warnings.warn(f"no round is replayed, because of changes: {', '.join(names)}", stacklevel=5)
+        self._fixed, self._usual, self._replay = fixed, 0, None
+        self._batches = {name: HeldBatches(level.problem.stream) for name, level in self._levels.items()}
+
+    def _take_as_usual(self, one_round: Callable[[], None]) -> None:
+        """Take a round without a recording, and find out whether one can be recorded, and which batches it takes."""
+        before = self._random_states()
+        with self._streams(go_on=True):
+            one_round()
+        self._usual += 1
+        for obstacle in self._obstacles(before):
+            self._refuse(obstacle)
+            break
+
+    def _obstacles(self, before: Any) -> Iterator[str]:
+        """Why rounds like the one just taken cannot be recorded."""
+        if self._random_states() != before:
+            yield "a loss draws random numbers"
+        for name, level in self._levels.items():
+            optimizer = level.problem.optimizer
+            if level.scale is not None:
+                yield f"the loss scale of {name!r}, for float16, depends on values; use torch.bfloat16"
+            if level.problem.asks_steps_taken:
+                yield f"the loss of {name!r} asks for steps_taken, which a recording would hold fixed"
+            if not _on_device(optimizer):
+                yield (
+                    f"{type(optimizer).__name__} of {name!r} counts its steps on the CPU; make it with capturable=True"
+                )
+            if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+                yield f"the optimizer of {name!r} has hooks, which a replayed step would not call"
+
+    def _capture(self, one_round: Callable[[], None]) -> None:
+        """Record a round, and take it."""
+        host, rates = Host(self._levels, self._rounds, self._gradients, self._updater), Rates(self._levels)
+
+        def recorded() -> None:
+            one_round()
+            host.carry()
+
+        before = self._random_states()
+        rates.fill()
+        try:
+            with self._streams(go_on=False), rates.on_device(), host.kept():
+                replay = self._record(recorded)
+        except RuntimeError as error:  # whatever cannot be part of a CUDA graph
+            rates.undo()
+            self._refuse(f"a round cannot be recorded: {error}")
+            one_round()
+            return
+        host.follow()
+        self._changes = 0
+        for obstacle in self._obstacles(before):
+            self._refuse(obstacle)
+            return
+
+        def again() -> None:
+            rates.fill()
+            replay()
+            host.follow()
+
+        self._replay = again
+
+    def _refuse(self, obstacle: str) -> None:
+        self.obstacle = obstacle
+        warnings.warn(f"rounds are not captured: {obstacle}", stacklevel=6)
+
+    def _random_states(self) -> Any:
+        device = next(iter(self._levels.values())).device
+        cuda = torch.cuda.get_rng_state(device).tolist() if device.type == "cuda" else None
+        state = global_state()
+        return state["torch"].tolist(), state["numpy"][1].tolist(), state["python"][1].tolist(), cuda
+
+    @contextmanager
+    def _streams(self, go_on: bool) -> Iterator[None]:
+        """A context in which the problems read ``self._batches``; afterwards they ``go_on`` in the data, or do not."""
+        problems = {name: level.problem for name, level in self._levels.items()}
+        own = {name: problem.stream for name, problem in problems.items()}
+        for name, problem in problems.items():
+            problem.stream = self._batches[name]
+        try:
+            yield
+        finally:
+            for name, problem in problems.items():
+                problem.stream = own[name]
+                self._batches[name].move(go_on)
+
+
+def _fixed(levels: Mapping[str, Level]) -> dict[str, Any]:
+    """What a recording holds fixed, under names for messages."""
+    found: dict[str, Any] = {}
+    for name, level in levels.items():
+        found["settings of TensorFloat-32"] = level.tf32.settings
+        problem, optimizer = level.problem, level.problem.optimizer
+        of_groups = [{k: _value(v) for k, v in g.items() if k not in _MOVING} for g in optimizer.param_groups]
+        held = [*problem.module.parameters(), *problem.module.buffers()]
+        held += [v for slot in optimizer.state.values() for v in slot.values() if isinstance(v, Tensor)]
+        attributes = {k: v for k, v in vars(problem).items() if k != "step_number" and isinstance(v, _PLAIN)}
+        found[f"options of the optimizer of {name!r}"] = of_groups
+        found[f"attributes of {name!r}"] = attributes
+        found[f"attributes of the module of {name!r}"] = [
+            (key, value)
+            for module in problem.module.modules()
+            for key, value in vars(module).items()
+            if isinstance(value, _PLAIN)
+        ]
+        found[f"tensors of {name!r}"] = [(tensor.data_ptr(), tensor.requires_grad) for tensor in held]
+    return found
+
+
+_MOVING = frozenset(("params", "lr", "initial_lr"))
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _value(option: Any) -> Any:
+    if not isinstance(option, Tensor):
+        return option
+    return option.tolist() if readable(option) else option.data_ptr()
+
+
+def _on_device(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's step reads nothing on the host but numbers that a recording may hold fixed."""
+    if type(optimizer) is SGD:
+        return True
+    return all([group.get("capturable") or group.get("fused") for group in optimizer.param_groups])

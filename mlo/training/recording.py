@@ -1,0 +1,218 @@
+"""The parts of a round that a CUDA graph does not contain: its batches, learning rates, and work on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from mlo.levels.batches import Batches
+from mlo.levels.problem import Problem
+from mlo.ops.vectors import copy_, readable
+from mlo.steps.level import Level
+from mlo.training.commit import Updater
+from mlo.training.gradients import Gradients
+from mlo.training.rounds import Rounds
+
+
+class HeldBatches:
+    """The batches of one problem in a round, each in tensors that stay where they are.
+
+    Attributes:
+        device: see :class:`mlo.levels.batches.Batches`.
+    """
+
+    def __init__(self, stream: Batches) -> None:
+        self.device = stream.device
+        self._stream, self._asked, self._position = stream, set[int](), 0
+        self._held: dict[int, tuple[list[Any], Any]] = {}
+
+    def peek(self, ahead: int = 0) -> Any:
+        """The batch that :meth:`next` will return after ``ahead`` more calls, from the held tensors if it is there."""
+        at = self._position + ahead
+        if at in self._held:
+            return tree_unflatten(*self._held[at])
+        self._asked.add(at)
+        return self._stream.peek(at)
+
+    def next(self) -> Any:
+        """The next batch."""
+        batch = self.peek()
+        self._position += 1
+        return batch
+
+    def move(self, kept: bool = True) -> None:
+        """Go on in the data as far as the round went, or (if not ``kept``) forget how far that was."""
+        for _ in range(self._position if kept else 0):
+            self._stream.next()
+        self._position = 0
+
+    def fill(self) -> bool:
+        """Copy the next batches into these tensors; whether they have the same form."""
+        for at in self._asked:
+            parts, form = tree_flatten(self._stream.peek(at))
+            if at not in self._held:
+                self._held[at] = [p.clone() if isinstance(p, Tensor) else p for p in parts], form
+                continue
+            held, held_form = self._held[at]
+            if form != held_form or not all(map(_same_form, held, parts)):
+                return False
+            pairs = [(mine, new) for mine, new in zip(held, parts, strict=True) if isinstance(mine, Tensor)]
+            for mine, new in pairs:
+                mine.copy_(new, non_blocking=True)
+        return True
+
+    def generators(self) -> list[torch.Generator]:
+        """As of the data."""
+        return self._stream.generators()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of the data."""
+        return self._stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As of the data."""
+        self._stream.load_state_dict(state)
+
+
+class Rates:
+    """The learning rates of all steps in a round, as tensors on the device, and the schedulers that set them."""
+
+    def __init__(self, levels: Mapping[str, Level]) -> None:
+        self._held = [_RatesOfProblem(level.problem) for level in levels.values()]
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """A context in which a round is recorded with these tensors."""
+        with ExitStack() as stack:
+            for held in self._held:
+                stack.enter_context(held.on_device())
+            yield
+
+    def fill(self) -> None:
+        """Set the tensors to the learning rates of the next steps, and the schedulers to where a round leaves them."""
+        for held in self._held:
+            held.fill()
+
+    def undo(self) -> None:
+        """Set the schedulers to where they were before the last :meth:`fill`."""
+        for held in self._held:
+            held.undo()
+
+
+class _RatesOfProblem:
+    def __init__(self, problem: Problem) -> None:
+        self._problem, self._number = problem, 0
+        groups = problem.optimizer.param_groups
+        self._groups = [group for group in groups if not isinstance(group["lr"], Tensor) or readable(group["lr"])]
+        # of each step, and after the last one
+        self._rates = [[self._tensor(group) for group in self._groups] for _ in range(problem.steps + 1)]
+
+    @staticmethod
+    def _tensor(group: Mapping[str, Any]) -> Tensor:
+        like = group["params"][0]
+        return torch.zeros((), dtype=like.dtype, device=like.device)
+
+    def step(self) -> None:
+        """Called as a scheduler after each step of the recorded round."""
+        self._number += 1
+        self._set(self._rates[self._number])
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        problem, numbers = self._problem, [group["lr"] for group in self._groups]
+        scheduler, problem.scheduler, self._number = problem.scheduler, cast(LRScheduler, self), 0
+        self._set(self._rates[0])
+        try:
+            yield
+        finally:
+            self._set(numbers)
+            problem.scheduler = scheduler
+
+    def fill(self) -> None:
+        scheduler = self._problem.scheduler
+        self._numbers = [group["lr"] for group in self._groups]
+        self._state = None if scheduler is None else deepcopy(scheduler.state_dict())
+        for index, rates in enumerate(self._rates):
+            if index and scheduler is not None:
+                scheduler.step()
+            for group, rate in zip(self._groups, rates, strict=True):
+                rate.fill_(group["lr"])
+
+    def undo(self) -> None:
+        if self._problem.scheduler is not None and self._state is not None:
+            self._problem.scheduler.load_state_dict(self._state)
+        self._set(self._numbers)
+
+    def _set(self, rates: Sequence[float | Tensor]) -> None:
+        for group, rate in zip(self._groups, rates, strict=True):
+            group["lr"] = rate
+
+
+class Host:
+    """What a round does on the host besides its kernels: kept while it is recorded, and done once for each replay."""
+
+    def __init__(self, levels: Mapping[str, Level], rounds: Rounds, gradients: Gradients, updater: Updater) -> None:
+        self._levels, self._rounds, self._gradients, self._updater = levels, rounds, gradients, updater
+        self._problems = {name: level.problem for name, level in levels.items()}
+        self._warm = {upper: dict(warm) for upper, warm in gradients.warm.items()}
+
+    def carry(self) -> None:
+        """Copy what the next round starts from to where the recorded one read it."""
+        for upper, warm in self._warm.items():
+            for name, vector in warm.items():
+                copy_(vector, self._gradients.warm[upper][name])
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """A context in which a round is recorded; the counters are as before afterwards."""
+        updater, gradients, losses, reports = (
+            self._updater,
+            self._gradients,
+            self._rounds.losses,
+            self._gradients.reports,
+        )
+        steps = {name: problem.step_number for name, problem in self._problems.items()}
+        passes = {name: level.passes.copy() for name, level in self._levels.items()}
+        pullbacks, waiting = gradients.pullbacks.copy(), len(updater.waiting)
+        self._rounds.losses, gradients.reports, updater.recorded = {}, {}, True
+        try:
+            yield
+        finally:
+            updater.recorded = False
+            self._losses, self._reports = self._rounds.losses, gradients.reports
+            self._rounds.losses, gradients.reports, gradients.warm = losses, reports, self._warm
+            self._seen = [(name, number - steps[name], seen) for name, number, seen in updater.waiting[waiting:]]
+            del updater.waiting[waiting:]
+            self._steps = {name: problem.step_number - steps[name] for name, problem in self._problems.items()}
+            self._passes = {name: level.passes - passes[name] for name, level in self._levels.items()}
+            self._pullbacks = gradients.pullbacks - pullbacks
+            for name, problem in self._problems.items():
+                problem.step_number = steps[name]
+                self._levels[name].passes = passes[name]
+            gradients.pullbacks = pullbacks
+
+    def follow(self) -> None:
+        """Count the steps of a round, and move on in the data."""
+        for name, number, seen in self._seen:
+            self._updater.waiting.append((name, self._problems[name].step_number + number, seen))
+        for name, problem in self._problems.items():
+            problem.step_number += self._steps[name]
+            self._levels[name].passes += self._passes[name]
+            for _ in range(self._steps[name] * problem.accumulate):
+                problem.stream.next()
+        self._gradients.pullbacks += self._pullbacks
+        self._rounds.losses = {**self._rounds.losses, **{name: loss.clone() for name, loss in self._losses.items()}}
+        self._gradients.reports |= {key: value.clone() for key, value in self._reports.items()}
+
+
+def _same_form(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype
+    return type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other)

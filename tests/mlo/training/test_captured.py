@@ -1,0 +1,315 @@
+"""Rounds that are recorded and replayed give what rounds taken as usual give; here by tests.replaying, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from replaying import record
+from torch import Tensor, nn
+
+import mlo
+from benchmarks.lbt_step import make_task
+from benchmarks.lbt_step import problems as lbt_problems
+from mlo.hypergradient import solvers
+from mlo.ops import vectors
+from mlo.training import engine as engine_module
+from mlo.training.captured import Captured
+from mlo.training.commit import Updater
+
+ROUNDS = 9
+
+
+class Fit(mlo.Problem):
+    factor = 1.0
+
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        x, y = batch
+        return self.factor * (self(x) - y).square().mean() + top.params["weight"].exp().mean() * self(x).square().mean()
+
+
+class Judge(mlo.Problem):
+    def loss(self, batch: Any, low: mlo.Problem) -> Tensor:
+        x, y = batch
+        return (low(x) - y).square().mean() + self.params["weight"].square().mean()
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def levels(cls: type[Fit] = Fit, rate: float = 0.1, last: int = 6, **low: Any) -> list[mlo.Problem]:
+    torch.manual_seed(0)
+    model, top = network(), nn.Linear(1, 2).double()
+    sizes = [6, 6, 6, 6, 6, 6, last]
+    data = [(torch.randn(n, 3).double(), torch.randn(n, 2).double()) for n in sizes]
+    sgd = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, 30)
+    above = torch.optim.SGD(top.parameters(), 0.05, momentum=0.5)
+    return [
+        cls("low", module=model, optimizer=sgd, scheduler=scheduler, data=data, **low),
+        Judge("top", module=top, optimizer=above, data=[(x.clone(), y) for x, y in data[::-1]]),
+    ]
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines capture on the CPU, and check losses as on a GPU."""
+    monkeypatch.setattr(engine_module, "Updater", lambda device, deferred: Updater(device, deferred=True))
+    monkeypatch.setattr(engine_module, "Captured", partial(Captured, record=record))
+    monkeypatch.setattr(engine_module, "refuse_capture", lambda device, compile: None)
+    for module in (vectors, solvers):
+        monkeypatch.setattr(module, "readable", lambda tensor: False)
+
+
+def engines(make: Callable[[], list[mlo.Problem]], *args: Any, **kwargs: Any) -> tuple[mlo.Engine, mlo.Engine]:
+    plain, captured = (mlo.Engine(make(), *args, capture=c, device="cpu", **kwargs) for c in (False, True))
+    return plain, captured
+
+
+def assert_same(plain: mlo.Engine, captured: mlo.Engine, rtol: float = 1e-11) -> None:
+    """All that a run consists of."""
+    one, other = plain.state_dict(), captured.state_dict()
+    for state in (one, other):
+        state["random"]["numpy"][0] = 0  # a string, the generator's kind
+    torch.testing.assert_close(other, one, rtol=rtol, atol=rtol / 100)
+    assert plain.passes == captured.passes
+    assert plain.pullbacks == captured.pullbacks
+    assert plain.rounds == captured.rounds
+
+
+KINDS: list[Any] = [
+    "darts",
+    "one_step",
+    {"kind": "one_step", "product": "one_sided"},
+    {"kind": "one_step", "product": "forward"},
+    "sama",
+    {"kind": "truncated", "steps": 2},
+    "unrolled",
+    {"kind": "unrolled", "graph_memory": 0.0, "every": 2},
+    {"kind": "cg", "iterations": 2, "warm_start": True, "tolerance": 0.0},
+    {"kind": "neumann", "terms": 3},
+    {"kind": "penalty", "steps": 2},
+]
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("low", [{"steps": 3}, {"clip_norm": 0.5, "accumulate": 2}], ids=str)
+def test_replayed_rounds_are_the_same(kind: Any, low: dict[str, Any]) -> None:
+    plain, captured = engines(partial(levels, **low), kind)
+    for _ in range(ROUNDS):
+        plain.step()
+        captured.step()
+        torch.testing.assert_close(captured.losses, plain.losses, rtol=1e-11, atol=1e-13)
+    assert_same(plain, captured)
+    assert captured.report().replayed == ROUNDS - 4  # one before the momentum, two as usual, and the recorded one
+
+
+def run_both(plain: mlo.Engine, captured: mlo.Engine, rounds: int = 6) -> None:
+    plain.run(rounds)
+    captured.run(rounds)
+
+
+def searching() -> list[mlo.Problem]:
+    """Learning by Teaching, where the architecture steps from the third round on."""
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 10))
+    task = make_task(lambda: student, channels=2, cells=3, batch=2, size=8)
+    with torch.no_grad():
+        for module in (task.teacher, task.student, task.architecture):
+            module.double()
+    images = [(x.double(), y) for x, y in (task.training, task.validation)]
+    task = task._replace(training=images[0], validation=images[1], unlabeled=task.unlabeled.double())
+    found = lbt_problems(task, held=(), warmup=2, clip_norm=1.0)
+    found[2].optimizer = torch.optim.SGD(task.architecture.parameters(), 0.1)
+    return found
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_three_levels_with_lookahead_and_a_warm_up() -> None:
+    plain, captured = engines(searching, "darts")
+    run_both(plain, captured, 9)
+    assert_same(plain, captured, rtol=1e-8)  # differences of gradients multiply rounding errors
+    assert captured.report().replayed == 4
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_batch_of_another_shape_is_taken_as_usual_and_the_recording_is_kept() -> None:
+    plain, captured = engines(partial(levels, last=4), "one_step")
+    run_both(plain, captured, 15)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 7  # the fifth, sixth, and ninth to thirteenth
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize("what", ["option", "attribute", "mode", "state"])
+def test_a_change_of_what_a_recording_holds_fixed_is_seen(what: str) -> None:
+    plain, captured = engines(levels, "one_step")
+    run_both(plain, captured)
+    replayed = captured.report().replayed
+    for engine in (plain, captured):
+        low = engine.problems["low"]
+        if what == "option":
+            low.optimizer.param_groups[0]["weight_decay"] = 0.1
+        elif what == "attribute":
+            low.factor = 2.0
+        elif what == "mode":
+            low.module.eval()
+        else:  # the optimizer's tensors are new ones then
+            engine.load_state_dict(copy.deepcopy(engine.state_dict()))
+    run_both(plain, captured)
+    assert_same(plain, captured)
+    assert captured.report().replayed == replayed + 3
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_loss_that_is_not_finite_is_reported_and_leaves_the_state_before_it() -> None:
+    plain, captured = engines(levels, "one_step")
+    for engine in (plain, captured):
+        engine.run(6)
+        engine.problems["low"].stream.peek(1)[0].fill_(float("nan"))
+        with pytest.raises(mlo.NonFiniteLossError, match="'low': its loss is nan at its step 8"):
+            engine.run(3)
+    assert captured.report().replayed >= 3
+    for one, other in zip(plain.problems.values(), captured.problems.values(), strict=True):
+        torch.testing.assert_close(other.module.state_dict(), one.module.state_dict(), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_resumed_run_goes_on_as_it_was(tmp_path: Path) -> None:
+    plain, captured = engines(levels, "one_step")
+    run_both(plain, captured)
+    mlo.checkpoint.save(tmp_path / "state", captured.state_dict())
+    _, resumed = engines(levels, "one_step")
+    resumed.load_state_dict(mlo.checkpoint.load(tmp_path / "state"))
+    plain.run(6)
+    resumed.run(6)
+    torch.testing.assert_close(resumed.losses, plain.losses, rtol=1e-11, atol=1e-13)
+    assert resumed.report().replayed == 3
+
+
+class Noisy(Fit):
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        x, y = batch
+        return super().loss((x + 0.1 * torch.randn_like(x), y), top)
+
+
+class Annealed(Fit):
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        return super().loss(batch, top) * 0.9**self.steps_taken
+
+
+def with_adam() -> list[mlo.Problem]:
+    problems = levels()
+    problems[1].optimizer = torch.optim.Adam(problems[1].module.parameters(), 0.01)
+    return problems
+
+
+def with_hook() -> list[mlo.Problem]:
+    problems = levels()
+    problems[0].optimizer.register_step_post_hook(lambda *_: None)
+    return problems
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (partial(levels, Noisy), "a loss draws random numbers"),
+        (partial(levels, Annealed), "the loss of 'low' asks for steps_taken"),
+        (with_adam, "Adam of 'top' counts its steps on the CPU; make it with capturable=True"),
+        (with_hook, "the optimizer of 'low' has hooks"),
+    ],
+)
+def test_what_cannot_be_recorded_is_said_once_and_runs_as_usual(
+    make: Callable[[], list[mlo.Problem]], why: str
+) -> None:
+    torch.manual_seed(1)
+    plain, captured = engines(make, "one_step")
+    torch.manual_seed(2)
+    plain.run(6)
+    torch.manual_seed(2)
+    with pytest.warns(UserWarning, match=f"rounds are not captured: {why}") as warned:
+        captured.run(6)
+    assert len(warned) == 1
+    assert_same(plain, captured)
+    assert captured.report().replayed == 0
+    assert why in str(captured.report())
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_recording_that_fails_leaves_all_counters_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(function: Callable[[], None]) -> Callable[[], None]:
+        record(lambda: None)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(engine_module, "Captured", partial(Captured, record=fails))
+    plain, captured = engines(levels, "one_step")
+    plain.run(6)
+    with pytest.warns(UserWarning, match="a round cannot be recorded: operation not permitted"):
+        captured.run(6)
+    assert_same(plain, captured)
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_changes_at_every_round_are_named() -> None:
+    def counted(engine: mlo.Engine) -> None:
+        engine.problems["low"].factor += 0.01
+
+    _, captured = engines(levels, "one_step")
+    with pytest.warns(UserWarning, match="no round is replayed, because of changes: attributes of 'low'"):
+        captured.run(25, [counted])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"capture=True needs a CUDA GPU, and the device is 'cpu'; pass capture=False"),
+        ({"capture": "yes"}, r"capture='yes'; pass True or False"),
+    ],
+)
+def test_capture_is_refused_where_it_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(mlo.ConfigError, match=message):
+        mlo.Engine(levels(), "one_step", device="cpu", **({"capture": True} | options))
+
+
+class LateToAsk(Fit):
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        later = len(batch[0]) == 6 and self.step_number > 2
+        return super().loss(batch, top) * (1.0 if not later else 0.9**self.steps_taken)
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_what_a_loss_asks_for_only_in_the_recorded_round_is_seen() -> None:
+    plain, captured = engines(partial(levels, LateToAsk), "one_step")
+    plain.run(6)
+    with pytest.warns(UserWarning, match="the loss of 'low' asks for steps_taken"):
+        captured.run(6)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 0
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_learning_rate_in_a_tensor_is_read_at_every_round() -> None:
+    def make() -> list[mlo.Problem]:
+        problems = levels()
+        for group in problems[1].optimizer.param_groups:
+            group["lr"] = torch.tensor(0.05, dtype=torch.float64)
+        return problems
+
+    def halved(engine: mlo.Engine) -> None:
+        engine.problems["top"].optimizer.param_groups[0]["lr"].mul_(0.5)
+
+    plain, captured = engines(make, "one_step")
+    plain.run(7, [halved])
+    captured.run(7, [halved])
+    assert_same(plain, captured)
+    assert captured.report().replayed == 3
