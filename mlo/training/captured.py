@@ -87,7 +87,7 @@ class Captured:
         elif not all([batches.fill() for batches in self._batches.values()]):
             one_round()
         elif self._replay is None:
-            self._capture(one_round)
+            self._capture(one_round, due)
         else:
             self._replay()
             self.replayed += 1
@@ -128,9 +128,10 @@ class Captured:
             if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
                 yield f"the optimizer of {name!r} has hooks, which a replayed step would not call"
 
-    def _capture(self, one_round: Callable[[], None]) -> None:
+    def _capture(self, one_round: Callable[[], None], due: Sequence[str]) -> None:
         """Record a round, and take it."""
-        host, rates = Host(self._levels, self._rounds, self._gradients, self._updater), Rates(self._levels)
+        host = Host(self._levels, self._rounds, self._gradients, self._updater)
+        rates = Rates(self._levels[name].problem for name in due)
 
         def recorded() -> None:
             one_round()

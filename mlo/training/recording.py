@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any, cast
@@ -82,10 +82,14 @@ class HeldBatches:
 
 
 class Rates:
-    """The learning rates of all steps in a round, as tensors on the device, and the schedulers that set them."""
+    """The learning rates of all steps in a round, as tensors on the device, and the schedulers that set them.
 
-    def __init__(self, levels: Mapping[str, Level]) -> None:
-        self._held = [_RatesOfProblem(level.problem) for level in levels.values()]
+    Args:
+        problems: those that step.
+    """
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self._held = list(map(_RatesOfProblem, problems))
 
     @contextmanager
     def on_device(self) -> Iterator[None]:

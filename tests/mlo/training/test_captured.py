@@ -148,8 +148,8 @@ def test_a_batch_of_another_shape_is_taken_as_usual_and_the_recording_is_kept() 
 
 
 @pytest.mark.usefixtures("as_on_gpu")
-@pytest.mark.parametrize("what", ["option", "attribute", "mode", "state"])
-def test_a_change_of_what_a_recording_holds_fixed_is_seen(what: str) -> None:
+@pytest.mark.parametrize("what", ["option", "attribute", "mode", "state", "TF32"])
+def test_a_change_of_what_a_recording_holds_fixed_is_seen(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, captured = engines(levels, "one_step")
     run_both(plain, captured)
     replayed = captured.report().replayed
@@ -161,6 +161,8 @@ def test_a_change_of_what_a_recording_holds_fixed_is_seen(what: str) -> None:
             low.factor = 2.0
         elif what == "mode":
             low.module.eval()
+        elif what == "TF32":
+            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         else:  # the optimizer's tensors are new ones then
             engine.load_state_dict(copy.deepcopy(engine.state_dict()))
     run_both(plain, captured)
@@ -279,6 +281,20 @@ def test_changes_at_every_round_are_named() -> None:
 def test_capture_is_refused_where_it_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(mlo.ConfigError, match=message):
         mlo.Engine(levels(), "one_step", device="cpu", **({"capture": True} | options))
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_scheduler_does_not_move_in_replayed_rounds_before_its_problem_steps() -> None:
+    def make() -> list[mlo.Problem]:
+        problems = levels()
+        problems[1].warmup = 7
+        problems[1].scheduler = torch.optim.lr_scheduler.StepLR(problems[1].optimizer, 1, 0.5)
+        return problems
+
+    plain, captured = engines(make, "one_step")
+    run_both(plain, captured, 13)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 3 + 2  # before the first step of the top, and after it
 
 
 class LateToAsk(Fit):
