@@ -189,6 +189,7 @@ def _fixed(levels: Mapping[str, Level]) -> dict[str, Any]:
     """What a recording holds fixed, under names for messages."""
     found: dict[str, Any] = {}
     for name, level in levels.items():
+        found["settings of TensorFloat-32"] = level.tf32.settings
         problem, optimizer = level.problem, level.problem.optimizer
         of_groups = [{k: _value(v) for k, v in g.items() if k not in _MOVING} for g in optimizer.param_groups]
         held = [*problem.module.parameters(), *problem.module.buffers()]

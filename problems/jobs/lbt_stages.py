@@ -41,7 +41,9 @@ def search_engine(job: LbtJob, method: Method, found: list[ArchitectureLogits]) 
     judged = {"student_weight": job.student_weight, "in_turn": authors and lbt}
     problems.append(levels.architecture(search, space, splits, reads=dict.fromkeys(left_out), **judged))
     lookahead = job.teacher_estimator.lookahead or authors if job.lookahead is None else job.lookahead
-    return mlo.Engine(problems, job.hypergradient, lookahead=lookahead, compile=job.compile, device=job.device)
+    return mlo.Engine(
+        problems, job.hypergradient, lookahead=lookahead, compile=job.compile, tf32=search.tf32, device=job.device
+    )
 
 
 def new_student(job: LbtJob) -> nn.Module:

@@ -148,8 +148,8 @@ def test_a_batch_of_another_shape_is_taken_as_usual_and_the_recording_is_kept() 
 
 
 @pytest.mark.usefixtures("as_on_gpu")
-@pytest.mark.parametrize("what", ["option", "attribute", "mode", "state"])
-def test_a_change_of_what_a_recording_holds_fixed_is_seen(what: str) -> None:
+@pytest.mark.parametrize("what", ["option", "attribute", "mode", "state", "TF32"])
+def test_a_change_of_what_a_recording_holds_fixed_is_seen(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, captured = engines(levels, "one_step")
     run_both(plain, captured)
     replayed = captured.report().replayed
@@ -161,6 +161,8 @@ def test_a_change_of_what_a_recording_holds_fixed_is_seen(what: str) -> None:
             low.factor = 2.0
         elif what == "mode":
             low.module.eval()
+        elif what == "TF32":
+            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         else:  # the optimizer's tensors are new ones then
             engine.load_state_dict(copy.deepcopy(engine.state_dict()))
     run_both(plain, captured)
