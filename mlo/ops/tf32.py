@@ -29,10 +29,11 @@ class Tf32:
 
     Args:
         steps: whether steps use it; None: as torch is set outside.
+        gpu: whether the engine computes on a GPU, where torch lets cuDNN use it from the start.
     """
 
-    def __init__(self, steps: bool | None = None) -> None:
-        self.steps = steps
+    def __init__(self, steps: bool | None = None, gpu: bool = True) -> None:
+        self.steps, self._gpu = steps, gpu
         self._for_products: Sequence[Change] = ()
 
     @property
@@ -43,9 +44,9 @@ class Tf32:
     @contextmanager
     def in_call(self) -> Iterator[None]:
         """A context for a call of the engine: float32 is float32 in it, but :meth:`in_step`."""
-        outer, for_steps = self._for_products, [] if self.steps is None else _allow(self.steps)
+        outer, for_steps = self._for_products, [] if self.steps is None else _allow(self.steps, self._gpu)
         try:
-            self._for_products = _allow(False)
+            self._for_products = _allow(False, self._gpu)
             yield
         finally:
             _undo(self._for_products)
@@ -74,7 +75,7 @@ def _undo(changes: Sequence[Change]) -> None:
         change.set(change.before)
 
 
-def _allow(tf32: bool) -> list[Change]:
+def _allow(tf32: bool, gpu: bool) -> list[Change]:
     """Turn TensorFloat-32 on or off, and return what was changed for that.
 
     Torch has two sets of settings. To read the older one raises an error where the newer one contradicts it, so what
@@ -83,7 +84,7 @@ def _allow(tf32: bool) -> list[Change]:
     value = "tf32" if tf32 else "ieee"
     if not _older():  # after that above it, a setting is still another only if it was set by itself
         return [change for setting in _NEWER for change in _set(setting, "fp32_precision", value)]
-    changes = _set(torch.backends.cudnn, "allow_tf32", tf32)
+    changes = _set(torch.backends.cudnn, "allow_tf32", tf32) if gpu else []
     precision = torch.get_float32_matmul_precision()
     if (precision != "highest") != tf32:
         before = precision, *[setting.fp32_precision for setting in _MATMUL]

@@ -92,7 +92,7 @@ class Engine:
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
         self.device = move_to(problems, device)
         self.rounds = 0
-        self.tf32, self._tf32 = tf32, Tf32(tf32)
+        self.tf32, self._tf32 = tf32, Tf32(tf32, self.device.type == "cuda")
         self._levels = levels_of(problems, self.device, Compiler(self.device) if compile else None, self._tf32)
         self._gradients = Gradients(self._plan, self._levels)
         self._updater = Updater(self.device, deferred=self.device.type != "cpu")

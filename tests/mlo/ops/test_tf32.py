@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
-from two_levels import Judging
+from two_levels import Following, Judging
 
 import mlo
 from mlo.ops.tf32 import Tf32
+from mlo.training import engine as engine_module
 
 backends = torch.backends
 NEWER = {
@@ -41,7 +42,9 @@ def settings() -> dict[str, object]:
 
 
 @pytest.fixture(autouse=True)
-def as_torch_starts() -> Iterator[None]:
+def as_torch_starts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Engines on the CPU change the settings as on a GPU."""
+    monkeypatch.setattr(engine_module, "Tf32", lambda steps, gpu: Tf32(steps))
     yield
     backends.fp32_precision = backends.cudnn.fp32_precision = "none"
     backends.cudnn.allow_tf32 = True
@@ -243,3 +246,22 @@ def test_it_is_an_option_of_the_engine_and_in_its_report():
         assert f"tf32={tf32}" in str(made.report())
     with pytest.raises(mlo.ConfigError, match="tf32='high'; pass True or False or None"):
         engine("one_step", tf32="high")
+
+
+def test_an_engine_on_a_cpu_leaves_the_settings_for_cudnn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "Tf32", Tf32)
+    seen = []
+
+    class Looking(Judging):
+        def loss(self, batch, low):
+            seen.append((backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+            return super().loss(batch, low)
+
+    low, top = nn.Linear(3, 2), nn.Linear(3, 2)
+    levels = [
+        Following("low", module=low, optimizer=torch.optim.SGD(low.parameters(), 0.1), data=[torch.ones(4, 3)]),
+        Looking("top", module=top, optimizer=torch.optim.SGD(top.parameters(), 0.1), data=[torch.ones(4, 3)]),
+    ]
+    torch.set_float32_matmul_precision("medium")
+    mlo.Engine(levels, "cg", tf32=False, device="cpu").step()
+    assert {*seen} == {(True, "highest")}
