@@ -16,6 +16,7 @@ from replaying import record
 from mlo.cli import main as cli
 from mlo.hypergradient import solvers
 from mlo.ops import vectors
+from mlo.ops.tf32 import Tf32
 from mlo.training import engine as engine_module
 from mlo.training.captured import Captured
 from mlo.training.commit import Updater
@@ -54,6 +55,7 @@ def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "Updater", lambda device, deferred: Updater(device, deferred=True))
     monkeypatch.setattr(engine_module, "Captured", partial(Captured, record=record))
     monkeypatch.setattr(engine_module, "refuse_capture", lambda device, compile: None)
+    monkeypatch.setattr(engine_module, "Tf32", lambda steps, gpu: Tf32(steps))
     for module in (vectors, solvers):
         monkeypatch.setattr(module, "readable", lambda tensor: False)
 

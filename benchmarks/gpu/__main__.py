@@ -3,7 +3,7 @@
     python -m benchmarks.gpu --out runs/gpu            # all sections, in under 8 minutes
     python -m benchmarks.gpu --out runs/gpu --report   # the figures of docs/gpu.md, from these results
     python -m benchmarks.gpu --smoke                   # does everything run? on the CPU, at a tiny size
-    python -m benchmarks.gpu --count                   # what a round would launch, without a GPU; writes docs/gpu.md
+    python -m benchmarks.gpu --count                   # launches and memory, without a GPU; writes docs/gpu.md
 
 Each section runs in its own process and within its time, and writes SECTION.json; one that fails does not stop the
 others. It needs torch, torchvision and pydantic; the tests also need what `pip install '.[dev]'` installs.
@@ -30,11 +30,11 @@ def main() -> int:
         print(report(arguments.out))
         return 0
     if arguments.count:
-        from benchmarks.gpu.counted import count_rounds, table
+        from benchmarks.gpu import counted, peak
 
-        rows = table(count_rounds())
-        print(rows)
-        replace_table(PAGE, "counted", rows)
+        for mark, rows in (("counted", counted.table(counted.count_rounds())), ("memory", peak.table(peak.peaks()))):
+            print(rows)
+            replace_table(PAGE, mark, rows)
         return 0
     os.environ.setdefault("OMP_NUM_THREADS", "1" if arguments.smoke else "4")
     from benchmarks.gpu.running import run_sections  # imports torch, which the help and the report do not need
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--count",
         action="store_true",
-        help="measure nothing; count kernel launches, and write the table of docs/gpu.md",
+        help="measure nothing; count kernel launches and peak memory, and write the tables of docs/gpu.md",
     )
     return parser
 

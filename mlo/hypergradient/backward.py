@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from mlo.errors import ConfigError, GraphError
@@ -52,7 +53,11 @@ def backward(
         if name not in waiting:  # nothing above it depends on it
             continue
         steps = records[name]
-        back = estimators[name].pull(steps, waiting.pop(name), targets, warm.get(name))
+        try:
+            back = estimators[name].pull(steps, waiting.pop(name), targets, warm.get(name))
+        except torch.OutOfMemoryError as error:
+            error.add_note(f"Memory ran out while {top!r} was differentiated through the training of {name!r}.")
+            raise
         if not isinstance(back, Pulled):
             raise ConfigError(
                 f"problem {name!r}: pull of {type(estimators[name]).__name__} returned a {type(back).__name__}; return "

@@ -127,7 +127,7 @@ def _with_graph(point: Point, targets: Sequence[str]) -> tuple[Vector, Vector]:
 
 
 class Forward(Product):
-    """Forward over reverse: exact, with the memory of one backward pass. Each product costs 1 pass with tangents.
+    """Forward over reverse: exact, and nothing is kept between products. Each costs 1 pass with tangents.
 
     It is not always faster: for small models on a CPU it is slower than ``exact``. Operators without a forward-mode
     derivative, such as fused attention, raise an error.

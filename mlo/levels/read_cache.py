@@ -123,7 +123,7 @@ class ReadCache:
             if pairs and wanted:
                 outputs, cotangents = zip(*pairs, strict=True)
                 found = torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True, allow_unused=True)
-                _add_to(pulled, wanted, aligned(found, wanted))
+                _add_to(pulled, wanted, found if self._device.type == "cpu" else aligned(found, wanted))
         return [pulled.get(tensor) for tensor in inputs]
 
 

@@ -53,7 +53,10 @@ def copied(state: State, device: torch.device | None = None) -> State:
     """
     parts: list[Vector] = []
     for tensors in (state.variables, state.buffers):
-        here = device is None or not tensors or tensors[0].device == device
+        here = not tensors or device in (None, tensors[0].device)
+        if not tensors:
+            parts.append(())
+            continue
         copies = vectors.copied(tensors) if here else tuple([t.to(device, copy=True) for t in tensors])
         for copy, tensor in zip(copies, tensors, strict=True):
             if tensor.requires_grad:

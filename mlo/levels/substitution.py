@@ -50,7 +50,7 @@ class Substitute:
         self.calls += 1
         if self._own:
             if self._kept is None:
-                self._kept = [*self._replaced, *copied(self.buffers)]
+                self._kept = [*self._replaced, *(copied(self.buffers) if self.buffers else ())]
             output = self._problem.places.run(self._kept, args, kwargs)
             if self.buffers:
                 self.buffers = self._problem.places.new_buffers(self.buffers, self._kept[len(self._replaced) :])
@@ -58,4 +58,4 @@ class Substitute:
         parameters = self._replaced
         if not torch.is_grad_enabled():  # detached even where forward returns a parameter itself
             parameters = tuple([tensor.detach() for tensor in self.parameters])
-        return self._problem.places.run([*parameters, *copied(self.buffers)], args, kwargs)
+        return self._problem.places.run([*parameters, *(copied(self.buffers) if self.buffers else ())], args, kwargs)

@@ -2,40 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import wraps
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-
-
-class HasDevice(Protocol):
-    """An object with a device."""
-
-    device: torch.device
-
-
-Self = TypeVar("Self", bound=HasDevice)
-Arguments = ParamSpec("Arguments")
-Returned = TypeVar("Returned")
-
-
-def outside_autocast(
-    method: Callable[Concatenate[Self, Arguments], Returned],
-) -> Callable[Concatenate[Self, Arguments], Returned]:
-    """A decorator that runs the method with the caller's ``torch.autocast`` turned off.
-
-    Otherwise backward passes and the sums between them would run in the caller's precision.
-    """
-
-    @wraps(method)
-    def run(self: Self, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
-        kind = self.device.type
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            return method(self, *args, **kwargs)
-
-    return run
 
 
 @contextmanager

@@ -111,6 +111,8 @@ class Compiler:
             else:
                 self.refuse(problem, _reason(error))
             return None
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # as of an autograd.Function that torch.func cannot run
             if not spare or key in self.ran:
                 raise

@@ -18,23 +18,25 @@ class TwiceDifferentiable:
 
     Scaled-dot-product attention uses its math kernel, because the fused kernels have no second derivative. Weight
     normalization is computed with elementary operators, because the second derivative of torch's fused operator treats
-    the norms as constants. Both replacements affect the whole process while the context is active.
+    the norms as constants. Recurrent layers use torch's own kernels, because those of cuDNN have no second derivative,
+    and those of oneDNN (for CPUs) none in forward mode. All replacements affect the whole process while the context is
+    active.
     """
 
     def __enter__(self) -> None:  # runs at every step, so it must be cheap
         self._outside, self._kernels = [], list[bool]()
         self._math = torch.backends.cuda.math_sdp_enabled()
-        for namespace in _WEIGHT_NORMS:
-            self._outside.append(namespace["_weight_norm"])
-            namespace["_weight_norm"] = _weight_norm
+        for namespace, name, replacement in _OPERATORS:
+            self._outside.append(namespace[name])
+            namespace[name] = replacement
         for enabled, enable in _FUSED_ATTENTION:
             self._kernels.append(enabled())
             enable(False)
         torch.backends.cuda.enable_math_sdp(True)
 
     def __exit__(self, *error: object) -> None:
-        for namespace, function in zip(_WEIGHT_NORMS, self._outside, strict=True):
-            namespace["_weight_norm"] = function
+        for (namespace, name, _), function in zip(_OPERATORS, self._outside, strict=True):
+            namespace[name] = function
         for (_, enable), was_enabled in zip(_FUSED_ATTENTION, self._kernels, strict=True):
             enable(was_enabled)
         torch.backends.cuda.enable_math_sdp(self._math)
@@ -86,6 +88,23 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Replaces ``torch._weight_norm``, with the same arguments."""
     dtype, v = v.dtype, _full(v)
     return (v * (g / torch.norm_except_dim(v, 2, dim))).to(dtype)
+
+
+def _plain(recurrent: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator of a recurrent layer, run by torch's own kernels; convolutions around it still use cuDNN."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        libraries: tuple[Any, Any] = torch.backends.cudnn, torch.backends.mkldnn
+        outside = [library.enabled for library in libraries]
+        try:
+            for library in libraries:
+                library.enabled = False
+            return recurrent(*args, **kwargs)
+        finally:
+            for library, was_enabled in zip(libraries, outside, strict=True):
+                library.enabled = was_enabled
+
+    return run
 
 
 def _batch_norm(
@@ -176,5 +195,13 @@ _FUSED_ATTENTION: list[tuple[Callable[[], bool], Callable[[bool], object]]] = [
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
     (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
 ]
-# torch has no option for this: the two namespaces in which parametrizations and the older hooks find the operator
-_WEIGHT_NORMS = [vars(torch), vars(importlib.import_module("torch.nn.utils.weight_norm"))]
+_FUNCTIONS = vars(torch)
+# torch has no option for these: the namespaces in which parametrizations, older hooks and recurrent layers find them
+_OPERATORS: list[tuple[dict[str, Any], str, Callable[..., Any]]] = [
+    (_FUNCTIONS, "_weight_norm", _weight_norm),
+    (vars(importlib.import_module("torch.nn.utils.weight_norm")), "_weight_norm", _weight_norm),
+]
+for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+    _replacement = _plain(_FUNCTIONS[_name])
+    vars(torch._VF)[_name] = _FUNCTIONS[_name]  # where it is looked up, but is not stored
+    _OPERATORS += [(namespace, _name, _replacement) for namespace in (_FUNCTIONS, vars(torch._VF))]

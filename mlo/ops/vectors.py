@@ -24,6 +24,9 @@ SMALL = 2**16  # elements; smaller tensors are put together for operators that h
 
 def copied(a: Sequence[Tensor]) -> Vector:
     """A copy of the vector, without a graph."""
+    if not a or readable(a[0]):
+        with torch.no_grad():
+            return tuple(map(torch.clone, a))
     copies = tuple([torch.empty_like(tensor) for tensor in a])
     copy_(copies, a)
     return copies

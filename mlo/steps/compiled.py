@@ -93,7 +93,10 @@ def _run(
     assert compiler is not None
     lowered = level.problem.autocast if point.autocast else None
     names = frozenset(reached)
-    key = (level.name, what, tuple(of), tuple(sorted(names)), lowered)
+    second = keep_graph or function is product_of
+    # a captured pass repeats the kernels that it was captured with, which differ between steps and products
+    in_full = level.device.type == "cuda" and (second or kind == "product")
+    key = (level.name, what, tuple(of), tuple(sorted(names)), in_full, lowered)
     if key not in compiler:
         compiler.add(key, _function(level, function, names, options, lowered), leaves_graph=keep_graph)
     wanted = {*of, level.name}
@@ -114,11 +117,10 @@ def _run(
             raise _NotCompiledError
         return done
 
-    second = keep_graph or function is product_of
     with TwiceDifferentiable() if second else nullcontext():
         try:
             loss, found, buffers, _ = evaluate(
-                run, level, states, micro, kind=kind, count=point.step_number, autocast=False
+                run, level, states, micro, kind=kind, count=point.step_number, autocast=False, twice=second
             )
         except _NotCompiledError:
             begun.restore(level.device)  # it may have drawn before it failed

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from mlo.levels.state import State
@@ -40,6 +41,7 @@ def evaluate(
     kind: str,
     count: int,
     autocast: bool,
+    twice: bool = False,
     **options: Any,
 ) -> tuple[Any, ...]:
     """Run a function of :mod:`mlo.steps.losses`, or what is compiled from it, and count its passes.
@@ -50,12 +52,17 @@ def evaluate(
         kind: what the passes are counted as.
         count: how many steps the problem had taken before.
         autocast: whether to evaluate under the problem's autocast, if it has one.
+        twice: whether the result will be differentiated again.
     """
+    second = twice or kind == "product"
     problem, dtype = level.problem, level.problem.autocast if autocast else None
     outside = outside_state() if level.draws_outside and micro.randomness is None else None
     before, problem.step_number = problem.step_number, count
     try:
-        with nullcontext() if micro.randomness is None else replay(micro.randomness, level.device):
+        with (
+            nullcontext() if micro.randomness is None else replay(micro.randomness, level.device),
+            nullcontext() if second else level.tf32.in_step(),
+        ):
             if dtype is not None:
                 options["context"] = lowered(level.device.type, dtype)
             done = run(level, states, micro.batch, *arguments, **options)
@@ -67,6 +74,9 @@ def evaluate(
                 f"(the batch of problem {level.name!r} is a tensor of shape {tuple(micro.batch.shape)}: each item of "
                 "its data is one batch; write data=[(x, y)] for one batch of two tensors)"
             )
+        raise
+    except torch.OutOfMemoryError as error:
+        error.add_note(f"Memory ran out in an evaluation of the loss of problem {level.name!r}.")
         raise
     finally:
         problem.step_number = before

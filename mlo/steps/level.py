@@ -15,6 +15,7 @@ from mlo.levels.state import State
 from mlo.ops.compiler import Compiler
 from mlo.ops.loss_scale import LossScale
 from mlo.ops.rng import outside_state, same_outside
+from mlo.ops.tf32 import Tf32
 from mlo.steps.autograd_graph import leaves_of
 
 
@@ -25,6 +26,7 @@ class Level:
         problem, name: the problem, and its name.
         device: of all problems.
         compiler: compiles passes; None: they run eagerly.
+        tf32: TensorFloat-32 of the engine's passes.
         reads: {name: level}, of the problems that its loss reads.
         below: the names of the problems below it.
         arguments: {parameter of the loss: problem}.
@@ -39,8 +41,9 @@ class Level:
         searched: whether its loss was searched for what :meth:`warn_of_strays` warns of.
     """
 
-    def __init__(self, problem: Problem, device: torch.device, compiler: Compiler | None) -> None:
+    def __init__(self, problem: Problem, device: torch.device, compiler: Compiler | None, tf32: Tf32) -> None:
         self.problem, self.name, self.device, self.compiler = problem, problem.name, device, compiler
+        self.tf32 = tf32
         self.reads: dict[str, Level] = {}
         self.below: frozenset[str] = frozenset()
         self.arguments: dict[str, Problem] = {}
@@ -110,9 +113,11 @@ class Level:
         self.scale = None if state["scale"] is None else LossScale(*state["scale"])
 
 
-def levels_of(problems: Sequence[Problem], device: torch.device, compiler: Compiler | None) -> dict[str, Level]:
+def levels_of(
+    problems: Sequence[Problem], device: torch.device, compiler: Compiler | None, tf32: Tf32
+) -> dict[str, Level]:
     """The levels of an engine by name, lowest first."""
-    levels = {problem.name: Level(problem, device, compiler) for problem in problems}
+    levels = {problem.name: Level(problem, device, compiler, tf32) for problem in problems}
     names = list(levels)
     for index, level in enumerate(levels.values()):
         level.below = frozenset(names[:index])

@@ -154,7 +154,7 @@ def gradient_of(
         found = torch.autograd.grad(by, wanted, create_graph=keep_graph, allow_unused=True)
         if scaled:
             found = [None if gradient is None else gradient / scale for gradient in found]
-        if not keep_graph:
+        if not keep_graph and level.device.type != "cpu":
             found = aligned(found, wanted)
     return loss, found, buffers, calls
 

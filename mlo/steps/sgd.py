@@ -63,28 +63,36 @@ def step(
         group, own = groups[number], [variables[index] for index in indices]
         along: Tensors = [g for g in map(gradients.__getitem__, indices) if g is not None]
         if group["maximize"]:
-            along = torch._foreach_neg(along)
+            along = _scaled(along, -1.0)
         if group["weight_decay"]:
-            along = torch._foreach_add(along, own, alpha=group["weight_decay"])
+            along = _add(along, own, group["weight_decay"])
         buffers: Tensors = ()
         if momentum := group["momentum"]:
             if began:
-                last = torch._foreach_mul([slots[index]["momentum_buffer"] for index in indices], momentum)
-                buffers = torch._foreach_add(last, along, alpha=1 - group["dampening"])
+                last = _scaled([slots[index]["momentum_buffer"] for index in indices], momentum)
+                buffers = _add(last, along, 1 - group["dampening"])
             else:
                 buffers = [tensor.clone() for tensor in along]
-            along = torch._foreach_add(along, buffers, alpha=momentum) if group["nesterov"] else buffers
-        stepped = _against(own, along, group["lr"])
+            along = _add(along, buffers, momentum) if group["nesterov"] else buffers
+        rate = group["lr"]
+        stepped = _add(own, _scaled(along, rate), -1.0) if _by_tensor(group) else _add(own, along, -rate)
         for row, index in enumerate(indices):
             moved[index] = stepped[row]
             after[index] = {"momentum_buffer": buffers[row]} if momentum else {}
     return moved, after
 
 
-def _against(variables: Tensors, along: Tensors, rate: float | Tensor) -> Tensors:
-    if not isinstance(rate, Tensor):
-        return torch._foreach_add(variables, along, alpha=-rate)
-    return torch._foreach_sub(variables, torch._foreach_mul(along, rate))
+def _add(a: Tensors, b: Tensors, scale: float) -> Tensors:
+    """``a + scale * b``; in a graph one by one, since operators on lists keep what their derivatives do not need."""
+    if torch.is_grad_enabled():
+        return [torch.add(one, other, alpha=scale) for one, other in zip(a, b, strict=True)]
+    return torch._foreach_add(a, b, alpha=scale)
+
+
+def _scaled(a: Tensors, scale: float | Tensor) -> Tensors:
+    if isinstance(scale, Tensor):
+        return [scale.to(one.dtype) * one for one in a] if torch.is_grad_enabled() else torch._foreach_mul(a, scale)
+    return [one * scale for one in a] if torch.is_grad_enabled() else torch._foreach_mul(a, scale)
 
 
 def _together(
@@ -96,7 +104,8 @@ def _together(
         if gradient is not None:
             found.setdefault((number, slot.get("momentum_buffer") is not None), []).append(index)
     for (number, began), indices in found.items():
-        for part in chunks(indices, tensors):
+        # in a graph, everything is kept anyway
+        for part in [indices] if torch.is_grad_enabled() else chunks(indices, tensors):
             yield number, began, part
 
 

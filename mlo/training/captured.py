@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 from mlo.errors import ConfigError
 from mlo.ops import distributed
 from mlo.ops.rng import global_state
+from mlo.ops.vectors import readable
 from mlo.steps.level import Level
 from mlo.training.commit import Updater
 from mlo.training.gradients import Gradients
@@ -86,7 +87,7 @@ class Captured:
         elif not all([batches.fill() for batches in self._batches.values()]):
             one_round()
         elif self._replay is None:
-            self._capture(one_round)
+            self._capture(one_round, due)
         else:
             self._replay()
             self.replayed += 1
@@ -127,14 +128,16 @@ class Captured:
             if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
                 yield f"the optimizer of {name!r} has hooks, which a replayed step would not call"
 
-    def _capture(self, one_round: Callable[[], None]) -> None:
+    def _capture(self, one_round: Callable[[], None], due: Sequence[str]) -> None:
         """Record a round, and take it."""
-        host, rates = Host(self._levels, self._rounds, self._gradients, self._updater), Rates(self._levels)
+        host = Host(self._levels, self._rounds, self._gradients, self._updater)
+        rates = Rates(self._levels[name].problem for name in due)
 
         def recorded() -> None:
             one_round()
             host.carry()
 
+        before = self._random_states()
         rates.fill()
         try:
             with self._streams(go_on=False), rates.on_device(), host.kept():
@@ -145,13 +148,17 @@ class Captured:
             one_round()
             return
         host.follow()
+        self._changes = 0
+        for obstacle in self._obstacles(before):
+            self._refuse(obstacle)
+            return
 
         def again() -> None:
             rates.fill()
             replay()
             host.follow()
 
-        self._changes, self._replay = 0, again
+        self._replay = again
 
     def _refuse(self, obstacle: str) -> None:
         self.obstacle = obstacle
@@ -182,6 +189,7 @@ def _fixed(levels: Mapping[str, Level]) -> dict[str, Any]:
     """What a recording holds fixed, under names for messages."""
     found: dict[str, Any] = {}
     for name, level in levels.items():
+        found["settings of TensorFloat-32"] = level.tf32.settings
         problem, optimizer = level.problem, level.problem.optimizer
         of_groups = [{k: _value(v) for k, v in g.items() if k not in _MOVING} for g in optimizer.param_groups]
         held = [*problem.module.parameters(), *problem.module.buffers()]
@@ -204,7 +212,9 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def _value(option: Any) -> Any:
-    return option.data_ptr() if isinstance(option, Tensor) else option
+    if not isinstance(option, Tensor):
+        return option
+    return option.tolist() if readable(option) else option.data_ptr()
 
 
 def _on_device(optimizer: Optimizer) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from mlo.errors import ConfigError
 from mlo.levels.problem import Problem
@@ -61,5 +63,19 @@ def move_to(problems: Sequence[Problem], device: str | torch.device) -> torch.de
                 if isinstance(value, torch.Tensor) and not (key == "step" and value.device.type == "cpu"):
                     slots[key] = value.to(target)
         problem.stream.device = target
+        if target.type == "cuda":
+            warn_of_masks(problem)
         distributed.follow_main([*problem.module.parameters(), *problem.module.buffers()])
     return target
+
+
+def warn_of_masks(problem: Problem) -> None:
+    """Warn of recurrent layers with dropout: cuDNN has random state of its own, which cannot be set back."""
+    for name, layer in problem.module.named_modules():
+        if isinstance(layer, nn.RNNBase) and layer.num_layers > 1 and layer.dropout > 0:
+            warnings.warn(
+                f"problem {problem.name!r}: the dropout between the layers of {name or 'its module'!r} cannot be "
+                "repeated on a GPU, so evaluations of one step differ, and hypergradients in training mode are wrong; "
+                "use single layers with nn.Dropout between them",
+                stacklevel=4,
+            )

@@ -243,7 +243,7 @@ def _every(engine: Engine, option: object, inner_path: bool | None = None) -> It
             # the engine itself has warned already
             warnings.filterwarnings("ignore", message="the gradient of .* itself runs through")
             inner = engine.inner_path if inner_path is None else inner_path
-            yield Engine(problems, option, inner_path=inner, device=engine.device)
+            yield Engine(problems, option, inner_path=inner, tf32=engine.tf32, device=engine.device)
     finally:
         for problem, hypergradient in zip(problems, own, strict=True):
             problem.hypergradient = hypergradient

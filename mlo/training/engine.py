@@ -15,9 +15,9 @@ from mlo.levels.graph import Graph
 from mlo.levels.problem import Problem
 from mlo.levels.state import State, cast
 from mlo.ops import distributed
-from mlo.ops.autocast import outside_autocast
 from mlo.ops.compiler import Compiler
 from mlo.ops.rng import global_state, replay, set_global_state
+from mlo.ops.tf32 import Tf32
 from mlo.ops.vectors import filled
 from mlo.steps.level import Level, levels_of
 from mlo.training.captured import Captured, refuse_capture
@@ -25,6 +25,7 @@ from mlo.training.checkpoint import of_this_process, with_other_processes
 from mlo.training.commit import Updater
 from mlo.training.devices import move_to
 from mlo.training.gradients import Gradients, Records
+from mlo.training.outermost import outermost
 from mlo.training.plan import Plan
 from mlo.training.report import EngineReport, engine_report
 from mlo.training.rounds import Rounds, cast_batches, looking_ahead
@@ -53,11 +54,13 @@ class Engine:
             by one (:class:`mlo.training.captured.Captured`). Losses may not draw random numbers, and may not depend on
             Python objects that change from round to round. Rounds that cannot be recorded lead to a warning and are
             taken as usual. Only on a GPU, and not together with ``compile``.
+        tf32: whether float32 convolutions and matrix products of steps may use TensorFloat-32 on a GPU; None: as torch
+            is set. Curvature products, and passes whose graph these use, never do.
         device: a torch device, or "auto" for a CUDA GPU if there is one. Modules are moved there once.
 
     Attributes:
         graph: which problem reads which.
-        inner_path: as given.
+        inner_path, tf32: as given.
         rounds: number of rounds taken so far.
         losses: {problem: its loss at its last step}, detached scalar tensors on the device.
 
@@ -74,13 +77,12 @@ class Engine:
         inner_path: bool = False,
         compile: bool = False,
         capture: bool = False,
+        tf32: bool | None = None,
         device: str | torch.device = "auto",
     ) -> None:
-        flags = {
-            "lookahead": (lookahead, (True, False, None)),
-            "compile": (compile, (True, False)),
-            "capture": (capture, (True, False)),
-        }
+        either, three = (True, False), (True, False, None)
+        flags = {"lookahead": (lookahead, three), "compile": (compile, either), "capture": (capture, either)}
+        flags["tf32"] = tf32, three
         for option, (value, kinds) in flags.items():
             if value not in kinds:
                 raise ConfigError(f"{option}={value!r}; pass {' or '.join(map(str, kinds))}")
@@ -90,7 +92,8 @@ class Engine:
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
         self.device = move_to(problems, device)
         self.rounds = 0
-        self._levels = levels_of(problems, self.device, Compiler(self.device) if compile else None)
+        self.tf32, self._tf32 = tf32, Tf32(tf32, self.device.type == "cuda")
+        self._levels = levels_of(problems, self.device, Compiler(self.device) if compile else None, self._tf32)
         self._gradients = Gradients(self._plan, self._levels)
         self._updater = Updater(self.device, deferred=self.device.type != "cpu")
         self._rounds = Rounds(self._plan, self._levels, self._gradients, self._updater)
@@ -125,7 +128,7 @@ class Engine:
         It changes nothing. Some entries (memory of graphs, loss scales, what can be compiled) are only known after the
         first rounds.
         """
-        return engine_report(self._plan, self._levels, self.device, self.inner_path, self._captured)
+        return engine_report(self._plan, self._levels, self.device, self.inner_path, self._captured, self.tf32)
 
     def run(self, steps: int, callbacks: Iterable[Callback] = ()) -> None:
         """Take ``steps`` rounds. After each, call every callback with the engine."""
@@ -138,7 +141,7 @@ class Engine:
                 callback(self)
         self._updater.wait()
 
-    @outside_autocast
+    @outermost
     def step(self) -> None:
         """Take one round.
 
@@ -166,7 +169,7 @@ class Engine:
         for position, name in enumerate(rest):
             self._rounds.real(name, states, records, rest[position + 1 :])
 
-    @outside_autocast
+    @outermost
     def hypergradient(self, name: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The gradient of the next step of problem ``name``: {parameter name: tensor of its shape}.
 
@@ -187,7 +190,7 @@ class Engine:
             found = self._gradients.of(name, states, records, batches, "virtual", (), count).own
         return dict(zip(self.problems[name].variables, filled(found, states[name].variables), strict=True))
 
-    @outside_autocast
+    @outermost
     def objective(
         self, name: str, parameters: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
@@ -294,7 +297,4 @@ class Engine:
         return [name for name, problem in self.problems.items() if self.rounds >= problem.warmup]
 
     def _live_states(self) -> dict[str, State]:
-        states = {}
-        for name, problem in self.problems.items():
-            states[name] = problem.live_state()
-        return states
+        return {name: problem.live_state() for name, problem in self.problems.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any, cast
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from mlo.levels.batches import Batches
 from mlo.levels.problem import Problem
-from mlo.ops.vectors import copy_
+from mlo.ops.vectors import copy_, readable
 from mlo.steps.level import Level
 from mlo.training.commit import Updater
 from mlo.training.gradients import Gradients
@@ -82,10 +82,14 @@ class HeldBatches:
 
 
 class Rates:
-    """The learning rates of all steps in a round, as tensors on the device, and the schedulers that set them."""
+    """The learning rates of all steps in a round, as tensors on the device, and the schedulers that set them.
 
-    def __init__(self, levels: Mapping[str, Level]) -> None:
-        self._held = [_RatesOfProblem(level.problem) for level in levels.values()]
+    Args:
+        problems: those that step.
+    """
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self._held = list(map(_RatesOfProblem, problems))
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
@@ -109,7 +113,8 @@ class Rates:
 class _RatesOfProblem:
     def __init__(self, problem: Problem) -> None:
         self._problem, self._number = problem, 0
-        self._groups = [group for group in problem.optimizer.param_groups if not isinstance(group["lr"], Tensor)]
+        groups = problem.optimizer.param_groups
+        self._groups = [group for group in groups if not isinstance(group["lr"], Tensor) or readable(group["lr"])]
         # of each step, and after the last one
         self._rates = [[self._tensor(group) for group in self._groups] for _ in range(problem.steps + 1)]
 

@@ -82,6 +82,7 @@ class EngineReport:
         capture: as the engine was given.
         replayed: how many rounds were replays of a recorded one.
         not_captured: why rounds are not recorded, if that is known.
+        tf32: as the engine was given.
         problems: {name: its report}, lowest level first.
     """
 
@@ -92,10 +93,11 @@ class EngineReport:
     capture: bool
     replayed: int
     not_captured: str | None
+    tf32: bool | None
     problems: Mapping[str, ProblemReport]
 
     def __str__(self) -> str:
-        names = ("lookahead", "inner_path", "compile", "capture")
+        names = ("lookahead", "inner_path", "compile", "capture", "tf32")
         flags = {name: getattr(self, name) for name in names}
         first = ", ".join([f"device={str(self.device)!r}", *(f"{flag}={value}" for flag, value in flags.items())])
         if self.capture:
@@ -106,7 +108,12 @@ class EngineReport:
 
 
 def engine_report(
-    plan: Plan, levels: Mapping[str, Level], device: torch.device, inner_path: bool, captured: Captured | None
+    plan: Plan,
+    levels: Mapping[str, Level],
+    device: torch.device,
+    inner_path: bool,
+    captured: Captured | None,
+    tf32: bool | None,
 ) -> EngineReport:
     """The report on the engine with these parts."""
     return EngineReport(
@@ -117,6 +124,7 @@ def engine_report(
         capture=captured is not None,
         replayed=0 if captured is None else captured.replayed,
         not_captured=None if captured is None else captured.obstacle,
+        tf32=tf32,
         problems={
             name: _problem_report(level, number, plan) for number, (name, level) in enumerate(levels.items(), start=1)
         },

@@ -31,6 +31,11 @@ class Training(Config):
     auxiliary: bool = Field(False, description="train with an auxiliary head; needs images of 32x32 or larger")
     augmentation: Augmentation = Field(Augmentation(), description="augmentation of the training images")
     precision: Precision = Field("float32", description="autocast type of the loss; the test is in float32")
+    tf32: bool | None = Field(
+        None,
+        description="whether float32 training may use TensorFloat-32 on a GPU; null: as torch is set, which is yes for "
+        "convolutions",
+    )
     images: Literal["labeled", "everything"] = Field(
         "labeled",
         description="which images to train on; labeled: those that a search trains and validates on; everything: "

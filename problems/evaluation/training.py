@@ -55,7 +55,7 @@ def training_engine(
         drop_path=training.drop_path,
         label_smoothing=training.label_smoothing,
     )
-    return mlo.Engine([problem], device=device, capture=capture)
+    return mlo.Engine([problem], tf32=training.tf32, capture=capture, device=device)
 
 
 def _scheduler(training: Training, optimizer: SGD, steps: int, epoch: int) -> LRScheduler:

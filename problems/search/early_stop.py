@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import mlo
+from mlo.ops.tf32 import Tf32
 from problems.nas import ArchitectureLogits, Supernet, architecture_loss, dominant_eigenvalue
 
 
@@ -46,7 +47,8 @@ class Sharpness(nn.Module):
             assert isinstance(supernet, Supernet)
             images, labels = arch.batches_ahead()[0]
             logits: ArchitectureLogits = arch.module()
-            self.eigenvalues.append(dominant_eigenvalue(architecture_loss(supernet, images, labels), logits))
+            with Tf32().in_call():
+                self.eigenvalues.append(dominant_eigenvalue(architecture_loss(supernet, images, labels), logits))
             self.rounds.append(now)
             self.logits.append({kind: matrix.tolist() for kind, matrix in logits._asdict().items()})
         self._latest = self.eigenvalues[-1:] if now in self.rounds[-1:] else []

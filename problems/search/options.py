@@ -58,6 +58,11 @@ class Search(Config):
         "float32",
         description="autocast type of all losses; curvature products stay in float32 by default",
     )
+    tf32: bool | None = Field(
+        None,
+        description="whether float32 losses may use TensorFloat-32 on a GPU, curvature products aside; null: as torch "
+        "is set, which is yes for convolutions",
+    )
     eigenvalue_every: int | None = Field(
         None,
         ge=1,

@@ -10,6 +10,7 @@ from analytic import Point
 from torch import Tensor, nn
 
 import mlo
+from mlo.ops.tf32 import Tf32
 from mlo.steps.level import levels_of
 from mlo.steps.losses import loss_of
 
@@ -170,7 +171,7 @@ def test_a_buffer_computed_from_a_parameter_keeps_no_graph():
     made.hypergradient("top")
     made.step()
     states = {name: problem.live_state() for name, problem in made.problems.items()}
-    level = levels_of([*made.problems.values()], made.device, None)["low"]
+    level = levels_of([*made.problems.values()], made.device, None, Tf32())["low"]
     _, (calls,), _ = loss_of(level, states, None, ("top",))
     assert not calls.requires_grad
     assert not made.problems["low"].module.calls.requires_grad

@@ -124,8 +124,8 @@ def test_a_batch_of_another_shape_is_taken_as_usual_and_the_recording_is_kept() 
 
 
 @pytest.mark.usefixtures("as_on_gpu")
-@pytest.mark.parametrize("what", ["option", "attribute", "mode", "state"])
-def test_a_change_of_what_a_recording_holds_fixed_is_seen(what: str) -> None:
+@pytest.mark.parametrize("what", ["option", "attribute", "mode", "state", "TF32"])
+def test_a_change_of_what_a_recording_holds_fixed_is_seen(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, captured = engines(levels, "one_step")
     run_both(plain, captured)
     replayed = captured.report().replayed
@@ -137,6 +137,8 @@ def test_a_change_of_what_a_recording_holds_fixed_is_seen(what: str) -> None:
             low.factor = 2.0
         elif what == "mode":
             low.module.eval()
+        elif what == "TF32":
+            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         else:  # the optimizer's tensors are new ones then
             engine.load_state_dict(copy.deepcopy(engine.state_dict()))
     run_both(plain, captured)
@@ -268,3 +270,51 @@ def test_changes_at_every_round_are_named() -> None:
 def test_capture_is_refused_where_it_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(mlo.ConfigError, match=message):
         mlo.Engine(levels(), "one_step", device="cpu", **({"capture": True} | options))
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_scheduler_does_not_move_in_replayed_rounds_before_its_problem_steps() -> None:
+    def make() -> list[mlo.Problem]:
+        problems = levels()
+        problems[1].warmup = 7
+        problems[1].scheduler = torch.optim.lr_scheduler.StepLR(problems[1].optimizer, 1, 0.5)
+        return problems
+
+    plain, captured = engines(make, "one_step")
+    run_both(plain, captured, 13)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 3 + 2  # before the first step of the top, and after it
+
+
+class LateToAsk(Fit):
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        later = len(batch[0]) == 6 and self.step_number > 2
+        return super().loss(batch, top) * (1.0 if not later else 0.9**self.steps_taken)
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_what_a_loss_asks_for_only_in_the_recorded_round_is_seen() -> None:
+    plain, captured = engines(partial(levels, LateToAsk), "one_step")
+    plain.run(6)
+    with pytest.warns(UserWarning, match="the loss of 'low' asks for steps_taken"):
+        captured.run(6)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 0
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_learning_rate_in_a_tensor_is_read_at_every_round() -> None:
+    def make() -> list[mlo.Problem]:
+        problems = levels()
+        for group in problems[1].optimizer.param_groups:
+            group["lr"] = torch.tensor(0.05, dtype=torch.float64)
+        return problems
+
+    def halved(engine: mlo.Engine) -> None:
+        engine.problems["top"].optimizer.param_groups[0]["lr"].mul_(0.5)
+
+    plain, captured = engines(make, "one_step")
+    plain.run(7, [halved])
+    captured.run(7, [halved])
+    assert_same(plain, captured)
+    assert captured.report().replayed == 3

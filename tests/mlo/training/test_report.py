@@ -65,7 +65,7 @@ def test_a_printed_report_is_read_from_the_top_level_down():
     stack[0].hypergradient = "one_step"
     lines = str(mlo.Engine(stack, "darts", device="cpu").report()).splitlines()
     assert lines == [
-        "device='cpu', lookahead=True, inner_path=False, compile=False",
+        "device='cpu', lookahead=True, inner_path=False, compile=False, capture=False, tf32=None",
         "level 3  arch: 1 step a round",
         "    hypergradient through student, teacher, after virtual steps of the problems below",
         "level 2  student: 2 steps a round",

@@ -71,6 +71,18 @@ def test_a_final_training_trains_in_each_precision(precision):
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
+@pytest.mark.parametrize("tf32", [None, True, False])
+def test_tf32_reaches_both_engines(tf32):
+    made = job()
+    made = made.model_copy(
+        update={
+            "search": made.search.model_copy(update={"tf32": tf32}),
+            "evaluation": made.evaluation.model_copy(update={"tf32": tf32}),
+        }
+    )
+    assert [engine.tf32 for engine in (made.search_engine("lbt"), made.training_engine(GENOTYPE))] == [tf32, tf32]
+
+
 @needs.compiled_gradients
 def test_a_compiled_search_takes_the_same_steps(monkeypatch):
     calls = []
