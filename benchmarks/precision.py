@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlo
 from benchmarks.measuring import replace_table
+from mlo.ops.tf32 import Tf32
 from mlo.options.config import parse
 from problems.jobs.lbt import LbtJob
 
@@ -106,8 +108,9 @@ def gradient(engine: mlo.Engine, estimator: object, indirect: bool, precision: P
         for problem in problems:
             problem.autocast = precision.autocast
             problem.batches_ahead = partial(_later, problem, precision.ahead)
-        with precision.rounding:
+        with mock.patch("mlo.training.engine.Tf32", lambda steps, _: Tf32(steps)):  # torch's settings as on a GPU
             one = mlo.Engine(problems, estimator, lookahead=True, device="cpu")
+        with precision.rounding:
             found = one.hypergradient("arch", precision.dtype)
     finally:
         vars(arch).pop("loss", None)
