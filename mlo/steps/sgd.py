@@ -84,7 +84,9 @@ def step(
 def _against(variables: Tensors, along: Tensors, rate: float | Tensor) -> Tensors:
     if not isinstance(rate, Tensor):
         return torch._foreach_add(variables, along, alpha=-rate)
-    return torch._foreach_sub(variables, torch._foreach_mul(along, rate))
+    moved = torch._foreach_sub(variables, torch._foreach_mul(along, rate))
+    # a tensor without dimensions takes the dtype of the rate
+    return [after.to(before.dtype) for after, before in zip(moved, variables, strict=True)]
 
 
 def _together(

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from replaying import record
@@ -17,8 +18,10 @@ import mlo
 from benchmarks.lbt_step import make_task
 from benchmarks.lbt_step import problems as lbt_problems
 from mlo.hypergradient import solvers
+from mlo.levels.batches import open_stream
 from mlo.ops import vectors
 from mlo.training import engine as engine_module
+from mlo.training import recording
 from mlo.training.captured import Captured
 from mlo.training.commit import Updater
 
@@ -313,3 +316,186 @@ def test_a_learning_rate_in_a_tensor_is_read_at_every_round() -> None:
     captured.run(7, [halved])
     assert_same(plain, captured)
     assert captured.report().replayed == 3
+
+
+def without_momentum(**low: Any) -> list[mlo.Problem]:
+    problems = levels(**low)
+    for problem in problems:
+        for group in problem.optimizer.param_groups:
+            group["momentum"] = 0.0
+    return problems
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize("kind", ["one_step", {"kind": "cg", "iterations": 2, "warm_start": True, "tolerance": 0.0}])
+def test_a_state_loaded_between_replays_brings_its_learning_rates_and_warm_starts(kind: Any) -> None:
+    plain, captured = engines(partial(without_momentum, steps=2), kind)
+    for engine in (plain, captured):
+        engine.run(6)
+        before = copy.deepcopy(engine.state_dict())
+        engine.run(4)
+        engine.load_state_dict(before)
+        engine.run(4)
+    assert_same(plain, captured)
+    assert captured.report().replayed >= 10
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize("kind", ["cg", "neumann"])
+def test_a_replay_starts_from_the_solution_of_a_usual_round_before_it(kind: str) -> None:
+    few = {"kind": kind, "warm_start": True} | ({"terms": 2} if kind == "neumann" else {"iterations": 2})
+    plain, captured = engines(partial(levels, rate=0.02, last=4), few)
+    run_both(plain, captured, 15)
+    assert_same(plain, captured, rtol=1e-8)
+    assert captured.report().replayed == 7
+
+
+class LessMomentum(torch.optim.lr_scheduler.LambdaLR):
+    """Sets another momentum after the fourth step, and then none."""
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        if self.last_epoch == 4:
+            self.optimizer.param_groups[0]["momentum"] = 0.1
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize(("steps", "replayed"), [(1, 2), (2, 2), (4, 2)])
+def test_a_scheduler_that_sets_more_than_learning_rates(steps: int, replayed: int) -> None:
+    def make() -> list[mlo.Problem]:
+        problems = levels(steps=steps)
+        problems[0].scheduler = LessMomentum(problems[0].optimizer, lambda step: 0.9**step)
+        return problems
+
+    plain, captured = engines(make, "one_step")
+    run_both(plain, captured, 9)
+    assert_same(plain, captured)
+    assert captured.report().replayed >= replayed
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_momentum_in_cycles_that_end_with_the_rounds_is_never_replayed() -> None:
+    def make() -> list[mlo.Problem]:
+        problems = levels(steps=2)
+        problems[0].scheduler = torch.optim.lr_scheduler.CyclicLR(
+            problems[0].optimizer, 0.05, 0.1, step_size_up=1, step_size_down=1, mode="triangular"
+        )
+        return problems
+
+    plain, captured = engines(make, "one_step")
+    plain.run(25)
+    with pytest.warns(UserWarning, match="because of changes: options that the scheduler of 'low' sets"):
+        captured.run(25)
+    torch.testing.assert_close(captured.losses, plain.losses, rtol=1e-11, atol=1e-13)
+    assert captured.report().replayed == 0
+
+
+class Cloud:
+    """A batch of a type that torch's pytrees do not know, and that cannot be compared."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("Boolean value of Tensor with more than one value is ambiguous")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Clouds(Fit):
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        cloud, weights, sparse = batch
+        x, y = cloud.parts
+        return super().loss((torch.sparse.mm(sparse, x) * float(weights[0]), y), top)
+
+
+def with_clouds(count: int) -> list[mlo.Problem]:
+    problems = levels(Clouds)
+    parts = problems[1].stream.peek()
+    data = [(Cloud(*parts), np.full(2, 1.0 + i), torch.eye(6).double().to_sparse()) for i in range(count)]
+    problems[0].stream = open_stream(data, "low")
+    return problems
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_what_is_not_a_dense_tensor_in_a_batch_must_stay_the_same() -> None:
+    plain, captured = engines(partial(with_clouds, 1), "one_step")
+    run_both(plain, captured)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 2
+    plain, captured = engines(partial(with_clouds, 30), "one_step")
+    plain.run(25)
+    with pytest.warns(UserWarning, match="no round is replayed, because of changes: batches of 'low'"):
+        captured.run(25)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 0
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.coarse = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        self.scalar = nn.Parameter(torch.ones(()))
+        self.fine = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fine(x.float() * self.scalar).double() + 0.0 * self.coarse.float().sum()
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize("on_device", [False, True])
+def test_learning_rates_of_groups_of_several_dtypes_empty_groups_and_tensors(
+    monkeypatch: pytest.MonkeyPatch, on_device: bool
+) -> None:
+    """As 0.1003 in bfloat16 is 0.1001, a rate of the first parameter's dtype would be seen."""
+    if on_device:
+        monkeypatch.setattr(recording, "readable", lambda tensor: False)
+
+    def make() -> list[mlo.Problem]:
+        problems = levels()
+        torch.manual_seed(1)
+        model = Mixed()
+        rate = torch.tensor(0.1003) if on_device else 0.1003
+        groups = [{"params": []}, {"params": model.parameters()}]
+        sgd = torch.optim.SGD(groups, rate)
+        schedule = torch.optim.lr_scheduler.StepLR(sgd, 1, 0.9)
+        data = [problems[1].stream.peek(i) for i in range(7)]
+        return [
+            Fit("low", module=model, optimizer=sgd, scheduler=schedule, data=data, steps=2),
+            Judge("top", module=problems[1].module, optimizer=problems[1].optimizer, data=data),
+        ]
+
+    plain, captured = engines(make, {"kind": "unrolled"})
+    run_both(plain, captured, 8)
+    for one, other in zip(plain.problems.values(), captured.problems.values(), strict=True):
+        torch.testing.assert_close(other.module.state_dict(), one.module.state_dict(), rtol=2e-6, atol=2e-7)
+    assert captured.report().replayed >= 4
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("error", [ValueError("boom"), RuntimeError("boom")])
+def test_an_error_while_a_round_is_recorded_leaves_rates_and_schedulers(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, tensor: bool
+) -> None:
+    def fails(function: Callable[[], None]) -> Callable[[], None]:
+        raise error
+
+    def make() -> list[mlo.Problem]:
+        problems = levels(steps=2)
+        if tensor:
+            problems[0].optimizer.param_groups[0]["lr"] = torch.tensor(0.1, dtype=torch.float64)
+        return problems
+
+    monkeypatch.setattr(engine_module, "Captured", partial(Captured, record=fails))
+    plain, captured = engines(make, "one_step")
+    captured.run(3)
+    if isinstance(error, RuntimeError):  # the round is taken as usual
+        plain.run(4)
+        with pytest.warns(UserWarning, match="a round cannot be recorded: boom"):
+            captured.run(1)
+    else:
+        plain.run(3)
+        with pytest.raises(ValueError, match="boom"):
+            captured.run(1)
+    assert_same(plain, captured)
