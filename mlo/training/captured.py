@@ -50,7 +50,8 @@ class Captured:
 
     A recording holds fixed: which problems step, all hyperparameters but the learning rates, numbers and flags among
     the attributes of problems and modules, and where parameters, buffers and optimizer states are in memory. After a
-    change, rounds are taken as usual, and then recorded again. Where batches have other shapes, one round is.
+    change, rounds are taken as usual, and then recorded again. A round whose batches have other shapes, or whose
+    schedulers change more than learning rates, is taken as usual, and the recording is kept.
 
     Attributes:
         replayed: how many rounds were replayed.
@@ -135,9 +136,9 @@ class Captured:
             if level.problem.asks_steps_taken:
                 yield f"the loss of {name!r} asks for steps_taken, which a recording would hold fixed"
             if not _on_device(optimizer):
-                yield (
-                    f"{type(optimizer).__name__} of {name!r} counts its steps on the CPU; make it with capturable=True"
-                )
+                kind, able = type(optimizer).__name__, "capturable" in optimizer.defaults
+                why = "counts its steps on the CPU; make it with" if able else "may read values on the CPU; it has no"
+                yield f"{kind} of {name!r} {why} capturable=True"
             if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
                 yield f"the optimizer of {name!r} has hooks, which a replayed step would not call"
 

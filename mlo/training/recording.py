@@ -59,7 +59,7 @@ class HeldBatches:
         self._position = 0
 
     def fill(self) -> bool:
-        """Copy the next batches into these tensors; whether they have the same form."""
+        """Copy the next batches into these tensors. Return whether they have the same form."""
         for at in self._asked:
             parts, form = tree_flatten(self._stream.peek(at))
             if at not in self._held:

@@ -214,6 +214,16 @@ def with_adam() -> list[mlo.Problem]:
     return problems
 
 
+class Signed(torch.optim.SGD):
+    pass
+
+
+def with_subclass() -> list[mlo.Problem]:
+    problems = levels()
+    problems[1].optimizer = Signed(problems[1].module.parameters(), 0.01)
+    return problems
+
+
 def with_hook() -> list[mlo.Problem]:
     problems = levels()
     problems[0].optimizer.register_step_post_hook(lambda *_: None)
@@ -227,6 +237,7 @@ def with_hook() -> list[mlo.Problem]:
         (partial(levels, Noisy), "a loss draws random numbers"),
         (partial(levels, Annealed), "the loss of 'low' asks for steps_taken"),
         (with_adam, "Adam of 'top' counts its steps on the CPU; make it with capturable=True"),
+        (with_subclass, "Signed of 'top' may read values on the CPU; it has no capturable=True"),
         (with_hook, "the optimizer of 'low' has hooks"),
     ],
 )
