@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import random
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,8 @@ from benchmarks.lbt_step import problems as lbt_problems
 from mlo.hypergradient import solvers
 from mlo.levels.batches import open_stream
 from mlo.ops import vectors
+from mlo.ops.rng import seed_everything
+from mlo.training import captured as captured_module
 from mlo.training import engine as engine_module
 from mlo.training import recording
 from mlo.training.captured import Captured
@@ -204,6 +208,16 @@ class Noisy(Fit):
         return super().loss((x + 0.1 * torch.randn_like(x), y), top)
 
 
+class NoisyByNumpy(Fit):
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        return super().loss(batch, top) * np.random.rand()
+
+
+class NoisyByPython(Fit):
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        return super().loss(batch, top) * random.random()
+
+
 class Annealed(Fit):
     def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
         return super().loss(batch, top) * 0.9**self.steps_taken
@@ -225,9 +239,9 @@ def with_subclass() -> list[mlo.Problem]:
     return problems
 
 
-def with_hook() -> list[mlo.Problem]:
-    problems = levels()
-    problems[0].optimizer.register_step_post_hook(lambda *_: None)
+def with_hook(when: str, cls: type[Fit] = Fit) -> list[mlo.Problem]:
+    problems = levels(cls)
+    getattr(problems[0].optimizer, f"register_step_{when}_hook")(lambda *_: None)
     return problems
 
 
@@ -236,10 +250,15 @@ def with_hook() -> list[mlo.Problem]:
     ("make", "why"),
     [
         (partial(levels, Noisy), "a loss draws random numbers"),
+        (partial(levels, NoisyByNumpy), "a loss draws random numbers"),
+        (partial(levels, NoisyByPython), "a loss draws random numbers"),
         (partial(levels, Annealed), "the loss of 'low' asks for steps_taken"),
         (with_adam, "Adam of 'top' counts its steps on the CPU; make it with capturable=True"),
         (with_subclass, "Signed of 'top' may read values on the CPU; it has no capturable=True"),
-        (with_hook, "the optimizer of 'low' has hooks"),
+        (partial(with_hook, "pre"), "the optimizer of 'low' has hooks"),
+        (partial(with_hook, "post"), "the optimizer of 'low' has hooks"),
+        (partial(with_hook, "post", Noisy), "a loss draws random numbers"),  # the first reason alone is given
+        (partial(levels, autocast=torch.float16), "the loss scale of 'low', for float16, depends on values"),
     ],
 )
 def test_what_cannot_be_recorded_is_said_once_and_runs_as_usual(
@@ -247,9 +266,9 @@ def test_what_cannot_be_recorded_is_said_once_and_runs_as_usual(
 ) -> None:
     torch.manual_seed(1)
     plain, captured = engines(make, "one_step")
-    torch.manual_seed(2)
+    seed_everything(2)
     plain.run(6)
-    torch.manual_seed(2)
+    seed_everything(2)
     with pytest.warns(UserWarning, match=f"rounds are not captured: {why}") as warned:
         captured.run(6)
     assert len(warned) == 1
@@ -511,3 +530,26 @@ def test_an_error_while_a_round_is_recorded_leaves_rates_and_schedulers(
         with pytest.raises(ValueError, match="boom"):
             captured.run(1)
     assert_same(plain, captured)
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_problem_that_begins_to_step_is_seen() -> None:
+    def make() -> list[mlo.Problem]:
+        problems = without_momentum()
+        problems[1].warmup = 6
+        return problems
+
+    plain, captured = engines(make, "one_step")
+    run_both(plain, captured, 12)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 6
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_usual_rounds_between_replays_lead_to_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured_module, "MOST_CHANGES", 5)
+    _, captured = engines(partial(levels, last=4), "one_step")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captured.run(40)
+    assert captured.report().replayed == 26
