@@ -156,7 +156,7 @@ def test_a_batch_of_another_shape_is_taken_as_usual_and_the_recording_is_kept() 
 
 
 @pytest.mark.usefixtures("as_on_gpu")
-@pytest.mark.parametrize("what", ["option", "attribute", "mode", "state"])
+@pytest.mark.parametrize("what", ["option", "attribute", "mode", "buffer", "state"])
 def test_a_change_of_what_a_recording_holds_fixed_is_seen(what: str) -> None:
     plain, captured = engines(levels, "one_step")
     run_both(plain, captured)
@@ -168,7 +168,9 @@ def test_a_change_of_what_a_recording_holds_fixed_is_seen(what: str) -> None:
         elif what == "attribute":
             low.factor = 2.0
         elif what == "mode":
-            low.module.eval()
+            low.module[1].eval()
+        elif what == "buffer":
+            low.module[1].running_mean = low.module[1].running_mean + 1.0
         else:  # the optimizer's tensors are new ones then
             engine.load_state_dict(copy.deepcopy(engine.state_dict()))
     run_both(plain, captured)
@@ -553,3 +555,40 @@ def test_usual_rounds_between_replays_lead_to_no_warning(monkeypatch: pytest.Mon
         warnings.simplefilter("error")
         captured.run(40)
     assert captured.report().replayed == 26
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_parameter_that_is_frozen_between_replays_is_refused_as_usual() -> None:
+    for engine in engines(levels, "one_step"):
+        engine.run(6)
+        engine.problems["low"].module[0].weight.requires_grad_(False)
+        with pytest.raises(mlo.GraphError, match="no longer requires gradients"):
+            engine.step()
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_an_optimizer_that_counts_its_steps_on_the_device_is_captured() -> None:
+    def make() -> list[mlo.Problem]:
+        problems = levels(steps=2)
+        for problem in problems:
+            problem.optimizer = torch.optim.Adam(problem.module.parameters(), 0.01, fused=True)
+        problems[0].scheduler = torch.optim.lr_scheduler.StepLR(problems[0].optimizer, 1, 0.9)
+        return problems
+
+    plain, captured = engines(make, "one_step")
+    run_both(plain, captured, 8)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 4
+    parameters = [nn.Parameter(torch.zeros(2))]
+    assert captured_module._on_device(torch.optim.Adam(parameters, capturable=True))
+    assert not captured_module._on_device(torch.optim.Adam(parameters))
+
+
+def test_capture_is_refused_with_compile_and_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    captured_module.refuse_capture(gpu, compile=False)
+    with pytest.raises(mlo.ConfigError, match="capture and compile are both True"):
+        captured_module.refuse_capture(gpu, compile=True)
+    monkeypatch.setattr(captured_module.distributed, "world", lambda: 2)
+    with pytest.raises(mlo.ConfigError, match="capture=True works in one process"):
+        captured_module.refuse_capture(gpu, compile=False)
