@@ -592,3 +592,24 @@ def test_capture_is_refused_with_compile_and_in_several_processes(monkeypatch: p
     monkeypatch.setattr(captured_module.distributed, "world", lambda: 2)
     with pytest.raises(mlo.ConfigError, match="capture=True works in one process"):
         captured_module.refuse_capture(gpu, compile=False)
+
+
+class SignByKey(Fit):
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        ((sign, (x, y)),) = batch.items()
+        return super().loss((x, y) if sign == "plus" else (-x, y), top)
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_batch_with_other_keys_is_taken_as_usual() -> None:
+    def make() -> list[mlo.Problem]:
+        problems = levels(SignByKey)
+        batches = [problems[0].stream.peek(i) for i in range(7)]
+        keyed = [{"minus" if i == 6 else "plus": batch} for i, batch in enumerate(batches)]
+        problems[0].stream = open_stream(keyed, "low")
+        return problems
+
+    plain, captured = engines(make, "one_step")
+    run_both(plain, captured, 12)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 7
