@@ -48,8 +48,9 @@ class Recorder(TorchDispatchMode):
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors that have memory: zeros of forward mode have none."""
-    return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor) and not leaf._is_zerotensor()]
+    """The tensors that have memory of their own: zeros of forward mode have none, and sparse ones that of others."""
+    found = [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
+    return [tensor for tensor in found if tensor.layout is torch.strided and not tensor._is_zerotensor()]
 
 
 def record(function: Callable[[], None]) -> Callable[[], None]:

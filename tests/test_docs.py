@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from mlo.ops import torch_versions
 
@@ -29,6 +30,8 @@ def test_python_blocks_run(page):
     source = "\n".join(blocks)
     if not torch_versions.COMPILES_GRADIENTS:
         source = source.replace("compile=True", "compile=False")
+    if not torch.cuda.is_available():
+        source = source.replace("capture=True", "capture=False")
     program = compile(source, page.name, "exec", dont_inherit=True)  # without this file's __future__ import
     exec(program, {"__name__": page.stem})
 

@@ -1,7 +1,7 @@
 """Arithmetic on vectors in parameter space, stored as tuples with one tensor per parameter.
 
-On a GPU the cost of many small tensors is that of the kernel launches. So all of them are taken at once, by torch's
-operators on lists where there is one. These launch one kernel for many tensors only if all tensors at one position
+On a GPU the cost of many small tensors is that of the kernel launches. So all tensors are processed at once, by torch's
+operators on lists where these exist. They launch one kernel for many tensors only if all tensors at one position
 agree in their strides; :func:`aligned` sees to that for gradients.
 """
 

@@ -90,8 +90,10 @@ def _add(a: Tensors, b: Tensors, scale: float) -> Tensors:
 
 
 def _scaled(a: Tensors, scale: float | Tensor) -> Tensors:
-    if isinstance(scale, Tensor):
-        return [scale.to(one.dtype) * one for one in a] if torch.is_grad_enabled() else torch._foreach_mul(a, scale)
+    if isinstance(scale, Tensor) and torch.is_grad_enabled():
+        return [scale.to(one.dtype) * one for one in a]
+    if isinstance(scale, Tensor):  # a tensor without dimensions would take the dtype of the scale
+        return [after.to(before.dtype) for after, before in zip(torch._foreach_mul(a, scale), a, strict=True)]
     return [one * scale for one in a] if torch.is_grad_enabled() else torch._foreach_mul(a, scale)
 
 

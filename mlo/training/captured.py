@@ -14,11 +14,10 @@ from torch.optim import SGD, Optimizer
 from mlo.errors import ConfigError
 from mlo.ops import distributed
 from mlo.ops.rng import global_state
-from mlo.ops.vectors import readable
 from mlo.steps.level import Level
 from mlo.training.commit import Updater
 from mlo.training.gradients import Gradients
-from mlo.training.recording import HeldBatches, Host, Rates
+from mlo.training.recording import PLAIN, HeldBatches, Host, Rates, fixed_options
 from mlo.training.rounds import Rounds
 
 #: runs a function while its kernels are recorded, and returns what runs these kernels again
@@ -51,7 +50,8 @@ class Captured:
 
     A recording holds fixed: which problems step, all hyperparameters but the learning rates, numbers and flags among
     the attributes of problems and modules, and where parameters, buffers and optimizer states are in memory. After a
-    change, rounds are taken as usual, and then recorded again. Where batches have other shapes, one round is.
+    change, rounds are taken as usual, and then recorded again. A round whose batches have other shapes, or whose
+    schedulers change more than learning rates, is taken as usual, and the recording is kept.
 
     Attributes:
         replayed: how many rounds were replayed.
@@ -71,6 +71,7 @@ class Captured:
         self._fixed: dict[str, Any] = {}
         self._usual = self._changes = self.replayed = 0
         self._batches: dict[str, HeldBatches] = {}
+        self._rates = Rates({})
         self._replay: Callable[[], None] | None = None
         self.obstacle: str | None = None
 
@@ -79,27 +80,40 @@ class Captured:
         if self.obstacle is not None:
             one_round()
             return
-        fixed = {"which problems step": tuple(due)} | _fixed(self._levels)
+        warm = {upper: tuple(warm) for upper, warm in self._gradients.warm.items()}
+        fixed = {"which problems step": tuple(due), "warm starts": warm} | _fixed(self._levels)
         if fixed != self._fixed:
             self._forget(fixed)
         if self._usual < USUAL_ROUNDS:
             self._take_as_usual(one_round)
-        elif not all([batches.fill() for batches in self._batches.values()]):
+        elif changed := self._fill():
+            self._not_replayed(changed)
             one_round()
         elif self._replay is None:
-            self._capture(one_round, due)
+            self._capture(one_round)
         else:
             self._replay()
+            self._changes = 0
             self.replayed += 1
 
     def _forget(self, fixed: dict[str, Any]) -> None:
         """What a recording would hold fixed has changed."""
-        self._changes = self._changes + 1 if self._replay is None else 0
-        if self._changes == MOST_CHANGES:
-            names = [name for name, value in fixed.items() if self._fixed.get(name) != value]
-            warnings.warn(f"no round is replayed, because of changes: {', '.join(names)}", stacklevel=5)
+        self._not_replayed([name for name, value in fixed.items() if self._fixed.get(name) != value])
         self._fixed, self._usual, self._replay = fixed, 0, None
         self._batches = {name: HeldBatches(level.problem.stream) for name, level in self._levels.items()}
+        self._rates = Rates({name: self._levels[name] for name in fixed["which problems step"]})
+
+    def _fill(self) -> list[str]:
+        """Prepare batches and learning rates for a recorded round. If that cannot be, return what has changed."""
+        changed = [f"batches of {name!r}" for name, batches in self._batches.items() if not batches.fill()]
+        if not changed:
+            changed = [f"options that the scheduler of {name!r} sets" for name in self._rates.fill()]
+        return changed
+
+    def _not_replayed(self, changed: Sequence[str]) -> None:
+        self._changes += 1
+        if self._changes == MOST_CHANGES:
+            warnings.warn(f"no round is replayed, because of changes: {', '.join(changed)}", stacklevel=6)
 
     def _take_as_usual(self, one_round: Callable[[], None]) -> None:
         """Take a round without a recording, and find out whether one can be recorded, and which batches it takes."""
@@ -122,28 +136,28 @@ class Captured:
             if level.problem.asks_total:
                 yield f"the loss of {name!r} asks for steps_taken, which a recording would hold fixed"
             if not _on_device(optimizer):
-                yield (
-                    f"{type(optimizer).__name__} of {name!r} counts its steps on the CPU; make it with capturable=True"
-                )
+                kind, able = type(optimizer).__name__, "capturable" in optimizer.defaults
+                why = "counts its steps on the CPU; make it with" if able else "may read values on the CPU; it has no"
+                yield f"{kind} of {name!r} {why} capturable=True"
             if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
                 yield f"the optimizer of {name!r} has hooks, which a replayed step would not call"
 
-    def _capture(self, one_round: Callable[[], None], due: Sequence[str]) -> None:
+    def _capture(self, one_round: Callable[[], None]) -> None:
         """Record a round, and take it."""
-        host = Host(self._levels, self._rounds, self._gradients, self._updater)
-        rates = Rates(self._levels[name].problem for name in due)
+        host, rates = Host(self._levels, self._rounds, self._gradients, self._updater), self._rates
 
         def recorded() -> None:
             one_round()
             host.carry()
 
         before = self._random_states()
-        rates.fill()
         try:
             with self._streams(go_on=False), rates.on_device(), host.kept():
                 replay = self._record(recorded)
-        except RuntimeError as error:  # whatever cannot be part of a CUDA graph
+        except Exception as error:
             rates.undo()
+            if not isinstance(error, RuntimeError):  # which whatever cannot be part of a CUDA graph leads to
+                raise
             self._refuse(f"a round cannot be recorded: {error}")
             one_round()
             return
@@ -154,7 +168,7 @@ class Captured:
             return
 
         def again() -> None:
-            rates.fill()
+            host.carry()
             replay()
             host.follow()
 
@@ -191,30 +205,19 @@ def _fixed(levels: Mapping[str, Level]) -> dict[str, Any]:
     for name, level in levels.items():
         found["settings of TensorFloat-32"] = level.tf32.settings
         problem, optimizer = level.problem, level.problem.optimizer
-        of_groups = [{k: _value(v) for k, v in g.items() if k not in _MOVING} for g in optimizer.param_groups]
         held = [*problem.module.parameters(), *problem.module.buffers()]
         held += [v for slot in optimizer.state.values() for v in slot.values() if isinstance(v, Tensor)]
-        attributes = {k: v for k, v in vars(problem).items() if k != "step_number" and isinstance(v, _PLAIN)}
-        found[f"options of the optimizer of {name!r}"] = of_groups
+        attributes = {k: v for k, v in vars(problem).items() if k != "step_number" and isinstance(v, PLAIN)}
+        found[f"options of the optimizer of {name!r}"] = fixed_options(problem)
         found[f"attributes of {name!r}"] = attributes
         found[f"attributes of the module of {name!r}"] = [
             (key, value)
             for module in problem.module.modules()
             for key, value in vars(module).items()
-            if isinstance(value, _PLAIN)
+            if isinstance(value, PLAIN)
         ]
         found[f"tensors of {name!r}"] = [(tensor.data_ptr(), tensor.requires_grad) for tensor in held]
     return found
-
-
-_MOVING = frozenset(("params", "lr", "initial_lr"))
-_PLAIN = (bool, int, float, str, type(None))
-
-
-def _value(option: Any) -> Any:
-    if not isinstance(option, Tensor):
-        return option
-    return option.tolist() if readable(option) else option.data_ptr()
 
 
 def _on_device(optimizer: Optimizer) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer, Rprop
 
 from mlo.errors import NonFiniteLossError
 from mlo.levels.problem import Problem
@@ -167,7 +168,12 @@ def _take_step(problem: Problem, gradients: Found, buffers: Vector, recorded: bo
         state = problem.live_state()._replace(slots=problem.optimizer_slots(), buffers=())
         copy_(*zip(*_targets(problem, virtual_step(problem, state, gradients, groups)), strict=True))
     else:
-        clipped = gradients if largest is None else clip(gradients, largest)
+        if largest is not None:
+            clipped = clip(gradients, largest)
+        elif _writes_gradients(problem.optimizer):
+            clipped = [None if gradient is None else gradient.clone() for gradient in gradients]
+        else:
+            clipped = gradients
         for variable, gradient in zip(variables, clipped, strict=True):
             variable.grad = gradient
         problem.optimizer.step()
@@ -178,6 +184,16 @@ def _take_step(problem: Problem, gradients: Found, buffers: Vector, recorded: bo
     if problem.scheduler is not None:
         problem.scheduler.step()
     problem.step_number += 1
+
+
+def _writes_gradients(optimizer: Optimizer) -> bool:
+    """Whether a step may write into gradients, which several variables may share, and which records may keep.
+
+    Of torch's optimizers, Rprop does, and SGD with Nesterov momentum.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim.") or isinstance(optimizer, Rprop):
+        return True
+    return any([group.get("nesterov") for group in optimizer.param_groups])
 
 
 def _tensors(problem: Problem, device: torch.device) -> list[Tensor]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
@@ -16,9 +17,13 @@ from mlo.levels.batches import Batches
 from mlo.levels.problem import Problem
 from mlo.ops.vectors import copy_, readable
 from mlo.steps.level import Level
+from mlo.steps.optimizer import hyperparameters
 from mlo.training.commit import Updater
 from mlo.training.gradients import Gradients
 from mlo.training.rounds import Rounds
+
+#: values that a recording holds fixed, and that are compared by ``==``
+PLAIN = (bool, int, float, complex, str, type(None), np.generic)
 
 
 class HeldBatches:
@@ -54,18 +59,18 @@ class HeldBatches:
         self._position = 0
 
     def fill(self) -> bool:
-        """Copy the next batches into these tensors; whether they have the same form."""
+        """Copy the next batches into these tensors. Return whether they have the same form."""
         for at in self._asked:
             parts, form = tree_flatten(self._stream.peek(at))
             if at not in self._held:
-                self._held[at] = [p.clone() if isinstance(p, Tensor) else p for p in parts], form
+                self._held[at] = [p.clone() if _is_copied(p) else p for p in parts], form
                 continue
             held, held_form = self._held[at]
             if form != held_form or not all(map(_same_form, held, parts)):
                 return False
-            pairs = [(mine, new) for mine, new in zip(held, parts, strict=True) if isinstance(mine, Tensor)]
-            for mine, new in pairs:
-                mine.copy_(new, non_blocking=True)
+            for mine, new in zip(held, parts, strict=True):
+                if _is_copied(mine):
+                    mine.copy_(new, non_blocking=True)
         return True
 
     def generators(self) -> list[torch.Generator]:
@@ -85,43 +90,48 @@ class Rates:
     """The learning rates of all steps in a round, as tensors on the device, and the schedulers that set them.
 
     Args:
-        problems: those that step.
+        levels: those that step.
     """
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
-        self._held = list(map(_RatesOfProblem, problems))
+    def __init__(self, levels: Mapping[str, Level]) -> None:
+        self._held = {name: _RatesOfProblem(level) for name, level in levels.items()}
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
         """A context in which a round is recorded with these tensors."""
         with ExitStack() as stack:
-            for held in self._held:
+            for held in self._held.values():
                 stack.enter_context(held.on_device())
             yield
 
-    def fill(self) -> None:
-        """Set the tensors to the learning rates of the next steps, and the schedulers to where a round leaves them."""
-        for held in self._held:
-            held.fill()
+    def fill(self) -> list[str]:
+        """Set the tensors to the learning rates of the next steps, and the schedulers to where a round leaves them.
+
+        Returns:
+            The problems whose schedulers change other options, too. Then no scheduler has moved.
+        """
+        others = [name for name, held in self._held.items() if not held.fill()]
+        if others:
+            self.undo()
+        return others
 
     def undo(self) -> None:
-        """Set the schedulers to where they were before the last :meth:`fill`."""
-        for held in self._held:
+        """Set the schedulers and the optimizers' options to where they were before the last :meth:`fill`."""
+        for held in self._held.values():
             held.undo()
 
 
 class _RatesOfProblem:
-    def __init__(self, problem: Problem) -> None:
-        self._problem, self._number = problem, 0
-        groups = problem.optimizer.param_groups
-        self._groups = [group for group in groups if not isinstance(group["lr"], Tensor) or readable(group["lr"])]
+    def __init__(self, level: Level) -> None:
+        self._problem, self._number = level.problem, 0
+        double = any([v.dtype in (torch.float64, torch.complex128) for v in self._problem.variables.values()])
+        zero = torch.zeros((), dtype=torch.float64 if double else torch.float32, device=level.device)
         # of each step, and after the last one
-        self._rates = [[self._tensor(group) for group in self._groups] for _ in range(problem.steps + 1)]
+        self._rates = [[zero.clone() for _ in self._groups] for _ in range(self._problem.steps + 1)]
 
-    @staticmethod
-    def _tensor(group: Mapping[str, Any]) -> Tensor:
-        like = group["params"][0]
-        return torch.zeros((), dtype=like.dtype, device=like.device)
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self._problem.optimizer.param_groups  # load_state_dict makes new ones
 
     def step(self) -> None:
         """Called as a scheduler after each step of the recorded round."""
@@ -139,20 +149,32 @@ class _RatesOfProblem:
             self._set(numbers)
             problem.scheduler = scheduler
 
-    def fill(self) -> None:
+    def fill(self) -> bool:
         scheduler = self._problem.scheduler
-        self._numbers = [group["lr"] for group in self._groups]
+        self._options = hyperparameters(self._problem)
         self._state = None if scheduler is None else deepcopy(scheduler.state_dict())
+        fixed = fixed_options(self._problem)
         for index, rates in enumerate(self._rates):
             if index and scheduler is not None:
                 scheduler.step()
+                if fixed_options(self._problem) != fixed:
+                    return False
             for group, rate in zip(self._groups, rates, strict=True):
-                rate.fill_(group["lr"])
+                if isinstance(group["lr"], Tensor):
+                    rate.copy_(group["lr"])
+                else:
+                    rate.fill_(group["lr"])
+        return True
 
     def undo(self) -> None:
         if self._problem.scheduler is not None and self._state is not None:
             self._problem.scheduler.load_state_dict(self._state)
-        self._set(self._numbers)
+        for group, options in zip(self._groups, self._options, strict=True):
+            for key, value in options.items():
+                if isinstance(value, Tensor):
+                    group[key].copy_(value)
+                else:
+                    group[key] = value
 
     def _set(self, rates: Sequence[float | Tensor]) -> None:
         for group, rate in zip(self._groups, rates, strict=True):
@@ -168,10 +190,13 @@ class Host:
         self._warm = {upper: dict(warm) for upper, warm in gradients.warm.items()}
 
     def carry(self) -> None:
-        """Copy what the next round starts from to where the recorded one read it."""
-        for upper, warm in self._warm.items():
-            for name, vector in warm.items():
-                copy_(vector, self._gradients.warm[upper][name])
+        """Copy the warm starts of the next round to where the recorded one read them."""
+        warm = self._gradients.warm
+        for upper, vectors in self._warm.items():
+            for name, vector in vectors.items():
+                if warm[upper][name] is not vector:
+                    copy_(vector, warm[upper][name])
+        self._gradients.warm = {**self._warm}
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -191,7 +216,7 @@ class Host:
         finally:
             updater.recorded = False
             self._losses, self._reports = self._rounds.losses, gradients.reports
-            self._rounds.losses, gradients.reports, gradients.warm = losses, reports, self._warm
+            self._rounds.losses, gradients.reports, gradients.warm = losses, reports, {**self._warm}
             self._seen = [(name, number - steps[name], seen) for name, number, seen in updater.waiting[waiting:]]
             del updater.waiting[waiting:]
             self._steps = {name: problem.step_number - steps[name] for name, problem in self._problems.items()}
@@ -216,7 +241,28 @@ class Host:
         self._gradients.reports |= {key: value.clone() for key, value in self._reports.items()}
 
 
+def fixed_options(problem: Problem) -> list[dict[str, Any]]:
+    """The options of each parameter group of the problem's optimizer, other than those that a replay takes anew."""
+    groups = problem.optimizer.param_groups
+    return [{key: _value(option) for key, option in group.items() if key not in _MOVING} for group in groups]
+
+
+_MOVING = frozenset(("params", "lr", "initial_lr"))
+
+
+def _value(option: Any) -> Any:
+    if not isinstance(option, Tensor):
+        return option
+    return option.tolist() if readable(option) else option.data_ptr()
+
+
+def _is_copied(part: Any) -> bool:
+    """Whether a part of a batch is copied to where it was recorded. A copy of a sparse tensor makes new memory."""
+    return isinstance(part, Tensor) and part.layout is torch.strided
+
+
 def _same_form(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype
-    return type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other)
+    """Whether a round that was recorded with one part of a batch can be replayed with another."""
+    if _is_copied(one) and _is_copied(other):
+        return bool(one.shape == other.shape and one.dtype == other.dtype)
+    return one is other or (type(one) is type(other) and isinstance(one, PLAIN) and one == other)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.gpu import peak
 from benchmarks.gpu.workload import SMOKE
 
 
+@pytest.mark.slow
 def test_an_exact_product_keeps_more_than_a_difference_and_that_more_than_nothing(monkeypatch):
     kept = ("`first_order`", "`darts`", "`one_step`, product `exact`")
     monkeypatch.setattr(peak, "ESTIMATORS", {name: peak.ESTIMATORS[name] for name in kept})

@@ -100,3 +100,54 @@ def test_parts_of_limited_size_hold_everything_once() -> None:
     tensors = [torch.zeros(n) for n in (10, 2 * vectors.TOGETHER, 10, vectors.TOGETHER // 4, 10)]
     assert list(vectors.chunks([0, 1, 2, 3, 4], tensors)) == [[0, 1], [2, 3], [4]]
     assert list(vectors.chunks([], tensors)) == []
+
+
+@pytest.mark.parametrize("condition", [True, False])
+def test_values_in_another_layout_than_their_target_and_parts_of_larger_tensors_are_selected(condition: bool) -> None:
+    large, other = torch.arange(24.0).view(2, 12), torch.arange(24.0).view(2, 12) + 100
+    targets = [large[1], torch.arange(6.0).view(2, 3), large[0, ::2], torch.arange(4.0).view(2, 2).t()]
+    values = [other[1], torch.arange(6.0).view(3, 2).t(), other[0, ::2], torch.ones(2, 2)]
+    expected = [t.clone() for t in (values if condition else targets)]
+    between = large[0, 1::2].clone()
+    vectors.select_(torch.tensor(condition), targets, values)
+    assert all(map(torch.equal, targets, expected))
+    assert torch.equal(large[0, 1::2], between)
+
+
+def test_whole_numbers_that_no_float_holds_are_selected() -> None:
+    targets = [torch.tensor([2**24 + 1]), torch.zeros(2)]
+    vectors.select_(torch.tensor(True), targets, [torch.tensor([2**24 + 3]), torch.ones(2)])
+    assert targets[0].item() == 2**24 + 3
+
+
+def test_the_gradient_of_a_part_of_a_larger_tensor_has_the_strides_of_its_variable() -> None:
+    parts = torch.arange(48.0).view(2, 2, 3, 4, 1).to(torch.float64).unbind()
+    like = [torch.zeros(2, 3, 4, 1).to(memory_format=torch.channels_last), torch.zeros(2, 3, 4, 1)]
+    other = parts[1].as_strided((2, 3, 4, 1), (12, 4, 1, 7), parts[1].storage_offset())
+    for gradient in (parts[1], other):
+        for variable in like:
+            found = vectors.aligned([gradient], [variable])[0]
+            assert found is not None
+            assert found.stride() == variable.stride()
+            assert torch.equal(found, gradient)
+            assert found.dtype == torch.float64
+    pair = torch.arange(4.0).view(2, 2)
+    found = vectors.aligned([pair.t()], [torch.zeros(2, 2)])[0]
+    assert found is not None
+    assert found.is_contiguous()
+    assert torch.equal(found, pair.t())
+
+
+def test_a_scaled_tensor_keeps_its_dtype_also_without_dimensions() -> None:
+    tensors = [torch.tensor(3.0), torch.ones(2), torch.ones(2, dtype=torch.bfloat16)]
+    for scale in (2.0, torch.tensor(2.0), torch.tensor(2.0, dtype=torch.float64)):
+        found = vectors.scaled(tensors, scale)
+        assert [t.dtype for t in found] == [t.dtype for t in tensors]
+        assert all(torch.equal(t, 2 * one) for t, one in zip(found, tensors, strict=True))
+    assert vectors.scaled([], 2.0) == ()
+
+
+def test_a_difference_with_a_longer_second_side() -> None:
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 3.0])
+    found = vectors.difference([a], [b, b], torch.tensor(2.0))
+    assert [None if t is None else t.tolist() for t in found] == [[-8.0, -2.0], [-10.0, -6.0]]

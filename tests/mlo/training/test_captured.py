@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import random
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from replaying import assert_same, record
 from torch import Tensor, nn
 
 import mlo
-from benchmarks.lbt_step import make_task
-from benchmarks.lbt_step import problems as lbt_problems
+from mlo.levels.batches import open_stream
+from mlo.ops.rng import seed_everything
+from mlo.training import captured as captured_module
 from mlo.training import engine as engine_module
+from mlo.training import recording
 from mlo.training.captured import Captured
 
 ROUNDS = 9
@@ -59,6 +64,7 @@ def engines(make: Callable[[], list[mlo.Problem]], *args: Any, **kwargs: Any) ->
     return plain, captured
 
 
+WARM_CG = {"kind": "cg", "iterations": 2, "warm_start": True, "tolerance": 0.0}
 KINDS: list[Any] = [
     "darts",
     "one_step",
@@ -68,7 +74,7 @@ KINDS: list[Any] = [
     {"kind": "truncated", "steps": 2},
     "unrolled",
     {"kind": "unrolled", "graph_memory": 0.0, "every": 2},
-    {"kind": "cg", "iterations": 2, "warm_start": True, "tolerance": 0.0},
+    WARM_CG,
     {"kind": "neumann", "terms": 3},
     {"kind": "penalty", "steps": 2},
 ]
@@ -92,29 +98,6 @@ def run_both(plain: mlo.Engine, captured: mlo.Engine, rounds: int = 6) -> None:
     captured.run(rounds)
 
 
-def searching() -> list[mlo.Problem]:
-    """Learning by Teaching, where the architecture steps from the third round on."""
-    torch.manual_seed(0)
-    student = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 10))
-    task = make_task(lambda: student, channels=2, cells=3, batch=2, size=8)
-    with torch.no_grad():
-        for module in (task.teacher, task.student, task.architecture):
-            module.double()
-    images = [(x.double(), y) for x, y in (task.training, task.validation)]
-    task = task._replace(training=images[0], validation=images[1], unlabeled=task.unlabeled.double())
-    found = lbt_problems(task, held=(), warmup=2, clip_norm=1.0)
-    found[2].optimizer = torch.optim.SGD(task.architecture.parameters(), 0.1)
-    return found
-
-
-@pytest.mark.usefixtures("as_on_gpu")
-def test_three_levels_with_lookahead_and_a_warm_up() -> None:
-    plain, captured = engines(searching, "darts")
-    run_both(plain, captured, 9)
-    assert_same(plain, captured, rtol=1e-8)  # differences of gradients multiply rounding errors
-    assert captured.report().replayed == 4
-
-
 @pytest.mark.usefixtures("as_on_gpu")
 def test_a_batch_of_another_shape_is_taken_as_usual_and_the_recording_is_kept() -> None:
     plain, captured = engines(partial(levels, last=4), "one_step")
@@ -124,7 +107,7 @@ def test_a_batch_of_another_shape_is_taken_as_usual_and_the_recording_is_kept() 
 
 
 @pytest.mark.usefixtures("as_on_gpu")
-@pytest.mark.parametrize("what", ["option", "attribute", "mode", "state", "TF32"])
+@pytest.mark.parametrize("what", ["option", "attribute", "mode", "buffer", "state", "TF32"])
 def test_a_change_of_what_a_recording_holds_fixed_is_seen(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, captured = engines(levels, "one_step")
     run_both(plain, captured)
@@ -136,7 +119,9 @@ def test_a_change_of_what_a_recording_holds_fixed_is_seen(what: str, monkeypatch
         elif what == "attribute":
             low.factor = 2.0
         elif what == "mode":
-            low.module.eval()
+            low.module[1].eval()
+        elif what == "buffer":
+            low.module[1].running_mean = low.module[1].running_mean + 1.0
         elif what == "TF32":
             monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
         else:  # the optimizer's tensors are new ones then
@@ -178,6 +163,16 @@ class Noisy(Fit):
         return super().loss((x + 0.1 * torch.randn_like(x), y), top)
 
 
+class NoisyByNumpy(Fit):
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        return super().loss(batch, top) * np.random.rand()
+
+
+class NoisyByPython(Fit):
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        return super().loss(batch, top) * random.random()
+
+
 class Annealed(Fit):
     def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
         return super().loss(batch, top) * 0.9**self.steps_taken
@@ -202,9 +197,19 @@ def with_adam() -> list[mlo.Problem]:
     return problems
 
 
-def with_hook() -> list[mlo.Problem]:
+class Signed(torch.optim.SGD):
+    pass
+
+
+def with_subclass() -> list[mlo.Problem]:
     problems = levels()
-    problems[0].optimizer.register_step_post_hook(lambda *_: None)
+    problems[1].optimizer = Signed(problems[1].module.parameters(), 0.01)
+    return problems
+
+
+def with_hook(when: str, cls: type[Fit] = Fit) -> list[mlo.Problem]:
+    problems = levels(cls)
+    getattr(problems[0].optimizer, f"register_step_{when}_hook")(lambda *_: None)
     return problems
 
 
@@ -213,9 +218,15 @@ def with_hook() -> list[mlo.Problem]:
     ("make", "why"),
     [
         (partial(levels, Noisy), "a loss draws random numbers"),
+        (partial(levels, NoisyByNumpy), "a loss draws random numbers"),
+        (partial(levels, NoisyByPython), "a loss draws random numbers"),
         (partial(levels, Annealed), "the loss of 'low' asks for steps_taken"),
         (with_adam, "Adam of 'top' counts its steps on the CPU; make it with capturable=True"),
-        (with_hook, "the optimizer of 'low' has hooks"),
+        (with_subclass, "Signed of 'top' may read values on the CPU; it has no capturable=True"),
+        (partial(with_hook, "pre"), "the optimizer of 'low' has hooks"),
+        (partial(with_hook, "post"), "the optimizer of 'low' has hooks"),
+        (partial(with_hook, "post", Noisy), "a loss draws random numbers"),  # the first reason alone is given
+        (partial(levels, autocast=torch.float16), "the loss scale of 'low', for float16, depends on values"),
     ],
 )
 def test_what_cannot_be_recorded_is_said_once_and_runs_as_usual(
@@ -223,9 +234,9 @@ def test_what_cannot_be_recorded_is_said_once_and_runs_as_usual(
 ) -> None:
     torch.manual_seed(1)
     plain, captured = engines(make, "one_step")
-    torch.manual_seed(2)
+    seed_everything(2)
     plain.run(6)
-    torch.manual_seed(2)
+    seed_everything(2)
     with pytest.warns(UserWarning, match=f"rounds are not captured: {why}") as warned:
         captured.run(6)
     assert len(warned) == 1
@@ -318,3 +329,267 @@ def test_a_learning_rate_in_a_tensor_is_read_at_every_round() -> None:
     captured.run(7, [halved])
     assert_same(plain, captured)
     assert captured.report().replayed == 3
+
+
+def without_momentum(**low: Any) -> list[mlo.Problem]:
+    problems = levels(**low)
+    for problem in problems:
+        for group in problem.optimizer.param_groups:
+            group["momentum"] = 0.0
+    return problems
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize(("kind", "first"), [("one_step", 6), (WARM_CG, 6), (WARM_CG, 0)])
+def test_a_state_loaded_between_replays_brings_its_learning_rates_and_warm_starts(kind: Any, first: int) -> None:
+    plain, captured = engines(partial(without_momentum, steps=2), kind)
+    for engine in (plain, captured):
+        engine.run(first)
+        before = copy.deepcopy(engine.state_dict())
+        engine.run(10 - first)
+        engine.load_state_dict(before)
+        engine.run(4)
+    assert_same(plain, captured)
+    assert captured.report().replayed >= 6
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize("kind", ["cg", "neumann"])
+def test_a_replay_starts_from_the_solution_of_a_usual_round_before_it(kind: str) -> None:
+    few = {"kind": kind, "warm_start": True} | ({"terms": 2} if kind == "neumann" else {"iterations": 2})
+    plain, captured = engines(partial(levels, rate=0.02, last=4), few)
+    run_both(plain, captured, 15)
+    assert_same(plain, captured, rtol=1e-8)
+    assert captured.report().replayed == 7
+
+
+class LessMomentum(torch.optim.lr_scheduler.LambdaLR):
+    """Sets another momentum after the fourth step, and then none."""
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        if self.last_epoch == 4:
+            self.optimizer.param_groups[0]["momentum"] = 0.1
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize(("steps", "replayed"), [(1, 2), (2, 2), (4, 2)])
+def test_a_scheduler_that_sets_more_than_learning_rates(steps: int, replayed: int) -> None:
+    def make() -> list[mlo.Problem]:
+        problems = levels(steps=steps)
+        problems[0].scheduler = LessMomentum(problems[0].optimizer, lambda step: 0.9**step)
+        return problems
+
+    plain, captured = engines(make, "one_step")
+    run_both(plain, captured, 9)
+    assert_same(plain, captured)
+    assert captured.report().replayed >= replayed
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_momentum_in_cycles_that_end_with_the_rounds_is_never_replayed() -> None:
+    def make() -> list[mlo.Problem]:
+        problems = levels(steps=2)
+        problems[0].scheduler = torch.optim.lr_scheduler.CyclicLR(
+            problems[0].optimizer, 0.05, 0.1, step_size_up=1, step_size_down=1, mode="triangular"
+        )
+        return problems
+
+    plain, captured = engines(make, "one_step")
+    plain.run(25)
+    with pytest.warns(UserWarning, match="because of changes: options that the scheduler of 'low' sets"):
+        captured.run(25)
+    torch.testing.assert_close(captured.losses, plain.losses, rtol=1e-11, atol=1e-13)
+    assert captured.report().replayed == 0
+
+
+class Cloud:
+    """A batch of a type that torch's pytrees do not know, and that cannot be compared."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("Boolean value of Tensor with more than one value is ambiguous")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class Clouds(Fit):
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        cloud, weights, sparse = batch
+        x, y = cloud.parts
+        return super().loss((torch.sparse.mm(sparse, x) * float(weights[0]), y), top)
+
+
+def with_clouds(count: int) -> list[mlo.Problem]:
+    problems = levels(Clouds)
+    parts = problems[1].stream.peek()
+    data = [(Cloud(*parts), np.full(2, 1.0 + i), torch.eye(6).double().to_sparse()) for i in range(count)]
+    problems[0].stream = open_stream(data, "low")
+    return problems
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_what_is_not_a_dense_tensor_in_a_batch_must_stay_the_same() -> None:
+    plain, captured = engines(partial(with_clouds, 1), "one_step")
+    run_both(plain, captured)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 2
+    plain, captured = engines(partial(with_clouds, 30), "one_step")
+    plain.run(25)
+    with pytest.warns(UserWarning, match="no round is replayed, because of changes: batches of 'low'"):
+        captured.run(25)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 0
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.coarse = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        self.scalar = nn.Parameter(torch.ones(()))
+        self.fine = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fine(x.float() * self.scalar).double() + 0.0 * self.coarse.float().sum()
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize("on_device", [False, True])
+def test_learning_rates_of_groups_of_several_dtypes_empty_groups_and_tensors(
+    monkeypatch: pytest.MonkeyPatch, on_device: bool
+) -> None:
+    """As 0.1003 in bfloat16 is 0.1001, a rate of the first parameter's dtype would be seen."""
+    if on_device:
+        monkeypatch.setattr(recording, "readable", lambda tensor: False)
+
+    def make() -> list[mlo.Problem]:
+        problems = levels()
+        torch.manual_seed(1)
+        model = Mixed()
+        rate = torch.tensor(0.1003) if on_device else 0.1003
+        groups = [{"params": []}, {"params": model.parameters()}]
+        sgd = torch.optim.SGD(groups, rate)
+        schedule = torch.optim.lr_scheduler.StepLR(sgd, 1, 0.9)
+        data = [problems[1].stream.peek(i) for i in range(7)]
+        return [
+            Fit("low", module=model, optimizer=sgd, scheduler=schedule, data=data, steps=2),
+            Judge("top", module=problems[1].module, optimizer=problems[1].optimizer, data=data),
+        ]
+
+    plain, captured = engines(make, {"kind": "unrolled"})
+    run_both(plain, captured, 8)
+    for one, other in zip(plain.problems.values(), captured.problems.values(), strict=True):
+        torch.testing.assert_close(other.module.state_dict(), one.module.state_dict(), rtol=2e-6, atol=2e-7)
+    assert captured.report().replayed >= 4
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("error", [ValueError("boom"), RuntimeError("boom")])
+def test_an_error_while_a_round_is_recorded_leaves_rates_and_schedulers(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, tensor: bool
+) -> None:
+    def fails(function: Callable[[], None]) -> Callable[[], None]:
+        raise error
+
+    def make() -> list[mlo.Problem]:
+        problems = levels(steps=2)
+        if tensor:
+            problems[0].optimizer.param_groups[0]["lr"] = torch.tensor(0.1, dtype=torch.float64)
+        return problems
+
+    monkeypatch.setattr(engine_module, "Captured", partial(Captured, record=fails))
+    plain, captured = engines(make, "one_step")
+    captured.run(3)
+    if isinstance(error, RuntimeError):  # the round is taken as usual
+        plain.run(4)
+        with pytest.warns(UserWarning, match="a round cannot be recorded: boom"):
+            captured.run(1)
+    else:
+        plain.run(3)
+        with pytest.raises(ValueError, match="boom"):
+            captured.run(1)
+    assert_same(plain, captured)
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_problem_that_begins_to_step_is_seen() -> None:
+    def make() -> list[mlo.Problem]:
+        problems = without_momentum()
+        problems[1].warmup = 6
+        return problems
+
+    plain, captured = engines(make, "one_step")
+    run_both(plain, captured, 12)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 6
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_usual_rounds_between_replays_lead_to_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured_module, "MOST_CHANGES", 5)
+    _, captured = engines(partial(levels, last=4), "one_step")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captured.run(40)
+    assert captured.report().replayed == 26
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_parameter_that_is_frozen_between_replays_is_refused_as_usual() -> None:
+    for engine in engines(levels, "one_step"):
+        engine.run(6)
+        engine.problems["low"].module[0].weight.requires_grad_(False)
+        with pytest.raises(mlo.GraphError, match="no longer requires gradients"):
+            engine.step()
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_an_optimizer_that_counts_its_steps_on_the_device_is_captured() -> None:
+    def make() -> list[mlo.Problem]:
+        problems = levels(steps=2)
+        for problem in problems:
+            problem.optimizer = torch.optim.Adam(problem.module.parameters(), 0.01, fused=True)
+        problems[0].scheduler = torch.optim.lr_scheduler.StepLR(problems[0].optimizer, 1, 0.9)
+        return problems
+
+    plain, captured = engines(make, "one_step")
+    run_both(plain, captured, 8)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 4
+    parameters = [nn.Parameter(torch.zeros(2))]
+    assert captured_module._on_device(torch.optim.Adam(parameters, capturable=True))
+    assert not captured_module._on_device(torch.optim.Adam(parameters))
+
+
+def test_capture_is_refused_with_compile_and_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    captured_module.refuse_capture(gpu, compile=False)
+    with pytest.raises(mlo.ConfigError, match="capture and compile are both True"):
+        captured_module.refuse_capture(gpu, compile=True)
+    monkeypatch.setattr(captured_module.distributed, "world", lambda: 2)
+    with pytest.raises(mlo.ConfigError, match="capture=True works in one process"):
+        captured_module.refuse_capture(gpu, compile=False)
+
+
+class SignByKey(Fit):
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        ((sign, (x, y)),) = batch.items()
+        return super().loss((x, y) if sign == "plus" else (-x, y), top)
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_a_batch_with_other_keys_is_taken_as_usual() -> None:
+    def make() -> list[mlo.Problem]:
+        problems = levels(SignByKey)
+        batches = [problems[0].stream.peek(i) for i in range(7)]
+        keyed = [{"minus" if i == 6 else "plus": batch} for i, batch in enumerate(batches)]
+        problems[0].stream = open_stream(keyed, "low")
+        return problems
+
+    plain, captured = engines(make, "one_step")
+    run_both(plain, captured, 12)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 7

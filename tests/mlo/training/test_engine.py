@@ -298,3 +298,88 @@ def test_a_read_without_a_mixed_second_derivative_is_no_missing_read(estimator):
         difference = {"kind": "one_step", "product": {"kind": "central", "radius": 1e-4}}
         found = [mlo.Engine(made, one, device="cpu").hypergradient("top")["value"] for one in ("one_step", difference)]
     torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.zeros(3, 2))
+
+    def forward(self, x):
+        return x @ (self.one + self.other)  # both have the same gradient, in one tensor
+
+
+class FitSum(mlo.Problem):
+    def loss(self, batch):
+        x, y = batch
+        return (self(x) - y).square().mean()
+
+
+class Decayed(torch.optim.SGD):
+    """An optimizer that writes into gradients."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for variable in group["params"]:
+                variable.grad.add_(variable.detach(), alpha=0.1)
+        return super().step(closure)
+
+
+def nesterov(variables, foreach):
+    return torch.optim.SGD(variables, 0.1, momentum=0.9, nesterov=True, foreach=foreach)
+
+
+def rprop(variables, foreach):
+    return torch.optim.Rprop(variables, 0.1, foreach=foreach)
+
+
+def decayed(variables, foreach):
+    return Decayed(variables, 0.1, foreach=foreach)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("optimizer_of", [nesterov, rprop, decayed])
+def test_an_optimizer_may_write_into_a_gradient_that_two_variables_share(optimizer_of, foreach):
+    torch.manual_seed(0)
+    x, y, model, hand = torch.randn(6, 3), torch.randn(6, 2), Sum(), Sum()
+    problem = FitSum("model", module=model, optimizer=optimizer_of(model.parameters(), foreach), data=[(x, y)])
+    mlo.Engine(problem, device="cpu").run(3)
+    optimizer = optimizer_of(hand.parameters(), foreach)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (hand(x) - y).square().mean().backward()
+        optimizer.step()
+    assert torch.equal(model.one, hand.one)
+    assert torch.equal(model.other, hand.other)
+
+
+class Weighted(mlo.Problem):
+    def loss(self, batch, weight):
+        x, y = batch
+        return (weight.params["weight"].exp() * (self(x) - y).square()).mean()
+
+
+class Judged(mlo.Problem):
+    def loss(self, batch, model):
+        x, y = batch
+        return (model(x) - y).square().mean()
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_gradient_that_is_kept_to_differentiate_a_step_is_not_written_into(foreach):
+    torch.manual_seed(0)
+    model, weight = nn.Linear(3, 2).double(), nn.Linear(2, 1, bias=False).double()
+    data = [(torch.randn(6, 3).double(), torch.randn(6, 2).double())]
+    above = torch.optim.SGD(weight.parameters(), 0.1)
+    engine = mlo.Engine(
+        [
+            Weighted("model", module=model, optimizer=nesterov(model.parameters(), foreach), data=data, steps=2),
+            Judged("weight", module=weight, optimizer=above, data=data),
+        ],
+        {"kind": "unrolled", "product": "one_sided"},
+        device="cpu",
+    )
+    for _ in range(3):
+        before, expected = weight.weight.detach().clone(), engine.hypergradient("weight")["weight"]
+        engine.step()
+        torch.testing.assert_close((before - weight.weight.detach()) / 0.1, expected, rtol=1e-7, atol=1e-10)

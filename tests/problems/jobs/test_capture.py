@@ -53,20 +53,25 @@ def searched(method: str, rounds: int = 7, **options: object) -> tuple[mlo.Engin
     return found[0], found[1]
 
 
+SLOW = [
+    ("lbt", {}),
+    ("lbt", {"judged_by": "student", "student_learns_from": "pseudo_labels", "pseudo_label_path": "paper"}),
+    ("lbt", {"search": {"space": "pc_darts", "channels": 4}}),
+    ("lbt", {"variant": "authors", "student_learns_from": "pseudo_labels"}),
+    ("plain", {"variant": "authors"}),
+    ("plain", {"search": {"eigenvalue_every": 2}}),
+]
+
+
 @pytest.mark.usefixtures("capturable_on_cpu")
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("lbt", {}),
+        *[pytest.param(*each, marks=pytest.mark.slow) for each in SLOW],
         ("lbt", {"search": {"warmup": 1, "architecture_clip": 1.0, "augmentation": {"crop": 1, "flip": True}}}),
-        ("lbt", {"judged_by": "student", "student_learns_from": "pseudo_labels", "pseudo_label_path": "paper"}),
-        ("lbt", {"search": {"space": "pc_darts", "channels": 4}}),
         ("lbt", {"teacher_hypergradient": "first_order", "lookahead": False}),
         ("lbt", {"variant": "authors", "search": {"warmup": 1}}),
-        ("lbt", {"variant": "authors", "student_learns_from": "pseudo_labels"}),
         ("plain", {}),
-        ("plain", {"variant": "authors"}),
-        ("plain", {"search": {"eigenvalue_every": 2}}),
     ],
     ids=str,
 )
