@@ -645,3 +645,18 @@ def test_equal_numbers_are_replayed_and_another_dtype_is_not() -> None:
     run_both(plain, captured, 12)
     assert_same(plain, captured)
     assert captured.report().replayed == 7
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_replays_after_a_bad_loss_change_nothing_until_it_is_reported() -> None:
+    _, captured = engines(levels, "one_step")
+    captured.run(6)
+    captured.problems["low"].stream.peek()[0].fill_(float("nan"))
+    captured._updater.check_arrived = lambda: None  # type: ignore[method-assign]
+    captured.step()
+    low = captured.problems["low"].module
+    before = copy.deepcopy(low.state_dict())
+    captured.step()
+    captured.step()
+    assert captured.report().replayed == 5
+    torch.testing.assert_close(low.state_dict(), before, rtol=0, atol=0)
