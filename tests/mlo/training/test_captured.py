@@ -593,3 +593,50 @@ def test_a_batch_with_other_keys_is_taken_as_usual() -> None:
     run_both(plain, captured, 12)
     assert_same(plain, captured)
     assert captured.report().replayed == 7
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_losses_and_reports_of_a_replay_are_not_overwritten_by_the_next_one() -> None:
+    _, captured = engines(levels, WARM_CG)
+    captured.run(6)
+    seen = [*captured.losses.values(), *captured._gradients.reports.values()]
+    before = [value.clone() for value in seen]
+    captured.run(2)
+    assert captured.report().replayed >= 3
+    assert all(map(torch.equal, seen, before))
+
+
+class Counted(Fit):
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        x, y, factor = batch
+        return super().loss((x.double() * factor, y), top)
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_equal_numbers_are_replayed_and_another_dtype_is_not() -> None:
+    def make() -> list[mlo.Problem]:
+        problems = levels(Counted)
+        batches = [problems[0].stream.peek(i) for i in range(7)]
+        held = [(x.float() if i == 6 else x, y, float("2.5")) for i, (x, y) in enumerate(batches)]
+        problems[0].stream = open_stream(held, "low")
+        return problems
+
+    plain, captured = engines(make, "one_step")
+    run_both(plain, captured, 12)
+    assert_same(plain, captured)
+    assert captured.report().replayed == 7
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_replays_after_a_bad_loss_change_nothing_until_it_is_reported() -> None:
+    _, captured = engines(levels, "one_step")
+    captured.run(6)
+    captured.problems["low"].stream.peek()[0].fill_(float("nan"))
+    captured._updater.check_arrived = lambda: None  # type: ignore[method-assign]
+    captured.step()
+    low = captured.problems["low"].module
+    before = copy.deepcopy(low.state_dict())
+    captured.step()
+    captured.step()
+    assert captured.report().replayed == 5
+    torch.testing.assert_close(low.state_dict(), before, rtol=0, atol=0)

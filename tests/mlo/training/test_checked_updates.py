@@ -63,3 +63,27 @@ def test_a_bad_first_step_leaves_the_optimizer_state_at_zero():
     state = [v for s in stack[1].optimizer.state.values() for k, v in s.items() if k != "step"]
     assert state
     assert all(not v.any() for v in state)
+
+
+class Shifted(mlo.Problem):
+    def loss(self, batch):
+        return self(batch[0]).square().mean() + batch[1]
+
+
+class Rooted(mlo.Problem):
+    def loss(self, batch):
+        return (self(batch[0]) * batch[1]).abs().sqrt().sum()
+
+
+@pytest.mark.usefixtures("updater")
+@pytest.mark.parametrize(
+    ("cls", "bad", "what"), [(Shifted, float("inf"), "loss is inf"), (Rooted, 0.0, "gradient's norm is nan")]
+)
+def test_a_loss_or_a_gradient_that_alone_is_not_finite_is_undone(cls, bad, what):
+    model = torch.nn.Linear(2, 1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    problem = cls("model", module=model, optimizer=sgd, data=[(torch.ones(3, 2), torch.tensor(bad))])
+    with pytest.raises(mlo.NonFiniteLossError, match=what):
+        mlo.Engine(problem, device="cpu").run(1)
+    assert all(map(torch.equal, model.parameters(), before))
