@@ -154,13 +154,14 @@ class Captured:
         try:
             with self._streams(go_on=False), rates.on_device(), host.kept():
                 replay = self._record(recorded)
-        except Exception as error:
+        except RuntimeError as error:  # of whatever cannot be part of a CUDA graph
             rates.undo()
-            if not isinstance(error, RuntimeError):  # which whatever cannot be part of a CUDA graph leads to
-                raise
             self._refuse(f"a round cannot be recorded: {error}")
             one_round()
             return
+        except BaseException:
+            rates.undo()
+            raise
         host.follow()
         self._changes = 0
         for obstacle in self._obstacles(before):
