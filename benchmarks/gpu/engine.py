@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +33,7 @@ class Variant(NamedTuple):
 
     tf32: bool = False
     benchmark: bool = False
-    options: dict[str, Any] = {}  # noqa: RUF012  never changed
+    options: Mapping[str, Any] = MappingProxyType({})
     profiled: bool = False
 
     @property

@@ -137,26 +137,6 @@ def test_launches_do_not_depend_on_the_size_of_batches(small_round: Counting) ->
     assert small_round.bytes < other.bytes
 
 
-def product(kind: str) -> dict[str, str]:
-    return {"kind": "one_step", "product": kind}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "estimator",
-    [
-        *("first_order", "one_step", "sama", "unrolled", "truncated", "penalty"),
-        {"kind": "cg", "iterations": 2},
-        {"kind": "neumann", "terms": 2},
-        {"kind": "nystrom", "rank": 2},
-        *map(product, ("central", "one_sided", "forward")),
-    ],
-    ids=str,
-)
-def test_no_estimator_reads_on_the_host(estimator: object) -> None:
-    assert count_round(student, **SMALL, hypergradient=estimator).launches > 1000
-
-
 @pytest.mark.slow
 def test_a_round_at_the_papers_size_costs_what_the_docs_state() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")

@@ -47,8 +47,10 @@ class Sequences(nn.Module):
         self.head = nn.Linear(self.layer.hidden_size * (2 if self.layer.bidirectional else 1), 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        run = lambda x: self.head(self.layer(x)[0])  # noqa: E731
-        return checkpoint(run, x, use_reentrant=False) if self.checkpointed else run(x)
+        return checkpoint(self.run, x, use_reentrant=False) if self.checkpointed else self.run(x)
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0])
 
 
 class Low(mlo.Problem):
