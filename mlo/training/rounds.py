@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from mlo.levels.problem import Problem
 from mlo.levels.state import Slots, State, cast, copied
+from mlo.ops.float64 import in_float64
 from mlo.ops.rng import Randomness, replay
 from mlo.steps.evaluation import MicroBatch
 from mlo.steps.level import Level
@@ -49,6 +50,15 @@ class Rounds:
     def __init__(self, plan: Plan, levels: Mapping[str, Level], gradients: Gradients, updater: Updater) -> None:
         self._plan, self._levels, self._gradients, self._updater = plan, levels, gradients, updater
         self.losses: dict[str, Tensor] = {}
+
+    @contextmanager
+    def trial(self, level: Level, dtype: torch.dtype | None) -> Iterator[None]:
+        """A context for the next step of a level that is not taken: the random state is as before afterwards."""
+        if dtype is not None:  # the data make their batches as for any other step
+            for each in (level, *[self._levels[name] for name in level.below]):
+                each.problem.batches_ahead(each.problem.steps_now)
+        with replay(None, level.device, level.draws_outside), in_float64(dtype):
+            yield
 
     def below(
         self, top: str, due: Collection[str], states: Mapping[str, State], dtype: torch.dtype | None = None
