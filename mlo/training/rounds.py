@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from mlo.levels.batch_trees import opened
 from mlo.levels.problem import Problem
 from mlo.levels.state import Slots, State, cast, copied
 from mlo.ops.float64 import in_float64
@@ -262,4 +263,4 @@ def cast_batches(batches: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[A
     def cast_one(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    return tuple([tree_map_only(Tensor, cast_one, batch) for batch in batches])
+    return tuple([tree_map_only(Tensor, cast_one, opened(batch)) for batch in batches])
