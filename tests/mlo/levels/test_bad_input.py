@@ -295,6 +295,11 @@ def test_data_without_a_batch():
             {"kind": "neumann", "termss": 3},
             r"^hypergradient.termss: unknown option; did you mean hypergradient.terms\?$",
         ),
+        ({"kind": "one_step", "termss": 3}, r"^hypergradient.termss: unknown option; there are: product$"),
+        (
+            {"kind": "cg", "product": {"kind": "exact", "radus": 1}},
+            r"^hypergradient.product.radus: unknown option; there are: autocast$",
+        ),
         ({"kind": "neumann", "terms": -3}, "terms: -3 was given"),
         ({"kind": "cg", "radius": 0.01}, "radius: is an option of darts, sama, not of the chosen hypergradient"),
         (
@@ -317,6 +322,7 @@ def test_an_estimator_that_is_not_there(value, message):
     ("options", "message"),
     [
         ({"tems": 3}, r"^Neumann: tems: unknown option; did you mean terms\?$"),
+        ({"iteratons": 3}, "^Neumann: iteratons: unknown option; there are: fresh_batch, product, terms, rate, warm_start$"),
         ({"terms": -3}, "^Neumann: terms: -3 was given, but it should be greater than or equal to 1$"),
         ({"terms": 3, "product": "exat"}, r"^Neumann: product: 'exat' is not known.*did you mean exact\?"),
     ],
