@@ -322,7 +322,7 @@ def test_an_estimator_that_is_not_there(value, message):
     ("options", "message"),
     [
         ({"tems": 3}, r"^Neumann: tems: unknown option; did you mean terms\?$"),
-        ({"iteratons": 3}, "^Neumann: iteratons: unknown option; there are: fresh_batch, product, terms, rate, warm_start$"),
+        ({"iteratons": 3}, "^Neumann: iteratons: unknown option; there are: fresh_batch, product, terms, rate, warm_s"),
         ({"terms": -3}, "^Neumann: terms: -3 was given, but it should be greater than or equal to 1$"),
         ({"terms": 3, "product": "exat"}, r"^Neumann: product: 'exat' is not known.*did you mean exact\?"),
     ],
