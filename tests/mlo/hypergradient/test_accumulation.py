@@ -343,7 +343,7 @@ class Sum(mlo.Problem):
 @pytest.mark.parametrize("batches", [(-1.0, 2.0), (2.0, -1.0), (-1.0, -2.0, 3.0)], ids=str)
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
 def test_a_problem_may_be_read_in_some_micro_batches_only(estimator, batches):
-    """d low / d top is -0.1 / n, as one of n micro-batches reads it, or nothing; the minimum moves by -1 / 2n."""
+    """The step of ``low`` moves by -0.1 / n of ``top``, as one of n micro-batches reads it, or by nothing."""
     low, top = Value(0.5, 0.2), Value(0.3, -0.4)
     data = list(map(torch.tensor, batches))
     for bends in (True, False):
