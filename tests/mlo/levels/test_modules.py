@@ -266,6 +266,10 @@ MODULES = {
 }
 
 
+QUICK = ("recurrent", "unused", "tied with buffer", "parametrized", "checkpointed weight norm", "weight norm by hooks")
+QUICK += ("spectral norm", "of bytes", "in place", "checkpointed attention")
+
+
 def by_hand(checked: mlo.Engine) -> Tensor:
     """The hypergradient through the next steps of plain SGD, by autograd of functional calls."""
     model, judge = checked.problems.values()
@@ -306,7 +310,7 @@ def test_a_compiled_module_is_reported():
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated", "ignore:.*compiled by torch.compile")
 @pytest.mark.parametrize("product", ["exact", "central"])
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [pytest.param(m, marks=() if m in QUICK else pytest.mark.slow) for m in MODULES])
 def test_modules_work_and_agree_with_brute_force(module, product):
     if (module, product) == ("in place", "central"):
         pytest.skip("a difference across the kinks of a ReLU is not exact")
