@@ -25,15 +25,19 @@ class InFloat64(TorchFunctionMode):
     ) -> Any:
         """Run ``func`` in float64."""
         kwargs = kwargs or {}
-        if func not in _REINTERPRET:
+        in_place, parts = changes_in_place(func, kwargs), list(tree_iter((args, kwargs)))
+        if func not in _REINTERPRET and any([isinstance(part, torch.dtype) for part in parts]):
             args, kwargs = tree_map(_wider, args), tree_map(_wider, kwargs)
-        precisions = {tensor.dtype for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)}
-        if precisions & _WIDE and precisions & _WIDER.keys() and not changes_in_place(func, kwargs):
+        precisions = {part.dtype for part in parts if isinstance(part, Tensor)}
+        if precisions & _WIDE and precisions & _WIDER.keys() and not in_place:
             args, kwargs = tree_map_only(Tensor, _wide, args), tree_map_only(Tensor, _wide, kwargs)
         result = _CASTS.get(func, func)(*args, **kwargs)
-        if func in _NEW and isinstance(result, Tensor) and result.dtype in _WIDER:
+        if not isinstance(result, Tensor) or in_place:
+            return result
+        if func in _NEW and result.dtype in _WIDER:
             return _wide(result.detach()).requires_grad_(result.requires_grad)
-        return result
+        lower = func in _CASTS or precisions & _WIDER.keys() or any([isinstance(p, torch.dtype) for p in parts])
+        return result.clone() if func in _COPIES and lower and result is args[0] else result  # a cast is a copy
 
 
 @contextmanager
@@ -67,6 +71,7 @@ _CASTS: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.half: Tensor.double,
     Tensor.bfloat16: Tensor.double,
 }
+_COPIES = {*_CASTS, Tensor.to, Tensor.type, Tensor.type_as}
 _REINTERPRET = {Tensor.view}  # of the same bits
 _NEW = {
     torch.arange,

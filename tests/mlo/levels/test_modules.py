@@ -266,6 +266,21 @@ MODULES = {
 }
 
 
+@pytest.mark.slow
+def test_a_loss_that_calls_compiled_code_is_reported():
+    class Compiled(Wrapper):
+        def __init__(self) -> None:
+            super().__init__()
+            self.activation = torch.compile(lambda x: x.sin().exp(), backend="aot_eager")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.activation(self.within(x))
+
+    made = engine(Compiled().double(), "one_step")
+    with pytest.raises(mlo.ConfigError, match=r"compiled by torch\.compile.* Engine\(compile=True\)"):
+        made.step()
+
+
 QUICK = ("recurrent", "unused", "tied with buffer", "parametrized", "checkpointed weight norm", "weight norm by hooks")
 QUICK += ("spectral norm", "of bytes", "in place", "checkpointed attention")
 

@@ -139,6 +139,12 @@ def random_normal(self, batch, w):
     return (w() * errors(self, (x + 0.1 * torch.distributions.Normal(0.0, 1.0).sample((6, 3)), y))).mean()
 
 
+def filled(self, batch, w):
+    errors_of = torch.zeros(6)
+    errors_of[:] = errors(self, batch)
+    return (w() * errors_of).mean()
+
+
 def own_target(self, batch, w):
     x, _ = batch
     return weighted(self, batch, w) + (w() * (self(x) - 2 * self(x.flip(0)).detach()).square()[:, 0]).mean()
@@ -212,6 +218,7 @@ RIGHT = {
     "matrix of random numbers": lambda: engine(low=random_mix),
     "random mask": lambda: engine(low=random_mask),
     "random distribution": lambda: engine(low=random_normal),
+    "new tensor filled": lambda: engine(low=filled),
     "own target": lambda: engine(low=own_target),
     "own target without graph": lambda: engine(low=own_target_without_graph),
     "own scale as a number": lambda: engine(low=own_scale),
@@ -378,6 +385,19 @@ def test_where_noise_hides_it_nothing_is_told(slope):
     found = differences(rounded(1e-4, slope), right, 1e-5)
     assert not found.refute(right, 1e-5)
     assert not found.clear(1e-2)
+
+
+@pytest.mark.parametrize("grid", [1e-4, 1e-5, 1e-6])
+def test_a_loss_on_a_grid_is_measured_where_it_moves(grid):
+    assert not differences(rounded(0, grid=grid), [1.0] * 4, 1e-5).refute([1.0] * 4, 1e-5)
+    assert differences(rounded(0, grid=grid), [1.5] * 4, 1e-5).refute([1.5] * 4, 1e-5)
+
+
+def test_a_small_derivative_is_measured_at_a_larger_radius():
+    """At the first one, rounding in float64 would hide an error of a percent."""
+    loss, right, wrong = rounded(0, slope=1e-7), [1e-7] * 4, [1.01e-7] * 4
+    assert differences(loss, wrong, 1e-5).refute(wrong, 1e-5)
+    assert differences(loss, right, 1e-5).clear(1e-3)
 
 
 def test_a_loss_that_nothing_moves_has_no_derivative():
