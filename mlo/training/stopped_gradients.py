@@ -37,13 +37,16 @@ class StoppedGradients:
     def recorded(self) -> Iterator[None]:
         """A context in which they are recorded, if it is the first; in later ones they are as they were there."""
         self._seen.clear()
+        own = {name: vars(problem).get("loss") for name, problem in self._problems.items()}
         for problem in self._problems.values():
             vars(problem)["loss"] = partial(self._loss, problem, problem.loss)
         try:
             yield
         finally:
-            for problem in self._problems.values():
+            for name, problem in self._problems.items():
                 del vars(problem)["loss"]
+                if own[name] is not None:
+                    vars(problem)["loss"] = own[name]
 
     def _loss(self, problem: Problem, loss: Callable[..., Tensor], batch: Any, **reads: Any) -> Tensor:
         position = problem.name, problem.step_number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -236,6 +237,14 @@ def test_right_programs_pass(program):
     mlo.check(made)
     assert same(snapshot(list(made.problems.values())), before)
     assert all("loss" not in vars(problem) for problem in made.problems.values())
+
+
+def test_a_loss_that_an_instance_has_of_its_own_stays():
+    made = engine(steps=1)
+    problem = made.problems["model"]
+    loss = problem.loss = partial(weighted, problem)
+    mlo.check(made)
+    assert problem.loss is loss
 
 
 QUICK = ("float32 norm", "own target", "held read", "one percent", "read detached", "truncated")
