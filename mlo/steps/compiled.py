@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mlo.levels.batch_trees import opened
 from mlo.levels.state import State, leaves
 from mlo.ops.compiler import SMALL_GRAPH, STEPS
 from mlo.ops.differentiable import TwiceDifferentiable
@@ -215,6 +216,6 @@ def _fresh(variables: Vector, wanted: bool) -> Vector:
 
 def _aliased(batch: Any) -> tuple[Any, tuple[Any, ...]]:
     """The batch with aliases of its tensors, so that compiled code does not depend on shared batches, and its form."""
-    parts, structure = tree_flatten(batch)
+    parts, structure = tree_flatten(opened(batch))
     form = tuple([(p.shape, p.dtype) if isinstance(p, Tensor) else type(p) for p in parts])
     return tree_unflatten([p.detach() if isinstance(p, Tensor) else p for p in parts], structure), (structure, *form)

@@ -16,7 +16,7 @@ from mlo.levels.problem import Problem
 from mlo.levels.state import State, cast
 from mlo.ops import distributed
 from mlo.ops.compiler import Compiler
-from mlo.ops.rng import global_state, replay, set_global_state
+from mlo.ops.rng import global_state, set_global_state
 from mlo.ops.tf32 import Tf32
 from mlo.ops.vectors import filled
 from mlo.steps.level import Level, levels_of
@@ -178,13 +178,14 @@ class Engine:
 
         Args:
             name: an upper problem; for a lower one, the result is its ordinary gradient.
-            dtype: the precision, used for copies of all floating-point tensors; None: that of the tensors.
+            dtype: the precision of copies of all floating-point tensors; None: that of the tensors. In float64, a loss
+                computes all in float64, even where it asks for less.
 
         Raises:
             ConfigError: if there is no such problem.
             GraphError: if a declared read carries no gradient.
         """
-        with self._ahead(name), replay(None, self.device, self._level(name).draws_outside):
+        with self._ahead(name), self._rounds.trial(self._level(name), dtype):
             states, records, batches = self._next(name, {}, dtype)
             count = self.problems[name].step_number
             found = self._gradients.of(name, states, records, batches, "virtual", (), count).own
@@ -207,10 +208,9 @@ class Engine:
         Returns:
             A scalar tensor without a graph.
         """
-        with self._ahead(name), replay(None, self.device, self._level(name).draws_outside):
+        with self._ahead(name), self._rounds.trial(self._level(name), dtype):
             states, _, batches = self._next(name, parameters or {}, dtype)
-            loss = self._gradients.loss(name, states, batches)
-        return distributed.average([loss])[0]
+            return distributed.average([self._gradients.loss(name, states, batches)])[0]
 
     def _next(
         self, name: str, parameters: Mapping[str, Tensor], dtype: torch.dtype | None

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mlo.levels.batch_trees import opened
 from mlo.levels.batches import Batches
 from mlo.levels.problem import Problem
 from mlo.ops.vectors import copy_, readable
@@ -61,7 +62,7 @@ class HeldBatches:
     def fill(self) -> bool:
         """Copy the next batches into these tensors. Return whether they have the same form."""
         for at in self._asked:
-            parts, form = tree_flatten(self._stream.peek(at))
+            parts, form = tree_flatten(opened(self._stream.peek(at)))
             if at not in self._held:
                 self._held[at] = [p.clone() if _is_copied(p) else p for p in parts], form
                 continue
