@@ -11,12 +11,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # small tensors gain nothing by more, and l
 
 import pytest
 import torch
-from replaying import record
+from replaying import Drawing, Generator, record
 
 from mlo.cli import main as cli
 from mlo.hypergradient import solvers
-from mlo.ops import vectors
+from mlo.ops import rng, vectors
+from mlo.ops.gpu_rng import GpuRandom
 from mlo.ops.tf32 import Tf32
+from mlo.training import captured
 from mlo.training import engine as engine_module
 from mlo.training.captured import Captured
 from mlo.training.commit import Updater
@@ -58,6 +60,10 @@ def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "Tf32", lambda steps, gpu: Tf32(steps))
     for module in (vectors, solvers):
         monkeypatch.setattr(module, "readable", lambda tensor: False)
+    Drawing.default = Generator()
+    gpu = GpuRandom(Drawing.default)
+    for module in (rng, captured):
+        monkeypatch.setattr(module, "gpu_random", lambda device: None if device is rng.CPU else gpu)
 
 
 @pytest.fixture

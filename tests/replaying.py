@@ -1,7 +1,7 @@
 """CUDA graphs on the CPU: operations are recorded with their tensors, and replayed into the same memory.
 
-As with a CUDA graph, numbers that are not in tensors are those of the recording, and a value read on the host is an
-error. Unlike with one, the operations also run while they are recorded.
+As with a CUDA graph, numbers that are not in tensors are those of the recording, a value read on the host is an error,
+and recording changes no tensor. Random numbers are those of :class:`Generator`, which behaves as that of a GPU.
 """
 
 from __future__ import annotations
@@ -17,34 +17,139 @@ from torch.utils._pytree import tree_iter, tree_map
 import mlo
 
 READS = frozenset(("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"))
+RECORDING: list[Recorder] = []  # at most one
+
+
+class State:
+    """Where a generator is: numbers depend on nothing else."""
+
+    def __init__(self, seed: int, offset: int) -> None:
+        self.seed, self.offset = seed, offset
+
+
+class Generator:
+    """Has the methods of a GPU's torch.Generator. In a recording, those of them work that torch documents as safe."""
+
+    def __init__(self, seed: int = 0, offset: int = 0) -> None:
+        self.at = State(seed, offset)
+
+    def get_state(self) -> Tensor:
+        assert not RECORDING
+        return torch.tensor([self.at.seed, self.at.offset])
+
+    def set_state(self, state: Tensor) -> None:
+        assert not RECORDING
+        self.at.seed, self.at.offset = state.tolist()
+
+    def clone_state(self) -> Generator:
+        assert not RECORDING
+        return Generator(self.at.seed, self.at.offset)
+
+    def graphsafe_get_state(self) -> Generator:
+        other = Generator()
+        other.at = self.at
+        return other
+
+    def graphsafe_set_state(self, other: Generator) -> None:
+        self.at = other.at
+
+    def philox_state(self, increment: int) -> tuple[Any, Any, int]:
+        assert increment % 4 == 0
+        if RECORDING:
+            drawn = RECORDING[0].drawn
+            drawn[self.at] = (in_graph := drawn.get(self.at, 0)) + increment
+            return None, None, in_graph
+        offset, self.at.offset = self.at.offset, self.at.offset + increment
+        return self.at.seed, offset, 0
+
+
+class Drawing(TorchDispatchMode):
+    """A context in which random operations draw from a :class:`Generator`, and not from that of the CPU."""
+
+    #: the default generator, and during a replay, where to draw next
+    default, replayed = Generator(), None
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if torch.Tag.nondeterministic_seeded not in operator.tags:
+            return operator(*args, **(kwargs or {}))
+        if Drawing.replayed is not None:
+            seed, offset = Drawing.replayed
+        elif RECORDING:  # computes nothing that is seen
+            seed = offset = 0
+        else:
+            seed, offset, _ = Drawing.default.philox_state(4)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(1_000_003 * seed + offset)
+            return operator(*args, **(kwargs or {}))
 
 
 class Recorder(TorchDispatchMode):
-    """A context in which operations are recorded."""
+    """A context in which operations are recorded. Afterwards all tensors are as before."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.calls: list[tuple[Any, Any, Any, list[Tensor], tuple[State, int] | None]] = []
+        self.drawn: dict[State, int] = {}  # how far each generator has moved
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # memory that is written into, and its values before
+        self.own: set[int] = set()  # memory of the recording
+
+    def __enter__(self) -> Recorder:
+        RECORDING.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        RECORDING.clear()
+        for tensor, values in self.before.values():
+            tensor.untyped_storage().copy_(values.untyped_storage())
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if operator.overloadpacket.__name__ in READS:
             raise RuntimeError("operation not permitted when stream is capturing")
+        self.keep(operator, args, kwargs)
+        draw = None
+        if torch.Tag.nondeterministic_seeded in operator.tags:
+            draw = Drawing.default.at, Drawing.default.philox_state(4)[2]
         result = operator(*args, **kwargs)
-        given = {t.untyped_storage().data_ptr() for t in tensors_in((args, kwargs))}
-        made = [t for t in tensors_in(result) if t.untyped_storage().data_ptr() not in given]
-        self.calls.append((operator, args, kwargs, made))
+        made = made_by(result, args, kwargs)
+        self.own |= set(map(memory, made))
+        self.calls.append((operator, args, kwargs, made, draw))
         return result
+
+    def keep(self, operator: Any, args: Any, kwargs: Any) -> None:
+        """Keep the values of tensors from before the recording that the operator writes into."""
+        named = operator._schema.arguments
+        given = dict(zip([argument.name for argument in named], args, strict=False)) | kwargs
+        written = [a.name for a in named if a.alias_info is not None and a.alias_info.is_write]
+        for tensor in tensors_in([given.get(name) for name in written]):
+            if memory(tensor) not in self.own and memory(tensor) not in self.before:
+                copy = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).clone()
+                self.before[memory(tensor)] = tensor, copy
 
     @torch.no_grad()
     def replay(self) -> None:
-        """Run the operations again; what they made is overwritten with what they make now."""
-        for operator, args, kwargs, made in self.calls:
+        """Run the operations; what they made is overwritten with what they make now."""
+        begin = {state: state.offset for state in self.drawn}
+        for operator, args, kwargs, made, draw in self.calls:
+            Drawing.replayed = None if draw is None else (draw[0].seed, begin[draw[0]] + draw[1])
             result = operator(*args, **kwargs)
-            given = {t.untyped_storage().data_ptr() for t in tensors_in((args, kwargs))}
-            again = [t for t in tensors_in(result) if t.untyped_storage().data_ptr() not in given]
-            for old, new in zip(made, again, strict=True):
+            for old, new in zip(made, made_by(result, args, kwargs), strict=True):
                 old.copy_(new)
+        Drawing.replayed = None
+        for state, moved in self.drawn.items():
+            state.offset += moved
+
+
+def memory(tensor: Tensor) -> int:
+    """Where the tensor's memory is."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def made_by(result: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors in the result that are in none of the arguments' memory."""
+    given = set(map(memory, tensors_in((args, kwargs))))
+    return [tensor for tensor in tensors_in(result) if memory(tensor) not in given]
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

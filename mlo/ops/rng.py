@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from mlo.ops.gpu_rng import gpu_random
+
 CPU = torch.device("cpu")
 
 
@@ -24,7 +26,7 @@ class Randomness:
     """
 
     cpu: torch.Tensor
-    cuda: torch.Tensor | None = None
+    cuda: torch.Tensor | int | None = None
     outside: tuple[Any, Any] | None = None
 
     @staticmethod
@@ -55,16 +57,16 @@ class Randomness:
     @staticmethod
     def capture(device: torch.device, outside: bool = False) -> Randomness:
         """The current state; ``device`` is the device of the modules."""
-        # while a CUDA graph is recorded, the state cannot be read; losses that draw are not recorded
-        readable = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
-        cuda = torch.cuda.get_rng_state(device) if readable else None
+        gpu = gpu_random(device)
+        cuda = None if gpu is None else gpu.state()
         return Randomness(torch.get_rng_state(), cuda, outside_state() if outside else None)
 
     def restore(self, device: torch.device) -> None:
         """Set the generators to this state."""
         torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, device)
+        gpu = gpu_random(device)
+        if gpu is not None and self.cuda is not None:
+            gpu.restore(self.cuda)
         if self.outside is not None:
             np.random.set_state(self.outside[0])
             random.setstate(self.outside[1])

@@ -30,3 +30,6 @@ COMPILES_GRADIENTS = torch.__version__ >= "2.11.0a0"
 
 #: whether calls of torch.compile can count their recompilations separately: from 2.13 on
 ISOLATES_RECOMPILES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+
+#: whether random numbers can be recorded in a CUDA graph, and their state restored there: from 2.14 on
+RECORDS_DRAWS = hasattr(torch.Generator, "philox_state")

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from mlo.errors import ConfigError
-from mlo.ops import distributed
+from mlo.ops import distributed, torch_versions
+from mlo.ops.gpu_rng import GraphRandom, gpu_random
 from mlo.ops.rng import global_state
 from mlo.steps.level import Level
 from mlo.training.commit import Updater
@@ -20,18 +21,17 @@ from mlo.training.gradients import Gradients
 from mlo.training.recording import PLAIN, HeldBatches, Host, Rates, fixed_options
 from mlo.training.rounds import Rounds
 
-#: runs a function while its kernels are recorded, and returns what runs these kernels again
+#: records the kernels of a function without running them, and returns what runs them
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 USUAL_ROUNDS = 2  # with nothing changed between them, before one is recorded: the first makes and measures things
 MOST_CHANGES = 20  # one after another, after which a warning says why nothing is replayed
 
 
 def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
-    """Run a function as a CUDA graph; what is returned replays it."""
+    """Record a function as a CUDA graph; what is returned replays it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    graph.replay()  # recording alone computes nothing
     return graph.replay
 
 
@@ -67,7 +67,9 @@ class Captured:
         record: Record = cuda_graph,
     ) -> None:
         self._levels, self._rounds, self._gradients, self._updater = levels, rounds, gradients, updater
-        self._record = record
+        self._record, gpu = record, gpu_random(next(iter(levels.values())).device)
+        assert gpu is not None
+        self._gpu, self._restored = gpu, 0  # how often its state is restored in a round
         self._fixed: dict[str, Any] = {}
         self._usual = self._changes = self.replayed = 0
         self._batches: dict[str, HeldBatches] = {}
@@ -117,18 +119,22 @@ class Captured:
 
     def _take_as_usual(self, one_round: Callable[[], None]) -> None:
         """Take a round without a recording, and find out whether one can be recorded, and which batches it takes."""
-        before = self._random_states()
+        before, restored = self._random_states(), self._gpu.restored
         with self._streams(go_on=True):
             one_round()
         self._usual += 1
+        self._restored = self._gpu.restored - restored
         for obstacle in self._obstacles(before):
             self._refuse(obstacle)
             break
 
-    def _obstacles(self, before: Any) -> Iterator[str]:
+    def _obstacles(self, before: tuple[Any, Any]) -> Iterator[str]:
         """Why rounds like the one just taken cannot be recorded."""
-        if self._random_states() != before:
-            yield "a loss draws random numbers"
+        cpu, gpu = self._random_states()
+        if cpu != before[0]:
+            yield "a loss draws random numbers on the CPU; draw them with torch, on the GPU"
+        if gpu != before[1] and not torch_versions.RECORDS_DRAWS:
+            yield f"a loss draws random numbers, which torch {torch.__version__} cannot record; install torch 2.14"
         for name, level in self._levels.items():
             optimizer = level.problem.optimizer
             if level.scale is not None:
@@ -145,9 +151,11 @@ class Captured:
     def _capture(self, one_round: Callable[[], None]) -> None:
         """Record a round, and take it."""
         host, rates = Host(self._levels, self._rounds, self._gradients, self._updater), self._rates
+        draws = GraphRandom(self._gpu, self._restored)
 
         def recorded() -> None:
-            one_round()
+            with draws.recorded():
+                one_round()
             host.carry()
 
         before = self._random_states()
@@ -162,28 +170,29 @@ class Captured:
         except BaseException:
             rates.undo()
             raise
-        host.follow()
+
+        def again() -> None:
+            host.carry()
+            draws.before_replay()
+            replay()
+            host.follow()
+
+        again()  # recording alone computes nothing
         self._changes = 0
         for obstacle in self._obstacles(before):
             self._refuse(obstacle)
             return
-
-        def again() -> None:
-            host.carry()
-            replay()
-            host.follow()
-
         self._replay = again
 
     def _refuse(self, obstacle: str) -> None:
         self.obstacle = obstacle
         warnings.warn(f"rounds are not captured: {obstacle}", stacklevel=6)
 
-    def _random_states(self) -> Any:
-        device = next(iter(self._levels.values())).device
-        cuda = torch.cuda.get_rng_state(device).tolist() if device.type == "cuda" else None
+    def _random_states(self) -> tuple[Any, Any]:
+        """Of the CPU and of the GPU; such that they can be compared."""
         state = global_state()
-        return state["torch"].tolist(), state["numpy"][1].tolist(), state["python"][1].tolist(), cuda
+        cpu = state["torch"].tolist(), state["numpy"][1].tolist(), state["python"][1].tolist()
+        return cpu, self._gpu.generator.get_state().tolist()
 
     @contextmanager
     def _streams(self, go_on: bool) -> Iterator[None]:

@@ -16,7 +16,7 @@ from mlo.levels.problem import Problem
 from mlo.levels.state import State, cast
 from mlo.ops import distributed
 from mlo.ops.compiler import Compiler
-from mlo.ops.rng import global_state, replay, set_global_state
+from mlo.ops.rng import Randomness, global_state, replay, set_global_state
 from mlo.ops.tf32 import Tf32
 from mlo.ops.vectors import filled
 from mlo.steps.level import Level, levels_of
@@ -255,7 +255,7 @@ class Engine:
             "losses": dict(self.losses),
             "reports": dict(self._gradients.reports),
             "random": global_state(),
-            "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "cuda_random": Randomness.capture(self.device).cuda,
         }
         return with_other_processes(state)
 
@@ -285,8 +285,8 @@ class Engine:
         self._rounds.losses = {name: loss.to(self.device) for name, loss in state["losses"].items()}
         self._gradients.reports = {key: value.to(self.device) for key, value in state["reports"].items()}
         set_global_state(state["random"])
-        if self.device.type == "cuda" and state["cuda_random"] is not None:
-            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
+        if state["cuda_random"] is not None:
+            Randomness(torch.get_rng_state(), state["cuda_random"].cpu()).restore(self.device)
 
     def _ahead(self, name: str) -> AbstractContextManager[None]:
         """A context for the steps that ``name`` is differentiated through; they are virtual if it uses lookahead."""

@@ -169,15 +169,18 @@ def with_hook(when: str, cls: type[Fit] = Fit) -> list[mlo.Problem]:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (partial(levels, Noisy), "a loss draws random numbers"),
-        (partial(levels, NoisyByNumpy), "a loss draws random numbers"),
-        (partial(levels, NoisyByPython), "a loss draws random numbers"),
+        (partial(levels, Noisy), "a loss draws random numbers on the CPU"),
+        (partial(levels, NoisyByNumpy), "a loss draws random numbers on the CPU"),
+        (partial(levels, NoisyByPython), "a loss draws random numbers on the CPU"),
         (partial(levels, Annealed), "the loss of 'low' asks for steps_taken"),
         (with_adam, "Adam of 'top' counts its steps on the CPU; make it with capturable=True"),
         (with_subclass, "Signed of 'top' may read values on the CPU; it has no capturable=True"),
         (partial(with_hook, "pre"), "the optimizer of 'low' has hooks"),
         (partial(with_hook, "post"), "the optimizer of 'low' has hooks"),
-        (partial(with_hook, "post", Noisy), "a loss draws random numbers"),  # the first reason alone is given
+        (
+            partial(with_hook, "post", Noisy),
+            "a loss draws random numbers on the CPU",
+        ),  # the first reason alone is given
         (partial(levels, autocast=torch.float16), "the loss scale of 'low', for float16, depends on values"),
     ],
 )
