@@ -11,10 +11,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # small tensors gain nothing by more, and l
 
 import pytest
 import torch
-from replaying import Drawing, Generator, record
+from replaying import Drawing, Generator, reading, record
 
 from mlo.cli import main as cli
 from mlo.hypergradient import solvers
+from mlo.levels.batches import _Stream
 from mlo.ops import rng, vectors
 from mlo.ops.gpu_rng import GpuRandom
 from mlo.ops.tf32 import Tf32
@@ -56,11 +57,12 @@ def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines capture on the CPU, and check losses as on a GPU."""
     monkeypatch.setattr(engine_module, "Updater", lambda device, deferred: Updater(device, deferred=True))
     monkeypatch.setattr(engine_module, "Captured", partial(Captured, record=record))
-    monkeypatch.setattr(engine_module, "refuse_capture", lambda device, compile: None)
+    monkeypatch.setattr(engine_module, "refuse_capture", lambda device: None)
     monkeypatch.setattr(engine_module, "Tf32", lambda steps, gpu: Tf32(steps))
     for module in (vectors, solvers):
         monkeypatch.setattr(module, "readable", lambda tensor: False)
     Drawing.default = Generator()
+    monkeypatch.setattr(_Stream, "_fetch", reading()(_Stream._fetch))
     gpu = GpuRandom(Drawing.default)
     for module in (rng, captured):
         monkeypatch.setattr(module, "gpu_random", lambda device: None if device is rng.CPU else gpu)

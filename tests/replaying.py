@@ -6,7 +6,8 @@ and recording changes no tensor. Random numbers are those of :class:`Generator`,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,11 +67,13 @@ class Generator:
 class Drawing(TorchDispatchMode):
     """A context in which random operations draw from a :class:`Generator`, and not from that of the CPU."""
 
-    #: the default generator, and during a replay, where to draw next
-    default, replayed = Generator(), None
+    ignore_compile_internals = classmethod(lambda cls: True)
+
+    #: the default generator; during a replay, where to draw next; whether data are read, which is done on the CPU
+    default, replayed, reading = Generator(), None, False
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if torch.Tag.nondeterministic_seeded not in operator.tags:
+        if Drawing.reading or torch.Tag.nondeterministic_seeded not in operator.tags:
             return operator(*args, **(kwargs or {}))
         if Drawing.replayed is not None:
             seed, offset = Drawing.replayed
@@ -83,8 +86,20 @@ class Drawing(TorchDispatchMode):
             return operator(*args, **(kwargs or {}))
 
 
+@contextmanager
+def reading() -> Iterator[None]:
+    """A context in which data are read."""
+    Drawing.reading = True
+    try:
+        yield
+    finally:
+        Drawing.reading = False
+
+
 class Recorder(TorchDispatchMode):
     """A context in which operations are recorded. Afterwards all tensors are as before."""
+
+    ignore_compile_internals = classmethod(lambda cls: True)
 
     def __init__(self) -> None:
         super().__init__()

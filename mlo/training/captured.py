@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,12 +35,10 @@ def cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def refuse_capture(device: torch.device, compile: bool) -> None:
+def refuse_capture(device: torch.device) -> None:
     """Raise a ConfigError where rounds cannot be captured at all."""
     if device.type != "cuda":
         raise ConfigError(f"capture=True needs a CUDA GPU, and the device is {str(device)!r}; pass capture=False")
-    if compile:
-        raise ConfigError("capture and compile are both True; pass only one of them")
     if distributed.world() > 1:
         raise ConfigError("capture=True works in one process; pass capture=False under torchrun")
 
@@ -160,7 +158,7 @@ class Captured:
 
         before = self._random_states()
         try:
-            with self._streams(go_on=False), rates.on_device(), host.kept():
+            with self._streams(go_on=False), rates.on_device(), host.kept(), _nothing_compiled(self._levels):
                 replay = self._record(recorded)
         except RuntimeError as error:  # of whatever cannot be part of a CUDA graph
             rates.undo()
@@ -209,11 +207,19 @@ class Captured:
                 self._batches[name].move(go_on)
 
 
+def _nothing_compiled(levels: Mapping[str, Level]) -> AbstractContextManager[Any]:
+    """A context in which compiled functions run only if they need not be compiled again, which a recording forbids."""
+    compiles = any([level.compiler is not None for level in levels.values()])
+    return torch.compiler.set_stance("fail_on_recompile") if compiles else nullcontext()
+
+
 def _fixed(levels: Mapping[str, Level]) -> dict[str, Any]:
     """What a recording holds fixed, under names for messages."""
     found: dict[str, Any] = {}
     for name, level in levels.items():
         found["settings of TensorFloat-32"] = level.tf32.settings
+        if (compiler := level.compiler) is not None:
+            found["compiled functions"] = set(compiler.ran), set(compiler.failed), set(compiler.refused)
         problem, optimizer = level.problem, level.problem.optimizer
         held = [*problem.module.parameters(), *problem.module.buffers()]
         held += [v for slot in optimizer.state.values() for v in slot.values() if isinstance(v, Tensor)]

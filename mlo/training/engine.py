@@ -51,9 +51,8 @@ class Engine:
             minutes, so it pays off after thousands of rounds. The first pass of each problem runs uncompiled, so errors
             in a loss show a normal traceback. A problem that cannot be compiled leads to a warning and runs uncompiled.
         capture: whether to record whole rounds as CUDA graphs and replay them, which saves the launching of kernels one
-            by one (:class:`mlo.training.captured.Captured`). Losses may not draw random numbers, and may not depend on
-            Python objects that change from round to round. Rounds that cannot be recorded lead to a warning and are
-            taken as usual. Only on a GPU, and not together with ``compile``.
+            by one (:class:`mlo.training.captured.Captured`). Losses may not depend on Python objects that change from
+            round to round. Rounds that cannot be recorded lead to a warning and are taken as usual. Only on a GPU.
         tf32: whether float32 convolutions and matrix products of steps may use TensorFloat-32 on a GPU; None: as torch
             is set. Curvature products, and passes whose graph these use, never do.
         device: a torch device, or "auto" for a CUDA GPU if there is one. Modules are moved there once.
@@ -93,13 +92,14 @@ class Engine:
         self.device = move_to(problems, device)
         self.rounds = 0
         self.tf32, self._tf32 = tf32, Tf32(tf32, self.device.type == "cuda")
-        self._levels = levels_of(problems, self.device, Compiler(self.device) if compile else None, self._tf32)
+        compiler = Compiler(self.device, rounds_captured=capture) if compile else None
+        self._levels = levels_of(problems, self.device, compiler, self._tf32)
         self._gradients = Gradients(self._plan, self._levels)
         self._updater = Updater(self.device, deferred=self.device.type != "cpu")
         self._rounds = Rounds(self._plan, self._levels, self._gradients, self._updater)
         self._captured = None
         if capture:
-            refuse_capture(self.device, compile)
+            refuse_capture(self.device)
             self._captured = Captured(self._levels, self._rounds, self._gradients, self._updater)
 
     @property

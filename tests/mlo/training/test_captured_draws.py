@@ -1,10 +1,11 @@
-"""Captured rounds of losses that draw random numbers, here from an emulated GPU generator: as rounds without capture."""
+"""Captured rounds of losses that draw random numbers, here from an emulated generator of a GPU."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def test_the_hypergradient_of_a_replay_is_exact_at_the_numbers_that_it_drew(kind
             torch.testing.assert_close(engine.losses["top"], loss, rtol=1e-12, atol=0)
             hypergradients.append(exact)
     assert engine.report().replayed == 3
-    for one, another in zip(hypergradients, hypergradients[1:], strict=False):
+    for one, another in pairwise(hypergradients):
         assert not torch.equal(one == 0, another == 0)  # each round has its own mask
 
 
