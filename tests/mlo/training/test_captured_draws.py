@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from recorded_levels import WARM_CG, Fit, Judge, engines, levels, run_both
+from recorded_levels import WARM_CG, Noisy, engines, levels, noisy_levels, run_both
 from replaying import Drawing, assert_same
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -22,33 +22,6 @@ from mlo.ops import torch_versions
 from mlo.ops.gpu_rng import GraphRandom
 
 pytestmark = pytest.mark.usefixtures("as_on_gpu")
-
-
-class Noisy(Fit):
-    """Draws before and after what it reads."""
-
-    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
-        x, y = batch
-        found = super().loss((x + 0.1 * torch.randn_like(x), F.dropout(y, 0.3)), top)
-        return found + 0.1 * F.dropout(top.params["weight"], 0.5).square().mean()
-
-
-class NoisyJudge(Judge):
-    def loss(self, batch: Any, low: mlo.Problem) -> Tensor:
-        x, y = batch
-        return super().loss((x + 0.1 * torch.randn_like(x), y), low)
-
-
-def noisy_levels(**low: Any) -> list[mlo.Problem]:
-    low, top = levels(Noisy, **low)
-    module = nn.Sequential(low.module[0], nn.Dropout(0.4), *low.module[1:])
-    sgd = SGD(module.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
-    data = [low.stream.peek(i) for i in range(7)]
-    options = {"steps": low.steps, "clip_norm": low.clip_norm, "accumulate": low.accumulate}
-    return [
-        Noisy("low", module=module, optimizer=sgd, data=data, **options),
-        NoisyJudge("top", module=top.module, optimizer=top.optimizer, data=data[::-1]),
-    ]
 
 
 def same_numbers(plain: mlo.Engine, captured: mlo.Engine, rounds: int, seed: int = 3) -> None:
