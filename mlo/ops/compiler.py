@@ -61,8 +61,8 @@ class Compiler:
         # backward that runs more than once must not donate its buffers. Both settings apply to the whole process.
         torch._dynamo.config.trace_autograd_ops = True
         torch._functorch.config.donated_buffer = False
-        self._captures = device.type == "cuda" and not rounds_captured
-        self.scalars_on = device if rounds_captured else CPU
+        self._on_gpu = device.type == "cuda"
+        self._captures, self.scalars_on = self._on_gpu and not rounds_captured, device if rounds_captured else CPU
         self._compiled: dict[Key, Callable[..., Any]] = {}
         self.ran: set[Key] = set()
         self.failed: dict[Key, str] = {}
@@ -86,6 +86,12 @@ class Compiler:
             self._compiled[key] = _copied_out(torch.compile(own, **options))
         else:
             self._compiled[key] = torch.compile(own, **_OPTIONS)
+
+    def capture_functions(self) -> None:
+        """From now on, capture functions, since rounds are not. They are compiled again."""
+        self._captures, self.scalars_on = self._on_gpu, CPU
+        self._compiled.clear()
+        self.ran.clear()
 
     def call(self, key: Key, *arguments: Any, spare: bool = False) -> Any:
         """The result of the compiled function; None if it cannot be compiled, with one warning per problem.

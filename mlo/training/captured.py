@@ -183,8 +183,11 @@ class Captured:
         self._replay = again
 
     def _refuse(self, obstacle: str) -> None:
-        self.obstacle = obstacle
-        warnings.warn(f"rounds are not captured: {obstacle}", stacklevel=6)
+        self.obstacle, compiler = obstacle, next(iter(self._levels.values())).compiler
+        if compiler is not None:
+            compiler.capture_functions()
+        instead = "" if compiler is None else ", only compiled passes"
+        warnings.warn(f"rounds are not captured{instead}: {obstacle}", stacklevel=6)
 
     def _random_states(self) -> tuple[Any, Any]:
         """Of the CPU and of the GPU; such that they can be compared."""

@@ -35,6 +35,7 @@ def linear_levels(**low: Any) -> list[mlo.Problem]:
 
 
 SLOW: list[tuple[Any, ...]] = [
+    (linear_levels, "one_step", {}),
     (levels, {"kind": "cg", "iterations": 2, "tolerance": 0.0}, {}),
     (levels, "darts", {"steps": 2, "accumulate": 2}),
     (levels, "unrolled", {"steps": 2}),
@@ -43,7 +44,7 @@ SLOW: list[tuple[Any, ...]] = [
 
 @pytest.mark.parametrize(
     ("make", "kind", "low"),
-    [(linear_levels, "one_step", {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    [(linear_levels, "darts", {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
     ids=str,
 )
 def test_a_replayed_round_of_compiled_passes_is_the_same(
@@ -87,6 +88,7 @@ def test_compiled_passes_draw_the_numbers_of_usual_ones() -> None:
     assert captured.report().replayed >= 4
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_while_a_round_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     def again(function: Callable[[], None]) -> Callable[[], None]:
         torch._dynamo.reset()
@@ -95,10 +97,11 @@ def test_nothing_is_compiled_while_a_round_is_recorded(monkeypatch: pytest.Monke
     monkeypatch.setattr(engine_module, "Captured", partial(Captured, record=again))
     plain, captured = engines(linear_levels, "first_order", compile=True)
     plain.run(7)
-    with pytest.warns(UserWarning, match="a round cannot be recorded: .*recompile"):
+    with pytest.warns(UserWarning, match="not captured, only compiled passes: a round cannot be recorded: .*recompile"):
         captured.run(7)
     assert_same(plain, captured)
     assert captured.report().replayed == 0
+    assert captured.report().problems["low"].compiled
 
 
 @pytest.mark.parametrize("capture", [False, True])
@@ -113,3 +116,8 @@ def test_only_without_capture_are_compiled_passes_graphs_of_their_own(
         compiler.add(("low", str(leaves_graph)), lambda: None, leaves_graph)
     assert [options["triton.cudagraphs"] for options in given] == [not capture, False]
     assert compiler.scalars_on.type == ("cuda" if capture else "cpu")
+    compiler.capture_functions()  # no round could be captured
+    assert ("low", "False") not in compiler
+    compiler.add(("low", "False"), lambda: None, leaves_graph=False)
+    assert given[-1]["triton.cudagraphs"]
+    assert compiler.scalars_on.type == "cpu"

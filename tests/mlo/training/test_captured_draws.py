@@ -37,7 +37,6 @@ def same_numbers(plain: mlo.Engine, captured: mlo.Engine, rounds: int, seed: int
 
 
 KINDS: list[Any] = [
-    "darts",
     {"kind": "one_step", "product": "one_sided"},
     {"kind": "one_step", "product": "forward"},
     "sama",
@@ -49,10 +48,7 @@ KINDS: list[Any] = [
 ]
 
 
-QUICK = ("darts", {"kind": "nystrom", "rank": 2})
-
-
-@pytest.mark.parametrize("kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS], ids=str)
+@pytest.mark.parametrize("kind", ["darts", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS)], ids=str)
 @pytest.mark.parametrize("low", [{"steps": 3}, {"clip_norm": 0.5, "accumulate": 2}], ids=str)
 def test_a_replayed_round_draws_the_numbers_of_a_usual_one(kind: Any, low: dict[str, Any]) -> None:
     plain, captured = engines(partial(noisy_levels, **low), kind)
