@@ -36,6 +36,7 @@ def linear_levels(**low: Any) -> list[mlo.Problem]:
 
 SLOW: list[tuple[Any, ...]] = [
     (linear_levels, "one_step", {}),
+    (linear_levels, "darts", {}),
     (levels, {"kind": "cg", "iterations": 2, "tolerance": 0.0}, {}),
     (levels, "darts", {"steps": 2, "accumulate": 2}),
     (levels, "unrolled", {"steps": 2}),
@@ -44,7 +45,7 @@ SLOW: list[tuple[Any, ...]] = [
 
 @pytest.mark.parametrize(
     ("make", "kind", "low"),
-    [(linear_levels, "darts", {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    [(linear_levels, "first_order", {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
     ids=str,
 )
 def test_a_replayed_round_of_compiled_passes_is_the_same(
