@@ -23,7 +23,7 @@ from mlo.steps.level import Level, levels_of
 from mlo.training.captured import Captured, refuse_capture
 from mlo.training.checkpoint import of_this_process, with_other_processes
 from mlo.training.commit import Updater
-from mlo.training.devices import move_to
+from mlo.training.devices import known_device, move_to
 from mlo.training.gradients import Gradients, Records
 from mlo.training.outermost import outermost
 from mlo.training.plan import Plan
@@ -87,6 +87,8 @@ class Engine:
                 raise ConfigError(f"{option}={value!r}; pass {' or '.join(map(str, kinds))}")
         problems = [problems] if isinstance(problems, Problem) else list(problems)
         self._plan = Plan(problems, hypergradient, lookahead, inner_path)
+        if capture:
+            refuse_capture(known_device(device))
         self.inner_path = inner_path
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
         self.device = move_to(problems, device)
@@ -97,10 +99,8 @@ class Engine:
         self._gradients = Gradients(self._plan, self._levels)
         self._updater = Updater(self.device, deferred=self.device.type != "cpu")
         self._rounds = Rounds(self._plan, self._levels, self._gradients, self._updater)
-        self._captured = None
-        if capture:
-            refuse_capture(self.device)
-            self._captured = Captured(self._levels, self._rounds, self._gradients, self._updater)
+        parts = self._levels, self._rounds, self._gradients, self._updater
+        self._captured = Captured(*parts) if capture else None
 
     @property
     def losses(self) -> Mapping[str, Tensor]:

@@ -233,6 +233,9 @@ def test_changes_at_every_round_are_named() -> None:
         ({"capture": "yes"}, r"capture='yes'; pass True or False"),
     ],
 )
-def test_capture_is_refused_where_it_cannot_be(options: dict[str, Any], message: str) -> None:
+def test_capture_is_refused_where_it_cannot_be_before_anything_is_moved(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(engine_module, "move_to")
     with pytest.raises(mlo.ConfigError, match=message):
         mlo.Engine(levels(), "one_step", device="cpu", **({"capture": True} | options))
