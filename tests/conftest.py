@@ -11,16 +11,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # small tensors gain nothing by more, and l
 
 import pytest
 import torch
-from replaying import Drawing, Generator, reading, record
+from replaying import Drawing, Generator, emulated_state, reading, record
 
 from mlo.cli import main as cli
 from mlo.hypergradient import solvers
 from mlo.levels.batches import _Stream
 from mlo.ops import rng, vectors
-from mlo.ops.gpu_rng import GpuRandom
 from mlo.ops.tf32 import Tf32
-from mlo.training import captured
 from mlo.training import engine as engine_module
+from mlo.training import recording
 from mlo.training.captured import Captured
 from mlo.training.commit import Updater
 
@@ -63,9 +62,9 @@ def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "readable", lambda tensor: False)
     Drawing.default = Generator()
     monkeypatch.setattr(_Stream, "_fetch", reading()(_Stream._fetch))
-    gpu = GpuRandom(Drawing.default)
-    for module in (rng, captured):
-        monkeypatch.setattr(module, "gpu_random", lambda device: None if device is rng.CPU else gpu)
+    for module in (rng, recording):
+        monkeypatch.setattr(module, "gpu_state", emulated_state)
+        monkeypatch.setattr(module, "set_gpu_state", lambda state, device: Drawing.default.set_state(state))
 
 
 @pytest.fixture

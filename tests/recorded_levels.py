@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.utils.checkpoint import checkpoint
 
 import mlo
 
@@ -60,9 +61,14 @@ class NoisyJudge(Judge):
         return super().loss((x + 0.1 * torch.randn_like(x), y), low)
 
 
-def noisy_levels(**low: Any) -> list[mlo.Problem]:
+class Checkpointed(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def noisy_levels(last: type[nn.Sequential] = nn.Sequential, **low: Any) -> list[mlo.Problem]:
     low, top = levels(Noisy, **low)
-    module = nn.Sequential(low.module[0], nn.Dropout(0.4), *low.module[1:])
+    module = nn.Sequential(*low.module[:2], last(nn.Dropout(0.4), *low.module[2:]))
     sgd = SGD(module.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
     data = [low.stream.peek(i) for i in range(7)]
     options = {"steps": low.steps, "clip_norm": low.clip_norm, "accumulate": low.accumulate}

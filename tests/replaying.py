@@ -16,52 +16,47 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 import mlo
+from mlo.ops import rng, torch_versions
 
 READS = frozenset(("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"))
 RECORDING: list[Recorder] = []  # at most one
 
 
-class State:
-    """Where a generator is: numbers depend on nothing else."""
-
-    def __init__(self, seed: int, offset: int) -> None:
-        self.seed, self.offset = seed, offset
-
-
 class Generator:
-    """Has the methods of a GPU's torch.Generator. In a recording, those of them work that torch documents as safe."""
+    """Behaves as the default generator of a GPU: its state is a seed and an offset.
 
-    def __init__(self, seed: int = 0, offset: int = 0) -> None:
-        self.at = State(seed, offset)
+    In a recording, the offset counts from the beginning of the graph, and the seed cannot change. A replay moves the
+    generator on as far as the recording did. If that is not at all, torch does not tell the graph its state.
+    """
+
+    def __init__(self) -> None:
+        self.seed = self.offset = 0
 
     def get_state(self) -> Tensor:
-        assert not RECORDING
-        return torch.tensor([self.at.seed, self.at.offset])
+        return torch.tensor([self.seed, RECORDING[0].offset if RECORDING else self.offset])
 
     def set_state(self, state: Tensor) -> None:
-        assert not RECORDING
-        self.at.seed, self.at.offset = state.tolist()
-
-    def clone_state(self) -> Generator:
-        assert not RECORDING
-        return Generator(self.at.seed, self.at.offset)
-
-    def graphsafe_get_state(self) -> Generator:
-        other = Generator()
-        other.at = self.at
-        return other
-
-    def graphsafe_set_state(self, other: Generator) -> None:
-        self.at = other.at
-
-    def philox_state(self, increment: int) -> tuple[Any, Any, int]:
-        assert increment % 4 == 0
+        seed, offset = state.tolist()
         if RECORDING:
-            drawn = RECORDING[0].drawn
-            drawn[self.at] = (in_graph := drawn.get(self.at, 0)) + increment
-            return None, None, in_graph
-        offset, self.at.offset = self.at.offset, self.at.offset + increment
-        return self.at.seed, offset, 0
+            assert seed == self.seed
+            RECORDING[0].offset = offset
+        else:
+            self.seed, self.offset = seed, offset
+
+    def moved_on(self) -> int:
+        """Where a random operation draws."""
+        if RECORDING:
+            RECORDING[0].offset += 4
+            return RECORDING[0].offset - 4
+        self.offset += 4
+        return self.offset - 4
+
+
+def emulated_state(device: torch.device) -> Tensor | None:
+    """As :func:`mlo.ops.rng.gpu_state`, for a device other than the constant for the CPU."""
+    if device is rng.CPU or (RECORDING and not torch_versions.RECORDS_DRAWS):
+        return None
+    return Drawing.default.get_state()
 
 
 class Drawing(TorchDispatchMode):
@@ -80,10 +75,15 @@ class Drawing(TorchDispatchMode):
         elif RECORDING:  # computes nothing that is seen
             seed = offset = 0
         else:
-            seed, offset, _ = Drawing.default.philox_state(4)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(1_000_003 * seed + offset)
-            return operator(*args, **(kwargs or {}))
+            seed, offset = Drawing.default.seed, Drawing.default.moved_on()
+        return drawn(operator, args, kwargs or {}, seed, offset)
+
+
+def drawn(operator: Any, args: Any, kwargs: Any, seed: int, offset: int) -> Any:
+    """The result of a random operation. The generator of the CPU, which it uses, is as before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(1_000_003 * seed + offset)
+        return operator(*args, **kwargs)
 
 
 @contextmanager
@@ -103,8 +103,8 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, Any, Any, list[Tensor], tuple[State, int] | None]] = []
-        self.drawn: dict[State, int] = {}  # how far each generator has moved
+        self.calls: list[tuple[Any, Any, Any, list[Tensor], int | None]] = []
+        self.offset = 0  # of the generator, from the beginning on
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # memory that is written into, and its values before
         self.own: set[int] = set()  # memory of the recording
 
@@ -125,8 +125,10 @@ class Recorder(TorchDispatchMode):
         self.keep(operator, args, kwargs)
         draw = None
         if torch.Tag.nondeterministic_seeded in operator.tags:
-            draw = Drawing.default.at, Drawing.default.philox_state(4)[2]
-        result = operator(*args, **kwargs)
+            draw = Drawing.default.moved_on()
+            result = drawn(operator, args, kwargs, 0, 0)
+        else:
+            result = operator(*args, **kwargs)
         made = made_by(result, args, kwargs)
         self.own |= set(map(memory, made))
         self.calls.append((operator, args, kwargs, made, draw))
@@ -145,15 +147,17 @@ class Recorder(TorchDispatchMode):
     @torch.no_grad()
     def replay(self) -> None:
         """Run the operations; what they made is overwritten with what they make now."""
-        begin = {state: state.offset for state in self.drawn}
+        seed, begin = (Drawing.default.seed, Drawing.default.offset) if self.offset else (-1, -1)
         for operator, args, kwargs, made, draw in self.calls:
-            Drawing.replayed = None if draw is None else (draw[0].seed, begin[draw[0]] + draw[1])
-            result = operator(*args, **kwargs)
+            if draw is None:
+                result = operator(*args, **kwargs)
+            else:
+                Drawing.replayed = seed, begin + draw
+                result = drawn(operator, args, kwargs, *Drawing.replayed)
             for old, new in zip(made, made_by(result, args, kwargs), strict=True):
                 old.copy_(new)
         Drawing.replayed = None
-        for state, moved in self.drawn.items():
-            state.offset += moved
+        Drawing.default.offset += self.offset
 
 
 def memory(tensor: Tensor) -> int:

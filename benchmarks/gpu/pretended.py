@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mlo.ops import gpu_rng
-
 GPU, META = torch.device("cuda", 0), torch.device("meta")
 DEVICE, IS_CUDA = Tensor.device.__get__, Tensor.is_cuda.__get__
 
@@ -30,15 +28,14 @@ class HostReadError(RuntimeError):
 def pretended_gpu() -> Iterator[None]:
     """A context in which meta tensors pass for tensors on a GPU. It does not nest."""
     state = torch.zeros(16, dtype=torch.uint8)  # as a GPU's random state, which is on the host
-    generator = mock.Mock(get_state=lambda: state, philox_state=lambda increment: (None, None, 0))
     stream = mock.Mock(is_capturing=lambda: False, record_event=_Event)
     cuda = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "is_current_stream_capturing": lambda: False,
-        "init": lambda: None,
-        "default_generators": (generator,),
+        "get_rng_state": lambda device=None: state,
+        "set_rng_state": lambda new, device=None: None,
         "current_stream": lambda device=None: stream,
         "Stream": lambda device=None: stream,
         "stream": nullcontext,
@@ -47,7 +44,6 @@ def pretended_gpu() -> Iterator[None]:
     }
     with (
         mock.patch.multiple(torch.cuda, **cuda),
-        mock.patch.dict(gpu_rng._GPUS, clear=True),
         mock.patch.object(torch.accelerator, "current_stream", return_value=stream),
         mock.patch.object(Tensor, "record_stream"),
         _Pretence(),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mlo.ops.gpu_rng import gpu_random
+from mlo.ops import torch_versions
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ class Randomness:
     """
 
     cpu: torch.Tensor
-    cuda: torch.Tensor | int | None = None
+    cuda: torch.Tensor | None = None
     outside: tuple[Any, Any] | None = None
 
     @staticmethod
@@ -57,16 +57,13 @@ class Randomness:
     @staticmethod
     def capture(device: torch.device, outside: bool = False) -> Randomness:
         """The current state; ``device`` is the device of the modules."""
-        gpu = gpu_random(device)
-        cuda = None if gpu is None else gpu.state()
-        return Randomness(torch.get_rng_state(), cuda, outside_state() if outside else None)
+        return Randomness(torch.get_rng_state(), gpu_state(device), outside_state() if outside else None)
 
     def restore(self, device: torch.device) -> None:
         """Set the generators to this state."""
         torch.set_rng_state(self.cpu)
-        gpu = gpu_random(device)
-        if gpu is not None and self.cuda is not None:
-            gpu.restore(self.cuda)
+        if self.cuda is not None:
+            set_gpu_state(self.cuda, device)
         if self.outside is not None:
             np.random.set_state(self.outside[0])
             random.setstate(self.outside[1])
@@ -82,6 +79,23 @@ def replay(randomness: Randomness | None, device: torch.device, outside: bool = 
         yield
     finally:
         present.restore(device)
+
+
+def gpu_state(device: torch.device) -> torch.Tensor | None:
+    """The state of a GPU's generator; None for another device.
+
+    While a CUDA graph is recorded, it counts from the beginning of the graph. Older releases of torch cannot read it
+    then, and the result is None; losses that draw are not recorded.
+    """
+    if device.type != "cuda" or (not torch_versions.RECORDS_DRAWS and torch.cuda.is_current_stream_capturing()):
+        return None
+    return torch.cuda.get_rng_state(device)
+
+
+def set_gpu_state(state: torch.Tensor, device: torch.device) -> None:
+    """Set the state of a GPU's generator, but not that of another device."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
 
 
 def outside_state() -> tuple[Any, Any]:

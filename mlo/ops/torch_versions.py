@@ -31,5 +31,5 @@ COMPILES_GRADIENTS = torch.__version__ >= "2.11.0a0"
 #: whether calls of torch.compile can count their recompilations separately: from 2.13 on
 ISOLATES_RECOMPILES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
-#: whether random numbers can be recorded in a CUDA graph, and their state restored there: from 2.14 on
-RECORDS_DRAWS = hasattr(torch.Generator, "philox_state")
+#: whether the random state of a GPU can be read and set back while a CUDA graph is recorded: from 2.10 on
+RECORDS_DRAWS = torch.__version__ >= "2.10.0a0"

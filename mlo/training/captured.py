@@ -13,12 +13,11 @@ from torch.optim import SGD, Optimizer
 
 from mlo.errors import ConfigError
 from mlo.ops import distributed, torch_versions
-from mlo.ops.gpu_rng import GraphRandom, gpu_random
-from mlo.ops.rng import global_state
+from mlo.ops.rng import Randomness
 from mlo.steps.level import Level
 from mlo.training.commit import Updater
 from mlo.training.gradients import Gradients
-from mlo.training.recording import PLAIN, HeldBatches, Host, Rates, fixed_options
+from mlo.training.recording import PLAIN, Draws, HeldBatches, Host, Rates, fixed_options
 from mlo.training.rounds import Rounds
 
 #: records the kernels of a function without running them, and returns what runs them
@@ -65,9 +64,7 @@ class Captured:
         record: Record = cuda_graph,
     ) -> None:
         self._levels, self._rounds, self._gradients, self._updater = levels, rounds, gradients, updater
-        self._record, gpu = record, gpu_random(next(iter(levels.values())).device)
-        assert gpu is not None
-        self._gpu, self._restored = gpu, 0  # how often its state is restored in a round
+        self._record, self._device = record, next(iter(levels.values())).device
         self._fixed: dict[str, Any] = {}
         self._usual = self._changes = self.replayed = 0
         self._batches: dict[str, HeldBatches] = {}
@@ -117,11 +114,10 @@ class Captured:
 
     def _take_as_usual(self, one_round: Callable[[], None]) -> None:
         """Take a round without a recording, and find out whether one can be recorded, and which batches it takes."""
-        before, restored = self._random_states(), self._gpu.restored
+        before = self._random_states()
         with self._streams(go_on=True):
             one_round()
         self._usual += 1
-        self._restored = self._gpu.restored - restored
         for obstacle in self._obstacles(before):
             self._refuse(obstacle)
             break
@@ -132,7 +128,7 @@ class Captured:
         if cpu != before[0]:
             yield "a loss draws random numbers on the CPU; draw them with torch, on the GPU"
         if gpu != before[1] and not torch_versions.RECORDS_DRAWS:
-            yield f"a loss draws random numbers, which torch {torch.__version__} cannot record; install torch 2.14"
+            yield f"a loss draws random numbers, which torch {torch.__version__} cannot record; install torch 2.10"
         for name, level in self._levels.items():
             optimizer = level.problem.optimizer
             if level.scale is not None:
@@ -149,7 +145,7 @@ class Captured:
     def _capture(self, one_round: Callable[[], None]) -> None:
         """Record a round, and take it."""
         host, rates = Host(self._levels, self._rounds, self._gradients, self._updater), self._rates
-        draws = GraphRandom(self._gpu, self._restored)
+        draws = Draws(self._device)
 
         def recorded() -> None:
             with draws.recorded():
@@ -171,8 +167,8 @@ class Captured:
 
         def again() -> None:
             host.carry()
-            draws.before_replay()
-            replay()
+            with draws.replayed():
+                replay()
             host.follow()
 
         again()  # recording alone computes nothing
@@ -191,9 +187,10 @@ class Captured:
 
     def _random_states(self) -> tuple[Any, Any]:
         """Of the CPU and of the GPU; such that they can be compared."""
-        state = global_state()
+        randomness = Randomness.capture(self._device, outside=True)
+        state, gpu = randomness.portable(), randomness.cuda
         cpu = state["torch"].tolist(), state["numpy"][1].tolist(), state["python"][1].tolist()
-        return cpu, self._gpu.generator.get_state().tolist()
+        return cpu, None if gpu is None else gpu.tolist()
 
     @contextmanager
     def _streams(self, go_on: bool) -> Iterator[None]:

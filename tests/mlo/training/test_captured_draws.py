@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from recorded_levels import WARM_CG, Noisy, engines, levels, noisy_levels, run_both
+from recorded_levels import WARM_CG, Fit, Noisy, engines, levels, noisy_levels, run_both
 from replaying import Drawing, assert_same
 from torch import Tensor, nn
 from torch.optim import SGD
 
 import mlo
 from mlo.ops import torch_versions
-from mlo.ops.gpu_rng import GraphRandom
 
 pytestmark = pytest.mark.usefixtures("as_on_gpu")
 
@@ -140,37 +139,39 @@ def test_a_usual_round_between_replays_and_a_new_seed_change_the_numbers_as_with
     assert runs[1].report().replayed == 6
 
 
-def old_torch(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(torch_versions, "RECORDS_DRAWS", False)
-
-
-def few_generators(patch: pytest.MonkeyPatch) -> None:
-    made = GraphRandom.__init__
-    patch.setattr(GraphRandom, "__init__", lambda self, gpu, restored: made(self, gpu, 1))
-
-
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        (old_torch, f"a loss draws random numbers, which torch {torch.__version__} cannot record; install torch 2.14"),
-        (few_generators, "a round cannot be recorded: it repeats more evaluations than the rounds before it"),
-    ],
-)
-def test_draws_that_cannot_be_recorded_are_reported_and_rounds_run_as_usual(
-    change: Callable[[pytest.MonkeyPatch], None], why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    change(monkeypatch)
+def test_a_torch_that_cannot_record_draws_captures_losses_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_versions, "RECORDS_DRAWS", False)
     plain, captured = engines(noisy_levels, "darts")
+    why = f"a loss draws random numbers, which torch {torch.__version__} cannot record; install torch 2.10"
     with pytest.warns(UserWarning, match=re.escape(why)):
         same_numbers(plain, captured, 5)
     assert_same(plain, captured)
     assert captured.report().replayed == 0
-
-
-def test_a_torch_that_cannot_record_draws_still_captures_losses_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    old_torch(monkeypatch)
-    monkeypatch.delattr("replaying.Generator.philox_state")
     plain, captured = engines(levels, "one_step")
     run_both(plain, captured)
     assert_same(plain, captured)
     assert captured.report().replayed == 2
+
+
+class NoisyAhead(Fit):
+    """Draws in virtual steps only."""
+
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        x, y = batch
+        return super().loss((F.dropout(x, 0.5) if self.looking_ahead else x, y), top)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(levels, {"kind": "nystrom", "rank": 2, "damping": 1.0}), (partial(levels, NoisyAhead), "darts")],
+    ids=str,
+)
+def test_draws_that_leave_the_random_state_as_it_was(make: Callable[[], list[mlo.Problem]], kind: Any) -> None:
+    plain, captured = engines(make, kind)
+    for engine in (plain, captured):
+        Drawing.default.set_state(torch.tensor([3, 40]))
+        with Drawing():
+            engine.run(8)
+        assert Drawing.default.get_state().tolist() == [3, 40]
+    assert_same(plain, captured)
+    assert captured.report().replayed == 4

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from recorded_levels import WARM_CG, engines, levels, noisy_levels
+from recorded_levels import WARM_CG, Checkpointed, engines, levels, noisy_levels
 from replaying import assert_same
 
 import mlo
@@ -34,6 +35,11 @@ def run_both(make: Callable[..., list[mlo.Problem]], kind: Any, **options: Any) 
 @pytest.mark.parametrize("kind", ["darts", "unrolled", WARM_CG, {"kind": "nystrom", "rank": 2}], ids=str)
 def test_replayed_rounds_are_the_same(make: Callable[..., list[mlo.Problem]], kind: Any) -> None:
     assert run_both(make, kind).report().replayed == 8
+
+
+@pytest.mark.parametrize("kind", ["darts", "unrolled"])
+def test_checkpointed_dropout_is_computed_again_with_the_same_numbers(kind: str) -> None:
+    assert run_both(partial(noisy_levels, Checkpointed), kind).report().replayed == 8
 
 
 @pytest.mark.kernels
