@@ -42,7 +42,7 @@ KINDS: list[Any] = [
     {"kind": "truncated", "steps": 2},
     {"kind": "unrolled", "graph_memory": 0.0, "every": 2},
     WARM_CG,
-    {"kind": "nystrom", "rank": 2},
+    {"kind": "nystrom", "rank": 2, "damping": 1.0},
     {"kind": "penalty", "steps": 2},
 ]
 
