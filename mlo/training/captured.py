@@ -46,9 +46,9 @@ class Captured:
     """Takes the rounds of an engine: replays a recorded round where nothing has changed that a recording holds fixed.
 
     A recording holds fixed: which problems step, all hyperparameters but the learning rates, numbers and flags among
-    the attributes of problems and modules, and where parameters, buffers and optimizer states are in memory. After a
-    change, rounds are taken as usual, and then recorded again. A round whose batches have other shapes, or whose
-    schedulers change more than learning rates, is taken as usual, and the recording is kept.
+    the attributes of problems and modules, which passes are compiled, and where parameters, buffers and optimizer
+    states are in memory. After a change, rounds are taken as usual, and then recorded again. A round whose batches have
+    other shapes, or whose schedulers change more than learning rates, is taken as usual, and the recording is kept.
 
     Attributes:
         replayed: how many rounds were replayed.
