@@ -24,6 +24,7 @@ from mlo.training.captured import Captured, refuse_capture
 from mlo.training.checkpoint import of_this_process, with_other_processes
 from mlo.training.commit import Updater
 from mlo.training.devices import move_to
+from mlo.training.finite import Watch
 from mlo.training.gradients import Gradients, Records
 from mlo.training.outermost import outermost
 from mlo.training.plan import Plan
@@ -81,8 +82,8 @@ class Engine:
         device: str | torch.device = "auto",
     ) -> None:
         either, three = (True, False), (True, False, None)
-        flags = {"lookahead": (lookahead, three), "compile": (compile, either), "capture": (capture, either)}
-        flags["tf32"] = tf32, three
+        flags = {"lookahead": (lookahead, three), "tf32": (tf32, three)}
+        flags |= {"compile": (compile, either), "capture": (capture, either)}
         for option, (value, kinds) in flags.items():
             if value not in kinds:
                 raise ConfigError(f"{option}={value!r}; pass {' or '.join(map(str, kinds))}")
@@ -90,12 +91,14 @@ class Engine:
         self._plan = Plan(problems, hypergradient, lookahead, inner_path)
         self.inner_path = inner_path
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
+        watched = {problem.name: Watch(problem) for problem in problems}
         self.device = move_to(problems, device)
         self.rounds = 0
         self.tf32, self._tf32 = tf32, Tf32(tf32, self.device.type == "cuda")
         self._levels = levels_of(problems, self.device, Compiler(self.device) if compile else None, self._tf32)
         self._gradients = Gradients(self._plan, self._levels)
         self._updater = Updater(self.device, deferred=self.device.type != "cpu")
+        self._updater.watched = watched
         self._rounds = Rounds(self._plan, self._levels, self._gradients, self._updater)
         self._captured = None
         if capture:
@@ -163,8 +166,7 @@ class Engine:
         for top in tops:
             for _ in range(self.problems[top].steps):
                 with self._ahead(top):
-                    states, records = self._rounds.below(top, due, self._live_states())
-                    self._rounds.real_step(top, states, records)
+                    self._rounds.after_virtual(top, due, self._live_states())
         states, records = self._live_states(), Records()
         for position, name in enumerate(rest):
             self._rounds.real(name, states, records, rest[position + 1 :])
