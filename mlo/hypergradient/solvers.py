@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mlo.ops.vectors import Vector, add, add_, copied, dot, norm, readable, scaled
+from mlo.ops.vectors import Vector, add, add_, copied, dot, flat, norm, readable, scaled, shaped
 
 MatVec = Callable[[Vector], Vector]
 
@@ -110,28 +110,19 @@ def nystrom(matvec: MatVec, b: Vector, probes: Sequence[Vector], damping: float)
         The solution z, and |b - (A + damping * I) z| / |b|, a scalar tensor.
     """
     basis = _orthonormal(probes)
-    images = torch.stack([_flat(matvec(probe)) for probe in basis])
-    core = torch.stack([_flat(probe) for probe in basis]) @ images.T
+    images = torch.stack([flat(matvec(probe)) for probe in basis])
+    core = torch.stack([flat(probe) for probe in basis]) @ images.T
     core = (core + core.T) / 2 + damping**-1 * (images @ images.T)
-    right = _flat(b)
+    right = flat(b)
     weights = torch.linalg.pinv(core, hermitian=True) @ (images @ right)
-    solution = _shaped((right - images.T @ weights / damping) / damping, b)
+    solution = shaped((right - images.T @ weights / damping) / damping, b)
     residual = add(add(b, matvec(solution), -1.0), solution, -damping)
     return solution, norm(residual) / norm(b)
 
 
 def _orthonormal(vectors: Sequence[Vector]) -> list[Vector]:
-    basis = torch.linalg.qr(torch.stack([_flat(vector) for vector in vectors], dim=1)).Q
-    return [_shaped(column, vectors[0]) for column in basis.T]
-
-
-def _flat(vector: Vector) -> Tensor:
-    return torch.cat([part.reshape(-1) for part in vector])
-
-
-def _shaped(flat: Tensor, like: Vector) -> Vector:
-    parts = flat.split([part.numel() for part in like])
-    return tuple(part.view_as(shape) for part, shape in zip(parts, like, strict=True))
+    basis = torch.linalg.qr(torch.stack([flat(vector) for vector in vectors], dim=1)).Q
+    return [shaped(column, vectors[0]) for column in basis.T]
 
 
 def _chosen(active: Tensor, one: Vector, other: Vector) -> Vector:

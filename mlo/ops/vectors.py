@@ -160,6 +160,11 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def as_like(like: Tensor, numbers: Tensor) -> Tensor:
+    """The inverse of :func:`real`, of a tensor of the same kind as ``like``."""
+    return torch.view_as_complex(numbers.contiguous()) if like.is_complex() else numbers
+
+
 def flat(a: Sequence[Tensor]) -> Tensor:
     """All real numbers of the vector as one tensor."""
     return torch.cat([real(tensor).reshape(-1) for tensor in a])
@@ -169,11 +174,7 @@ def shaped(numbers: Tensor, like: Sequence[Tensor]) -> Vector:
     """The vector of shapes like ``like`` with these real numbers: the inverse of :func:`flat`."""
     found, pieces = [], numbers.split([tensor.numel() * (2 if tensor.is_complex() else 1) for tensor in like])
     for piece, shape in zip(pieces, like, strict=True):
-        if shape.is_complex():
-            made = torch.view_as_complex(piece.contiguous().view(*shape.shape, 2))
-        else:
-            made = piece.view_as(shape)
-        found.append(made.to(shape.dtype))
+        found.append(as_like(shape, piece.reshape(real(shape).shape)).to(shape.dtype))
     return tuple(found)
 
 
@@ -188,11 +189,11 @@ def parts(tensor: Tensor) -> Tensor:
     return tensor._values() if tensor.is_sparse else tensor
 
 
-def largest(a: Sequence[Tensor]) -> Sequence[Tensor]:
+def largest(a: Sequence[Tensor]) -> list[Tensor]:
     """The largest magnitude in each tensor, a scalar tensor; NaN if it holds one. Unlike a norm, it cannot overflow."""
     stored = [parts(tensor) if tensor.numel() else tensor.new_zeros(1) for tensor in a]
     if len({tensor.dtype for tensor in stored}) < 2:
-        return torch._foreach_norm(stored, math.inf) if stored else ()
+        return list(torch._foreach_norm(stored, math.inf)) if stored else []
     found = list(stored)
     for dtype in {tensor.dtype for tensor in stored}:  # torch launches one kernel only for tensors of one kind
         places = [index for index, tensor in enumerate(stored) if tensor.dtype == dtype]

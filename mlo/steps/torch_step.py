@@ -12,7 +12,7 @@ from torch.optim import SGD, Optimizer
 
 from mlo.levels.problem import Problem
 from mlo.levels.state import COUNTERS, Slots
-from mlo.ops.vectors import filled
+from mlo.ops.vectors import as_like, filled, real
 from mlo.steps.formulas import Cotangents, Gradients, Group
 
 
@@ -139,12 +139,12 @@ def off_zero(gradient: Tensor) -> Tensor:
     zero, which is NaN. Next to zero the derivative is finite and correct.
     """
     nudge = torch.finfo(gradient.dtype).tiny ** 0.4
-    zeros: Tensor = gradient.detach() == 0
-    return gradient.add(zeros.to(gradient.dtype), alpha=nudge)
+    zeros = (real(gradient.detach()) == 0).to(real(gradient).dtype)
+    return gradient.add(as_like(gradient, zeros), alpha=nudge)
 
 
 def _leaf(key: str, value: Any, held: bool) -> Any:
     """A slot that requires gradients, unless it is ``held`` fixed or a counter."""
-    if held or key in COUNTERS or not isinstance(value, Tensor) or not value.is_floating_point():
+    if held or key in COUNTERS or not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
         return value
     return value.detach().requires_grad_()

@@ -82,8 +82,8 @@ class Engine:
         device: str | torch.device = "auto",
     ) -> None:
         either, three = (True, False), (True, False, None)
-        flags = {"lookahead": (lookahead, three), "tf32": (tf32, three)}
-        flags |= {"compile": (compile, either), "capture": (capture, either)}
+        flags = {"lookahead": (lookahead, three), "compile": (compile, either), "capture": (capture, either)}
+        flags["tf32"] = tf32, three
         for option, (value, kinds) in flags.items():
             if value not in kinds:
                 raise ConfigError(f"{option}={value!r}; pass {' or '.join(map(str, kinds))}")

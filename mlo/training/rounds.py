@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import repeat
 from operator import is_not
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from mlo.errors import NonFiniteLossError
 from mlo.levels.problem import Problem
-from mlo.levels.state import Slots, State, cast, copied
+from mlo.levels.state import Slots, State, cast, copied, in_precision
 from mlo.ops.rng import Randomness, replay
 from mlo.steps.evaluation import MicroBatch
 from mlo.steps.level import Level
@@ -274,11 +275,7 @@ def _virtual(state: State, slots: Slots, dtype: torch.dtype | None) -> State:
 
 
 def cast_batches(batches: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
-    """The batches with floating-point tensors of ``dtype``."""
+    """The batches with floating-point and complex tensors in the precision of ``dtype``."""
     if dtype is None:
         return batches
-
-    def cast_one(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    return tuple([tree_map_only(Tensor, cast_one, batch) for batch in batches])
+    return tuple([tree_map_only(Tensor, partial(in_precision, dtype=dtype), batch) for batch in batches])

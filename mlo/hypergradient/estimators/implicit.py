@@ -17,7 +17,7 @@ from mlo.hypergradient.estimators.base import Estimator, Pulled, Recording
 from mlo.hypergradient.products import Exact, ProductOption
 from mlo.hypergradient.solvers import MatVec, conjugate_gradient, neumann_series, nystrom
 from mlo.ops.rng import replay
-from mlo.ops.vectors import Vector, add, scaled
+from mlo.ops.vectors import Vector, add, as_like, real, scaled
 from mlo.steps.step import Step
 
 #: (u -> H_tt u, v) -> (z with H_tt z = v, its relative residual)
@@ -125,9 +125,9 @@ class Nystrom(Implicit):
         """``rank`` + 1 products."""
 
         def solve(matvec: MatVec, b: Vector) -> tuple[Vector, Tensor]:
-            rank = min(self.rank, sum(part.numel() for part in b))
+            rank = min(self.rank, sum(real(part).numel() for part in b))
             with replay(step.point.micro[0].randomness, b[0].device):
-                probes = [tuple([torch.randn_like(part) for part in b]) for _ in range(rank)]
+                probes = [tuple([as_like(part, torch.randn_like(real(part))) for part in b]) for _ in range(rank)]
             return nystrom(matvec, b, probes, self.damping)
 
         return solve
