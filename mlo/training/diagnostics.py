@@ -243,6 +243,7 @@ def _every(engine: Engine, option: object, inner_path: bool | None = None) -> It
         with warnings.catch_warnings():
             # the engine itself has warned already
             warnings.filterwarnings("ignore", message="the gradient of .* itself runs through")
+            warnings.filterwarnings("ignore", message="problem .*: the linear system of .* is not solved")
             inner = engine.inner_path if inner_path is None else inner_path
             yield Engine(problems, option, inner_path=inner, tf32=engine.tf32, device=engine.device)
     finally:
