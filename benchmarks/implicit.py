@@ -97,7 +97,9 @@ def problems(
         steps=300,
         reads={"upper": "upper"},
     )
-    top = Judge("upper", module=upper, optimizer=torch.optim.SGD(upper.parameters(), 0.0), data=[(x[count:], y[count:])])
+    top = Judge(
+        "upper", module=upper, optimizer=torch.optim.SGD(upper.parameters(), 0.0), data=[(x[count:], y[count:])]
+    )
     low.criterion = top.criterion = criterion  # type: ignore[attr-defined]
     low.penalty = penalty  # type: ignore[attr-defined]
     return [low, top]
@@ -110,7 +112,9 @@ def workloads() -> dict[str, list[mlo.Problem]]:
         "ridge": problems(Penalized, nn.Linear(30, 1, bias=False), 1, features=30, start=-4.0),
         "logistic": problems(Penalized, nn.Linear(30, 5, bias=False), 5, features=30, start=-5.0),
         "cleaning, linear": problems(Weighted, nn.Linear(30, 5), 5, features=30, start=0.0, penalty=1e-2),
-        "cleaning, linear, small penalty": problems(Weighted, nn.Linear(30, 5), 5, features=30, start=0.0, penalty=1e-3),
+        "cleaning, linear, small penalty": problems(
+            Weighted, nn.Linear(30, 5), 5, features=30, start=0.0, penalty=1e-3
+        ),
         "cleaning, MLP": problems(Weighted, mlp, 5, features=20, start=0.0, penalty=0.1),
     }
 

@@ -95,9 +95,7 @@ def neumann_series(
     return solution, size / whole.clamp(min=torch.finfo(whole.dtype).tiny)
 
 
-def minimal_residual(
-    matvec: MatVec, b: Vector, terms: int, start: Vector | None = None
-) -> tuple[Vector, Tensor]:
+def minimal_residual(matvec: MatVec, b: Vector, terms: int, start: Vector | None = None) -> tuple[Vector, Tensor]:
     """Solve A z = b by steps along the residual r, each as long as makes the next residual smallest.
 
     These are the steps z + a r of the Neumann series, but with the rate a = <r, A r> / |A r|^2 instead of a fixed one

@@ -79,13 +79,15 @@ def aligned(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Seque
     strides; then no data is moved.
     """
     return [
-        gradient if gradient is None or gradient.stride() == tensor.stride() else _with_strides_of(tensor, gradient)
+        gradient
+        if gradient is None or gradient.is_sparse or gradient.stride() == tensor.stride()
+        else _with_strides_of(tensor, gradient)
         for gradient, tensor in zip(gradients, like, strict=True)
     ]
 
 
 def _with_strides_of(like: Tensor, tensor: Tensor) -> Tensor:
-    if tensor.layout is not torch.strided or not _is_dense(like):
+    if not _is_dense(like):
         return tensor
     strides = zip(like.shape, like.stride(), tensor.stride(), strict=True)
     if any([size > 1 and one != other for size, one, other in strides]):
@@ -182,6 +184,13 @@ def all_finite(a: Sequence[Tensor]) -> bool:
     """Whether no element is NaN or infinite; the host waits for it."""
     # the norm takes one pass, but the squares of finite elements may overflow
     return not a or bool(torch.isfinite(norm(a))) or all([bool(torch.isfinite(parts(tensor)).all()) for tensor in a])
+
+
+def dense(a: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The same tensors, none of them sparse, as the gradient of ``nn.Embedding(sparse=True)`` is."""
+    if not any([tensor is not None and tensor.is_sparse for tensor in a]):
+        return a
+    return [tensor.to_dense() if tensor is not None and tensor.is_sparse else tensor for tensor in a]
 
 
 def parts(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from mlo.hypergradient.backward import backward, unreached
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import State
 from mlo.ops import distributed
-from mlo.ops.vectors import Vector, filled
+from mlo.ops.vectors import Vector, dense, filled
 from mlo.steps.evaluation import MicroBatch, evaluate
 from mlo.steps.level import Level
 from mlo.steps.losses import Found, loss_of
@@ -66,7 +66,7 @@ class Taken(NamedTuple):
 
         Averaged before anything is done with it, a loss that is not finite in one process is so in all.
         """
-        sent = filled(self.own, self.point.state.variables)
+        sent = filled(dense(self.own), self.point.state.variables)
         flags = self.loss.new_ones(len(sent))
         for index, each in enumerate(self.own):
             if each is None:

@@ -222,7 +222,9 @@ def test_a_warm_start_stays_bounded_under_noise(options, as_gpu, request):
     low, top = Point(torch.zeros(4)), Point(torch.zeros(4))
     sgd = torch.optim.SGD
     problems = [
-        Low("low", module=low, optimizer=sgd(low.parameters(), 0.01), data=[r.T @ r - 0.1 * torch.eye(4) for r in roots]),
+        Low(
+            "low", module=low, optimizer=sgd(low.parameters(), 0.01), data=[r.T @ r - 0.1 * torch.eye(4) for r in roots]
+        ),
         Top("top", module=top, optimizer=sgd(top.parameters(), 1e-5), data=None),
     ]
     engine = mlo.Engine(problems, {**options, "warm_start": True}, device="cpu")
