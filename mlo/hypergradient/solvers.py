@@ -163,7 +163,8 @@ def nystrom(matvec: MatVec, b: Vector, probes: Sequence[Vector], damping: float 
     if damping is None:
         found = _low_rank_inverse(core, images, right)
     else:
-        weights = torch.linalg.pinv(core + damping**-1 * (images @ images.T), hermitian=True) @ (images @ right)
+        small = _tame(core + damping**-1 * (images @ images.T))
+        weights = torch.linalg.pinv(small, hermitian=True) @ (images @ right)
         found = (right - images.T @ weights / damping) / damping
     solution = shaped(found, b)
     image = matvec(solution)
@@ -181,13 +182,19 @@ def _low_rank_inverse(core: Tensor, images: Tensor, right: Tensor) -> Tensor:
 
     Eigenvalues that are not above rounding, or negative, count as outside.
     """
-    values, vectors = torch.linalg.eigh(core)
+    values, vectors = torch.linalg.eigh(_tame(core))
     factor = images.T @ (vectors * _over(values).sqrt())  # of the approximation: it times its transpose
-    eigenvalues, directions = torch.linalg.eigh(factor.T @ factor)
+    eigenvalues, directions = torch.linalg.eigh(_tame(factor.T @ factor))
     inverse = _over(eigenvalues)
     directions = factor @ (directions * inverse.sqrt())
     outside = inverse.max()  # zero if there is no positive curvature
-    return directions @ ((inverse - outside * (inverse > 0)) * (directions.T @ right)) + outside * right
+    inside: Tensor = directions @ ((inverse - outside * (inverse > 0)) * (directions.T @ right))
+    return inside + outside * right
+
+
+def _tame(matrix: Tensor) -> Tensor:
+    """The matrix with 0 for what is not finite, for which torch's decompositions fail; it spreads by other products."""
+    return torch.where(matrix.isfinite(), matrix, 0.0)
 
 
 def _over(values: Tensor) -> Tensor:

@@ -229,9 +229,8 @@ def _evaluated(point: Point, micro: MicroBatch, wanted: Wanted) -> tuple[Tensor,
         level.note_graph(saved.total, found)
     parts = _by_level(found, of, states)
     rest = found[sum(map(len, parts.values())) :]
-    for name, gradients in parts.items():
-        if name != level.name or not _stays_sparse(level.problem.optimizer, wanted):
-            parts[name] = dense(gradients)
+    kept = level.name if _stays_sparse(level.problem.optimizer, wanted) else None
+    parts = {name: gradients if name == kept else dense(gradients) for name, gradients in parts.items()}
     return loss.detach(), parts, dense(rest), buffers
 
 

@@ -39,7 +39,7 @@ def step(
         type(problem.optimizer).step(shadow)
     finally:
         torch.set_default_dtype(default)
-    after = [dict(shadow.state[tensor]) if tensor in shadow.state else {} for tensor in moved]
+    after: list[Mapping[str, Any]] = [dict(shadow.state[tensor]) if tensor in shadow.state else {} for tensor in moved]
     for index in still:
         moved[index] = variables[index] + 0.0 * moved[index]
     return moved, after

@@ -198,7 +198,7 @@ class Gradients:
         return answer
 
     def numbers(self) -> dict[str, float]:
-        """:attr:`latest` as numbers, for which this waits. Warns, once for each problem, of a system that is unsolved."""
+        """:attr:`latest` as numbers, for which this waits. Warns once for each problem whose system is not solved."""
         found = {key: float(value) for key, value in self.latest.items()}
         for key, residual in found.items():
             name, _, what = key.rpartition("/")

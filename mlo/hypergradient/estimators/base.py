@@ -87,8 +87,8 @@ class Pulled:
 
     Attributes:
         cotangents: {target: one tensor per variable of the target, or None if no gradient reaches it}.
-        metrics: {name: scalar tensor}. The engine warns if one named "residual" is large: how much of a linear system is
-            unsolved, from 0 (solved) to 1 (no better than zero) and beyond.
+        metrics: {name: scalar tensor}. The engine warns if one named "residual" is large: how much of a linear system
+            is unsolved, from 0 (solved) to 1 (no better than zero) and beyond.
         solution: a warm start for the next pullback of the same problem, one tensor per variable.
     """
 

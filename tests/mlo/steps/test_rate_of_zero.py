@@ -1,4 +1,4 @@
-"""A learning rate of exactly 0, where a warm-up begins, and gradients of exactly 0: derivatives are finite and right."""
+"""A learning rate of exactly 0, where a warm-up begins, and gradients of exactly 0: the derivatives are right."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def engine(data: list, top: float = 1.0, estimator: object = "darts", lr: float 
 
 def test_a_bad_batch_of_a_virtual_step_is_named(deferred):
     run = engine(batches(1, x=NAN))
-    with pytest.raises(mlo.NonFiniteLossError, match="'low': its loss is nan at its step 2, a virtual one .* 'top'"):
+    with pytest.raises(mlo.NonFiniteLossError, match=r"'low': its loss is nan at its step 2, a virtual one .* 'top'"):
         run.run(1)
     assert all(p.isfinite().all() for problem in run.problems.values() for p in problem.module.parameters())
 
@@ -69,7 +69,7 @@ def test_a_gradient_that_is_not_finite_in_a_virtual_step_is_named(deferred):
 
 @pytest.mark.usefixtures("deferred")
 def test_a_top_problem_is_named_for_what_arose_in_it():
-    with pytest.raises(mlo.NonFiniteLossError, match="'top': its loss is (nan|inf) at its step 1; that step"):
+    with pytest.raises(mlo.NonFiniteLossError, match=r"'top': its loss is (nan|inf) at its step 1; that step"):
         engine(batches(9), top=INF).run(1)
 
 
