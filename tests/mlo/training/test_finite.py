@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import mlo
 from mlo.training import engine as engine_module
 from mlo.training.commit import Updater
+from mlo.training.finite import Seen, check
 
 NAN, INF = float("nan"), float("inf")
 
@@ -139,3 +140,17 @@ def test_an_empty_parameter_and_parameters_of_several_precisions_are_checked():
     run.run(1)
     with pytest.raises(mlo.NonFiniteLossError, match="'low': its loss is inf at its step 2"):
         run.run(1)
+
+
+def test_a_virtual_step_is_blamed_only_for_the_real_step_after_it():
+    one = torch.zeros(1)
+    seen = [
+        Seen("low", 4, ["its loss"], one, virtual=True),
+        Seen("left", 0, ["its loss"], one),
+        Seen("right", 0, ["its loss"], one),
+    ]
+    check(seen, [NAN, 1.0, 1.0])
+    with pytest.raises(mlo.NonFiniteLossError, match="'right': its loss is nan at its step 1;"):
+        check(seen, [NAN, 1.0, NAN])
+    with pytest.raises(mlo.NonFiniteLossError, match=r"'low': its loss is inf at its step 5, a virtual one .* 'left'"):
+        check(seen, [INF, NAN, 1.0])
