@@ -16,7 +16,7 @@ from mlo.errors import GraphError
 from mlo.hypergradient.backward import backward, unreached
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import State
-from mlo.ops import distributed
+from mlo.ops import distributed, vectors
 from mlo.ops.vectors import Vector, dense, filled
 from mlo.steps.evaluation import MicroBatch, evaluate
 from mlo.steps.level import Level
@@ -189,7 +189,7 @@ class Gradients:
         warm, reports = dict(self.warm.get(name, {})), dict[str, Tensor]()
         answer = backward(name, role.paths, cotangents, records, plan.estimators, self.pullbacks, reports, warm)
         self.latest = reports
-        if reports and level.device.type == "cpu":
+        if reports and all(map(vectors.readable, reports.values())):
             self.numbers()
         if real:
             self.reports |= reports
