@@ -12,7 +12,8 @@ from torch.optim import SGD, Adam, Optimizer
 
 from mlo.levels.problem import Problem
 from mlo.levels.state import COUNTERS, Slots
-from mlo.ops.vectors import as_like, filled, readable, real
+from mlo.ops import vectors
+from mlo.ops.vectors import as_like, filled, real
 from mlo.steps.formulas import Cotangents, Gradients, Group
 
 
@@ -50,7 +51,7 @@ def _with_a_rate(groups: Sequence[Group], numbers: Sequence[int]) -> tuple[Seque
 
     Also returned are the positions of the variables whose rate is 0. They do not move, whatever the gradient is.
     """
-    zero = [i for i, g in enumerate(groups) if not isinstance(g["lr"], Tensor) or readable(g["lr"]) if not g["lr"]]
+    zero = [i for i, g in enumerate(groups) if not isinstance(g["lr"], Tensor) or vectors.readable(g["lr"]) if not g["lr"]]
     found = [{**group, "lr": 1.0} if i in zero else group for i, group in enumerate(groups)]
     return found, [index for index, number in enumerate(numbers) if number in zero]
 
