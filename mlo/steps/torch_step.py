@@ -51,7 +51,8 @@ def _with_a_rate(groups: Sequence[Group], numbers: Sequence[int]) -> tuple[Seque
 
     Also returned are the positions of the variables whose rate is 0. They do not move, whatever the gradient is.
     """
-    zero = [i for i, g in enumerate(groups) if not isinstance(g["lr"], Tensor) or vectors.readable(g["lr"]) if not g["lr"]]
+    rates = [group["lr"] for group in groups]  # one on a GPU would have to be waited for
+    zero = [i for i, r in enumerate(rates) if (not isinstance(r, Tensor) or vectors.readable(r)) and r == 0]
     found = [{**group, "lr": 1.0} if i in zero else group for i, group in enumerate(groups)]
     return found, [index for index, number in enumerate(numbers) if number in zero]
 
