@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlo.errors import HypergradientError, InconclusiveError
+from mlo.levels.state import in_precision
 from mlo.ops.vectors import dot, norm
 from mlo.options import registry
 from mlo.options.config import Registered
@@ -69,10 +70,10 @@ def check(engine: Engine, name: str | None = None, *, directions: int = 4, toler
     """
     top = name or engine.graph.names[-1]
     found = engine.hypergradient(top, torch.float64)
-    point = {n: engine.problems[top].module.get_parameter(n).detach().double() for n in found}
+    point = {n: in_precision(engine.problems[top].module.get_parameter(n).detach(), torch.float64) for n in found}
     draw, along = torch.Generator().manual_seed(0), list[dict[str, Tensor]]()
     for _ in range(directions):
-        drawn = {n: torch.randn(p.shape, generator=draw, dtype=torch.float64).to(p.device) for n, p in point.items()}
+        drawn = {n: torch.randn(p.shape, generator=draw, dtype=p.dtype).to(p.device) for n, p in point.items()}
         size = norm(tuple(drawn.values()))
         along.append({n: d / size for n, d in drawn.items()})
     predicted = [dot(tuple(found.values()), tuple(each.values())).item() for each in along]
