@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import Adagrad, Adam, AdamW, Optimizer, RMSprop
 
+from mlo.steps.own_step import has_torch_step
+
 Tensors = list[Tensor] | tuple[Tensor, ...]
 State = Mapping[str, Tensors]
 Group = Mapping[str, Any]
@@ -60,7 +62,7 @@ class Formula(Protocol):
 def formula_of(optimizer: Optimizer, groups: Sequence[Group]) -> Formula | None:
     """The formula of an optimizer's step; None where its class, or an option of a group, has none here."""
     formula = _FORMULAS.get(type(optimizer))
-    if formula is None or not all(map(_has_formula, groups)):
+    if formula is None or not has_torch_step(optimizer) or not all(map(_has_formula, groups)):
         return None
     return None if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]) else formula
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -12,8 +14,10 @@ from torch.optim import SGD, Optimizer
 
 from mlo.levels.problem import Problem
 from mlo.levels.state import COUNTERS, Slots
+from mlo.ops.lost_graphs import LostGraphs
 from mlo.ops.vectors import filled
 from mlo.steps.formulas import Cotangents, Gradients, Group
+from mlo.steps.own_step import check_graphs, check_unchanged, has_torch_step
 
 
 def step(
@@ -30,13 +34,22 @@ def step(
     if differentiable:
         gradients = [None if g is None else off_zero(g) for g in gradients]
     shadow = _shadow(problem, groups, moved, gradients, slots, differentiable=differentiable)
+    own = not has_torch_step(problem.optimizer)
+    slot_tensors = [value for slot in shadow.state.values() for value in slot.values() if isinstance(value, Tensor)]
+    seen = LostGraphs([*moved, *gradients, *slot_tensors]) if own and differentiable else None
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if differentiable else default)  # for the counters that a first step creates
     try:
-        type(problem.optimizer).step(shadow)
+        with seen or nullcontext():
+            type(problem.optimizer).step(shadow)
     finally:
         torch.set_default_dtype(default)
-    return moved, [dict(shadow.state[tensor]) if tensor in shadow.state else {} for tensor in moved]
+    after = [dict(shadow.state[tensor]) if tensor in shadow.state else {} for tensor in moved]
+    if own:
+        check_unchanged(problem, shadow, groups)
+    if seen is not None:
+        check_graphs(problem, seen, moved, after)
+    return moved, after
 
 
 def transpose(
@@ -57,11 +70,15 @@ def transpose(
         moved, after = step(problem, groups, start, leaves, begun, differentiable=True)
     pairs = [*zip(moved, cotangents, strict=True)]
     pairs += [(after[i][k], c) for i, given in enumerate(of_slots or ()) for k, c in given.items()]
-    stepped, given = zip(*((o, c) for o, c in pairs if o.requires_grad), strict=True)
+    stepped = [(o, c) for o, c in pairs if o.requires_grad]
     keys = [(i, k) for i, s in enumerate(begun) for k, v in s.items() if isinstance(v, Tensor) and v.requires_grad]
     inputs = [leaf for leaf in leaves if leaf is not None]
     others = [] if held else [*start, *(begun[i][k] for i, k in keys)]
-    found = iter(torch.autograd.grad(stepped, [*inputs, *others], given, allow_unused=True))
+    wanted = [*inputs, *others]
+    found: Iterator[Any] = repeat(None, len(wanted))
+    if stepped:  # an own step may leave the variables alone
+        outputs, given = zip(*stepped, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
     of_gradients = filled((None if leaf is None else next(found) for leaf in leaves), cotangents)
     of_variables = () if held else filled((next(found) for _ in cotangents), cotangents)
     to_slots: list[dict[str, Tensor]] = [] if held else [{} for _ in slots]
@@ -87,7 +104,7 @@ def _shadow(
     """
     optimizer = problem.optimizer
     shadow = object.__new__(type(optimizer))
-    shadow.__dict__.update(vars(optimizer))
+    shadow.__dict__.update({key: value for key, value in vars(optimizer).items() if key != "step"})
     shadow.__dict__.update(
         {hooks: OrderedDict() for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")}
     )
@@ -114,18 +131,19 @@ def _shadow(
                 if isinstance(value := shadow.state[tensor][key], Tensor):
                     shadow.state[tensor][key] = value.double()
     if differentiable and isinstance(shadow, SGD):
-        _begin_momentum(shadow)
+        _begin_momentum(shadow, has_torch_step(optimizer))
     return shadow
 
 
-def _begin_momentum(shadow: SGD) -> None:
+def _begin_momentum(shadow: SGD, torchs: bool) -> None:
     """Set the momentum buffers of a first step such that the step is the same as torch's, and differentiable.
 
-    Torch's SGD initializes the buffer with the gradient, but detached from the graph.
+    Torch's SGD initializes the buffer with the gradient, but detached from the graph. With dampening, a subclass is
+    left to that (and is then refused), since it may change the gradient before.
     """
     for group in shadow.param_groups:
         momentum, dampening = group["momentum"], group["dampening"]
-        for parameter in group["params"] if momentum else ():
+        for parameter in group["params"] if momentum and (torchs or not dampening) else ():
             if parameter.grad is not None and shadow.state[parameter].get("momentum_buffer") is None:
                 sign = -1.0 if group["maximize"] else 1.0
                 gradient = sign * parameter.grad + group["weight_decay"] * parameter

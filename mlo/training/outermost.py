@@ -41,6 +41,7 @@ def outermost(
         kind = self.device.type
         autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         with autocast, self._tf32.in_call():
+            self._plan.checks.run()
             try:
                 return method(self, *args, **kwargs)
             except torch.OutOfMemoryError as error:

@@ -1,0 +1,96 @@
+"""What a user may change between the calls of an engine, and what would then be wrong without an error."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from mlo.errors import ConfigError
+from mlo.hypergradient import Estimator
+from mlo.levels.problem import Problem, has_hooks
+from mlo.steps.optimizer import check_own_step, refuse_learned
+
+_HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
+_MODULE_HOOKS = attrgetter("_backward_hooks", "_backward_pre_hooks")
+
+
+class Checks:
+    """Checks problems when an engine is made and before each of its calls; the costly ones only after a change.
+
+    Args:
+        problems: by name.
+        estimators: {problem: the estimator with which it is differentiated through}, for those that are.
+        virtual: the problems whose steps may be virtual.
+    """
+
+    def __init__(
+        self, problems: Mapping[str, Problem], estimators: Mapping[str, Estimator], virtual: Collection[str]
+    ) -> None:
+        self._problems, self._estimators, self._virtual = problems, estimators, virtual
+        self._modules = {name: [*problem.module.modules()] for name, problem in problems.items()}
+        self._seen: dict[str, Any] = {}
+        self.run()
+
+    def run(self) -> None:
+        """Raise a GraphError or ConfigError for what is not supported."""
+        for name, problem in self._problems.items():
+            problem.structure.check()
+            refuse_learned(problem)
+            hooks = _hooks(problem, self._modules[name])
+            if hooks != self._seen.get(name):
+                self._check(name, problem)
+                self._seen[name] = hooks
+
+    def _check(self, name: str, problem: Problem) -> None:
+        if name in self._estimators:
+            self._estimators[name].check(problem)
+        if name in self._virtual:
+            _refuse_step_hooks(problem)
+            check_own_step(problem)
+        if problem.accumulate > 1 and (has_hooks(problem.variables) or _post_hooks(problem)):
+            raise ConfigError(
+                f"problem {name!r}: hooks on its parameters (register_hook, register_post_accumulate_grad_hook) would "
+                "see the gradient of all batches of a step, not of each; pass accumulate=1, or remove the hooks"
+            )
+
+
+def _hooks(problem: Problem, modules: list[nn.Module]) -> Any:
+    """What tells whether hooks, or the step of the optimizer, have changed."""
+    optimizer = problem.optimizer
+    found = [*chain.from_iterable(map(_HOOKS, problem.variables.values()))]
+    found += chain.from_iterable(map(_MODULE_HOOKS, modules))
+    found += [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
+    found += [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
+    return vars(optimizer).get("step"), type(optimizer).step, [tuple(hooks) for hooks in found if hooks]
+
+
+def _post_hooks(problem: Problem) -> list[str]:
+    return [name for name, variable in problem.variables.items() if variable._post_accumulate_grad_hooks]
+
+
+def _refuse_step_hooks(problem: Problem) -> None:
+    name, optimizer = problem.name, problem.optimizer
+    why = "but its steps may be virtual or differentiated, and a hook runs in real steps only"
+    if _post_hooks(problem):
+        raise ConfigError(
+            f"problem {name!r}: its parameter {', '.join(map(repr, _post_hooks(problem)))} has a hook that runs after "
+            f"its gradient is accumulated, {why}; use Tensor.register_hook with a hook that returns the new gradient"
+        )
+    found = {
+        "register_step_pre_hook": optimizer._optimizer_step_pre_hooks,
+        "register_step_post_hook": optimizer._optimizer_step_post_hooks,
+        "torch's register_optimizer_step_pre_hook": _global_optimizer_pre_hooks,
+        "torch's register_optimizer_step_post_hook": _global_optimizer_post_hooks,
+    }
+    for kind, hooks in found.items():
+        if hooks:
+            raise ConfigError(
+                f"problem {name!r}: its optimizer has a hook of {kind}, {why}; change gradients by "
+                "Tensor.register_hook on parameters, change weights in step of a subclass of the optimizer, and log in "
+                "a callback of Engine.run"
+            )
