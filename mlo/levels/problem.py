@@ -20,7 +20,6 @@ from mlo.levels.state import State
 from mlo.levels.structure import Structure
 from mlo.levels.validation import arguments_of, fault_of_name, faults_of_numbers, faults_of_parts
 
-
 _HOOKS = attrgetter("_backward_hooks")
 
 

@@ -19,8 +19,8 @@ _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 class LostGraphs(TorchDispatchMode):
     """A context that follows the values of tensors through all operators.
 
-    A value is lost if it is computed, or written, under ``torch.no_grad``, or through ``.data`` or ``detach()``. What is
-    computed of it is lost, too. Integers and booleans have no derivative to lose.
+    A value is lost if it is computed, or written, under ``torch.no_grad``, or through ``.data`` or ``detach()``. What
+    is computed of it is lost, too. Integers and booleans have no derivative to lose.
 
     Args:
         inputs: those that require gradients are followed.
@@ -30,7 +30,7 @@ class LostGraphs(TorchDispatchMode):
     """
 
     def __init__(self, inputs: Iterable[Tensor | None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._lost: dict[int, str] = {}
         self._followed: dict[int, tuple[Any, str]] = {}  # the storage itself, so that its number is not used again
         self.read: str | None = None
@@ -51,9 +51,9 @@ class LostGraphs(TorchDispatchMode):
         kwargs = kwargs or {}
         given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor) and _is_followed(t)]
         keys = {_key(tensor) for tensor in given}
-        depends = not keys.isdisjoint(self._followed)
+        name = str(func).split(".")[1]
+        depends = not keys.isdisjoint(self._followed) and not name.endswith("_like") and not name.startswith("new_")
         lost = next((self._lost[key] for key in keys if key in self._lost), None)
-        name = str(func).split(".")[1] if depends else ""
         if depends and lost is None and any(self._is_cut(tensor) for tensor in given):
             lost = f"{name}{_line()}"
         done = func(*args, **kwargs)
@@ -86,7 +86,7 @@ def _is_followed(tensor: Tensor) -> bool:
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _line() -> str:

@@ -1,7 +1,7 @@
 """Hooks of parameters: what ``Tensor.register_hook`` makes of a gradient is the first part of an optimizer's step.
 
-Hooks run on the gradient of a whole step, before clipping: in real steps, in virtual ones, and when a step is taken again
-or differentiated. So curvature stays that of the loss, and a cotangent passes through the transposed hooks before it.
+Hooks run on the gradient of a whole step, before clipping: in real steps, in virtual ones, and when a step is taken
+again or differentiated. So curvature stays that of the loss, and a cotangent passes through the transposed hooks first.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def transpose_hooks(problem: Problem, gradients: Gradients, cotangents: Sequence
             where = seen.where(after) or (seen.read if after is not begun or begun._version else None)
             if where is not None:
                 raise ConfigError(
-                    f"problem {problem.name!r}: a hook on its parameter {name!r} computes the gradient without a graph, "
-                    f"by {where}, so it cannot be differentiated; compute it by operators with a graph, without "
+                    f"problem {problem.name!r}: a hook on its parameter {name!r} computes the gradient without a "
+                    f"graph, by {where}, so it cannot be differentiated; compute it by operators with a graph, without "
                     "torch.no_grad, .data, detach and .item()"
                 )
             found[index] = torch.zeros_like(gradient)
@@ -67,8 +67,8 @@ def _run(problem: Problem, name: str, variable: Tensor, gradient: Tensor) -> Ten
         if not isinstance(result, Tensor) or result.shape != gradient.shape:
             what = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else f"type {type(result).__name__}"
             raise ConfigError(
-                f"problem {problem.name!r}: a hook on its parameter {name!r}, of shape {tuple(gradient.shape)}, returns "
-                f"a gradient of {what}; return a tensor of the parameter's shape, or None"
+                f"problem {problem.name!r}: a hook on its parameter {name!r}, of shape {tuple(gradient.shape)}, "
+                f"returns a gradient of {what}; return a tensor of the parameter's shape, or None"
             )
         gradient = result
     return gradient

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from mlo.errors import ConfigError
 from mlo.levels.problem import Problem
 from mlo.ops.lost_graphs import LostGraphs
+from mlo.ops.vectors import put_back, values_of
 
 #: {class: its step}, where that is known to be torch's
 _TORCHS: dict[type[Optimizer], Any] = {}
@@ -90,34 +90,26 @@ class Held:
     """What an optimizer refers to besides its state: its parameters, and lists and the like among its attributes."""
 
     def __init__(self, optimizer: Optimizer) -> None:
+        attributes = {key: value for key, value in vars(optimizer).items() if key not in COPIED}
         self._tensors = [p for group in optimizer.param_groups for p in group["params"]]
-        self._attributes = {
-            key: value
-            for key, value in vars(optimizer).items()
-            if key not in COPIED and isinstance(value, Tensor | dict | list | set)
-        }
-        self._tensors += [t for t in tree_leaves([*self._attributes.values()]) if isinstance(t, Tensor)]
-        self._values = [tensor.detach().clone() for tensor in self._tensors]
-        self._contents = {key: copy(value) for key, value in self._attributes.items() if not isinstance(value, Tensor)}
+        self._tensors += [t for t in tree_leaves([*attributes.values()]) if isinstance(t, Tensor)]
+        self._values = values_of(self._tensors)
+        self._containers = [(k, v, copy(v)) for k, v in attributes.items() if isinstance(v, dict | list | set)]
 
     def restored(self) -> str | None:
         """What has changed since, which is set to what it was; None if nothing has."""
-        changed = None
-        with torch.no_grad():
-            for tensor, value in zip(self._tensors, self._values, strict=True):
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
-                    changed = "the tensors"
-        for key, content in self._contents.items():
-            value = self._attributes[key]
-            if [*map(id, tree_leaves(value))] != [*map(id, tree_leaves(content))]:
+        changed = "the tensors" if any(put_back(self._tensors, self._values)) else None
+        for key, value, before in self._containers:
+            if [*map(id, tree_leaves(value))] != [*map(id, tree_leaves(before))]:
                 value.clear()
-                (value.extend if isinstance(value, list) else value.update)(content)
+                (value.extend if isinstance(value, list) else value.update)(before)
                 changed = f"the attribute {key!r}"
         return changed
 
 
-def check_graphs(problem: Problem, seen: LostGraphs, moved: Sequence[Tensor], slots: Sequence[Mapping[str, Any]]) -> None:
+def check_graphs(
+    problem: Problem, seen: LostGraphs, moved: Sequence[Tensor], slots: Sequence[Mapping[str, Any]]
+) -> None:
     """Raise a ConfigError if a step on a copy has moved a variable or a slot without a graph.
 
     Args:

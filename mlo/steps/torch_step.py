@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.optim import SGD, Optimizer
 
 from mlo.levels.problem import Problem
@@ -44,7 +45,7 @@ def step(
             type(problem.optimizer).step(shadow)
     finally:
         torch.set_default_dtype(default)
-    after = [dict(shadow.state[tensor]) if tensor in shadow.state else {} for tensor in moved]
+    after: list[Mapping[str, Any]] = [dict(shadow.state[tensor]) if tensor in shadow.state else {} for tensor in moved]
     if own:
         check_unchanged(problem, shadow, groups)
     if seen is not None:
@@ -66,19 +67,21 @@ def transpose(
     held = of_slots is None
     start = [variable.detach().requires_grad_(not held) for variable in variables]
     begun = tuple([{k: _leaf(k, v, held) for k, v in slot.items()} for slot in slots])
-    with torch.enable_grad():
-        moved, after = step(problem, groups, start, leaves, begun, differentiable=True)
-    pairs = [*zip(moved, cotangents, strict=True)]
-    pairs += [(after[i][k], c) for i, given in enumerate(of_slots or ()) for k, c in given.items()]
-    stepped = [(o, c) for o, c in pairs if o.requires_grad]
     keys = [(i, k) for i, s in enumerate(begun) for k, v in s.items() if isinstance(v, Tensor) and v.requires_grad]
     inputs = [leaf for leaf in leaves if leaf is not None]
     others = [] if held else [*start, *(begun[i][k] for i, k in keys)]
     wanted = [*inputs, *others]
     found: Iterator[Any] = repeat(None, len(wanted))
-    if stepped:  # an own step may leave the variables alone
-        outputs, given = zip(*stepped, strict=True)
-        found = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
+    # an own step may write into what a derivative needs, as p.copy_(p / p.norm()) does
+    kept = nullcontext() if has_torch_step(problem.optimizer) else allow_mutation_on_saved_tensors()
+    with torch.enable_grad(), kept:
+        moved, after = step(problem, groups, start, leaves, begun, differentiable=True)
+        pairs = [*zip(moved, cotangents, strict=True)]
+        pairs += [(after[i][k], c) for i, given in enumerate(of_slots or ()) for k, c in given.items()]
+        stepped = [(o, c) for o, c in pairs if o.requires_grad]
+        if stepped:  # none, if it does not depend on the gradients
+            outputs, given = zip(*stepped, strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
     of_gradients = filled((None if leaf is None else next(found) for leaf in leaves), cotangents)
     of_variables = () if held else filled((next(found) for _ in cotangents), cotangents)
     to_slots: list[dict[str, Tensor]] = [] if held else [{} for _ in slots]

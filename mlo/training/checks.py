@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -13,7 +14,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from mlo.errors import ConfigError
 from mlo.hypergradient import Estimator
 from mlo.levels.problem import Problem, has_hooks
+from mlo.ops.vectors import put_back, values_of
 from mlo.steps.optimizer import check_own_step, refuse_learned
+from mlo.steps.written import refusal, refuse_max_norm
 
 _HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 _MODULE_HOOKS = attrgetter("_backward_hooks", "_backward_pre_hooks")
@@ -35,6 +38,8 @@ class Checks:
         self._modules = {name: [*problem.module.modules()] for name, problem in problems.items()}
         self._seen: dict[str, Any] = {}
         self.run()
+        for problem in problems.values() if len(problems) > 1 else ():
+            refuse_max_norm(problem)
 
     def run(self) -> None:
         """Raise a GraphError or ConfigError for what is not supported."""
@@ -46,12 +51,33 @@ class Checks:
                 self._check(name, problem)
                 self._seen[name] = hooks
 
+    @contextmanager
+    def unwritten(self) -> Iterator[None]:
+        """A context after which all parameters have the values of before.
+
+        Raises:
+            GraphError: at its end, if one of them had another value.
+        """
+        held = [
+            (problem, name, p) for problem in self._problems.values() for name, p in problem.module.named_parameters()
+        ]
+        tensors = [parameter for _, _, parameter in held]
+        values, differs = values_of(tensors), list[bool]()
+        try:
+            yield
+        finally:
+            differs = put_back(tensors, values)
+        if any(differs):
+            problem, name, _ = held[differs.index(True)]
+            raise refusal(problem.name, problem, name, restored=True)
+        self.run()
+
     def _check(self, name: str, problem: Problem) -> None:
-        if name in self._estimators:
-            self._estimators[name].check(problem)
         if name in self._virtual:
             _refuse_step_hooks(problem)
             check_own_step(problem)
+        if name in self._estimators:
+            self._estimators[name].check(problem)
         if problem.accumulate > 1 and (has_hooks(problem.variables) or _post_hooks(problem)):
             raise ConfigError(
                 f"problem {name!r}: hooks on its parameters (register_hook, register_post_accumulate_grad_hook) would "

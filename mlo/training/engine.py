@@ -25,7 +25,7 @@ from mlo.training.checkpoint import of_this_process, with_other_processes
 from mlo.training.commit import Updater
 from mlo.training.devices import move_to
 from mlo.training.gradients import Gradients, Records
-from mlo.training.outermost import outermost
+from mlo.training.outermost import look, outermost
 from mlo.training.plan import Plan
 from mlo.training.report import EngineReport, engine_report
 from mlo.training.rounds import Rounds, cast_batches, looking_ahead
@@ -169,7 +169,7 @@ class Engine:
         for position, name in enumerate(rest):
             self._rounds.real(name, states, records, rest[position + 1 :])
 
-    @outermost
+    @look
     def hypergradient(self, name: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The gradient of the next step of problem ``name``: {parameter name: tensor of its shape}.
 
@@ -190,7 +190,7 @@ class Engine:
             found = self._gradients.of(name, states, records, batches, "virtual", (), count).own
         return dict(zip(self.problems[name].variables, filled(found, states[name].variables), strict=True))
 
-    @outermost
+    @look
     def objective(
         self, name: str, parameters: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:

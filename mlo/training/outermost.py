@@ -49,3 +49,16 @@ def outermost(
                 raise
 
     return run
+
+
+def look(
+    method: Callable[Concatenate[Self, Arguments], Returned],
+) -> Callable[Concatenate[Self, Arguments], Returned]:
+    """:func:`outermost`, for a method that leaves all parameters as they are."""
+
+    @wraps(method)
+    def run(self: Self, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
+        with self._plan.checks.unwritten():
+            return method(self, *args, **kwargs)
+
+    return outermost(run)
