@@ -40,7 +40,6 @@ class Product(Config, ABC):
 
     needs_base: ClassVar[bool] = False  # whether the step should keep its gradients with respect to its reads
     keeps_graph: ClassVar[bool] = False  # whether the step should keep the graph of its gradient
-    transposes: ClassVar[bool] = False  # whether it is right where a gradient's Jacobian is not symmetric
     autocast: bool = Field(False, description="compute products under the problem's autocast, like its steps")
 
     def before(self, step: Step, targets: Sequence[str]) -> Curvature:
@@ -84,7 +83,6 @@ class Exact(Product):
     """Double backward: exact. The graph of the gradient is kept for all products; one costs about 3 passes."""
 
     keeps_graph: ClassVar[bool] = True
-    transposes: ClassVar[bool] = True
 
     def open(self, point: Point, targets: Sequence[str], step: Step | None) -> Curvature:
         """See :class:`Product`."""

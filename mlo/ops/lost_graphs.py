@@ -82,7 +82,8 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
 
 
 def _is_followed(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and (tensor.is_floating_point() or tensor.is_complex())
+    has_memory = tensor.layout is torch.strided and not tensor._is_zerotensor()
+    return has_memory and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _key(tensor: Tensor) -> int:

@@ -98,12 +98,16 @@ def refuse_parameter_hooks(problem: Problem, estimator: str) -> None:
         )
 
 
-def refuse_module_hooks(problem: Problem, by: str) -> None:
-    """Raise a ConfigError for backward hooks on modules, after which a gradient may not be that of the loss."""
+def refuse_module_hooks(problem: Problem) -> None:
+    """Raise a ConfigError for backward hooks on modules.
+
+    Torch runs them on each cotangent that passes, also while a gradient is differentiated. If they change gradients of
+    a loss, what they make of its second derivatives is not the derivative of that.
+    """
     for path, part in problem.module.named_modules():
         if part._backward_hooks or part._backward_pre_hooks:
             raise ConfigError(
-                f"problem {problem.name!r}: {path or 'its module'!r} has a backward hook "
-                f"(register_full_backward_hook), which may change gradients, and {by} takes them to be those of the "
-                "loss; pass hypergradient={'kind': 'one_step', 'product': 'exact'}, or remove it"
+                f"problem {problem.name!r}: {path or 'its module'!r} has a backward hook (register_full_backward_hook), "
+                "which torch would run on second derivatives, too, where steps are differentiated; use "
+                "Tensor.register_hook on parameters, or a torch.autograd.Function with the gradient that you want"
             )

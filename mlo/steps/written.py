@@ -70,7 +70,7 @@ class Unwritten:
 def refusal(level: str, problem: Problem, name: str, restored: bool) -> GraphError:
     """The error for a loss that writes into a parameter."""
     whose = "its module" if level == problem.name else f"the module of {problem.name!r}"
-    left = "It has its values of before" if restored else "It keeps what was written"
+    left = "It has its values of before" if restored else "Engine.step keeps what was written, other calls do not"
     return GraphError(
         f"problem {level!r}: evaluating its loss writes into the parameter {name!r} of {whose}, and each virtual step "
         f"and curvature product would do so again. {left}. {_REMEDY}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter
@@ -15,6 +15,7 @@ from mlo.errors import ConfigError
 from mlo.hypergradient import Estimator
 from mlo.levels.problem import Problem, has_hooks
 from mlo.ops.vectors import put_back, values_of
+from mlo.steps.hooks import refuse_module_hooks
 from mlo.steps.optimizer import check_own_step, refuse_learned
 from mlo.steps.written import refusal, refuse_max_norm
 
@@ -35,6 +36,7 @@ class Checks:
         self, problems: Mapping[str, Problem], estimators: Mapping[str, Estimator], virtual: Collection[str]
     ) -> None:
         self._problems, self._estimators, self._virtual = problems, estimators, virtual
+        self._differentiated = {read for name in estimators for read in (name, *problems[name].node.reads)}
         self._modules = {name: [*problem.module.modules()] for name, problem in problems.items()}
         self._seen: dict[str, Any] = {}
         self.run()
@@ -46,10 +48,11 @@ class Checks:
         for name, problem in self._problems.items():
             problem.structure.check()
             refuse_learned(problem)
-            hooks = _hooks(problem, self._modules[name])
-            if hooks != self._seen.get(name):
+            step = vars(problem.optimizer).get("step"), type(problem.optimizer).step
+            seen = step, hooks_of(problem, self._modules[name])
+            if seen != self._seen.get(name):
                 self._check(name, problem)
-                self._seen[name] = hooks
+                self._seen[name] = seen
 
     @contextmanager
     def unwritten(self) -> Iterator[None]:
@@ -76,6 +79,8 @@ class Checks:
         if name in self._virtual:
             _refuse_step_hooks(problem)
             check_own_step(problem)
+        if name in self._differentiated:
+            refuse_module_hooks(problem)
         if name in self._estimators:
             self._estimators[name].check(problem)
         if problem.accumulate > 1 and (has_hooks(problem.variables) or _post_hooks(problem)):
@@ -85,14 +90,14 @@ class Checks:
             )
 
 
-def _hooks(problem: Problem, modules: list[nn.Module]) -> Any:
-    """What tells whether hooks, or the step of the optimizer, have changed."""
+def hooks_of(problem: Problem, modules: Iterable[nn.Module]) -> list[tuple[int, ...]]:
+    """The numbers of all hooks that act when gradients are computed, or a step of the optimizer is taken."""
     optimizer = problem.optimizer
     found = [*chain.from_iterable(map(_HOOKS, problem.variables.values()))]
     found += chain.from_iterable(map(_MODULE_HOOKS, modules))
     found += [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
     found += [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
-    return vars(optimizer).get("step"), type(optimizer).step, [tuple(hooks) for hooks in found if hooks]
+    return [tuple(hooks) for hooks in found if hooks]
 
 
 def _post_hooks(problem: Problem) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mlo.levels.problem import Problem
 from mlo.ops.vectors import Vector
 from mlo.options.config import Config
-from mlo.steps.hooks import refuse_module_hooks, refuse_parameter_hooks
+from mlo.steps.hooks import refuse_parameter_hooks
 from mlo.steps.step import Cotangents, Step
 
 
@@ -79,11 +79,10 @@ class Estimator(Config, ABC):
     def check(self, problem: Problem) -> None:
         """Raise a ConfigError if the estimator does not support ``problem``.
 
-        By default it supports no hooks that change gradients, which it would leave out. Override it in an estimator
-        that transposes steps (:meth:`mlo.steps.step.Step.transpose`), which includes hooks of parameters.
+        By default it supports no hooks of parameters, which it would leave out. Override it in an estimator that
+        transposes steps (:meth:`mlo.steps.step.Step.transpose`), hooks included.
         """
         refuse_parameter_hooks(problem, type(self).__name__)
-        refuse_module_hooks(problem, type(self).__name__)
 
 
 @dataclass(frozen=True)

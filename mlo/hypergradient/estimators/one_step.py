@@ -12,7 +12,6 @@ from mlo.hypergradient.estimators.unrolled import AlongSteps
 from mlo.hypergradient.products import Central
 from mlo.levels.problem import Problem
 from mlo.ops.vectors import Vector
-from mlo.steps.hooks import refuse_module_hooks
 from mlo.steps.optimizer import check_differentiable
 from mlo.steps.step import Step
 
@@ -56,7 +55,6 @@ class Darts(Estimator):
     def check(self, problem: Problem) -> None:
         """Raise a ConfigError if a step of the problem's optimizer is not differentiable."""
         check_differentiable(problem)
-        refuse_module_hooks(problem, type(self).__name__)
 
     def _one_step(self) -> OneStep:
         return OneStep(product=Central(radius=self.radius))
@@ -84,4 +82,3 @@ class Sama(Estimator):
     def check(self, problem: Problem) -> None:
         """Raise a ConfigError if a step of the problem's optimizer is not differentiable."""
         check_differentiable(problem)
-        refuse_module_hooks(problem, type(self).__name__)

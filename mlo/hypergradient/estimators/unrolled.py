@@ -15,7 +15,6 @@ from mlo.hypergradient.products import Exact, ProductOption
 from mlo.levels.problem import Problem
 from mlo.levels.state import copied
 from mlo.ops.vectors import Vector, add, scaled, total
-from mlo.steps.hooks import refuse_module_hooks
 from mlo.steps.optimizer import check_differentiable
 from mlo.steps.step import NOT_STORED, Cotangents, OfSlots, Step
 
@@ -40,8 +39,6 @@ class AlongSteps(Estimator, ABC):
     def check(self, problem: Problem) -> None:
         """Raise a ConfigError if a step of the problem's optimizer is not differentiable."""
         check_differentiable(problem)
-        if not self.product.transposes:
-            refuse_module_hooks(problem, type(self.product).__name__)
 
     def pull(self, steps: Sequence[Step], cotangent: Vector, targets: Sequence[str], warm: Vector | None) -> Pulled:
         """One product and one pullback through the optimizer for each step."""

@@ -161,7 +161,10 @@ def with_subclass() -> list[mlo.Problem]:
 
 def with_hook(when: str, cls: type[Fit] = Fit) -> list[mlo.Problem]:
     problems = levels(cls)
-    getattr(problems[0].optimizer, f"register_step_{when}_hook")(lambda *_: None)
+    if when == "gradient":
+        next(problems[0].module.parameters()).register_hook(lambda g: 0.5 * g)
+    else:
+        getattr(problems[1].optimizer, f"register_step_{when}_hook")(lambda *_: None)
     return problems
 
 
@@ -175,8 +178,9 @@ def with_hook(when: str, cls: type[Fit] = Fit) -> list[mlo.Problem]:
         (partial(levels, Annealed), "the loss of 'low' asks for steps_taken"),
         (with_adam, "Adam of 'top' counts its steps on the CPU; make it with capturable=True"),
         (with_subclass, "Signed of 'top' may read values on the CPU; it has no capturable=True"),
-        (partial(with_hook, "pre"), "the optimizer of 'low' has hooks"),
-        (partial(with_hook, "post"), "the optimizer of 'low' has hooks"),
+        (partial(with_hook, "pre"), "'top' has hooks"),
+        (partial(with_hook, "post"), "'top' has hooks"),
+        (partial(with_hook, "gradient"), "'low' has hooks"),
         (partial(with_hook, "post", Noisy), "a loss draws random numbers"),  # the first reason alone is given
         (partial(levels, autocast=torch.float16), "the loss scale of 'low', for float16, depends on values"),
     ],
