@@ -107,7 +107,7 @@ def refuse_module_hooks(problem: Problem) -> None:
     for path, part in problem.module.named_modules():
         if part._backward_hooks or part._backward_pre_hooks:
             raise ConfigError(
-                f"problem {problem.name!r}: {path or 'its module'!r} has a backward hook (register_full_backward_hook), "
-                "which torch would run on second derivatives, too, where steps are differentiated; use "
-                "Tensor.register_hook on parameters, or a torch.autograd.Function with the gradient that you want"
+                f"problem {problem.name!r}: {path or 'its module'!r} has a backward hook "
+                "(register_full_backward_hook), which torch would run on second derivatives, too, where steps are "
+                "differentiated; use Tensor.register_hook on parameters"
             )

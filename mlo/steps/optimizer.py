@@ -31,13 +31,14 @@ def hyperparameters(problem: Problem) -> Groups:
     Raises:
         ConfigError: if one of them requires gradients.
     """
-    refuse_learned(problem)
     found = []
     for group in problem.optimizer.param_groups:
         of = {**group}
         del of["params"]
         for key, value in of.items():
             if isinstance(value, Tensor):
+                if value.requires_grad:
+                    refuse_learned(problem)
                 of[key] = value.clone()
         found.append(of)
     return tuple(found)

@@ -74,7 +74,7 @@ def check_unchanged(problem: Problem, shadow: Optimizer, groups: Sequence[Mappin
                 )
     own = vars(optimizer)
     for key, value in vars(shadow).items():
-        if key not in COPIED and (key not in own or (own[key] is not value and _differs(own[key], value))):
+        if key not in COPIED | _OF_TORCH and (key not in own or (own[key] is not value and _differs(own[key], value))):
             raise ConfigError(
                 f"problem {problem.name!r}: {type(optimizer).__name__} changes its attribute {key!r} in its step, "
                 "which virtual steps and derivatives cannot follow; keep what a step needs of earlier ones in "
@@ -133,3 +133,5 @@ def check_graphs(
 
 
 _FLAGS = frozenset(("differentiable", "foreach", "fused", "capturable"))
+#: attributes that torch's own steps set
+_OF_TORCH = frozenset(("_warned_capturable_if_run_uncaptured", "_need_device_dtype_check_for_fused", "_opt_called"))

@@ -185,7 +185,7 @@ def test_what_the_message_about_max_norm_says_is_the_same():
 def test_a_later_write_is_refused_then(steps, estimator):
     """With four steps, several are one graph."""
     made = engine(Later(), estimator, steps=steps)
-    with pytest.raises(mlo.GraphError, match="writes into the parameter 'weight' of .* keeps what was written"):
+    with pytest.raises(mlo.GraphError, match=r"writes into the parameter 'weight' of .* keeps what was written"):
         made.run(8)
 
 
@@ -211,7 +211,7 @@ def test_a_loss_that_writes_into_what_it_reads_is_refused():
 
     made = engine(Base(), "one_step", Writes)
     before = values(made.problems["factors"].module.parameters())
-    with pytest.raises(mlo.GraphError, match="'model': .* the parameter 'logs' of the module of 'factors'"):
+    with pytest.raises(mlo.GraphError, match=r"'model': .* the parameter 'logs' of the module of 'factors'"):
         made.step()
     assert all(map(torch.equal, made.problems["factors"].module.parameters(), before))
 

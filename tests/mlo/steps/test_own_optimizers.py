@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam
+from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, RMSprop, Rprop
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 import mlo
@@ -147,6 +147,20 @@ def test_a_step_with_a_graph_is_exact(name):
     made.run(2)
     expected = trained(make, Factors().logs.detach(), [*batches(3), *batches(3)])
     torch.testing.assert_close([*made.problems["model"].module.parameters()], [*expected.parameters()])
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam, NAdam, RAdam, Adamax, Adagrad, Adadelta, RMSprop, ASGD, Rprop, AdamW])
+def test_a_subclass_that_adds_nothing_is_taken_for_its_graph(kind):
+    class Own(kind):
+        def step(self, closure=None):
+            super().step(closure)
+
+    options = {"momentum": 0.9} if kind in (SGD, RMSprop) else {}
+    found = [
+        engine(with_optimizer(lambda p, of=of: of(p, lr=0.1, **options)), "unrolled").hypergradient("factors")["logs"]
+        for of in (kind, Own)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-14)
 
 
 class ProjectedInPlace(SGD):

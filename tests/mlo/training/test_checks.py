@@ -107,7 +107,7 @@ def test_an_uppermost_level_may_have_them(estimator):
             top.module.logs.register_hook(lambda g: g.clamp(-0.2, 0.2))
             top.module.logs.register_post_accumulate_grad_hook(halve)
             top.optimizer.register_step_pre_hook(lambda optimizer, *_: optimizer.param_groups[0].update(lr=0.5))
-            top.optimizer.register_step_post_hook(lambda *_: top.module.logs.data.clamp_(max=0.35))
+            top.optimizer.register_step_post_hook(lambda *_, logs=top.module.logs: logs.data.clamp_(max=0.35))
         gradient, before = made.hypergradient("factors")["logs"], top.module.logs.detach().clone()
         made.step()
         found.append((gradient, before, top.module.logs.detach().clone()))
