@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from operator import attrgetter, getitem, is_
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,9 @@ class Structure:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._note_module()
-        self._groups = self._groups_now()
-        self._params = [p for group in problem.optimizer.param_groups for p in group["params"]]
+        groups = problem.optimizer.param_groups
+        self._sizes = [len(group["params"]) for group in groups]
+        self._params = [p for group in groups for p in group["params"]]
         self._flags = [*map(_REQUIRES_GRAD, self._params)]
 
     def _note_module(self) -> None:
@@ -48,13 +50,11 @@ class Structure:
             same = False
         if not (same and sum(map(len, self._dictionaries)) == self._count):
             self._check_module()
-        if self._groups_now() != self._groups:
+        groups = [group["params"] for group in self._problem.optimizer.param_groups]
+        if [*map(len, groups)] != self._sizes or not all(map(is_, chain.from_iterable(groups), self._params)):
             self._refuse_groups()
         if [*map(_REQUIRES_GRAD, self._params)] != self._flags:
             self._refuse_flags()
-
-    def _groups_now(self) -> list[list[int]]:
-        return [[*map(id, group["params"])] for group in self._problem.optimizer.param_groups]
 
     def _check_module(self) -> None:
         """Raise an error for a change that matters; others (constants that are replaced, or are new) are noted."""

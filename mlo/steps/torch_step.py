@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import allow_mutation_on_saved_tensors
+from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import SGD, Optimizer
 
 from mlo.levels.problem import Problem
@@ -41,7 +41,7 @@ def step(
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if differentiable else default)  # for the counters that a first step creates
     try:
-        with seen or nullcontext():
+        with nullcontext() if seen is None else _copies_saved(), seen or nullcontext():
             type(problem.optimizer).step(shadow)
     finally:
         torch.set_default_dtype(default)
@@ -72,9 +72,7 @@ def transpose(
     others = [] if held else [*start, *(begun[i][k] for i, k in keys)]
     wanted = [*inputs, *others]
     found: Iterator[Any] = repeat(None, len(wanted))
-    # an own step may write into what a derivative needs, as p.copy_(p / p.norm()) does
-    kept = nullcontext() if has_torch_step(problem.optimizer) else allow_mutation_on_saved_tensors()
-    with torch.enable_grad(), kept:
+    with torch.enable_grad():
         moved, after = step(problem, groups, start, leaves, begun, differentiable=True)
         pairs = [*zip(moved, cotangents, strict=True)]
         pairs += [(after[i][k], c) for i, given in enumerate(of_slots or ()) for k, c in given.items()]
@@ -151,6 +149,11 @@ def _begin_momentum(shadow: SGD, torchs: bool) -> None:
                 sign = -1.0 if group["maximize"] else 1.0
                 gradient = sign * parameter.grad + group["weight_decay"] * parameter
                 shadow.state[parameter]["momentum_buffer"] = dampening / momentum * gradient
+
+
+def _copies_saved() -> saved_tensors_hooks:
+    """For a user's step, which may write into what its derivative needs, as ``p.copy_(p / p.norm())`` does."""
+    return saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor)
 
 
 def off_zero(gradient: Tensor) -> Tensor:

@@ -24,7 +24,9 @@ _MODULE_HOOKS = attrgetter("_backward_hooks", "_backward_pre_hooks")
 
 
 class Checks:
-    """Checks problems when an engine is made and before each of its calls; the costly ones only after a change.
+    """Checks problems when an engine is made, on its device, and before each of its calls.
+
+    What costs more than a comparison is checked at first, and after a change.
 
     Args:
         problems: by name.
@@ -39,7 +41,6 @@ class Checks:
         self._differentiated = {read for name in estimators for read in (name, *problems[name].node.reads)}
         self._modules = {name: [*problem.module.modules()] for name, problem in problems.items()}
         self._seen: dict[str, Any] = {}
-        self.run()
         for problem in problems.values() if len(problems) > 1 else ():
             refuse_max_norm(problem)
 

@@ -149,6 +149,32 @@ def test_a_step_with_a_graph_is_exact(name):
     torch.testing.assert_close([*made.problems["model"].module.parameters()], [*expected.parameters()])
 
 
+class Low(mlo.Problem):
+    def loss(self, batch, middle):
+        return (self(batch) - middle(batch)).square().mean()
+
+
+class Middle(mlo.Problem):
+    def loss(self, batch, low, top):
+        return (low(batch).sin() - top(batch)).square().mean()
+
+
+class Top(mlo.Problem):
+    def loss(self, batch, middle):
+        return middle(batch).cos().square().mean()
+
+
+@pytest.mark.parametrize("kind", [Projected, Ball, ClippedInPlace, Averaged, Trusted])
+def test_inner_paths_are_exact(kind):
+    torch.manual_seed(0)
+    modules, data = [nn.Linear(3, 2).double() for _ in range(3)], [torch.randn(4, 3, dtype=torch.float64)]
+    problems = [
+        cls(cls.__name__.lower(), module=m, optimizer=kind(m.parameters(), lr=0.1), data=data, steps=2)
+        for cls, m in zip((Low, Middle, Top), modules, strict=True)
+    ]
+    mlo.check(mlo.Engine(problems, "unrolled", inner_path=True, device="cpu"), "top")
+
+
 @pytest.mark.parametrize("kind", [SGD, Adam, NAdam, RAdam, Adamax, Adagrad, Adadelta, RMSprop, ASGD, Rprop, AdamW])
 def test_a_subclass_that_adds_nothing_is_taken_for_its_graph(kind):
     class Own(kind):
