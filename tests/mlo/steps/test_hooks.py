@@ -47,7 +47,9 @@ def hooked(*hooks, optimizer="SGD"):
     return make
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer", ["SGD", "Adam", *[pytest.param(name, marks=pytest.mark.slow) for name in ("momentum", "NAdam")]]
+)
 @pytest.mark.parametrize("hook", HOOKS)
 def test_unrolled_steps_with_a_hook_have_the_derivative_of_a_plain_loop(hook, optimizer):
     make = hooked(HOOKS[hook], optimizer=optimizer)

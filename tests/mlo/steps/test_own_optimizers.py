@@ -164,7 +164,7 @@ class Top(mlo.Problem):
         return middle(batch).cos().square().mean()
 
 
-@pytest.mark.parametrize("kind", [Projected, Ball, ClippedInPlace, Averaged, Trusted])
+@pytest.mark.parametrize("kind", [Projected, Ball, pytest.param(Trusted, marks=pytest.mark.slow)])
 def test_inner_paths_are_exact(kind):
     torch.manual_seed(0)
     modules, data = [nn.Linear(3, 2).double() for _ in range(3)], [torch.randn(4, 3, dtype=torch.float64)]
@@ -175,7 +175,10 @@ def test_inner_paths_are_exact(kind):
     mlo.check(mlo.Engine(problems, "unrolled", inner_path=True, device="cpu"), "top")
 
 
-@pytest.mark.parametrize("kind", [SGD, Adam, NAdam, RAdam, Adamax, Adagrad, Adadelta, RMSprop, ASGD, Rprop, AdamW])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in (RAdam, Adamax, Adagrad, Adadelta, ASGD, Rprop, AdamW)]
+
+
+@pytest.mark.parametrize("kind", [SGD, Adam, NAdam, RMSprop, *SLOW])
 def test_a_subclass_that_adds_nothing_is_taken_for_its_graph(kind):
     class Own(kind):
         def step(self, closure=None):
