@@ -15,6 +15,7 @@ from mlo.errors import ConfigError
 from mlo.ops import distributed
 from mlo.ops.rng import global_state
 from mlo.steps.level import Level
+from mlo.steps.own_step import has_torch_step
 from mlo.training.checks import hooks_of
 from mlo.training.commit import Updater
 from mlo.training.gradients import Gradients
@@ -225,6 +226,6 @@ def _fixed(levels: Mapping[str, Level]) -> dict[str, Any]:
 
 def _on_device(optimizer: Optimizer) -> bool:
     """Whether the optimizer's step reads nothing on the host but numbers that a recording may hold fixed."""
-    if type(optimizer) is SGD:
+    if type(optimizer) is SGD and has_torch_step(optimizer):
         return True
     return all([group.get("capturable") or group.get("fused") for group in optimizer.param_groups])
