@@ -39,6 +39,8 @@ class Level:
         draws_outside: whether the loss may draw from NumPy's or Python's generators: until it has not, once.
         scale: of the loss, under float16.
         searched: whether its loss was searched for what :meth:`warn_of_strays` warns of.
+        repeats: whether its loss may be evaluated more often than once for each step.
+        writes_nothing: whether a first evaluation of its loss was seen to write into no parameters.
     """
 
     def __init__(self, problem: Problem, device: torch.device, compiler: Compiler | None, tf32: Tf32) -> None:
@@ -53,7 +55,7 @@ class Level:
         self.reaches_all = False
         self.draws_outside = True
         self.scale = LossScale() if problem.autocast is torch.float16 else None
-        self.searched = False
+        self.searched = self.repeats = self.writes_nothing = False
 
     def note_graph(self, size: int, gradients: Sequence[Tensor | None]) -> None:
         """After gradients were kept with their graph, which takes this many bytes besides states and batch."""
@@ -120,7 +122,7 @@ def levels_of(
     levels = {problem.name: Level(problem, device, compiler, tf32) for problem in problems}
     names = list(levels)
     for index, level in enumerate(levels.values()):
-        level.below = frozenset(names[:index])
+        level.below, level.repeats = frozenset(names[:index]), len(names) > 1
         level.reads = {read: levels[read] for read in level.problem.node.reads}
         level.arguments = {argument: levels[read].problem for argument, read in level.problem.arguments.items()}
     return levels

@@ -17,6 +17,7 @@ from mlo.levels.substitution import Substitute
 from mlo.ops.activation_checkpointing import end, recompute
 from mlo.ops.vectors import Vector, aligned
 from mlo.steps.level import Level
+from mlo.steps.written import Unwritten
 
 States = Mapping[str, State]
 Found = Sequence[Tensor | None]
@@ -70,12 +71,14 @@ def loss_at(level: Level, state: State, batch: Any) -> tuple[Tensor, Substitute]
     """The loss of a level in ``state``: the only place that runs a user's loss; and the substitute for its module.
 
     Raises:
-        GraphError: if the loss is not a scalar tensor.
+        GraphError: if the loss is not a scalar tensor, or if it writes into a parameter.
     """
     problem = level.problem
     own = problem.substitute = Substitute(problem, state, True, own=True)
+    guard = nullcontext() if torch.compiler.is_compiling() or not level.repeats else Unwritten(level, state)
     try:
-        loss: Any = problem.loss(batch, **level.arguments)
+        with guard:
+            loss: Any = problem.loss(batch, **level.arguments)
     finally:
         problem.substitute = None
     if not isinstance(loss, Tensor) or loss.dim() != 0:

@@ -15,6 +15,8 @@ from mlo.errors import ConfigError
 from mlo.ops import distributed, torch_versions
 from mlo.ops.rng import Randomness
 from mlo.steps.level import Level
+from mlo.steps.own_step import has_torch_step
+from mlo.training.checks import hooks_of
 from mlo.training.commit import Updater
 from mlo.training.gradients import Gradients
 from mlo.training.recording import PLAIN, Draws, HeldBatches, Host, Rates, fixed_options
@@ -139,8 +141,8 @@ class Captured:
                 kind, able = type(optimizer).__name__, "capturable" in optimizer.defaults
                 why = "counts its steps on the CPU; make it with" if able else "may read values on the CPU; it has no"
                 yield f"{kind} of {name!r} {why} capturable=True"
-            if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-                yield f"the optimizer of {name!r} has hooks, which a replayed step would not call"
+            if hooks_of(level.problem, level.problem.module.modules()):
+                yield f"{name!r} has hooks, which a replayed round would not call"
 
     def _capture(self, one_round: Callable[[], None]) -> None:
         """Record a round, and take it."""
@@ -225,6 +227,7 @@ def _fixed(levels: Mapping[str, Level]) -> dict[str, Any]:
         held += [v for slot in optimizer.state.values() for v in slot.values() if isinstance(v, Tensor)]
         attributes = {k: v for k, v in vars(problem).items() if k != "step_number" and isinstance(v, PLAIN)}
         found[f"options of the optimizer of {name!r}"] = fixed_options(problem)
+        found[f"hooks of {name!r}"] = hooks_of(problem, problem.module.modules())
         found[f"attributes of {name!r}"] = attributes
         found[f"attributes of the module of {name!r}"] = [
             (key, value)
@@ -238,6 +241,6 @@ def _fixed(levels: Mapping[str, Level]) -> dict[str, Any]:
 
 def _on_device(optimizer: Optimizer) -> bool:
     """Whether the optimizer's step reads nothing on the host but numbers that a recording may hold fixed."""
-    if type(optimizer) is SGD:
+    if type(optimizer) is SGD and has_torch_step(optimizer):
         return True
     return all([group.get("capturable") or group.get("fused") for group in optimizer.param_groups])

@@ -26,7 +26,7 @@ from mlo.training.commit import Updater
 from mlo.training.devices import known_device, move_to
 from mlo.training.finite import Watch
 from mlo.training.gradients import Gradients, Hypergradient, Records
-from mlo.training.outermost import outermost
+from mlo.training.outermost import look, outermost
 from mlo.training.plan import Plan
 from mlo.training.report import EngineReport, engine_report
 from mlo.training.rounds import Rounds, cast_batches, looking_ahead
@@ -90,11 +90,11 @@ class Engine:
         self._plan = Plan(problems, hypergradient, lookahead, inner_path)
         if capture:
             refuse_capture(known_device(device))
-        self.inner_path = inner_path
+        self.inner_path, self.rounds = inner_path, 0
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
         watched = {problem.name: Watch(problem) for problem in problems}  # before they are on a GPU
         self.device = move_to(problems, device)
-        self.rounds = 0
+        self._plan.checks.run()
         self.tf32, self._tf32 = tf32, Tf32(tf32, self.device.type == "cuda")
         compiler = Compiler(self.device, rounds_captured=capture) if compile else None
         self._levels = levels_of(problems, self.device, compiler, self._tf32)
@@ -172,7 +172,7 @@ class Engine:
         for position, name in enumerate(rest):
             self._rounds.real(name, states, records, rest[position + 1 :])
 
-    @outermost
+    @look
     def hypergradient(self, name: str, dtype: torch.dtype | None = None) -> Hypergradient:
         """The gradient of the next step of problem ``name``: {parameter name: tensor of its shape}.
 
@@ -196,7 +196,7 @@ class Engine:
         tensors = dict(zip(self.problems[name].variables, filled(found, states[name].variables), strict=True))
         return Hypergradient(tensors, self._gradients.numbers())
 
-    @outermost
+    @look
     def objective(
         self, name: str, parameters: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:

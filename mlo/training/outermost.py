@@ -47,6 +47,7 @@ def outermost(
         kind = self.device.type
         autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         with autocast, self._tf32.in_call():
+            self._plan.checks.run()
             try:
                 return method(self, *args, **kwargs)
             except torch.OutOfMemoryError as error:
@@ -58,3 +59,16 @@ def outermost(
                 raise
 
     return run
+
+
+def look(
+    method: Callable[Concatenate[Self, Arguments], Returned],
+) -> Callable[Concatenate[Self, Arguments], Returned]:
+    """:func:`outermost`, for a method that leaves all parameters as they are."""
+
+    @wraps(method)
+    def run(self: Self, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Returned:
+        with self._plan.checks.unwritten():
+            return method(self, *args, **kwargs)
+
+    return outermost(run)

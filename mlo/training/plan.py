@@ -15,6 +15,7 @@ from mlo.hypergradient import Estimator, Product, Recording, build_estimator
 from mlo.levels.graph import Graph
 from mlo.levels.problem import Problem
 from mlo.ops import distributed
+from mlo.training.checks import Checks
 
 
 class Role(NamedTuple):
@@ -53,6 +54,7 @@ class Plan:
         nested: the middle problems whose gradient runs through lower ones.
         tops: the top problems that have a hypergradient.
         lookahead: whether top problems step after virtual steps of the others.
+        checks: of what may have changed at a later call.
     """
 
     def __init__(
@@ -85,10 +87,13 @@ class Plan:
         self._targets: dict[tuple[str, tuple[str, ...]], tuple[list[str], tuple[str, ...]]] = {}
         self.tops = [name for name in self.graph.tops() if self.graph.is_upper(name)]
         through = {name for paths in self.paths.values() for name in paths}
-        for name in (name for name in self.graph.names if name in through):
-            self.estimators[name].check(self._problems[name])
+        through_in_order = [name for name in self.graph.names if name in through]
+        for name in through_in_order:
             self._refuse_half_products(name)
         self.lookahead = any(self.estimators[n].lookahead for n in through) if lookahead is None else lookahead
+        alone = {self.graph.names[-1], *(self.tops if self.lookahead else ())}
+        virtual = set(self.graph.names) - alone
+        self.checks = Checks(self._problems, {name: self.estimators[name] for name in through_in_order}, virtual)
         self._refuse_late_levels()
         for middle in nested if not inner_path else ():
             warnings.warn(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from recorded_levels import WARM_CG, Fit, engines, levels, run_both
 from replaying import assert_same, record
-from torch import Tensor
+from torch import Tensor, nn
 
 import mlo
 from mlo.ops.rng import seed_everything
@@ -159,9 +159,20 @@ def with_subclass() -> list[mlo.Problem]:
     return problems
 
 
+def with_replaced_step() -> list[mlo.Problem]:
+    problems = levels()
+    optimizer = problems[1].optimizer
+    own = optimizer.step
+    optimizer.step = lambda: (nn.utils.clip_grad_norm_(problems[1].module.parameters(), 1e-3), own())[1]
+    return problems
+
+
 def with_hook(when: str, cls: type[Fit] = Fit) -> list[mlo.Problem]:
     problems = levels(cls)
-    getattr(problems[0].optimizer, f"register_step_{when}_hook")(lambda *_: None)
+    if when == "gradient":
+        next(problems[0].module.parameters()).register_hook(lambda g: 0.5 * g)
+    else:
+        getattr(problems[1].optimizer, f"register_step_{when}_hook")(lambda *_: None)
     return problems
 
 
@@ -175,8 +186,10 @@ def with_hook(when: str, cls: type[Fit] = Fit) -> list[mlo.Problem]:
         (partial(levels, Annealed), "the loss of 'low' asks for steps_taken"),
         (with_adam, "Adam of 'top' counts its steps on the CPU; make it with capturable=True"),
         (with_subclass, "Signed of 'top' may read values on the CPU; it has no capturable=True"),
-        (partial(with_hook, "pre"), "the optimizer of 'low' has hooks"),
-        (partial(with_hook, "post"), "the optimizer of 'low' has hooks"),
+        (with_replaced_step, "SGD of 'top' may read values on the CPU"),
+        (partial(with_hook, "pre"), "'top' has hooks"),
+        (partial(with_hook, "post"), "'top' has hooks"),
+        (partial(with_hook, "gradient"), "'low' has hooks"),
         (
             partial(with_hook, "post", Noisy),
             "a loss draws random numbers on the CPU",
