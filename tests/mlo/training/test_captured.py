@@ -190,10 +190,7 @@ def with_hook(when: str, cls: type[Fit] = Fit) -> list[mlo.Problem]:
         (partial(with_hook, "pre"), "'top' has hooks"),
         (partial(with_hook, "post"), "'top' has hooks"),
         (partial(with_hook, "gradient"), "'low' has hooks"),
-        (
-            partial(with_hook, "post", Noisy),
-            "a loss draws random numbers on the CPU",
-        ),  # the first reason alone is given
+        (partial(with_hook, "post", Noisy), "a loss draws random numbers on the CPU"),  # only the first reason is given
         (partial(levels, autocast=torch.float16), "the loss scale of 'low', for float16, depends on values"),
     ],
 )
