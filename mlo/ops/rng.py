@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,3 +110,22 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A context in which all generators start from ``seed``; afterwards they are as they were before it."""
+    present = Randomness.capture(CPU, outside=True)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    seed_everything(seed)
+    try:
+        yield
+    finally:
+        present.restore(CPU)
+        for device, state in enumerate(cuda):
+            torch.cuda.set_rng_state(state, device)
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """A 32-bit seed made of the run's seed and the name of a part of it, so that no part depends on another one."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")

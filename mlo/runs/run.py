@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mlo.errors import ConfigError
 from mlo.ops import distributed
+from mlo.ops.rng import derived_seed, seeded
 from mlo.options.registry import versions
 from mlo.runs.folder import create_folder, has_started, locked, run_info, stored_job, write_results
 from mlo.runs.job import Job
@@ -82,7 +83,7 @@ class Run:
         """
         with contextlib.ExitStack() as held:
             distributed.on_main(lambda: held.enter_context(locked(self.path)))
-            with chosen_kernels(self.job):
+            with chosen_kernels(self.job), seeded(derived_seed(self.job.seed, "")):
                 results = self.job.run(self)
             distributed.on_main(lambda: write_results(self.path, results or {}))
 

@@ -1,6 +1,5 @@
 """A resumable stage of a run: an engine trained for some rounds, with metrics, checkpoints and a stored result."""
 
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import torch
 from mlo.errors import CheckpointError, ConfigError
 from mlo.files import write_atomic
 from mlo.ops import distributed
-from mlo.ops.rng import seed_everything
+from mlo.ops.rng import derived_seed, seed_everything, seeded
 from mlo.runs.job import Job
 from mlo.runs.progress import stage_progress
 from mlo.runs.signals import handle_stop_signals
@@ -46,15 +45,15 @@ def run_stage(
     if not distributed.on_main(store.exists):
         if job.threads is not None:
             torch.set_num_threads(job.threads)
-        seed_everything(stage_seed(job.seed, path.name))
-        engine = build()
-        if not distributed.is_main():  # same weights and data order, different dropout
-            seed_everything(stage_seed(job.seed, f"{path.name}/{distributed.rank()}"))
-        state = distributed.on_main(lambda: _newest_checkpoint(path))
-        if state is not None:
-            engine.load_state_dict(state)
-        _train(path, job, steps, engine, stop or (lambda engine: False))
-        distributed.on_main(lambda: write_atomic(store, _result_text(path.name, result(engine))))
+        with seeded(derived_seed(job.seed, path.name)):
+            engine = build()
+            if not distributed.is_main():  # same weights and data order, different dropout
+                seed_everything(derived_seed(job.seed, f"{path.name}/{distributed.rank()}"))
+            state = distributed.on_main(lambda: _newest_checkpoint(path))
+            if state is not None:
+                engine.load_state_dict(state)
+            _train(path, job, steps, engine, stop or (lambda engine: False))
+            distributed.on_main(lambda: write_atomic(store, _result_text(path.name, result(engine))))
     return distributed.on_main(lambda: json.loads(store.read_text(encoding="utf-8")))
 
 
@@ -167,8 +166,3 @@ def training_seconds(path: Path) -> float:
         return float((path / SECONDS).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not started, or started by a version that did not measure
         return 0.0
-
-
-def stage_seed(seed: int, name: str) -> int:
-    """A 32-bit seed made of the run's seed and the stage's name, so that no stage depends on earlier ones."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
