@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from mlo.errors import ConfigError
+from mlo.files import remove_temporary
 from mlo.ops import distributed
 from mlo.ops.rng import derived_seed, seeded
 from mlo.options.registry import versions
-from mlo.runs.folder import create_folder, has_started, locked, run_info, stored_job, write_results
+from mlo.runs.folder import create_folder, has_started, locked, options_digest, run_info, stored_job, write_results
 from mlo.runs.job import Job
 from mlo.runs.kernels import chosen_kernels
 from mlo.runs.stage import METRICS, run_stage, training_seconds
@@ -62,8 +63,8 @@ class Run:
             ConfigError: if it is no run folder, if its job or its options no longer exist, or, in a run that did
                 nothing yet, from the job's :meth:`mlo.Job.check`.
         """
-        _, old = run_info(path)
         name, job = stored_job(path)
+        old = run_info(path).versions
         _refuse_processes(name, job)
         new = versions()
         changed = [f"{what} {old.get(what)} then, {new[what]} now" for what in new if old.get(what) != new[what]]
@@ -83,6 +84,7 @@ class Run:
         """
         with contextlib.ExitStack() as held:
             distributed.on_main(lambda: held.enter_context(locked(self.path)))
+            distributed.on_main(lambda: remove_temporary(self.path))
             with chosen_kernels(self.job), seeded(derived_seed(self.job.seed, "")):
                 results = self.job.run(self)
             distributed.on_main(lambda: write_results(self.path, results or {}))
@@ -120,7 +122,9 @@ class Run:
             raise ConfigError(f"two stages of this job are named {name!r}; give each a different name")
         self._stages.add(name)
         folder = self.path / "stages" / name
-        return run_stage(folder, self.job, steps, lambda: self._built(engine), result, stop)
+        started = distributed.on_main(lambda: run_info(self.path).id)
+        identity = {"run": started, "stage": name, "seed": self.job.seed, "configuration": options_digest(self.job)}
+        return run_stage(folder, self.job, identity, steps, lambda: self._built(engine), result, stop)
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
         """The metrics that a stage has logged so far, a dictionary for each line; empty if it has not started."""
