@@ -1,7 +1,6 @@
 """A run: a job in its folder, which trains stages and can be resumed."""
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,8 @@ from mlo.options.registry import versions
 from mlo.runs.folder import create_folder, has_started, locked, options_digest, run_info, stored_job, write_results
 from mlo.runs.job import Job
 from mlo.runs.kernels import chosen_kernels
-from mlo.runs.stage import METRICS, run_stage, training_seconds
+from mlo.runs.metrics import read_metrics
+from mlo.runs.stage import run_stage, training_seconds
 
 if TYPE_CHECKING:
     from mlo.training.engine import Engine
@@ -127,9 +127,11 @@ class Run:
         return run_stage(folder, self.job, identity, steps, lambda: self._built(engine), result, stop)
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
-        """The metrics that a stage has logged so far, a dictionary for each line; empty if it has not started."""
-        path = self.path / "stages" / stage / METRICS
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        """The metrics that a stage has logged so far, a dictionary for each line; empty if it has not started.
+
+        Damaged lines are reported and left out.
+        """
+        return read_metrics(self.path / "stages" / stage)
 
     def seconds(self, stage: str) -> float:
         """Seconds that a stage has trained so far, not counting the time between a stop and a resumption.

@@ -18,6 +18,7 @@ from mlo.ops import distributed
 from mlo.ops.rng import derived_seed, seed_everything, seeded
 from mlo.runs.checkpoints import Checkpoints
 from mlo.runs.job import Job
+from mlo.runs.metrics import cut_metrics
 from mlo.runs.progress import stage_progress
 from mlo.runs.sealed import read_sealed, write_sealed
 from mlo.runs.signals import handle_stop_signals
@@ -25,8 +26,9 @@ from mlo.runs.signals import handle_stop_signals
 if TYPE_CHECKING:
     from mlo.training.engine import Engine
 
-METRICS = "metrics.jsonl"
 SECONDS = "seconds.json"
+HEARTBEAT = "heartbeat"
+HEARTBEAT_SECONDS = 5.0
 
 
 def run_stage(
@@ -129,21 +131,22 @@ class Recorder:
         self, path: Path, job: Job, checkpoints: Checkpoints, steps: int, engine: "Engine", held: ExitStack
     ) -> None:
         self._path, self._log_every, self._checkpoints = path, job.log_every, checkpoints
-        metrics = path / METRICS
-        if metrics.exists():
-            lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_atomic(metrics, "".join(line for line in lines if _up_to(line, engine.rounds)))
-        self._metrics = held.enter_context(metrics.open("a", encoding="utf-8"))
+        self._metrics = held.enter_context(cut_metrics(path, engine.rounds).open("a", encoding="utf-8"))
         self._show = held.enter_context(stage_progress(path.name, steps, engine.rounds))
         self._clock = time.process_time if engine.device.type == "cpu" else time.monotonic
         self._started = self._clock() - training_seconds(path)
+        self._heartbeat, self._beat = path.parents[1] / HEARTBEAT, -math.inf
 
     def log(self, engine: "Engine", last: bool) -> None:
         """Show a round, and log its metrics every ``log_every`` rounds and in the last one.
 
+        Every few seconds, the time of the run's file ``heartbeat`` is set, which says when the run was last alive.
         NaN and infinity are written as null, since JSON has neither.
         """
-        step = engine.rounds
+        step, now = engine.rounds, time.monotonic()
+        if now - self._beat >= HEARTBEAT_SECONDS:
+            self._heartbeat.touch()
+            self._beat = now
         self._show(step, lambda: {name: float(loss) for name, loss in engine.losses.items()})
         if step % self._log_every == 0 or last:
             values = {name: value if math.isfinite(value) else None for name, value in engine.metrics().items()}
@@ -157,16 +160,10 @@ class Recorder:
         write_atomic(self._path / SECONDS, f"{self._clock() - self._started:.3f}\n")
 
 
-def _up_to(line: str, start: int) -> bool:
-    try:
-        return bool(json.loads(line)["step"] <= start)
-    except ValueError:
-        return False
-
-
 def training_seconds(path: Path) -> float:
     """Seconds that a stage had trained at its last checkpoint; see :meth:`mlo.Run.seconds`."""
     try:
-        return float((path / SECONDS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not started, or started by a version that did not measure
+        seconds = float((path / SECONDS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not started, or damaged
         return 0.0
+    return seconds if math.isfinite(seconds) and seconds > 0 else 0.0

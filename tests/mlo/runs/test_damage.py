@@ -228,3 +228,44 @@ def test_a_checkpoint_says_whose_it_is(job, tmp_path):
     checkpoint.load(file, {"stage": "train", "seed": 0, "round": 9})
     with pytest.raises(CheckpointError, match="another stage: 'train'"):
         checkpoint.load(file, {"stage": "other"})
+
+
+def test_a_torn_last_line_of_metrics_is_normal_and_a_damaged_middle_is_reported(job, tmp_path, expected, capsys):
+    stage = died(job, tmp_path / "run")
+    whole = (tmp_path / "unbroken" / "stages" / "train" / "metrics.jsonl").read_bytes()
+    metrics = stage / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes() + b'{"step": 10, "fi')
+    assert len(Run.open(tmp_path / "run").metrics("train")) == 5
+    assert "metrics" not in capsys.readouterr().err
+    for damaged in (b"\xff\xfe", b"{}", b"[1]", b'{"step": "2"}', b"[" * 100_000, b"", b'{"step": 4, '):
+        lines = whole.splitlines()
+        lines[1] = damaged
+        metrics.write_bytes(b"\n".join([*lines[:-1], b'{"st']))
+        assert [line["step"] for line in Run.open(tmp_path / "run").metrics("train")] == [2, 6, 8, 10]
+        assert "metrics.jsonl: damaged, and left out: line 2" in capsys.readouterr().err
+    assert train(Run.open(tmp_path / "run")) == expected
+    assert metrics.read_bytes() == whole.replace(whole.splitlines()[1], damaged)
+    assert "line 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["nan", "inf", "-5", "x", "1" * 5000, "\0"])
+def test_damaged_seconds_count_as_none(job, tmp_path, content):
+    run = Run.create("ridge", job, tmp_path / "run")
+    run.execute()
+    (run.path / "stages" / "train" / "seconds.json").write_text(content)
+    assert run.seconds("train") == 0
+
+
+def test_the_heartbeat_says_when_the_run_was_last_alive(job, tmp_path, monkeypatch):
+    run = Run.create("ridge", job, tmp_path / "run")
+    beats = []
+    monkeypatch.setattr("mlo.runs.stage.HEARTBEAT_SECONDS", 0)
+
+    def note(rounds):
+        if rounds:
+            beats.append((run.path / "heartbeat").stat().st_mtime_ns)
+            os.utime(run.path / "heartbeat", ns=(0, 0))
+
+    train(run, note)
+    assert len(beats) == STEPS - 1
+    assert all(beats)

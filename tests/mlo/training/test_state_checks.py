@@ -269,22 +269,21 @@ class Counted(nn.Linear):
 def test_extra_state_that_a_module_refuses_leaves_everything_as_before():
     def counted(seed, calls):
         engine = engine_of(seed=seed)
-        module = engine.problems["upper"].module
-        module.__class__ = type("Sequence", (nn.Sequential,), {"get_extra_state": Counted.get_extra_state})
-        module.__class__.set_extra_state = Counted.set_extra_state
-        module.calls, module.refuses = calls, False
+        module = engine.problems["upper"].module[2]  # after the others, which are loaded before
+        module.__class__ = Counted
+        module.calls = calls
         engine.run(1)
         return engine
 
     state, engine = everything(counted(1, 7)), counted(2, 3)
     before = everything(engine)
-    engine.problems["upper"].module.refuses = True
+    engine.problems["upper"].module[2].refuses = True
     with pytest.raises(mlo.CheckpointError, match=r"'upper' does not match the checkpoint: (?s:.*)not these calls"):
         engine.load_state_dict(state)
     assert_same(everything(engine), before)
-    engine.problems["upper"].module.refuses = False
+    engine.problems["upper"].module[2].refuses = False
     engine.load_state_dict(state)
-    assert engine.problems["upper"].module.calls == 7
+    assert engine.problems["upper"].module[2].calls == 7
 
 
 def test_a_float16_loss_scale_is_needed_where_there_is_one():
