@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from filelock import FileLock, Timeout
@@ -161,6 +161,11 @@ def stored_job(path: Path) -> tuple[str, Job]:
     if info.options not in (None, options_digest(job)):
         raise ConfigError(f"{config}: the options are not those that the run was started with; {remedy}")
     return info.job, job
+
+
+def stage_identity(path: Path, job: Job, stage: str) -> dict[str, Any]:
+    """What all checkpoints of a stage of a run have in common, and those of no other stage or run."""
+    return {"run": run_info(path).id, "stage": stage, "seed": job.seed, "configuration": options_digest(job)}
 
 
 def options_digest(job: Job) -> str:
