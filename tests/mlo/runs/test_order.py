@@ -8,6 +8,7 @@ import pytest
 import torch
 from interruption import PowerCutError, before_each_step
 
+from mlo.errors import ConfigError
 from mlo.ops.rng import seeded
 from mlo.runs.folder import read_results
 from mlo.runs.run import Run
@@ -100,3 +101,9 @@ def test_seeded_restores_all_generators():
         after = draw()
     with seeded(4):
         assert (draw(), draw()) == (before, after)
+
+
+def test_a_seed_that_torch_cannot_take_is_refused(job):
+    options, _ = job
+    with pytest.raises(ConfigError, match=r"seed: .* less than 9223372036854775808"):
+        type(options)(seed=2**63)
