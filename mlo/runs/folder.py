@@ -2,7 +2,8 @@
 
 ``config.yaml`` holds every option, ``run.json`` the job's registered name, the versions of Python and packages, an
 identifier of the run and a digest of its options, ``stages/<name>/`` what :class:`mlo.Run` describes, and
-``results.json``, once the run is finished, what the job returned. Other files are the job's own.
+``results.json``, once the run is finished, what the job returned, with its digest beside it. The time of ``heartbeat``
+says when the run was last alive. Other files are the job's own.
 """
 
 import contextlib

@@ -56,7 +56,10 @@ def job(ridge, monkeypatch):
     return TwoStages(device="cpu", log_every=1, checkpoint_every=100), dies
 
 
-@pytest.mark.parametrize("at", [("first", 0), ("first", 2), ("second", 0), ("second", 3)])
+SLOW = [pytest.param(at, marks=pytest.mark.slow) for at in (("first", 0), ("second", 3))]
+
+
+@pytest.mark.parametrize("at", [("first", 2), ("second", 0), *SLOW])
 def test_a_run_of_two_stages_that_died_ends_as_an_unbroken_one(job, tmp_path, at):
     options, dies = job
     for name in ("unbroken", "killed"):
