@@ -30,3 +30,6 @@ COMPILES_GRADIENTS = torch.__version__ >= "2.11.0a0"
 
 #: whether calls of torch.compile can count their recompilations separately: from 2.13 on
 ISOLATES_RECOMPILES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+
+#: whether the random state of a GPU can be read and set back while a CUDA graph is recorded: from 2.10 on
+RECORDS_DRAWS = torch.__version__ >= "2.10.0a0"

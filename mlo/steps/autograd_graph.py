@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
+from mlo.levels.batch_trees import opened
 from mlo.levels.state import State
 
 
@@ -34,7 +35,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     def __init__(self, states: Iterable[State], batch: Any) -> None:
         super().__init__(self._pack, lambda tensor: tensor)
         tensors = [t for state in states for t in (*state.variables, *state.constants, *state.buffers)]
-        tensors += [t for t in tree_iter(batch) if isinstance(t, Tensor)]
+        tensors += [t for t in tree_iter(opened(batch)) if isinstance(t, Tensor)]
         self._seen = {t.untyped_storage().data_ptr() for t in tensors if t.layout is torch.strided}
         self.total = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -186,13 +187,26 @@ def _refuse_shared_generators(problems: Sequence[Problem]) -> None:
 
 
 def _refuse_shared(problems: Sequence[Problem]) -> None:
-    owners: dict[int, tuple[Problem, str]] = {}
-    for problem in problems:
-        for name, parameter in problem.module.named_parameters():
-            owner, own_name = owners.setdefault(id(parameter), (problem, name))
-            if owner is not problem and (name in problem.variables or own_name in owner.variables):
-                raise GraphError(
-                    f"problems {owner.name!r} and {problem.name!r} share a parameter ({own_name!r} and {name!r}); a "
-                    "parameter can belong to one level only: copy the module (copy.deepcopy), or let one problem read "
-                    "the other"
-                )
+    for lower, upper in combinations(problems, 2):
+        names = {id(parameter): name for name, parameter in lower.module.named_parameters()}
+        shared = [(names[id(p)], name) for name, p in upper.module.named_parameters() if id(p) in names]
+        trained = [(mine in lower.variables, name in upper.variables) for mine, name in shared]
+        for kind in ((True, True), (False, True), (True, False)):
+            if kind in trained:
+                raise GraphError(_shared(lower, upper, *shared[trained.index(kind)], *kind))
+
+
+def _shared(lower: Problem, upper: Problem, mine: str, name: str, by_lower: bool, by_upper: bool) -> str:
+    """The message about a parameter of two problems."""
+    begin = f"problems {lower.name!r} and {upper.name!r} share a parameter ({mine!r} and {name!r})"
+    if by_lower and by_upper:
+        return (
+            f"{begin}, and the optimizers of both train it; a parameter can belong to one level only: train it in one "
+            "of them, and let the other read that problem, or copy the module (copy.deepcopy)"
+        )
+    one, other = (upper.name, lower.name) if by_upper else (lower.name, upper.name)
+    return (
+        f"{begin}, which only {one!r} trains; in the module of {other!r} it would be a constant, and carry no "
+        f"gradient. Give it a module of its own, whose forward returns it, and pass that to {one!r}; let the loss of "
+        f"{other!r} read it, as in self(x, {one}())"
+    )

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from mlo.levels.batch_trees import opened
 from mlo.levels.problem import Problem
 from mlo.levels.state import Slots, State, cast, copied
+from mlo.ops.float64 import in_float64
 from mlo.ops.rng import Randomness, replay
 from mlo.steps.evaluation import MicroBatch
 from mlo.steps.level import Level
@@ -49,6 +51,15 @@ class Rounds:
     def __init__(self, plan: Plan, levels: Mapping[str, Level], gradients: Gradients, updater: Updater) -> None:
         self._plan, self._levels, self._gradients, self._updater = plan, levels, gradients, updater
         self.losses: dict[str, Tensor] = {}
+
+    @contextmanager
+    def trial(self, level: Level, dtype: torch.dtype | None) -> Iterator[None]:
+        """A context for the next step of a level that is not taken: the random state is as before afterwards."""
+        if dtype is not None:  # the data make their batches as for any other step
+            for each in (level, *[self._levels[name] for name in level.below]):
+                each.problem.batches_ahead(each.problem.steps_now)
+        with replay(None, level.device, level.draws_outside), in_float64(dtype):
+            yield
 
     def below(
         self, top: str, due: Collection[str], states: Mapping[str, State], dtype: torch.dtype | None = None
@@ -252,4 +263,4 @@ def cast_batches(batches: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[A
     def cast_one(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    return tuple([tree_map_only(Tensor, cast_one, batch) for batch in batches])
+    return tuple([tree_map_only(Tensor, cast_one, opened(batch)) for batch in batches])

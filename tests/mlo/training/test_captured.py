@@ -169,15 +169,18 @@ def with_hook(when: str, cls: type[Fit] = Fit) -> list[mlo.Problem]:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (partial(levels, Noisy), "a loss draws random numbers"),
-        (partial(levels, NoisyByNumpy), "a loss draws random numbers"),
-        (partial(levels, NoisyByPython), "a loss draws random numbers"),
+        (partial(levels, Noisy), "a loss draws random numbers on the CPU"),
+        (partial(levels, NoisyByNumpy), "a loss draws random numbers on the CPU"),
+        (partial(levels, NoisyByPython), "a loss draws random numbers on the CPU"),
         (partial(levels, Annealed), "the loss of 'low' asks for steps_taken"),
         (with_adam, "Adam of 'top' counts its steps on the CPU; make it with capturable=True"),
         (with_subclass, "Signed of 'top' may read values on the CPU; it has no capturable=True"),
         (partial(with_hook, "pre"), "the optimizer of 'low' has hooks"),
         (partial(with_hook, "post"), "the optimizer of 'low' has hooks"),
-        (partial(with_hook, "post", Noisy), "a loss draws random numbers"),  # the first reason alone is given
+        (
+            partial(with_hook, "post", Noisy),
+            "a loss draws random numbers on the CPU",
+        ),  # the first reason alone is given
         (partial(levels, autocast=torch.float16), "the loss scale of 'low', for float16, depends on values"),
     ],
 )
@@ -230,6 +233,9 @@ def test_changes_at_every_round_are_named() -> None:
         ({"capture": "yes"}, r"capture='yes'; pass True or False"),
     ],
 )
-def test_capture_is_refused_where_it_cannot_be(options: dict[str, Any], message: str) -> None:
+def test_capture_is_refused_where_it_cannot_be_before_anything_is_moved(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(engine_module, "move_to")
     with pytest.raises(mlo.ConfigError, match=message):
         mlo.Engine(levels(), "one_step", device="cpu", **({"capture": True} | options))
