@@ -248,17 +248,13 @@ class Problem(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned.
+        """Continue from what :meth:`state_dict` returned, but for the position in the data.
+
+        :mod:`mlo.training.state_checks` checks it before, and sets the position.
 
         Raises:
-            CheckpointError: if the module, the optimizer or the scheduler does not match the saved one.
+            CheckpointError: if the module or the optimizer does not accept its state.
         """
-        if (state["scheduler"] is None) != (self.scheduler is None):
-            raise CheckpointError(
-                f"problem {self.name!r}: only one of the checkpoint and the problem has a scheduler; resume with the "
-                "arguments that the run started with"
-            )
-        self._refuse_other_optimizer(state["optimizer"])
         try:
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -268,18 +264,7 @@ class Problem(ABC):
             buffer.copy_(state["buffers"][name])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        self.stream.load_state_dict(state["data"])
         self.steps_taken = state["steps_taken"]
-
-    def _refuse_other_optimizer(self, state: Mapping[str, Any]) -> None:
-        """Raise an error for the state of another optimizer class, which torch would load and then fail on later."""
-        mine = {option for group in self.optimizer.param_groups for option in group}
-        unknown = [option for group in state["param_groups"] for option in group if option not in mine]
-        if unknown:
-            raise CheckpointError(
-                f"problem {self.name!r}: the checkpoint is of another optimizer than {type(self.optimizer).__name__}: "
-                f"it has {', '.join(dict.fromkeys(unknown))}; resume with the optimizer that the run started with"
-            )
 
     def _other_buffers(self) -> dict[str, Tensor]:
         """Buffers that are not in the module's state_dict (non-persistent ones)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ class Randomness:
         return Randomness(state["torch"], None, (numpy_state, (version, tuple(words.tolist()), gauss_next)))
 
     def portable(self) -> dict[str, Any]:
-        """The state on the CPU and of NumPy and Python, in types that torch.load reads with weights_only."""
+        """The state on the CPU and of NumPy and Python, as tensors and plain values."""
         assert self.outside is not None
         (kind, keys, position, has_gauss, gauss), (version, words, gauss_next) = self.outside
         return {
@@ -111,7 +112,7 @@ def same_outside(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
 
 
 def global_state() -> dict[str, Any]:
-    """The global random state of torch (CPU), NumPy and Python, in types that torch.load reads with weights_only."""
+    """The global random state of torch (CPU), NumPy and Python, as tensors and plain values."""
     return Randomness.capture(CPU, outside=True).portable()
 
 
@@ -125,3 +126,22 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A context in which all generators start from ``seed``; afterwards they are as they were before it."""
+    present = Randomness.capture(CPU, outside=True)
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    seed_everything(seed)
+    try:
+        yield
+    finally:
+        present.restore(CPU)
+        for device, state in enumerate(cuda):
+            torch.cuda.set_rng_state(state, device)
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """A 32-bit seed made of the run's seed and the name of a part of it, so that no part depends on another one."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")

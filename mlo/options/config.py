@@ -15,6 +15,7 @@ from mlo.errors import ConfigError
 from mlo.options import registry
 
 KIND = "kind"
+MOST_FAULTS = 20  # that are listed
 
 
 class Config(BaseModel):
@@ -119,7 +120,9 @@ def validate(model: type[ConfigT], data: Mapping[str, Any], title: str) -> Confi
         return parse(model, data)
     except ValidationError as error:
         faults = explain(error, model, data)
-    raise ConfigError("\n  ".join([f"{title}: {len(faults)} invalid option{'s' * (len(faults) > 1)}", *faults]))
+    more = len(faults) - MOST_FAULTS
+    listed = [*faults[:MOST_FAULTS], f"and {more} more"] if more > 0 else faults
+    raise ConfigError("\n  ".join([f"{title}: {len(faults)} invalid option{'s' * (len(faults) > 1)}", *listed]))
 
 
 def defaults(model: type[BaseModel]) -> dict[str, Any]:
@@ -192,7 +195,7 @@ def explain(error: ValidationError, model: type[Config], data: Mapping[str, Any]
         for theirs, ours in WORDS.items():
             allowed = allowed.replace(theirs, ours)
         if unknown:
-            faults[path] = _unknown(path, known, data)
+            faults[path] = _unknown(path, known, data) if len(faults) < MOST_FAULTS else "unknown option"
         elif "error" in context:  # raised by a validator
             faults[path] = str(context["error"])
         elif detail["type"] == "missing":
@@ -203,7 +206,8 @@ def explain(error: ValidationError, model: type[Config], data: Mapping[str, Any]
             guess = registry.nearest(str(given), re.findall(r"'(\w+)'", context.get("expected", "")))
             faults[path] = f"{shown(given)} was given, but {allowed}" + f"; did you mean {guess}?" * bool(guess)
     # of the members of a union only the one that got furthest
-    found = {path: text for path, text in faults.items() if not any(other.startswith(f"{path}.") for other in faults)}
+    outer = {path[:end] for path in faults for end, sign in enumerate(path) if sign == "."}
+    found = {path: text for path, text in faults.items() if path not in outer}
     return [f"{path}: {message}" if path else message for path, message in found.items()]
 
 

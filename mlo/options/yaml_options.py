@@ -1,6 +1,7 @@
 """Options as plain data: read from YAML, merged, and named by dotted paths."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,20 +11,57 @@ import yaml
 from mlo.errors import ConfigError
 from mlo.options.config import KIND, shown
 
+MOST_CHARACTERS = 2**18
+MOST_DIGITS = 1000
+MOST_VALUES = 10_000  # names included, and what an alias stands for counted each time
+
 
 class _Loader(yaml.SafeLoader):
     """YAML with the scalars of YAML 1.2, where 1e-3 is a number and `off` is text. A name given twice is an error."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012  # those of YAML 1.1 are not inherited
+    _composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """The next node; an error if there are too many."""
+        self._composed += 1
+        if self._composed > MOST_VALUES:
+            raise yaml.composer.ComposerError(None, None, _TOO_MANY, parent.start_mark if parent else None)
+        return super().compose_node(parent, index)
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The root; an error if aliases make too many values of few."""
+        root: yaml.Node | None = super().get_single_node()
+        if root is not None and _count(root, {}) > MOST_VALUES:
+            raise yaml.composer.ComposerError(None, None, _TOO_MANY, root.start_mark)
+        return root
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping; an error if a name is there twice."""
-        names = [key.value for key, _ in node.value]
+        """The mapping; an error if a name is there twice, or is no name."""
+        names = [key.value if isinstance(key, yaml.ScalarNode) else None for key, _ in node.value]
+        if None in names:
+            raise yaml.constructor.ConstructorError(None, None, "a name is a list or a mapping", node.start_mark)
         if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = Counter(names).most_common(1)[0][0]
             raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is given twice", node.start_mark)
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         return found
+
+
+_TOO_MANY = f"there are more than {MOST_VALUES:,} values"
+
+
+def _count(node: yaml.Node, counts: dict[int, int | None]) -> int:
+    """How many nodes there are in a node and below it, if each alias is replaced by what it stands for."""
+    known = counts.get(id(node), 0)
+    if known is None:
+        raise yaml.composer.ComposerError(None, None, "a value contains itself", node.start_mark)
+    if not known:
+        counts[id(node)] = None
+        parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known = 1 if isinstance(node, yaml.ScalarNode) else 1 + sum([_count(part, counts) for part in parts])
+        counts[id(node)] = known
+    return known
 
 
 for tag, pattern in {
@@ -39,6 +77,8 @@ for tag, pattern in {
 
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     """PyYAML takes a leading zero for an octal number."""
+    if len(node.value) > MOST_DIGITS:
+        raise ValueError(f"an integer of {len(node.value)} digits")
     return int(node.value, 0) if node.value[:2] in ("0x", "0o") else int(node.value)
 
 
@@ -46,8 +86,20 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text."""
-    return yaml.load(text, Loader=_Loader)
+    """The value of a YAML text.
+
+    Raises:
+        yaml.YAMLError: if it is none, or too large for options.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise yaml.YAMLError(f"there are more than {MOST_CHARACTERS:,} characters")
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("the values are nested too deeply") from error
+    # PyYAML's constructors raise them for `!!bool maybe`, `!!timestamp x`, and integers of thousands of digits
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise yaml.YAMLError(f"a value is not what its form says: {error}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -57,7 +109,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: if the file cannot be read, is not YAML, or is neither a mapping nor empty.
     """
     try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            data = parse_yaml(file.read(MOST_CHARACTERS + 1))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

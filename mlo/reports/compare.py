@@ -101,7 +101,7 @@ def load(folders: Iterable[Path]) -> list[Result]:
         options = flat(read_yaml(path / "config.yaml"))
         seed = options.pop("seed", 0)
         options = {name: of_any_seed(value, seed) for name, value in options.items()}
-        results.append(Result(path, {"job": run_info(path)[0], **options}, seed, rows))
+        results.append(Result(path, {"job": run_info(path).job, **options}, seed, rows))
     if not results:
         raise ConfigError(f"{', '.join(names)}: no finished run; finish a stopped one with `mlo resume RUN_DIR`")
     return results

@@ -1,18 +1,23 @@
 """The folder of a run on the disk.
 
-``config.yaml`` holds every option, ``run.json`` the job's registered name and the versions of Python and packages,
-``stages/<name>/`` what :class:`mlo.Run` describes, and ``results.json``, once the run is finished, what the job
-returned. Other files are the job's own.
+``config.yaml`` holds every option, ``run.json`` the job's registered name, the versions of Python and packages, an
+identifier of the run and a digest of its options, ``stages/<name>/`` what :class:`mlo.Run` describes, and
+``results.json``, once the run is finished, what the job returned, with its digest beside it. The time of ``heartbeat``
+says when the run was last alive. Other files are the job's own.
 """
 
 import contextlib
+import errno
+import hashlib
 import itertools
 import json
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import yaml
 from filelock import FileLock, Timeout
@@ -21,11 +26,13 @@ from mlo.errors import ConfigError
 from mlo.files import write_atomic
 from mlo.options.config import validate
 from mlo.options.registry import versions
-from mlo.options.yaml_options import read_yaml
+from mlo.options.yaml_options import flat, read_yaml
 from mlo.runs.job import Job, Results, load_job
+from mlo.runs.sealed import read_sealed, write_sealed
 
 RUNS = Path("runs")
 RESULTS = "results.json"
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # whatever the file
 LOG = "log.txt"
 CREATED = ("config.yaml", "run.json", ".lock", LOG)
 PARTLY_WRITTEN = re.compile(r"\.(config\.yaml|run\.json)\.\d+\.tmp")
@@ -50,7 +57,8 @@ def create_folder(name: str, job: Job, output: Path | None = None) -> Path:
         )
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     info = {"job": name, "started": now, "versions": versions()}
-    with locked(path):
+    info |= {"id": secrets.token_hex(8), "options": options_digest(job)}
+    with files_of(path), locked(path):
         write_atomic(path / "run.json", json.dumps(info, indent=2) + "\n")  # first, since it says whose options follow
         write_atomic(path / "config.yaml", _options_text(job))
     return path
@@ -94,16 +102,35 @@ def _only_created(path: Path) -> bool:
     return all(file.name in CREATED or PARTLY_WRITTEN.fullmatch(file.name) for file in path.iterdir())
 
 
-def run_info(path: Path) -> tuple[str, dict[str, str]]:
-    """The registered name of a run folder's job, and the versions that the run was started with.
+class RunInfo(NamedTuple):
+    """What run.json says about a run.
+
+    Attributes:
+        job: the registered name of its job.
+        versions: of Python and packages, when it was started.
+        id: an identifier that no other run has; None if the file was not written by :func:`create_folder`.
+        options: the digest of its options; None as ``id``.
+    """
+
+    job: str
+    versions: dict[str, str]
+    id: str | None
+    options: str | None
+
+
+def run_info(path: Path) -> RunInfo:
+    """What the run.json of a folder says.
 
     Raises:
         ConfigError: if it is no run folder.
     """
     try:
         info = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        return info["job"], info["versions"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = RunInfo(info["job"], info["versions"], info.get("id"), info.get("options"))
+        if type(found.job) is not str or type(found.versions) is not dict:
+            raise ValueError("another form")
+        return found
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a run folder: it has no readable run.json{_runs_in(path)}") from error
 
 
@@ -120,10 +147,31 @@ def stored_job(path: Path) -> tuple[str, Job]:
     """The registered name of a run folder's job, and the job with the options that the run was started with.
 
     Raises:
-        ConfigError: if it is no run folder, or its job or its options no longer exist.
+        ConfigError: if it is no run folder, its job or its options no longer exist, or its options are not all those
+            that the run was started with.
     """
-    name, _ = run_info(path)
-    return name, validate(load_job(name), read_yaml(path / "config.yaml"), str(path / "config.yaml"))
+    info, config = run_info(path), path / "config.yaml"
+    given = read_yaml(config)
+    job = validate(load_job(info.job), given, str(config))
+    remedy = f"restore the file, or start another run with these options: mlo run {info.job} --config {config}"
+    lost = flat(job.model_dump(mode="json")).keys() - flat(given).keys()
+    if lost:
+        raise ConfigError(
+            f"{config}: {', '.join(sorted(lost)[:8])} is missing, and a run's options are all there; {remedy}"
+        )
+    if info.options not in (None, options_digest(job)):
+        raise ConfigError(f"{config}: the options are not those that the run was started with; {remedy}")
+    return info.job, job
+
+
+def stage_identity(path: Path, job: Job, stage: str) -> dict[str, Any]:
+    """What all checkpoints of a stage of a run have in common, and those of no other stage or run."""
+    return {"run": run_info(path).id, "stage": stage, "seed": job.seed, "configuration": options_digest(job)}
+
+
+def options_digest(job: Job) -> str:
+    """A digest of all options of a job."""
+    return hashlib.sha256(json.dumps(job.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def read_results(path: Path) -> Results | None:
@@ -134,14 +182,29 @@ def read_results(path: Path) -> Results | None:
     """
     file = path / RESULTS
     try:
-        return _checked(json.loads(file.read_text(encoding="utf-8")))
+        return _checked(json.loads(read_sealed(file)))
     except FileNotFoundError:
         return None
     except NotADirectoryError as error:
         existing = next(some for some in (path, *path.parents) if some.exists())
         raise ConfigError(f"{existing}: a file, not a folder for runs; give another --output") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); delete it and run `mlo resume {path}`") from error
+
+
+@contextmanager
+def files_of(path: Path) -> Iterator[None]:
+    """A context in which a file of a run folder that cannot be written is a ConfigError, such as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        inside = error.filename is not None and path.resolve() in Path(str(error.filename)).resolve().parents
+        if error.errno not in OF_THE_DISK and not inside:
+            raise
+        raise ConfigError(
+            f"{error.filename if inside else path}: cannot be used ({error.strerror or error}); make room or give "
+            f"access there, or remove what is in its place, then continue with: mlo resume {path}"
+        ) from error
 
 
 @contextmanager
@@ -179,7 +242,7 @@ def write_results(path: Path, results: Results) -> None:
             f"the value that the job's run() returned cannot be stored ({error}); "
             "return {row: {measure: value}}, each value a finite number or text"
         ) from error
-    write_atomic(path / RESULTS, text)
+    write_sealed(path / RESULTS, text)
 
 
 def _checked(results: Results) -> Results:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -27,6 +28,10 @@ class Job(Config):
     `mlo list` and `mlo run NAME --help` show the class's docstring, and the help shows the description of each field.
     Users can leave out every field that has a default.
 
+    Use ``functools.cached_property`` for what several stages share, such as data. It is computed under a seed of its
+    own, made of the job's seed and its name, and changes no other random numbers. So it does not matter when it is
+    first used, which is at another moment in a run that is resumed.
+
     Attributes:
         data_parallel: whether `torchrun -m mlo run NAME` may run it. Its engine then gives each process its share of
             every batch (`mlo.distributed.share`), and :meth:`run` writes and prints in the first process only
@@ -43,7 +48,7 @@ class Job(Config):
     examples: ClassVar[Sequence[str]] = ()
     presets: ClassVar[Mapping[str, Path]] = {}
 
-    seed: int = Field(0, ge=0, description="seed of all random numbers: the same seed gives the same run")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of all random numbers: the same seed gives the same run")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto: a GPU if there is one, else the CPU")
     threads: int | None = Field(
         None, ge=1, description="CPU threads; null leaves the number to torch; small networks are fastest with 1"
@@ -55,6 +60,12 @@ class Job(Config):
     steps: int = Field(1000, ge=1, description="rounds of the main stage")
     log_every: int = Field(10, ge=1, description="rounds between two lines of metrics.jsonl")
     checkpoint_every: int = Field(200, ge=1, description="rounds between two checkpoints")
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name, prepared in vars(cls).items():
+            if isinstance(prepared, cached_property):
+                prepared.func = _under_own_seed(name, prepared.func)
 
     @property
     def torch_device(self) -> torch.device:
@@ -101,6 +112,19 @@ class Job(Config):
         these engines. Override it together with :meth:`run` if there are stages other than the main one.
         """
         yield "train", self.engine, self.steps
+
+
+def _under_own_seed(name: str, prepare: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The function of a job's cached property; its random numbers depend on the job's seed and the name alone."""
+
+    @wraps(prepare)
+    def prepared(job: Job) -> Any:
+        from mlo.ops.rng import derived_seed, seeded
+
+        with seeded(derived_seed(job.seed, f"prepare/{name}")):
+            return prepare(job)
+
+    return prepared
 
 
 def load_job(name: str) -> type[Job]:

@@ -1,19 +1,30 @@
 """A run: a job in its folder, which trains stages and can be resumed."""
 
 import contextlib
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from mlo.errors import ConfigError
+from mlo.files import remove_temporary
 from mlo.ops import distributed
+from mlo.ops.rng import derived_seed, seeded
 from mlo.options.registry import versions
-from mlo.runs.folder import create_folder, has_started, locked, run_info, stored_job, write_results
+from mlo.runs.folder import (
+    create_folder,
+    files_of,
+    has_started,
+    locked,
+    run_info,
+    stage_identity,
+    stored_job,
+    write_results,
+)
 from mlo.runs.job import Job
 from mlo.runs.kernels import chosen_kernels
-from mlo.runs.stage import METRICS, run_stage, training_seconds
+from mlo.runs.metrics import read_metrics
+from mlo.runs.stage import run_stage, training_seconds
 
 if TYPE_CHECKING:
     from mlo.training.engine import Engine
@@ -61,8 +72,8 @@ class Run:
             ConfigError: if it is no run folder, if its job or its options no longer exist, or, in a run that did
                 nothing yet, from the job's :meth:`mlo.Job.check`.
         """
-        _, old = run_info(path)
         name, job = stored_job(path)
+        old = run_info(path).versions
         _refuse_processes(name, job)
         new = versions()
         changed = [f"{what} {old.get(what)} then, {new[what]} now" for what in new if old.get(what) != new[what]]
@@ -77,12 +88,15 @@ class Run:
         """Run the job, or the rest of it, and store its results.
 
         Raises:
-            ConfigError: if another process runs in this folder, or the results cannot be stored.
+            ConfigError: if another process runs in this folder, a file of it cannot be read or written, or the results
+                cannot be stored.
             KeyboardInterrupt: if a SIGINT or SIGTERM came; a stage wrote a checkpoint.
         """
         with contextlib.ExitStack() as held:
+            held.enter_context(files_of(self.path))
             distributed.on_main(lambda: held.enter_context(locked(self.path)))
-            with chosen_kernels(self.job):
+            distributed.on_main(lambda: remove_temporary(self.path))
+            with chosen_kernels(self.job), seeded(derived_seed(self.job.seed, "")):
                 results = self.job.run(self)
             distributed.on_main(lambda: write_results(self.path, results or {}))
 
@@ -119,12 +133,15 @@ class Run:
             raise ConfigError(f"two stages of this job are named {name!r}; give each a different name")
         self._stages.add(name)
         folder = self.path / "stages" / name
-        return run_stage(folder, self.job, steps, lambda: self._built(engine), result, stop)
+        identity = distributed.on_main(lambda: stage_identity(self.path, self.job, name))
+        return run_stage(folder, self.job, identity, steps, lambda: self._built(engine), result, stop)
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
-        """The metrics that a stage has logged so far, a dictionary for each line; empty if it has not started."""
-        path = self.path / "stages" / stage / METRICS
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        """The metrics that a stage has logged so far, a dictionary for each line; empty if it has not started.
+
+        Damaged lines are reported and left out.
+        """
+        return read_metrics(self.path / "stages" / stage)
 
     def seconds(self, stage: str) -> float:
         """Seconds that a stage has trained so far, not counting the time between a stop and a resumption.

@@ -1,6 +1,5 @@
 """A resumable stage of a run: an engine trained for some rounds, with metrics, checkpoints and a stored result."""
 
-import hashlib
 import json
 import math
 import os
@@ -13,26 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mlo.errors import CheckpointError, ConfigError
+from mlo.errors import ConfigError
 from mlo.files import write_atomic
 from mlo.ops import distributed
-from mlo.ops.rng import seed_everything
+from mlo.ops.rng import derived_seed, seed_everything, seeded
+from mlo.runs.checkpoints import Checkpoints
 from mlo.runs.job import Job
+from mlo.runs.metrics import cut_metrics
 from mlo.runs.progress import stage_progress
+from mlo.runs.sealed import read_sealed, write_sealed
 from mlo.runs.signals import handle_stop_signals
-from mlo.training import checkpoint
 
 if TYPE_CHECKING:
     from mlo.training.engine import Engine
 
-METRICS = "metrics.jsonl"
 SECONDS = "seconds.json"
-KEPT = 2
+HEARTBEAT = "heartbeat"
+HEARTBEAT_SECONDS = 5.0
 
 
 def run_stage(
     path: Path,
     job: Job,
+    identity: Mapping[str, Any],
     steps: int,
     build: Callable[[], "Engine"],
     result: Callable[["Engine"], Any],
@@ -40,25 +42,34 @@ def run_stage(
 ) -> Any:
     """Return the stored result of the stage in a folder if there is one; else train the remaining rounds and store it.
 
-    The arguments are those of :meth:`mlo.Run.stage`.
+    ``identity`` says which run and stage a checkpoint belongs to. The other arguments are those of
+    :meth:`mlo.Run.stage`.
     """
-    store = path / "result.json"
+    store, checkpoints = path / "result.json", Checkpoints(path, identity)
     if not distributed.on_main(store.exists):
         if job.threads is not None:
             torch.set_num_threads(job.threads)
-        seed_everything(stage_seed(job.seed, path.name))
-        engine = build()
-        if not distributed.is_main():  # same weights and data order, different dropout
-            seed_everything(stage_seed(job.seed, f"{path.name}/{distributed.rank()}"))
-        state = distributed.on_main(lambda: _newest_checkpoint(path))
-        if state is not None:
-            engine.load_state_dict(state)
-        _train(path, job, steps, engine, stop or (lambda engine: False))
-        distributed.on_main(lambda: write_atomic(store, _result_text(path.name, result(engine))))
-    return distributed.on_main(lambda: json.loads(store.read_text(encoding="utf-8")))
+        with seeded(derived_seed(job.seed, path.name)):
+            engine = build()
+            if not distributed.is_main():  # same weights and data order, different dropout
+                seed_everything(derived_seed(job.seed, f"{path.name}/{distributed.rank()}"))
+            distributed.on_main(lambda: path.mkdir(parents=True, exist_ok=True))
+            state = distributed.on_main(lambda: checkpoints.newest())
+            if state is not None:
+                engine.load_state_dict(state)
+            _train(path, job, checkpoints, steps, engine, stop or (lambda engine: False))
+            distributed.on_main(lambda: write_sealed(store, _result_text(path.name, result(engine))))
+    return distributed.on_main(lambda: stored_result(store))
 
 
-def _train(path: Path, job: Job, steps: int, engine: "Engine", stop: Callable[["Engine"], bool]) -> None:
+def _train(
+    path: Path,
+    job: Job,
+    checkpoints: Checkpoints,
+    steps: int,
+    engine: "Engine",
+    stop: Callable[["Engine"], bool],
+) -> None:
     signals: list[int] = []
 
     def interrupted(number: int, frame: Any) -> None:
@@ -69,7 +80,7 @@ def _train(path: Path, job: Job, steps: int, engine: "Engine", stop: Callable[["
             print("stopping after this round (once more to stop at once)", file=sys.stderr)
 
     with ExitStack() as held, handle_stop_signals(interrupted):
-        record = Recorder(path, job, steps, engine, held) if distributed.is_main() else None
+        record = Recorder(path, job, checkpoints, steps, engine, held) if distributed.is_main() else None
 
         def save() -> None:
             state = engine.state_dict()
@@ -90,15 +101,19 @@ def _train(path: Path, job: Job, steps: int, engine: "Engine", stop: Callable[["
             raise KeyboardInterrupt
 
 
-def _newest_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The state in the newest readable checkpoint of a stage's folder, which is created if needed."""
-    path.mkdir(parents=True, exist_ok=True)
-    for file in reversed(checkpoints(path)):
-        try:
-            return checkpoint.load(file)
-        except CheckpointError as error:
-            print(f"note: {error}; continuing without it", file=sys.stderr)
-    return None
+def stored_result(store: Path) -> Any:
+    """The result of a finished stage, from its file.
+
+    Raises:
+        ConfigError: if it is damaged.
+    """
+    try:
+        return json.loads(read_sealed(store))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{store}: this result cannot be read ({error}); remove it, and `mlo resume` computes it again from the "
+            "last checkpoint of the stage"
+        ) from error
 
 
 def _result_text(stage: str, result: Any) -> str:
@@ -117,23 +132,26 @@ class Recorder:
     Lines of metrics after the engine's last round, which a killed process wrote, are removed.
     """
 
-    def __init__(self, path: Path, job: Job, steps: int, engine: "Engine", held: ExitStack) -> None:
-        self._path, self._log_every = path, job.log_every
-        metrics = path / METRICS
-        if metrics.exists():
-            lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_atomic(metrics, "".join(line for line in lines if _up_to(line, engine.rounds)))
-        self._metrics = held.enter_context(metrics.open("a", encoding="utf-8"))
+    def __init__(
+        self, path: Path, job: Job, checkpoints: Checkpoints, steps: int, engine: "Engine", held: ExitStack
+    ) -> None:
+        self._path, self._log_every, self._checkpoints = path, job.log_every, checkpoints
+        self._metrics = held.enter_context(cut_metrics(path, engine.rounds).open("a", encoding="utf-8"))
         self._show = held.enter_context(stage_progress(path.name, steps, engine.rounds))
         self._clock = time.process_time if engine.device.type == "cpu" else time.monotonic
         self._started = self._clock() - training_seconds(path)
+        self._heartbeat, self._beat = path.parents[1] / HEARTBEAT, -math.inf
 
     def log(self, engine: "Engine", last: bool) -> None:
         """Show a round, and log its metrics every ``log_every`` rounds and in the last one.
 
+        Every few seconds, the time of the run's file ``heartbeat`` is set, which says when the run was last alive.
         NaN and infinity are written as null, since JSON has neither.
         """
-        step = engine.rounds
+        step, now = engine.rounds, time.monotonic()
+        if now - self._beat >= HEARTBEAT_SECONDS:
+            self._heartbeat.touch()
+            self._beat = now
         self._show(step, lambda: {name: float(loss) for name, loss in engine.losses.items()})
         if step % self._log_every == 0 or last:
             values = {name: value if math.isfinite(value) else None for name, value in engine.metrics().items()}
@@ -143,32 +161,14 @@ class Recorder:
     def save(self, state: Mapping[str, Any]) -> None:
         """Write a checkpoint of an engine's state, and the seconds trained up to it."""
         os.fsync(self._metrics.fileno())
-        checkpoint.save(self._path / f"step-{state['rounds']:09}.pt", state)
-        for old in checkpoints(self._path)[:-KEPT]:
-            old.unlink()
+        self._checkpoints.save(state)
         write_atomic(self._path / SECONDS, f"{self._clock() - self._started:.3f}\n")
-
-
-def checkpoints(path: Path) -> list[Path]:
-    """The checkpoints in a stage's folder, oldest first."""
-    return sorted(path.glob("step-*.pt"))
-
-
-def _up_to(line: str, start: int) -> bool:
-    try:
-        return bool(json.loads(line)["step"] <= start)
-    except ValueError:
-        return False
 
 
 def training_seconds(path: Path) -> float:
     """Seconds that a stage had trained at its last checkpoint; see :meth:`mlo.Run.seconds`."""
     try:
-        return float((path / SECONDS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not started, or started by a version that did not measure
+        seconds = float((path / SECONDS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not started, or damaged
         return 0.0
-
-
-def stage_seed(seed: int, name: str) -> int:
-    """A 32-bit seed made of the run's seed and the stage's name, so that no stage depends on earlier ones."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "big")
+    return seconds if math.isfinite(seconds) and seconds > 0 else 0.0

@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 
 from mlo.errors import MloError
-from mlo.ops.rng import seed_everything
+from mlo.ops.rng import derived_seed, seed_everything
 from mlo.runs.folder import LOG, create_folder, stored_job
 from mlo.runs.job import Job
-from mlo.runs.stage import stage_seed
 from mlo.sweeps.grid import Planned
 from mlo.sweeps.processes import Command, Failure, run_processes
 
@@ -98,7 +97,7 @@ def measure(job: Job) -> Cost:
         torch.set_num_threads(job.threads)
     total = 0.0
     for name, build, rounds in job.stages():
-        seed_everything(stage_seed(job.seed, name))
+        seed_everything(derived_seed(job.seed, name))
         engine = build()
         seconds = []
         for _ in range(min(rounds, 1 + TIMED_ROUNDS)):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mlo.errors import CheckpointError, ConfigError
+from mlo.errors import ConfigError
 from mlo.levels.graph import Graph
 from mlo.levels.problem import Problem
 from mlo.levels.state import State, cast
@@ -21,7 +21,7 @@ from mlo.ops.tf32 import Tf32
 from mlo.ops.vectors import filled
 from mlo.steps.level import Level, levels_of
 from mlo.training.captured import Captured, refuse_capture
-from mlo.training.checkpoint import of_this_process, with_other_processes
+from mlo.training.checkpoint import with_other_processes
 from mlo.training.commit import Updater
 from mlo.training.devices import known_device, move_to
 from mlo.training.finite import Watch
@@ -30,6 +30,7 @@ from mlo.training.outermost import look, outermost
 from mlo.training.plan import Plan
 from mlo.training.report import EngineReport, engine_report
 from mlo.training.rounds import Rounds, cast_batches, looking_ahead
+from mlo.training.state_checks import checked_state, load_problems
 
 Callback = Callable[["Engine"], None]
 
@@ -252,7 +253,11 @@ class Engine:
         distributed run all processes must call it, and all get the same result.
         """
         self._updater.wait()
-        state = {
+        return with_other_processes(self._own_state())
+
+    def _own_state(self) -> dict[str, Any]:
+        """The state of this process."""
+        return {
             "rounds": self.rounds,
             "problems": {name: problem.state_dict() for name, problem in self.problems.items()},
             "levels": {name: level.state_dict() for name, level in self._levels.items()},
@@ -261,24 +266,15 @@ class Engine:
             "random": global_state(),
             "cuda_random": Randomness.capture(self.device).cuda,
         }
-        return with_other_processes(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what :meth:`state_dict` returned.
+        """Continue from what :meth:`state_dict` returned: with all of it, or, after an error, with nothing of it.
 
         Raises:
-            CheckpointError: if the problems differ from those of the engine.
+            CheckpointError: if the state is not one of these problems; it names the part that is missing or wrong.
         """
-        if "problems" not in state:
-            raise CheckpointError(
-                f"this is not the state of an engine; it holds {', '.join(map(str, state)) or 'nothing'}"
-            )
-        saved, mine = list(state["problems"]), list(self.problems)
-        if saved != mine:
-            raise CheckpointError(f"the checkpoint is of the problems {saved}, and the engine has {mine}")
-        state = of_this_process(state)
-        for name, problem in self.problems.items():
-            problem.load_state_dict(state["problems"][name])
+        state = checked_state(state, self._own_state(), self.problems)
+        load_problems(self.problems, state["problems"])
         self.rounds = state["rounds"]
         for name, level in self._levels.items():
             level.load_state_dict(state["levels"][name])

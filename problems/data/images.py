@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
+from PIL.Image import DecompressionBombError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import default_loader
@@ -121,7 +122,7 @@ class FilePixels:
         path = os.fsdecode(self._paths[row])
         try:
             decoded: Tensor = v2.functional.pil_to_tensor(default_loader(path))
-        except OSError as error:
+        except (OSError, ValueError, SyntaxError, EOFError, DecompressionBombError) as error:
             raise ConfigError(f"data: {path} cannot be read as an image ({error}); repair or remove it") from error
         return decoded
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import os
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +15,7 @@ from torchvision.transforms import v2
 
 from mlo import ConfigError
 from mlo.options import registry
+from problems.data.archives import UNREADABLE, read_idx, read_npz
 from problems.data.images import ArrayPixels, FilePixels, Part, Pixels
 from problems.data.locations import CIFAR_FOLDERS
 
@@ -90,14 +88,10 @@ def _digits(options: LoadOptions) -> Source:
 
 def _npz(path: Path, options: LoadOptions) -> Source:
     try:
-        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
-            missing = [name for name in ARRAYS if name not in file]
-            if missing:
-                raise ConfigError(
-                    f"{options.named_by}: {path} has no {', '.join(missing)}; it has {', '.join(file.files)}"
-                )
-            arrays = {name: np.asarray(file[name]) for name in ARRAYS}
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        arrays = read_npz(path, ARRAYS)
+    except LookupError as error:
+        raise ConfigError(f"{options.named_by}: {path} {error}") from error
+    except UNREADABLE as error:
         raise ConfigError(
             f"{options.named_by}: {path} cannot be read ({error}); write it with numpy.savez and {', '.join(ARRAYS)}; "
             "images are uint8 of shape (N, H, W, C), labels are integers of shape (N,)"
@@ -115,9 +109,10 @@ def _from_arrays(arrays: dict[str, np.ndarray], where: str, options: LoadOptions
             faults.append(
                 f"test_images have (H, W, C) = {shapes[1]}, and train_images {shapes[0]}: give both the same shape"
             )
-        absent = sorted(set(range(int(train.max()) + 1)) - set(train.tolist()))
-        if absent:
-            faults.append(f"no image has label {absent[0]}: number the classes from 0 without gaps")
+        present = np.unique(train)
+        gaps = np.flatnonzero(present != np.arange(len(present)))
+        if len(gaps):
+            faults.append(f"no image has label {gaps[0]}: number the classes from 0 without gaps")
         strange = sorted(set(test.tolist()) - set(train.tolist()))
         if strange:
             faults.append(f"test_labels contain {strange[0]}, which train_labels do not: remove these images")
@@ -272,16 +267,12 @@ def _idx(folder: Path, name: str) -> Path | None:
 
 
 def _read_idx(folder: Path, name: str, options: LoadOptions) -> np.ndarray:
-    """The array of bytes in an IDX file: 0, 0, 8, the rank, the sizes as big-endian int32, and the values."""
     path = _idx(folder, name)
     try:
         if path is None:
             raise OSError(f"no {name} or {name}.gz")
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        rank = content[3] if content[:3] == b"\0\0\x08" else 0
-        shape = np.frombuffer(content, ">i4", rank, 4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
-    except (OSError, EOFError, ValueError) as error:
+        return read_idx(path)
+    except UNREADABLE as error:
         raise ConfigError(
             f"{options.named_by}: fashion_mnist cannot be read from {path or folder} ({error}); replace the four "
             "files of Fashion-MNIST there"

@@ -1,6 +1,7 @@
 """Options as plain data: strict types, registered choices, layers, and all errors reported at once."""
 
 import math
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -296,3 +297,63 @@ def test_a_file_that_is_not_what_it_should_be(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(ConfigError, match=message):
         read_yaml(path)
+
+
+def bomb(first: str, then: str) -> str:
+    """Eight levels of nine aliases each: 43 million values in a few lines."""
+    levels = zip("abcdefgh", "bcdefghi", strict=True)
+    return first + "".join(f"{name}: &{name} {then.format(', '.join(9 * [f'*{last}']))}\n" for last, name in levels)
+
+
+LARGE = "there are more than"
+NO_VALUE = "a value is not what its form says"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (bomb("a: &a [x]\n", "[{}]"), LARGE),
+        (bomb("a: &a {{x: 1}}\n", "{{<<: [{}]}}"), LARGE),
+        (bomb("a: &a [x]\n", "{{l: [{}]}}"), LARGE),
+        ("a: &a [*a]", "a value contains itself"),
+        ("a: &a {b: [*a]}", "a value contains itself"),
+        ("".join(f"k{i}: 1\n" for i in range(30_000)), LARGE),
+        ("".join(f"k{i}: 1\n" for i in range(10_000)), LARGE),
+        ("".join(f"k{i}: 1\n" for i in range(4_900)) + "k7: 1", "'k7' is given twice"),
+        ("a: " + "x" * 10**6, LARGE),
+        ("[" * 20_000, "nested too deeply"),
+        ("{a: " * 3_000, "nested too deeply"),
+        ("a: " + "1" * 5000, f"{NO_VALUE}: an integer of 5000 digits"),
+        ("a: 0x" + "f" * 5000, NO_VALUE),
+        ("a: !!int 0b_", NO_VALUE),
+        ("a: !!bool maybe", NO_VALUE),
+        ("a: !!timestamp 2020-99-99", NO_VALUE),
+        ("a: !!timestamp x", NO_VALUE),
+        ("? [a]\n: 1", "a name is a list or a mapping"),
+        ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
+        ("a: \0", "special characters are not allowed"),
+    ],
+    ids=range(20),
+)
+def test_text_that_is_no_options_is_refused_quickly(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    start = time.process_time()
+    with pytest.raises(ConfigError, match=rf"c\.yaml: is not valid YAML: (?s:.*){message}"):
+        read_yaml(tmp_path / "c.yaml")
+    assert time.process_time() - start < 2  # most take some hundredths
+
+
+def test_endless_files_are_refused():
+    with pytest.raises(ConfigError, match=LARGE):
+        read_yaml(Path("/dev/zero"))
+
+
+def test_thousands_of_unknown_options_are_refused_quickly():
+    start = time.process_time()
+    with pytest.raises(ConfigError, match=r"shop: 4000 invalid options(?s:.*)\n  and 3980 more$"):
+        validate(Shop, {f"o{i}": 1 for i in range(4000)}, "shop")
+    assert time.process_time() - start < 2
+
+
+def test_an_alias_may_be_used_many_times():
+    assert len(parse_yaml("a: &a [1, 2, 3]\nb: [" + "*a, " * 2000 + "]")["b"]) == 2000

@@ -12,11 +12,11 @@ from interruption import PowerCutError, before_each_step
 from mlo import Engine
 from mlo.errors import ConfigError
 from mlo.files import write_atomic
+from mlo.ops.rng import derived_seed
 from mlo.options.config import validate
 from mlo.options.yaml_options import read_yaml
 from mlo.runs.folder import discard_folder, locked, read_results
 from mlo.runs.run import Run
-from mlo.runs.stage import stage_seed
 from mlo.training import checkpoint
 
 STEPS = 12
@@ -237,7 +237,7 @@ def test_a_stage_does_not_depend_on_the_stages_before_it(job, tmp_path, unbroken
     folder = make(job, tmp_path / "run")
     folder.stage("first", folder.job.engine, 3, weights)
     assert train(folder) == unbroken[0]
-    assert len({stage_seed(seed, name) for seed in (0, 1) for name in ("a", "b")}) == 4
+    assert len({derived_seed(seed, name) for seed in (0, 1) for name in ("a", "b")}) == 4
 
 
 def test_two_stages_of_the_same_name_are_an_error(job, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -240,3 +242,20 @@ def test_arrays_on_a_gpu_are_cut_and_augmented_there_as_on_the_cpu():
         assert batches[1].images.is_cuda
         assert torch.equal(batches[1].labels.cpu(), batches[0].labels)
         torch.testing.assert_close(batches[1].images.cpu(), batches[0].images, atol=tolerance, rtol=tolerance)
+
+
+def png(path, width, height, rest=b""):
+    """A PNG file that says that it has this size."""
+
+    def chunk(kind, content):
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+    header = chunk(b"IHDR", width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0]))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + rest + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
+
+
+def test_an_image_of_very_many_pixels_is_refused_before_it_is_decoded(tmp_path):
+    png(tmp_path / "large.png", 20_000, 20_000)
+    part = Part.of(FilePixels([str(tmp_path / "large.png")], 16), torch.zeros(1))
+    with pytest.raises(ConfigError, match=r"large\.png cannot be read as an image \(.*400000000 pixels.*remove"):
+        part.load()

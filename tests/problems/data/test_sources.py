@@ -6,6 +6,8 @@ import gzip
 import hashlib
 import pickle
 import shutil
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from torchvision import datasets
 
 from mlo import ConfigError
 from problems.data import sources
+from problems.data.archives import read_idx
 from problems.data.locations import data_root
 from problems.data.sources import DEBIAN_FASHION_MNIST, LoadOptions, load_source
 
@@ -300,3 +303,70 @@ def test_imagenet_of_torchvision(tmp_path):
     part, test = load_source("imagenet", LoadOptions(tmp_path, image_size=32))
     assert part.labels.tolist() == test.labels.tolist() == [0, 0, 1]
     assert part.load().images.shape == (3, 3, 32, 32)
+
+
+def bomb(path: Path, name: str, header: bytes, zeros: int = 0) -> None:
+    """Replace one array of a good file by other bytes, compressed."""
+    np.savez(path, **arrays())
+    with zipfile.ZipFile(path) as file:
+        others = {info: file.read(info) for info in file.namelist() if info != f"{name}.npy"}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for info, content in others.items():
+            file.writestr(info, content)
+        with file.open(f"{name}.npy", "w", force_zip64=True) as inner:
+            inner.write(header)
+            for _ in range(zeros // 2**20):
+                inner.write(bytes(2**20))
+
+
+def npy_header(shape: tuple[int, ...], dtype: str = "|u1", version: int = 1) -> bytes:
+    text = str({"descr": dtype, "fortran_order": False, "shape": shape}).encode().ljust(117) + b"\n"
+    return b"\x93NUMPY" + bytes([version, 0]) + len(text).to_bytes(2 if version == 1 else 4, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "zeros", "message"),
+    [
+        ("train_images", npy_header((2**34, 8, 8, 3)), 0, "says that its shape is .* but it is shorter"),
+        ("train_images", npy_header((2**34, 8, 8, 3), version=2), 0, "says that its shape is"),
+        ("train_images", npy_header((2**34, 8, 8, 3), version=3), 0, "version .3, 0. of NumPy's format"),
+        ("train_labels", npy_header((2**40,), "<i8"), 0, "says that its shape is"),
+        ("train_images", npy_header((2**20, 8, 8, 1)), 2**26, "bytes is in a file of"),
+        ("train_labels", b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little"), 2**20, "EOF|too large|larger"),
+    ],
+)
+def test_a_small_file_that_asks_for_much_memory_is_refused(tmp_path, name, header, zeros, message):
+    bomb(tmp_path / "x.npz", name, header, zeros)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match=f"x.npz cannot be read .*{message}"):
+            load_source(str(tmp_path / "x.npz"), LoadOptions(Path()))
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("label", [10**10, 2**62, 41])
+def test_one_large_label_is_refused(tmp_path, label):
+    labels = np.arange(40) % 4
+    labels[7] = label
+    np.savez(tmp_path / "x.npz", **{**arrays(), "train_labels": labels})
+    with pytest.raises(ConfigError, match="no image has label 4: number the classes from 0 without gaps"):
+        load_source(str(tmp_path / "x.npz"), LoadOptions(Path()))
+
+
+def test_a_large_unsigned_label_is_refused(tmp_path):
+    labels = np.arange(40, dtype=np.uint64) % 4
+    labels[7] = 2**64 - 1
+    np.savez(tmp_path / "x.npz", **{**arrays(), "train_labels": labels})
+    with pytest.raises(ConfigError, match="no image has label 4"):
+        load_source(str(tmp_path / "x.npz"), LoadOptions(Path()))
+
+
+def test_a_packed_idx_file_that_unpacks_to_much_is_refused(tmp_path):
+    path = tmp_path / "x.gz"
+    with gzip.open(path, "wb") as file:
+        for _ in range(64):
+            file.write(bytes(2**20))
+    with pytest.raises(ValueError, match="unpacks to more than"):
+        read_idx(path)

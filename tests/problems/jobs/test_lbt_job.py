@@ -13,6 +13,7 @@ import torch
 from command_process import CommandProcess
 
 from mlo.training import checkpoint
+from problems.jobs.lbt import LbtJob
 from problems.nas import Genotype
 
 SMALL = {
@@ -224,3 +225,17 @@ def test_the_graphs_are_those_of_the_methods_that_would_run(command_line):
     assert command_line("graph", "lbt", "--methods", "[plain]")[1].splitlines()[:4] == plain
     both = command_line("graph", "lbt")[1].splitlines()
     assert both == [*lbt, "train-lbt, train-plain:", "level 1  network  reads nothing", "", *plain[:-1]]
+
+
+def test_an_engine_does_not_depend_on_whether_the_images_were_loaded_before(tmp_path):
+    """A run that goes on loads them when its next stage begins; a new run loads them when it is checked."""
+    weights = []
+    for early in (True, False):
+        job = LbtJob(data={"train_size": 40, "validation_size": 40, "unlabeled_size": 40}, search={"channels": 2})
+        if early:
+            job.check()
+        torch.manual_seed(0)
+        engine = job.engine()
+        weights.append([p for problem in engine.problems.values() for p in problem.module.parameters()])
+        weights[-1].append(torch.rand(1))
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))

@@ -1,0 +1,73 @@
+"""The checkpoints in a stage's folder: which are its own, the newest good one, and which are removed."""
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlo.errors import CheckpointError
+from mlo.training import checkpoint
+
+KEPT = 2
+NAME = re.compile(r"step-(\d{9,})\.pt")
+
+
+class Checkpoints:
+    """The files step-000000020.pt, step-000000040.pt, ... of a stage, named after the number of rounds.
+
+    Files with other names are the user's: they are neither read nor removed.
+
+    Args:
+        folder: the stage's folder.
+        identity: of the run and the stage; a checkpoint of another one is not used.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self._folder, self._identity = folder, identity
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint of an engine's state, and remove the old ones but for the last two.
+
+        Newer ones stay until the run has overtaken them: they are damaged, or the run would have continued from them.
+        """
+        rounds = state["rounds"]
+        checkpoint.save(self._folder / f"step-{rounds:09}.pt", state, self._of(rounds))
+        old = [file for number, file in sorted(self._files().items()) if number <= rounds]
+        for file in old[:-KEPT]:
+            file.unlink()
+
+    def newest(self) -> dict[str, Any] | None:
+        """The state in the newest good checkpoint; None if there is none. Others are reported.
+
+        Raises:
+            CheckpointError: if the only good ones are of another run, or of other options.
+        """
+        other = None
+        for rounds, file in sorted(self._files().items(), reverse=True):
+            try:
+                return checkpoint.load(file, self._of(rounds))
+            except CheckpointError as error:
+                print(f"warning: {error}; continuing without it", file=sys.stderr)
+                other = error if isinstance(error, checkpoint.OtherRunError) else other
+        if other:
+            raise CheckpointError(f"{other}; remove it if the stage should start again from its first round")
+        return None
+
+    def faults(self) -> dict[Path, str | None]:
+        """What is wrong with each checkpoint; None with a good one."""
+        found: dict[Path, str | None] = {}
+        for rounds, file in sorted(self._files().items()):
+            try:
+                checkpoint.load(file, self._of(rounds))
+                found[file] = None
+            except CheckpointError as error:
+                found[file] = str(error)
+        return found
+
+    def _of(self, rounds: int) -> dict[str, Any]:
+        return {**self._identity, "round": rounds}
+
+    def _files(self) -> dict[int, Path]:
+        found = {NAME.fullmatch(file.name): file for file in self._folder.glob("step-*.pt") if file.is_file()}
+        return {int(match[1]): file for match, file in found.items() if match}
