@@ -164,7 +164,7 @@ class NoisyAhead(Fit):
 @pytest.mark.parametrize(
     ("make", "kind"),
     [(levels, {"kind": "nystrom", "rank": 2, "damping": 1.0}), (partial(levels, NoisyAhead), "darts")],
-    ids=str,
+    ids=["nystrom", "virtual steps only"],
 )
 def test_draws_that_leave_the_random_state_as_it_was(make: Callable[[], list[mlo.Problem]], kind: Any) -> None:
     plain, captured = engines(make, kind)
