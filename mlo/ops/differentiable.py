@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import _reduction as _Reduction
 from torch.overrides import TorchFunctionMode
 
 
@@ -21,7 +22,13 @@ class TwiceDifferentiable:
     the norms as constants. Recurrent layers use torch's own kernels, because those of cuDNN have no second derivative,
     and those of oneDNN (for CPUs) none in forward mode. All replacements affect the whole process while the context is
     active.
+
+    Args:
+        elementary: whether :class:`ElementaryOperators` is entered, too.
     """
+
+    def __init__(self, elementary: bool = False) -> None:
+        self._elementary = ElementaryOperators() if elementary else None
 
     def __enter__(self) -> None:  # runs at every step, so it must be cheap
         self._outside, self._kernels = [], list[bool]()
@@ -33,8 +40,12 @@ class TwiceDifferentiable:
             self._kernels.append(enabled())
             enable(False)
         torch.backends.cuda.enable_math_sdp(True)
+        if self._elementary is not None:
+            self._elementary.__enter__()
 
     def __exit__(self, *error: object) -> None:
+        if self._elementary is not None:
+            self._elementary.__exit__(*error)
         for (namespace, name, _), function in zip(_OPERATORS, self._outside, strict=True):
             namespace[name] = function
         for (_, enable), was_enabled in zip(_FUSED_ATTENTION, self._kernels, strict=True):
@@ -42,12 +53,15 @@ class TwiceDifferentiable:
         torch.backends.cuda.enable_math_sdp(self._math)
 
 
-class ThriceDifferentiable(TorchFunctionMode):
-    """A context in which batch, instance and layer normalization are computed with elementary operators.
+class ElementaryOperators(TorchFunctionMode):
+    """A context in which some operators are computed with elementary ones. It is slower, so only some losses need it.
 
-    Torch's own operators have no correct third derivative. For batch normalization (and instance normalization, which
-    uses it), reverse mode raises an error, and in forward mode the result is silently wrong. For layer normalization it
-    is wrong in both modes. Group and root-mean-square normalization are correct.
+    Batch, instance and layer normalization have no correct third derivative. For batch normalization (and instance
+    normalization, which uses it), reverse mode raises an error, and in forward mode the result is silently wrong. For
+    layer normalization it is wrong in both modes. Group and root-mean-square normalization are correct.
+
+    Hard sigmoid has no second derivative, and a chunked linear cross-entropy has a wrong one. Distances, Huber loss and
+    soft margin loss have none in forward mode.
 
     Attributes:
         active: number of these contexts that are currently entered.
@@ -56,12 +70,12 @@ class ThriceDifferentiable(TorchFunctionMode):
     active: ClassVar[int] = 0
 
     def __enter__(self) -> Self:
-        ThriceDifferentiable.active += 1
+        ElementaryOperators.active += 1
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
-        ThriceDifferentiable.active -= 1
+        ElementaryOperators.active -= 1
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
@@ -73,12 +87,12 @@ class ThriceDifferentiable(TorchFunctionMode):
 
 def with_current_operators(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, which will use the operator replacements that are active now whenever it is called later."""
-    twice, thrice = torch._weight_norm is _weight_norm, ThriceDifferentiable.active > 0
-    if not (twice or thrice):
+    twice, elementary = torch._weight_norm is _weight_norm, ElementaryOperators.active > 0
+    if not (twice or elementary):
         return function
 
     def again(*args: Any, **kwargs: Any) -> Any:
-        with TwiceDifferentiable() if twice else nullcontext(), ThriceDifferentiable() if thrice else nullcontext():
+        with TwiceDifferentiable() if twice else nullcontext(), ElementaryOperators() if elementary else nullcontext():
             return function(*args, **kwargs)
 
     return again
@@ -180,6 +194,57 @@ def _layer_norm(
     return (scaled if bias is None else scaled + bias).to(dtype)
 
 
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """:func:`torch.nn.functional.hardsigmoid`, with its arguments."""
+    value = F.relu6(input + 3) / 6
+    return input.copy_(value) if inplace else value
+
+
+def _huber_loss(
+    input: Tensor, target: Tensor, reduction: str = "mean", delta: float = 1.0, weight: Tensor | None = None
+) -> Tensor:
+    """:func:`torch.nn.functional.huber_loss`, with its arguments."""
+    away = input - target
+    size = away.abs()
+    loss = torch.where(size <= delta, 0.5 * away.square(), delta * (size - 0.5 * delta))
+    return _reduced(loss if weight is None else loss * weight, reduction)
+
+
+def _soft_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """:func:`torch.nn.functional.soft_margin_loss`, with its arguments."""
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    return _reduced(-F.logsigmoid(target * input), reduction)
+
+
+def _reduced(loss: Tensor, reduction: str) -> Tensor:
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+
+
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    """:func:`torch.cdist`, with its arguments."""
+    distances: Tensor = torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+    return distances
+
+
+def _pdist(input: Tensor, p: float = 2.0) -> Tensor:
+    """:func:`torch.nn.functional.pdist`, with its arguments."""
+    one, other = torch.triu_indices(len(input), len(input), 1, device=input.device)
+    distances: Tensor = torch.linalg.vector_norm(input[one] - input[other], p, -1)
+    return distances
+
+
+def _linear_cross_entropy(*args: Any, options: object = None, **kwargs: Any) -> Tensor:
+    """:func:`torch.nn.functional.linear_cross_entropy`, not in chunks."""
+    return F.linear_cross_entropy(*args, **kwargs)
+
+
 def _full(input: Tensor) -> Tensor:
     """The input in float32 at least, as statistics are computed."""
     return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
@@ -189,7 +254,14 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.layer_norm: _layer_norm,
+    F.hardsigmoid: _hardsigmoid,
+    F.huber_loss: _huber_loss,
+    F.soft_margin_loss: _soft_margin_loss,
+    F.pdist: _pdist,
+    torch.cdist: _cdist,
 }
+if hasattr(F, "linear_cross_entropy"):
+    _REPLACEMENTS[F.linear_cross_entropy] = _linear_cross_entropy
 _FUSED_ATTENTION: list[tuple[Callable[[], bool], Callable[[bool], object]]] = [
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),

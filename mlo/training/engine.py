@@ -88,12 +88,12 @@ class Engine:
                 raise ConfigError(f"{option}={value!r}; pass {' or '.join(map(str, kinds))}")
         problems = [problems] if isinstance(problems, Problem) else list(problems)
         self._plan = Plan(problems, hypergradient, lookahead, inner_path)
-        self.inner_path = inner_path
+        self.inner_path, self.rounds = inner_path, 0
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
         self.device = move_to(problems, device)
-        self.rounds = 0
         self.tf32, self._tf32 = tf32, Tf32(tf32, self.device.type == "cuda")
-        self._levels = levels_of(problems, self.device, Compiler(self.device) if compile else None, self._tf32)
+        compiler = Compiler(self.device) if compile else None
+        self._levels = levels_of(problems, self.device, compiler, self._tf32, self._plan.modes)
         self._gradients = Gradients(self._plan, self._levels)
         self._updater = Updater(self.device, deferred=self.device.type != "cpu")
         self._rounds = Rounds(self._plan, self._levels, self._gradients, self._updater)

@@ -1,0 +1,145 @@
+"""What the first evaluation of a loss shows about its operators, and errors for those that cannot be differentiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mlo.errors import GraphError
+from mlo.ops import derivatives
+from mlo.ops.derivatives import Fault, Mode
+from mlo.ops.rng import Randomness
+from mlo.ops.vectors import Vector
+from mlo.steps.autograd_graph import nodes_towards
+
+if TYPE_CHECKING:
+    from mlo.steps.evaluation import MicroBatch
+    from mlo.steps.level import Level
+
+#: the loss with its graph, its gradients, and the buffers afterwards
+Taken = tuple[Tensor, Sequence[Tensor | None], Vector]
+
+
+class Operators(NamedTuple):
+    """What is to be done for the operators of a loss.
+
+    Attributes:
+        twice: whether its own gradient takes second derivatives, because it differentiates its model.
+        elementary: whether second derivatives are taken with :class:`mlo.ops.differentiable.ElementaryOperators`.
+        needs_graph: whether the product ``forward`` takes the gradient with a graph.
+        functions: the names of the autograd.Functions in it, for messages.
+    """
+
+    twice: bool = False
+    elementary: bool = False
+    needs_graph: bool = False
+    functions: tuple[str, ...] = ()
+
+    def needs_others(self, before: Operators, again: bool) -> bool:
+        """Whether one with those of ``before`` was wrong, if its gradient is to be differentiated ``again``."""
+        elementary = again and self.elementary and not before.elementary
+        return elementary or (self.twice and not before.twice)
+
+
+def operators_of(level: Level, loss: Tensor, variables: Sequence[Tensor]) -> Operators:
+    """What the graph of a loss shows, where it depends on the level's ``variables``: only this is differentiated again.
+
+    Raises:
+        GraphError: if it has an operator whose second derivative, as the level's products take it, torch has not, or
+            has wrong.
+    """
+    names, functions = set[str](), dict[str, type[torch.autograd.Function]]()
+    for node in nodes_towards(loss, variables):
+        name = derivatives.name_of(node)
+        names.add(name)
+        function = derivatives.custom_function(node)
+        if function is not None:
+            functions[name] = function
+    replaced = set[str]()
+    for mode in sorted(level.modes):
+        for name in sorted(names & derivatives.FAULTS[mode].keys()):
+            raise refused(level, mode, derivatives.FAULTS[mode][name])
+        replaced |= names & derivatives.REPLACED[mode]
+    for name, function in functions.items() if "forward" in level.modes else ():
+        if name not in replaced and not derivatives.has_tangent(function):
+            operator = f"the autograd.Function {function.__name__!r}"
+            raise refused(level, "forward", Fault(operator, "use the product 'exact', or define its method jvp"))
+    known = level.operators
+    if known.elementary and replaced:
+        raise refused(level, "reverse", Fault(f"{replaced.pop()} by a private name", "call torch.nn.functional", True))
+    normalized = "WeightNormInterfaceBackward0" in names or any("Norm" in name for name in replaced)
+    return Operators(
+        twice=known.twice or (normalized and derivatives.differentiates(names)),
+        elementary=known.elementary or bool(replaced),
+        needs_graph=not derivatives.NEEDS_GRAPH.isdisjoint(names),
+        functions=tuple(sorted({function.__name__ for function in functions.values()})),
+    )
+
+
+def first_evaluation(
+    level: Level, take: Callable[[MicroBatch], Taken], micro: MicroBatch, variables: Sequence[Tensor], again: bool
+) -> Taken:
+    """``take(micro)`` for a level that was never evaluated: with other operators, if its loss turns out to need them.
+
+    Args:
+        take: evaluates the loss and its gradient; the first result is the loss with its graph.
+        variables: of the level.
+        again: whether the gradient will be differentiated.
+
+    Raises:
+        GraphError: if an operator cannot be differentiated as the level's products do.
+    """
+    begun = micro.randomness or Randomness.capture(level.device, level.draws_outside)
+    try:
+        done = take(micro)
+        level.operators, before = operators_of(level, done[0], variables), level.operators
+        if not level.operators.needs_others(before, again):
+            level.seen = True
+            return done
+    except GraphError as error:  # it may differentiate its model, with operators that have only one derivative
+        if derivatives.fault_in(str(error.__cause__)) is None or level.operators.twice:
+            raise
+        level.operators = Operators(twice=True, elementary=True)
+    done = take(micro._replace(randomness=begun))
+    level.operators, level.seen = operators_of(level, done[0], variables), True
+    if level.operators.elementary and level.compiler is not None:
+        level.compiler.refuse(level.name, "its loss has operators that are replaced by elementary ones")
+    return done
+
+
+def refused(level: Level, mode: Mode, fault: Fault) -> GraphError:
+    """The error for an operator that cannot be differentiated again."""
+    derivative = "second derivative" if mode == "reverse" else "forward-mode derivative"
+    found = f"whose {derivative} is wrong" if fault.wrong else f"which has no {derivative}"
+    needed = "" if mode == "reverse" else ", but the product 'forward' needs it"
+    return GraphError(
+        f"problem {level.name!r}: its loss uses {fault.operator}{_where(level, fault.operator)}, {found} in torch "
+        f"{torch.__version__}{needed}; {fault.instead}"
+    )
+
+
+def explained(level: Level, error: RuntimeError) -> Exception:
+    """An error of autograd in other words, if it is one that a user can correct; otherwise the error itself."""
+    if "backward through the graph a second time" in str(error):
+        return GraphError(
+            f"problem {level.name!r}: the graph of its loss is freed before its gradient is computed; return it "
+            "without calling .backward() on it, and compute all of it in the call, without tensors from earlier calls"
+        )
+    found = derivatives.fault_in(str(error))
+    return error if found is None else refused(level, *found)
+
+
+def _where(level: Level, operator: str) -> str:
+    """The submodules that are of the operator, by their names."""
+    wanted, found = operator.partition(" ")[0].replace("_", "").lower(), list[str]()
+    for problem in (level.problem, *[read.problem for read in level.reads.values()]):
+        named: Iterable[tuple[str, torch.nn.Module]] = problem.module.named_modules()
+        for name, module in named:
+            if type(module).__name__.lower().rstrip("123d") == wanted.rstrip("123d"):
+                found.append(
+                    f"{name!r} of the module of {problem.name!r}" if name else f"the module of {problem.name!r}"
+                )
+    return f" (in {', '.join(found)})" if found else ""
