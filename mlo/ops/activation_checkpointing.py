@@ -39,20 +39,24 @@ class Named(Protocol):
 
 #: the modules that run at present, the innermost last, with the tensors that they run with
 RUNNING: list[tuple[nn.Module, Named, Sequence[Tensor]]] = []
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def recompute() -> tuple[Any, Any]:
+def recompute(in_loss: Wrap) -> tuple[Any, Any]:
     """From now on, recompute checkpointed calls with the tensors in ``RUNNING``, until :func:`end`.
 
     It supports non-reentrant checkpointing. Reentrant checkpointing hides parameters from ``torch.autograd.grad``,
     which would treat them as unused; it raises a ConfigError.
+
+    Args:
+        in_loss: what is checkpointed by a loss, outside of all modules, to a function that can run again later.
 
     Returns:
         What :func:`end` takes. Both run at every evaluation, so they must be cheap.
     """
     outside = _LIBRARY[torch_versions.CHECKPOINT_ENTRY], _LIBRARY["CheckpointFunction"]
     _LIBRARY[torch_versions.CHECKPOINT_ENTRY], _LIBRARY["CheckpointFunction"] = (
-        partial(_recorded, outside[0]),
+        partial(_recorded, outside[0], in_loss),
         _Reentrant,
     )
     return outside
@@ -63,11 +67,15 @@ def end(outside: tuple[Any, Any]) -> None:
     _LIBRARY[torch_versions.CHECKPOINT_ENTRY], _LIBRARY["CheckpointFunction"] = outside
 
 
-def _recorded(outside: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _recorded(
+    outside: Callable[..., Any], in_loss: Wrap, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     if not torch_versions.CHECKPOINTS_FORWARD:
         _refuse_tangents(args, kwargs)
     again = function
-    if RUNNING:
+    if not RUNNING:
+        again = in_loss(function)
+    else:
         module, names, tensors = RUNNING[-1]
         again = _Substituted(module, names.named(list(tensors)), function) if tensors else function
     return outside(with_current_operators(again), *args, **kwargs)

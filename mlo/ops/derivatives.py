@@ -144,7 +144,6 @@ def fault_in(message: str) -> tuple[Mode, Fault] | None:
 
 _OTHER_MESSAGES: dict[str, tuple[Mode, Fault]] = {
     "must implement the jvp function": ("forward", Fault("autograd.Function without a method jvp", _EXACT)),
-    "Nested forward mode AD": ("forward", Fault("forward-mode derivative (torch.func.jvp, jacfwd, hessian)", _EXACT)),
     "ZeroTensors are immutable": ("forward", Fault("loss function written to by its own derivative", _EXACT)),
     "marked with @once_differentiable": ("reverse", Fault("once_differentiable autograd.Function", _DIFFERENCE)),
     "output_padding is not supported": ("reverse", Fault("conv_transpose with output_padding", _FORWARD)),

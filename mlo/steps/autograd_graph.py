@@ -62,7 +62,15 @@ def saved_bytes(ends: Iterable[Tensor | None], states: Iterable[State], batch: A
     total = 0
     for node in nodes_of(ends):
         for tensor in packed(node):
-            if tensor.layout is torch.strided and (storage := tensor.untyped_storage()).data_ptr() not in known:
-                known.add(storage.data_ptr())
+            if tensor.layout is not torch.strided:
+                continue
+            storage = tensor.untyped_storage()
+            try:
+                place = storage.data_ptr()
+            except RuntimeError:  # of a transform of torch.func, which has ended
+                total += tensor.nbytes
+                continue
+            if place not in known:
+                known.add(place)
                 total += storage.nbytes()
     return total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -40,6 +40,7 @@ class Reading:
         cache: ReadCache | None = None,
         moving: Collection[str] = (),
     ) -> None:
+        self._level = level
         self._substitutes: list[tuple[Problem, Substitute]] = []
         for name, read in level.reads.items():
             kept = None if name in moving else cache
@@ -47,7 +48,7 @@ class Reading:
             self._substitutes.append((read.problem, substitute))
 
     def __enter__(self) -> Reading:
-        self._outside = None if torch.compiler.is_compiling() else recompute()
+        self._outside = None if torch.compiler.is_compiling() else recompute(self._repeatable)
         for problem, substitute in self._substitutes:
             problem.substitute = substitute
         return self
@@ -57,6 +58,28 @@ class Reading:
             problem.substitute = None
         if self._outside is not None:
             end(self._outside)
+
+    def _repeatable(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A part of the loss that can run again after it, with the substitutes of now; nothing in it is cached."""
+        problems = [self._level.problem, *[problem for problem, _ in self._substitutes]]
+        substitutes = [problem.substitute for problem in problems]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            outside = [problem.substitute for problem in problems]
+            caches = [substitute.cache for _, substitute in self._substitutes]
+            try:
+                for problem, substitute in zip(problems, substitutes, strict=True):
+                    problem.substitute = substitute
+                for _, read in self._substitutes:
+                    read.cache = None
+                return function(*args, **kwargs)
+            finally:
+                for (_, read), cache in zip(self._substitutes, caches, strict=True):
+                    read.cache = cache
+                for problem, substitute in zip(problems, outside, strict=True):
+                    problem.substitute = substitute
+
+        return run
 
     def calls(self, own: int) -> list[int]:
         """How often each module ran: the level's ``own``, and those that it reads."""

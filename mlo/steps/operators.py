@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mlo.errors import GraphError
 from mlo.ops import derivatives
@@ -93,14 +95,19 @@ def first_evaluation(
         GraphError: if an operator cannot be differentiated as the level's products do.
     """
     begun = micro.randomness or Randomness.capture(level.device, level.draws_outside)
+    forward = "forward" in level.modes
     try:
-        done = take(micro)
+        with (
+            forward_ad.dual_level() if forward else nullcontext()
+        ):  # a loss that enters one itself fails now, not later
+            done = take(micro)
         level.operators, before = operators_of(level, done[0], variables), level.operators
         if not level.operators.needs_others(before, again):
             level.seen = True
             return done
     except GraphError as error:  # it may differentiate its model, with operators that have only one derivative
-        if derivatives.fault_in(str(error.__cause__)) is None or level.operators.twice:
+        found = derivatives.fault_in(str(error.__cause__))
+        if found is None or found[0] == "forward" or level.operators.twice:
             raise
         level.operators = Operators(twice=True, elementary=True)
     done = take(micro._replace(randomness=begun))
@@ -127,6 +134,11 @@ def explained(level: Level, error: RuntimeError) -> Exception:
         return GraphError(
             f"problem {level.name!r}: the graph of its loss is freed before its gradient is computed; return it "
             "without calling .backward() on it, and compute all of it in the call, without tensors from earlier calls"
+        )
+    if "Nested forward mode AD" in str(error):
+        return GraphError(
+            f"problem {level.name!r}: its loss takes a forward-mode derivative (torch.func.jvp, jacfwd or hessian), "
+            "inside of which the product 'forward' cannot take another; use the product 'exact'"
         )
     found = derivatives.fault_in(str(error))
     return error if found is None else refused(level, *found)
