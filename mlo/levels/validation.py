@@ -25,6 +25,11 @@ def faults_of_parts(module: object, optimizer: object, scheduler: object) -> lis
     faults = []
     if not isinstance(module, nn.Module):
         faults.append(f"module is a {type(module).__name__}; pass a torch.nn.Module")
+    elif scripted := [name for name, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]:
+        which = f"its submodule {scripted[0]!r}" if scripted[0] else "module"
+        faults.append(
+            f"{which} is a ScriptModule, whose parameters cannot be substituted; pass the module it is made from"
+        )
     if not isinstance(optimizer, Optimizer):
         faults.append(f"optimizer is a {type(optimizer).__name__}; pass a torch.optim optimizer")
     elif isinstance(optimizer, LBFGS):

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 #: how the gradient is differentiated once more: by double backward, or by its forward-mode derivative
 Mode = Literal["reverse", "forward"]
@@ -99,6 +100,7 @@ _REPLACED_FORWARD = frozenset(
         "CdistBackward0",
         "EuclideanDistBackward0",
         "HuberLossBackward0",
+        "MseLossBackward0",  # of a target that has no tangent, but a gradient
         "PdistBackward0",
         "SoftMarginLossBackward0",
     ]
@@ -121,11 +123,18 @@ def custom_function(node: Any) -> type[torch.autograd.Function] | None:
     return getattr(node, "_forward_cls", None)
 
 
-def has_tangent(function: type[torch.autograd.Function]) -> bool:
-    """Whether an autograd.Function has a forward derivative."""
-    return function.jvp is not torch.autograd.Function.jvp
+def fault_of(function: type[torch.autograd.Function], mode: Mode) -> Fault | None:
+    """What an autograd.Function lacks for ``mode``, as far as its methods say."""
+    name = f"the autograd.Function {function.__name__!r}"
+    if mode == "forward":
+        lacks = function.jvp is torch.autograd.Function.jvp
+        return Fault(name, f"{_EXACT}, or define its method jvp") if lacks else None
+    # beyond it, double backward ends without an error if it follows only the inputs that it reaches
+    once = getattr(function.backward, "__code__", None) is _ONCE
+    return Fault(name, f"{_DIFFERENCE}, or a backward that is not once_differentiable") if once else None
 
 
+_ONCE = once_differentiable(lambda context: None).__code__
 _NO_REVERSE = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
 _NO_FORWARD = re.compile(r"Trying to use forward AD with (?:aten::)?(\w+) that does not support it")
 
@@ -144,8 +153,7 @@ def fault_in(message: str) -> tuple[Mode, Fault] | None:
 
 _OTHER_MESSAGES: dict[str, tuple[Mode, Fault]] = {
     "must implement the jvp function": ("forward", Fault("autograd.Function without a method jvp", _EXACT)),
-    "ZeroTensors are immutable": ("forward", Fault("loss function written to by its own derivative", _EXACT)),
-    "marked with @once_differentiable": ("reverse", Fault("once_differentiable autograd.Function", _DIFFERENCE)),
+    "ZeroTensors are immutable": ("forward", Fault("an operator with an argument without a tangent", _EXACT)),
     "output_padding is not supported": ("reverse", Fault("conv_transpose with output_padding", _FORWARD)),
     "does not support 3rd+ order": ("reverse", Fault("batch_norm called by its private name", "use nn.BatchNorm")),
 }

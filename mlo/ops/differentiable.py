@@ -218,12 +218,28 @@ def _soft_margin_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """:func:`torch.nn.functional.soft_margin_loss`, with its arguments."""
+    return _reduced(-F.logsigmoid(target * input), reduction, size_average, reduce)
+
+
+def _mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """:func:`torch.nn.functional.mse_loss`, with its arguments."""
+    loss = (input - target).square()
+    if weight is None:
+        return _reduced(loss, reduction, size_average, reduce)
+    loss = loss * weight
+    return loss.sum() / weight.sum() if reduction == "mean" else _reduced(loss, reduction)
+
+
+def _reduced(loss: Tensor, reduction: str, size_average: bool | None = None, reduce: bool | None = None) -> Tensor:
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    return _reduced(-F.logsigmoid(target * input), reduction)
-
-
-def _reduced(loss: Tensor, reduction: str) -> Tensor:
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
 
 
@@ -257,6 +273,7 @@ _REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.hardsigmoid: _hardsigmoid,
     F.huber_loss: _huber_loss,
     F.soft_margin_loss: _soft_margin_loss,
+    F.mse_loss: _mse_loss,
     F.pdist: _pdist,
     torch.cdist: _cdist,
 }

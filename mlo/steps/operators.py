@@ -62,13 +62,12 @@ def operators_of(level: Level, loss: Tensor, variables: Sequence[Tensor]) -> Ope
             functions[name] = function
     replaced = set[str]()
     for mode in sorted(level.modes):
-        for name in sorted(names & derivatives.FAULTS[mode].keys()):
-            raise refused(level, mode, derivatives.FAULTS[mode][name])
+        faults = derivatives.FAULTS[mode]
+        found = [faults[name] for name in sorted(names & faults.keys())]
         replaced |= names & derivatives.REPLACED[mode]
-    for name, function in functions.items() if "forward" in level.modes else ():
-        if name not in replaced and not derivatives.has_tangent(function):
-            operator = f"the autograd.Function {function.__name__!r}"
-            raise refused(level, "forward", Fault(operator, "use the product 'exact', or define its method jvp"))
+        found += [f for n in functions if n not in replaced and (f := derivatives.fault_of(functions[n], mode))]
+        if found:
+            raise refused(level, mode, found[0])
     known = level.operators
     if known.elementary and replaced:
         raise refused(level, "reverse", Fault(f"{replaced.pop()} by a private name", "call torch.nn.functional", True))

@@ -194,8 +194,8 @@ def _evaluated(point: Point, micro: MicroBatch, wanted: Wanted) -> tuple[Tensor,
         loss, found, buffers = take(micro)
     else:
         loss, found, buffers = first_evaluation(level, take, micro, states[level.name].variables, keep_graph)
-    if not (level.searched or states[level.name].live or point.inner):  # inner steps read what they recorded
-        level.warn_of_strays(loss, states)
+    if not (level.searched or point.inner) and not all([state.live for state in states.values()]):
+        level.warn_of_strays(loss, states)  # inner steps would read what they recorded
     if keep_graph and level.graph_bytes is None and not level.recast(point.state):
         level.note_graph(saved_bytes([loss, *found], states.values(), micro.batch), found)
     parts = _by_level(found, of, states)
