@@ -7,7 +7,8 @@ This file makes the recomputation use the substituted parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
@@ -39,24 +40,33 @@ class Named(Protocol):
 
 #: the modules that run at present, the innermost last, with the tensors that they run with
 RUNNING: list[tuple[nn.Module, Named, Sequence[Tensor]]] = []
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def recompute(in_loss: Wrap) -> tuple[Any, Any]:
+class Evaluation(Protocol):
+    """An evaluation of a loss, which may checkpoint parts of itself, outside of all modules."""
+
+    def repeatable(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, which can run again after the evaluation."""
+
+    def uncached(self) -> AbstractContextManager[None]:
+        """A context in which nothing is taken from a cache: a repetition must save the same tensors."""
+
+
+def recompute(evaluation: Evaluation) -> tuple[Any, Any]:
     """From now on, recompute checkpointed calls with the tensors in ``RUNNING``, until :func:`end`.
 
     It supports non-reentrant checkpointing. Reentrant checkpointing hides parameters from ``torch.autograd.grad``,
     which would treat them as unused; it raises a ConfigError.
 
     Args:
-        in_loss: what is checkpointed by a loss, outside of all modules, to a function that can run again later.
+        evaluation: the present one.
 
     Returns:
         What :func:`end` takes. Both run at every evaluation, so they must be cheap.
     """
     outside = _LIBRARY[torch_versions.CHECKPOINT_ENTRY], _LIBRARY["CheckpointFunction"]
     _LIBRARY[torch_versions.CHECKPOINT_ENTRY], _LIBRARY["CheckpointFunction"] = (
-        partial(_recorded, outside[0], in_loss),
+        partial(_recorded, outside[0], evaluation),
         _Reentrant,
     )
     return outside
@@ -68,17 +78,18 @@ def end(outside: tuple[Any, Any]) -> None:
 
 
 def _recorded(
-    outside: Callable[..., Any], in_loss: Wrap, function: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
+    outside: Callable[..., Any], evaluation: Evaluation, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Iterator[None]:
+    """What torch's generator does; the function itself runs between its two parts."""
     if not torch_versions.CHECKPOINTS_FORWARD:
         _refuse_tangents(args, kwargs)
-    again = function
     if not RUNNING:
-        again = in_loss(function)
-    else:
-        module, names, tensors = RUNNING[-1]
-        again = _Substituted(module, names.named(list(tensors)), function) if tensors else function
-    return outside(with_current_operators(again), *args, **kwargs)
+        with evaluation.uncached():
+            yield from outside(with_current_operators(evaluation.repeatable(function)), *args, **kwargs)
+        return
+    module, names, tensors = RUNNING[-1]
+    again = _Substituted(module, names.named(list(tensors)), function) if tensors else function
+    yield from outside(with_current_operators(again), *args, **kwargs)
 
 
 def _refuse_tangents(*arguments: Any) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class Reading:
             self._substitutes.append((read.problem, substitute))
 
     def __enter__(self) -> Reading:
-        self._outside = None if torch.compiler.is_compiling() else recompute(self._repeatable)
+        self._outside = None if torch.compiler.is_compiling() else recompute(self)
         for problem, substitute in self._substitutes:
             problem.substitute = substitute
         return self
@@ -59,27 +59,35 @@ class Reading:
         if self._outside is not None:
             end(self._outside)
 
-    def _repeatable(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A part of the loss that can run again after it, with the substitutes of now; nothing in it is cached."""
+    def repeatable(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A part of the loss that can run again after it, with the substitutes of now."""
         problems = [self._level.problem, *[problem for problem, _ in self._substitutes]]
         substitutes = [problem.substitute for problem in problems]
 
         def run(*args: Any, **kwargs: Any) -> Any:
             outside = [problem.substitute for problem in problems]
-            caches = [substitute.cache for _, substitute in self._substitutes]
             try:
                 for problem, substitute in zip(problems, substitutes, strict=True):
                     problem.substitute = substitute
-                for _, read in self._substitutes:
-                    read.cache = None
-                return function(*args, **kwargs)
+                with self.uncached():
+                    return function(*args, **kwargs)
             finally:
-                for (_, read), cache in zip(self._substitutes, caches, strict=True):
-                    read.cache = cache
                 for problem, substitute in zip(problems, outside, strict=True):
                     problem.substitute = substitute
 
         return run
+
+    @contextmanager
+    def uncached(self) -> Iterator[None]:
+        """A context in which the outputs of the problems read are not cached."""
+        caches = [substitute.cache for _, substitute in self._substitutes]
+        try:
+            for _, substitute in self._substitutes:
+                substitute.cache = None
+            yield
+        finally:
+            for (_, substitute), cache in zip(self._substitutes, caches, strict=True):
+                substitute.cache = cache
 
     def calls(self, own: int) -> list[int]:
         """How often each module ran: the level's ``own``, and those that it reads."""

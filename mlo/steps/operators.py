@@ -94,23 +94,22 @@ def first_evaluation(
         GraphError: if an operator cannot be differentiated as the level's products do.
     """
     begun = micro.randomness or Randomness.capture(level.device, level.draws_outside)
-    forward = "forward" in level.modes
+    # a loss that takes forward-mode derivatives fails inside a dual level: now, and not after the first update
+    inside = forward_ad.dual_level() if "forward" in level.modes else nullcontext()
     try:
-        with (
-            forward_ad.dual_level() if forward else nullcontext()
-        ):  # a loss that enters one itself fails now, not later
+        with inside:
             done = take(micro)
-        level.operators, before = operators_of(level, done[0], variables), level.operators
-        if not level.operators.needs_others(before, again):
-            level.seen = True
-            return done
+        before, level.operators = level.operators, operators_of(level, done[0], variables)
+        complete = not level.operators.needs_others(before, again)
     except GraphError as error:  # it may differentiate its model, with operators that have only one derivative
         found = derivatives.fault_in(str(error.__cause__))
-        if found is None or found[0] == "forward" or level.operators.twice:
+        if found is None or found[0] == "forward":
             raise
-        level.operators = Operators(twice=True, elementary=True)
-    done = take(micro._replace(randomness=begun))
-    level.operators, level.seen = operators_of(level, done[0], variables), True
+        level.operators, complete = Operators(twice=True, elementary=True), False
+    if not complete:
+        done = take(micro._replace(randomness=begun))
+        level.operators = operators_of(level, done[0], variables)
+    level.seen = True
     if level.operators.elementary and level.compiler is not None:
         level.compiler.refuse(level.name, "its loss has operators that are replaced by elementary ones")
     return done
