@@ -24,7 +24,7 @@ from mlo.options.registry import PRODUCTS
 from mlo.steps import compiled
 from mlo.steps.evaluation import evaluate
 from mlo.steps.losses import Found, loss_of
-from mlo.steps.operators import explained
+from mlo.steps.operators import explained, needs_graph
 from mlo.steps.point import Gradient, Point, Wanted, gradient, states_at
 from mlo.steps.step import Cotangents, Step, reached
 
@@ -183,10 +183,8 @@ def _tangents(point: Point, targets: Sequence[str], vector: Vector, own: bool, c
         reads = _variables(point, targets) if cross else []
         inputs = [*(base if own else ()), *reads, *(point.cache.leaves if cross else ())]
         found: Found = [None] * len(inputs)
-        levels = [point.level, *[steps[0].point.level for steps in point.inner.values()]]
         if inputs:
-            with_graph = any([level.operators.needs_graph for level in levels])
-            found = torch.autograd.grad(loss, inputs, create_graph=with_graph, allow_unused=True)
+            found = torch.autograd.grad(loss, inputs, create_graph=needs_graph(loss), allow_unused=True)
         tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in found]
     return [None if tangent is None else tangent.detach() for tangent in tangents]
 

@@ -15,7 +15,7 @@ from mlo.ops import derivatives
 from mlo.ops.derivatives import Fault, Mode
 from mlo.ops.rng import Randomness
 from mlo.ops.vectors import Vector
-from mlo.steps.autograd_graph import nodes_towards
+from mlo.steps.autograd_graph import nodes_of, nodes_towards
 
 if TYPE_CHECKING:
     from mlo.steps.evaluation import MicroBatch
@@ -31,13 +31,11 @@ class Operators(NamedTuple):
     Attributes:
         twice: whether its own gradient takes second derivatives, because it differentiates its model.
         elementary: whether second derivatives are taken with :class:`mlo.ops.differentiable.ElementaryOperators`.
-        needs_graph: whether the product ``forward`` takes the gradient with a graph.
         functions: the names of the autograd.Functions in it, for messages.
     """
 
     twice: bool = False
     elementary: bool = False
-    needs_graph: bool = False
     functions: tuple[str, ...] = ()
 
     def needs_others(self, before: Operators, again: bool) -> bool:
@@ -75,7 +73,6 @@ def operators_of(level: Level, loss: Tensor, variables: Sequence[Tensor]) -> Ope
     return Operators(
         twice=known.twice or (normalized and derivatives.differentiates(names)),
         elementary=known.elementary or bool(replaced),
-        needs_graph=not derivatives.NEEDS_GRAPH.isdisjoint(names),
         functions=tuple(sorted({function.__name__ for function in functions.values()})),
     )
 
@@ -113,6 +110,11 @@ def first_evaluation(
     if level.operators.elementary and level.compiler is not None:
         level.compiler.refuse(level.name, "its loss has operators that are replaced by elementary ones")
     return done
+
+
+def needs_graph(loss: Tensor) -> bool:
+    """Whether the gradient of a loss has a correct forward derivative only if it is taken with a graph of its own."""
+    return any([node.name() in derivatives.NEEDS_GRAPH for node in nodes_of([loss])])
 
 
 def refused(level: Level, mode: Mode, fault: Fault) -> GraphError:
