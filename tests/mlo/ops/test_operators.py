@@ -309,7 +309,7 @@ _REFUSED: dict[str | None, set[str]] = {
     "reverse": {*_NEVER, "as_strided_scatter"},
     "forward": {
         *_NEVER,
-        *("cholesky_inverse", "grid_sampler_2d", "grid_sampler_3d", "index_reduce", "nn.functional.grid_sample"),
+        *("cholesky_inverse", "grid_sampler_3d", "index_reduce", "nn.functional.grid_sample"),
         *("native_dropout_backward", "ormqr", "scatter_reduce", "to_sparse", "triangular_solve"),
     },
 }
