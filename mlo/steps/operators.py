@@ -69,9 +69,10 @@ def operators_of(level: Level, loss: Tensor, variables: Sequence[Tensor]) -> Ope
     known = level.operators
     if known.elementary and replaced:
         raise refused(level, "reverse", Fault(f"{replaced.pop()} by a private name", "call torch.nn.functional", True))
-    normalized = "WeightNormInterfaceBackward0" in names or any("Norm" in name for name in replaced)
+    # its second derivative is wrong; those of other layers are right, or they raise an error
+    wrong = "WeightNormInterfaceBackward0" in names and derivatives.differentiates(names)
     return Operators(
-        twice=known.twice or (normalized and derivatives.differentiates(names)),
+        twice=known.twice or wrong,
         elementary=known.elementary or bool(replaced),
         functions=tuple(sorted({function.__name__ for function in functions.values()})),
     )

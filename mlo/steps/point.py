@@ -189,10 +189,10 @@ def _evaluated(point: Point, micro: MicroBatch, wanted: Wanted) -> tuple[Tensor,
             loss, found, buffers = done
             return loss, _by_level(found, of, states), (), buffers
     _refuse_frozen(of, states)
-    take = partial(_taken, point, states, inputs, wanted, reached)
     if level.seen:
-        loss, found, buffers = take(micro)
+        loss, found, buffers = _taken(point, states, inputs, wanted, reached, micro)
     else:
+        take = partial(_taken, point, states, inputs, wanted, reached)
         loss, found, buffers = first_evaluation(level, take, micro, states[level.name].variables, keep_graph)
     if not (level.searched or point.inner) and not all([state.live for state in states.values()]):
         level.warn_of_strays(loss, states)  # inner steps would read what they recorded

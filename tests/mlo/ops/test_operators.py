@@ -43,12 +43,21 @@ class Up(mlo.Problem):
         return low(batch).sin().square().mean()
 
 
-def engine_of(operator: Callable[[Tensor, Tensor], Tensor], estimator: object, *layers: nn.Module) -> mlo.Engine:
+def engine_of(
+    operator: Callable[[Tensor, Tensor], Tensor], estimator: object, *layers: nn.Module, steps: int = 2
+) -> mlo.Engine:
     torch.manual_seed(0)
     low, up = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), *layers), nn.Linear(3, 4)
     data = [torch.randn(4, 3) for _ in range(2)]
     problems = [
-        Low("low", operator=operator, module=low, optimizer=torch.optim.SGD(low.parameters(), 0.1), data=data, steps=2),
+        Low(
+            "low",
+            operator=operator,
+            module=low,
+            optimizer=torch.optim.SGD(low.parameters(), 0.1),
+            data=data,
+            steps=steps,
+        ),
         Up("up", module=up, optimizer=torch.optim.SGD(up.parameters(), 0.1), data=data),
     ]
     return mlo.Engine(problems, estimator, lookahead=False, device="cpu")
@@ -100,6 +109,11 @@ def test_hypergradients_through_it_are_exact(operator, estimator, float64):
     engine = engine_of(RIGHT[operator], estimator)
     engine.step()
     mlo.check(engine, directions=2)
+
+
+@pytest.mark.parametrize("operator", sorted(RIGHT.keys() & {"hardsigmoid", "linear_cross_entropy"}))
+def test_they_are_replaced_in_the_first_evaluation_if_it_keeps_its_graph(operator, float64):
+    mlo.check(engine_of(RIGHT[operator], "one_step", steps=1), directions=2)
 
 
 class Sine(torch.autograd.Function):
@@ -218,7 +232,7 @@ def test_operators_of_what_is_read_are_not_refused(estimator, float64):
     torch.manual_seed(0)
     low, up, data = nn.Linear(3, 4), nn.Sequential(nn.Linear(3, 4), Bag()), [torch.randn(4, 3)]
     problems = [
-        Reads("low", operator=min, module=low, optimizer=torch.optim.SGD(low.parameters(), 0.1), data=data, steps=2),
+        Reads("low", operator=min, module=low, optimizer=torch.optim.SGD(low.parameters(), 0.1), data=data),
         Up("up", module=up, optimizer=torch.optim.SGD(up.parameters(), 0.1), data=data),
     ]
     mlo.check(mlo.Engine(problems, estimator, device="cpu"))
