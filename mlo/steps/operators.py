@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from mlo.steps.evaluation import MicroBatch
     from mlo.steps.level import Level
 
+_NESTED = "Nested forward mode AD"
 #: the loss with its graph, its gradients, and the buffers afterwards
 Taken = tuple[Tensor, Sequence[Tensor | None], Vector]
 
@@ -92,16 +92,13 @@ def first_evaluation(
         GraphError: if an operator cannot be differentiated as the level's products do.
     """
     begun = micro.randomness or Randomness.capture(level.device, level.draws_outside)
-    # a loss that takes forward-mode derivatives fails inside a dual level: now, and not after the first update
-    inside = forward_ad.dual_level() if "forward" in level.modes else nullcontext()
     try:
-        with inside:
+        with forward_ad.dual_level():  # forward-mode derivatives of the loss itself show here: they cannot be nested
             done = take(micro)
         before, level.operators = level.operators, operators_of(level, done[0], variables)
         complete = not level.operators.needs_others(before, again)
     except GraphError as error:  # it may differentiate its model, with operators that have only one derivative
-        found = derivatives.fault_in(str(error.__cause__))
-        if found is None or found[0] == "forward":
+        if not _differentiates(str(error.__cause__), level.modes):
             raise
         level.operators, complete = Operators(twice=True, elementary=True), False
     if not complete:
@@ -111,6 +108,14 @@ def first_evaluation(
     if level.operators.elementary and level.compiler is not None:
         level.compiler.refuse(level.name, "its loss has operators that are replaced by elementary ones")
     return done
+
+
+def _differentiates(message: str, modes: Collection[Mode]) -> bool:
+    """Whether an error of torch shows that a loss differentiates its model, in a way that products allow."""
+    if _NESTED in message:
+        return "forward" not in modes
+    found = derivatives.fault_in(message)
+    return found is not None and found[0] == "reverse"
 
 
 def needs_graph(loss: Tensor) -> bool:
@@ -136,7 +141,7 @@ def explained(level: Level, error: RuntimeError) -> Exception:
             f"problem {level.name!r}: the graph of its loss is freed before its gradient is computed; return it "
             "without calling .backward() on it, and compute all of it in the call, without tensors from earlier calls"
         )
-    if "Nested forward mode AD" in str(error):
+    if _NESTED in str(error):
         return GraphError(
             f"problem {level.name!r}: its loss takes a forward-mode derivative (torch.func.jvp, jacfwd or hessian), "
             "inside of which the product 'forward' cannot take another; use the product 'exact'"

@@ -230,6 +230,25 @@ def test_losses_may_use_transforms_and_hooks(term, estimator, cls):
     mlo.check(engine, directions=2)
 
 
+@pytest.mark.parametrize(
+    ("layer", "term"),
+    [
+        ("layer norm", "jvp"),
+        ("instance norm", "hessian"),
+        ("attention", "jvp"),
+        ("batch norm in eval mode", "hessian"),
+        ("hard sigmoid", "hessian"),
+        ("layer norm", "vjp"),
+    ],
+)
+def test_transforms_of_layers_without_higher_derivatives(layer, term):
+    torch.manual_seed(0)
+    low = nn.Sequential(nn.Linear(3, 4), LAYERS[layer](), nn.Tanh(), nn.Linear(4, 3))
+    engine = engine_of(low, "unrolled", term=TERMS[term])
+    engine.step()
+    mlo.check(engine, directions=2)
+
+
 class PerSample(mlo.Problem):
     """The gradient of each sample, as in differential privacy, with the parameters of the evaluation."""
 
