@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from mlo.ops.torch_versions import DISTANCES_TWICE
+
 #: how the gradient is differentiated once more: by double backward, or by its forward-mode derivative
 Mode = Literal["reverse", "forward"]
 
@@ -95,17 +97,18 @@ _REPLACED_ALWAYS = frozenset(
         "PdistBackwardBackward0",
     ]
 )
-_REPLACED_FORWARD = frozenset(
+_DISTANCES = frozenset(["CdistBackward0", "EuclideanDistBackward0", "PdistBackward0"])
+_LOSSES = frozenset(
     [
-        "CdistBackward0",
-        "EuclideanDistBackward0",
         "HuberLossBackward0",
         "MseLossBackward0",  # of a target that has no tangent, but a gradient
-        "PdistBackward0",
         "SoftMarginLossBackward0",
     ]
 )
-REPLACED: dict[Mode, frozenset[str]] = {"reverse": _REPLACED_ALWAYS, "forward": _REPLACED_ALWAYS | _REPLACED_FORWARD}
+REPLACED: dict[Mode, frozenset[str]] = {
+    "reverse": _REPLACED_ALWAYS if DISTANCES_TWICE else _REPLACED_ALWAYS | _DISTANCES,
+    "forward": _REPLACED_ALWAYS | _DISTANCES | _LOSSES,
+}
 
 
 def name_of(node: Any) -> str:

@@ -34,6 +34,9 @@ COMPILES_GRADIENTS = torch.__version__ >= "2.11.0a0"
 #: whether calls of torch.compile can count their recompilations separately: from 2.13 on
 ISOLATES_RECOMPILES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
+#: whether torch.cdist and pdist have second derivatives: in 2.14, but not in 2.11
+DISTANCES_TWICE = torch.__version__ >= "2.14.0a0"
+
 #: whether a saved tensor can be looked at as it is kept: not before 2.11, where it is unpacked
 SHOWS_SAVED = hasattr(torch._C._autograd.SavedTensor, "data")
 
