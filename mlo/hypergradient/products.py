@@ -12,9 +12,9 @@ from typing import Annotated, ClassVar, Protocol
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mlo.errors import ConfigError
+from mlo.hypergradient.tangents import tangents
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import leaves
 from mlo.ops.derivatives import Mode
@@ -22,9 +22,8 @@ from mlo.ops.vectors import Vector, add, difference, filled, norm, scaled, total
 from mlo.options.config import Config, Registered
 from mlo.options.registry import PRODUCTS
 from mlo.steps import compiled
-from mlo.steps.evaluation import evaluate
-from mlo.steps.losses import Found, loss_of
-from mlo.steps.operators import explained, needs_graph
+from mlo.steps.losses import Found
+from mlo.steps.operators import explained
 from mlo.steps.point import Gradient, Point, Wanted, gradient, states_at
 from mlo.steps.step import Cotangents, Step, reached
 
@@ -146,7 +145,7 @@ class Forward(Product):
 
         def product(vector: Vector, own: bool = True, cross: bool = True) -> tuple[Vector, Cotangents]:
             try:
-                found = _tangents(point, targets, vector, own, cross)
+                found = tangents(point, targets, vector, own, cross)
             except RuntimeError as error:
                 raise explained(point.level, error) from error
             assert point.cache is not None
@@ -154,39 +153,6 @@ class Forward(Product):
             return _parted(point, found[:end], found[end:], own, targets if cross else ())
 
         return product
-
-
-def _tangents(point: Point, targets: Sequence[str], vector: Vector, own: bool, cross: bool) -> Found:
-    """The derivative of the gradient along ``vector``: for the level's variables, the targets', and at the cache."""
-    base = leaves(point.state.variables)
-    assert point.cache is not None
-    with forward_ad.dual_level(), point.level.differentiable(again=True):
-        if point.apart:
-            zeros = map(torch.zeros_like, base)
-            at = point.at(base)._replace(shift=tuple(map(forward_ad.make_dual, zeros, vector)))
-        else:
-            at = point.at(tuple(map(forward_ad.make_dual, base, vector)))
-        states, _ = states_at(at, at.micro[0])
-        point.cache.begin()
-        loss, _, _ = evaluate(
-            loss_of,
-            point.level,
-            states,
-            at.micro[0],
-            {*targets, *point.inner}.difference(point.level.problem.node.held),
-            point.cache,
-            point.inner,
-            kind="product",
-            count=point.step_number,
-            autocast=point.autocast,
-        )
-        reads = _variables(point, targets) if cross else []
-        inputs = [*(base if own else ()), *reads, *(point.cache.leaves if cross else ())]
-        found: Found = [None] * len(inputs)
-        if inputs:
-            found = torch.autograd.grad(loss, inputs, create_graph=needs_graph(loss), allow_unused=True)
-        tangents = [None if g is None else forward_ad.unpack_dual(g).tangent for g in found]
-    return [None if tangent is None else tangent.detach() for tangent in tangents]
 
 
 class Central(Product):
