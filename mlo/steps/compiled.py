@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +12,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from mlo.levels.batch_trees import opened
 from mlo.levels.state import State, leaves
 from mlo.ops.compiler import SMALL_GRAPH, STEPS
-from mlo.ops.differentiable import TwiceDifferentiable
 from mlo.ops.rng import Randomness
 from mlo.ops.vectors import Vector
 from mlo.steps.evaluation import MicroBatch, evaluate
@@ -118,7 +116,7 @@ def _run(
             raise _NotCompiledError
         return done
 
-    with TwiceDifferentiable() if second else nullcontext():
+    with level.differentiable(second):
         try:
             loss, found, buffers, _ = evaluate(
                 run, level, states, micro, kind=kind, count=point.step_number, autocast=False, twice=second

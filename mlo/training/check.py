@@ -167,7 +167,8 @@ def _difference(engine: Engine, top: str, predicted: Sequence[float], measured: 
         f"It was computed with {_estimators_of(engine, top)}. Of mlo's estimators, unrolled is exact, one_step is "
         "exact if a round has one step, and cg, neumann and nystrom can only be exact at a minimum. If the "
         "estimator should be exact here, either a loss is not a pure function of the problems that it reads "
-        f"(detach, no_grad, state kept between calls), or the estimator is wrong{_left_out(engine)}"
+        f"(detach, no_grad, state kept between calls), or the estimator is wrong{_functions_of(engine)}"
+        f"{_left_out(engine)}"
     )
 
 
@@ -179,6 +180,13 @@ def _estimators_of(engine: Engine, top: str) -> str:
         names = Registered(registry.ESTIMATORS).names(kind) or [kind.__name__]
         used.append(f"{names[0]} through {engine.problems[lower].steps} step(s) of {lower!r}")
     return " and ".join(used) or "no estimator"
+
+
+def _functions_of(engine: Engine) -> str:
+    """A hint, if losses call autograd.Functions, whose second derivative is as right as their backward."""
+    found = sorted({function for level in engine._levels.values() for function in level.operators.functions})
+    which = ", ".join(map(repr, found))
+    return f", or that of an autograd.Function: {which} (try torch.autograd.gradgradcheck)" if found else ""
 
 
 def _left_out(engine: Engine) -> str:

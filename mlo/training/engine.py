@@ -98,7 +98,7 @@ class Engine:
         self._plan.checks.run()
         self.tf32, self._tf32 = tf32, Tf32(tf32, self.device.type == "cuda")
         compiler = Compiler(self.device, rounds_captured=capture) if compile else None
-        self._levels = levels_of(problems, self.device, compiler, self._tf32)
+        self._levels = levels_of(problems, self.device, compiler, self._tf32, self._plan.modes)
         self._gradients = Gradients(self._plan, self._levels)
         self._updater = Updater(self.device, deferred=self.device.type != "cpu")
         self._updater.watched = watched

@@ -15,6 +15,7 @@ from mlo.hypergradient import Estimator, Product, Recording, build_estimator
 from mlo.levels.graph import Graph
 from mlo.levels.problem import Problem
 from mlo.ops import distributed
+from mlo.ops.derivatives import Mode
 from mlo.training.checks import Checks
 
 
@@ -50,6 +51,7 @@ class Plan:
         paths: {problem: the backward pass of its hypergradient, see :meth:`mlo.levels.graph.Graph.paths`}; empty for a
             problem that is not differentiated through others.
         roles: {problem: what follows for its steps}.
+        modes: {problem: how products differentiate its gradient}.
         inner: {problem: lower problems whose steps are part of its curvature}, lowest first.
         nested: the middle problems whose gradient runs through lower ones.
         tops: the top problems that have a hypergradient.
@@ -87,6 +89,7 @@ class Plan:
         self._targets: dict[tuple[str, tuple[str, ...]], tuple[list[str], tuple[str, ...]]] = {}
         self.tops = [name for name in self.graph.tops() if self.graph.is_upper(name)]
         through = {name for paths in self.paths.values() for name in paths}
+        self.modes = {name: self._modes(name) if name in through else frozenset[Mode]() for name in self.graph.names}
         through_in_order = [name for name in self.graph.names if name in through]
         for name in through_in_order:
             self._refuse_half_products(name)
@@ -116,6 +119,16 @@ class Plan:
             again=again,
             joins=recording.joins and keeps_graph and not again,
         )
+
+    def _modes(self, name: str) -> frozenset[Mode]:
+        """How products differentiate a problem's gradient: its own, and those of levels whose inner path it is on."""
+        above = [middle for middle, lows in self.inner.items() if name in lows]
+        modes: set[Mode] = {"reverse"} if above else set()  # inner steps are taken again with their graphs
+        for each in (name, *above):
+            product = getattr(self.estimators[each], "product", None)
+            if isinstance(product, Product) and product.mode is not None:
+                modes.add(product.mode)
+        return frozenset(modes)
 
     def _nested(self) -> list[str]:
         """Middle problems: their gradient goes through lower ones, and that of an upper one through them."""

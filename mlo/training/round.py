@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mlo.levels.state import State, copied
-from mlo.ops.differentiable import TwiceDifferentiable
 from mlo.steps import compiled
 from mlo.steps.level import Level
 from mlo.steps.optimizer import Groups, is_linear
@@ -78,7 +77,7 @@ def in_one_graph(of: Round, states: Mapping[str, State], batches: Sequence[Any],
     start = own._replace(variables=variables, slots=slots, live=False)
     at = {name: states[name]._replace(slots=(), live=False) for name in level.reads} | {level.name: start}
     reached = set(of.targets)
-    with TwiceDifferentiable():
+    with level.differentiable(again=True):
         if not of.real and level.compiles(own):
             done = compiled.steps(level, at, batches, groups, reached)
         else:

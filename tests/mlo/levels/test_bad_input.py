@@ -106,6 +106,15 @@ def test_all_faults_are_reported_at_once():
     assert "'lwo'" in str(raised.value)
 
 
+@pytest.mark.parametrize("script", [torch.jit.script, lambda module: torch.jit.trace(module, torch.ones(1, 2))])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_script_modules(script):
+    with pytest.raises(mlo.ConfigError, match=r"'low': module is a ScriptModule, .* pass the module it is made from"):
+        made(Low, "low", module=script(nn.Linear(2, 2)))
+    with pytest.raises(mlo.ConfigError, match="'low': its submodule '1' is a ScriptModule"):
+        made(Low, "low", module=nn.Sequential(nn.Linear(2, 2), script(nn.Linear(2, 2))))
+
+
 def test_parameters_shared_by_two_problems():
     shared = Point(torch.ones(2))
     with pytest.raises(mlo.GraphError, match=r"'low' and 'top' share a parameter.*copy\.deepcopy"):
