@@ -41,7 +41,11 @@ def test_names_are_unique_in_a_family():
 
 @pytest.mark.parametrize(
     ("namespace", "base", "others"),
-    [(nn, nn.Module, OTHER_LAYERS), (torch.optim, Optimizer, "Optimizer"), (lr_scheduler, lr_scheduler.LRScheduler, "")],
+    [
+        (nn, nn.Module, OTHER_LAYERS),
+        (torch.optim, Optimizer, "Optimizer"),
+        (lr_scheduler, lr_scheduler.LRScheduler, ""),
+    ],
     ids=["torch.nn", "torch.optim", "lr_scheduler"],
 )
 def test_no_class_of_torch_is_left_out(namespace, base, others):

@@ -116,7 +116,7 @@ NORMS = {
     "BatchNorm1d": after(partial(nn.BatchNorm1d, 3), 6, 3),
     "BatchNorm2d": alone(partial(nn.BatchNorm2d, 2), 3, 2, 3, 3),
     "BatchNorm3d": alone(partial(nn.BatchNorm3d, 2), 2, 2, 2, 2, 2),
-    "BatchNorm1d, eval": after(evaluating(partial(nn.BatchNorm1d, 3)), 6, 3),
+    "BatchNorm1d (eval)": after(evaluating(partial(nn.BatchNorm1d, 3)), 6, 3),
     "BatchNorm1d without running statistics": after(partial(nn.BatchNorm1d, 3, track_running_stats=False), 6, 3),
     "BatchNorm1d with momentum=None": after(partial(nn.BatchNorm1d, 3, momentum=None), 6, 3),
     "LayerNorm": after(partial(nn.LayerNorm, 4), 3, 4),
@@ -130,7 +130,7 @@ NORMS = {
 }
 RANDOM = {
     "Dropout": after(nn.Dropout, 6, 4),
-    "Dropout, eval": after(evaluating(nn.Dropout), 6, 4),
+    "Dropout (eval)": after(evaluating(nn.Dropout), 6, 4),
     "Dropout1d": after(nn.Dropout1d, 3, 4, 4),
     "Dropout2d": after(nn.Dropout2d, 3, 4, 2, 4),
     "Dropout3d": after(nn.Dropout3d, 3, 4, 2, 2, 4),
@@ -149,9 +149,9 @@ EMBEDDINGS = {
     },
     "Embedding with sparse=True": {"module": lambda: Words(nn.Embedding(6, 4, sparse=True)), "x": words},
     "Embedding with max_norm": {"module": lambda: Words(nn.Embedding(6, 4, max_norm=1.0)), "x": words},
-    "EmbeddingBag, mean": {"module": lambda: Words(nn.EmbeddingBag(6, 4)), "x": bags},
-    "EmbeddingBag, sum": {"module": lambda: Words(nn.EmbeddingBag(6, 4, mode="sum")), "x": bags},
-    "EmbeddingBag, max": {"module": lambda: Words(nn.EmbeddingBag(6, 4, mode="max")), "x": bags},
+    "EmbeddingBag (mean)": {"module": lambda: Words(nn.EmbeddingBag(6, 4)), "x": bags},
+    "EmbeddingBag (sum)": {"module": lambda: Words(nn.EmbeddingBag(6, 4, mode="sum")), "x": bags},
+    "EmbeddingBag (max)": {"module": lambda: Words(nn.EmbeddingBag(6, 4, mode="max")), "x": bags},
     "EmbeddingBag with sparse=True": {"module": lambda: Words(nn.EmbeddingBag(6, 4, sparse=True)), "x": bags},
 }
 RECURRENT = {
@@ -160,7 +160,7 @@ RECURRENT = {
     "GRU": first(partial(nn.GRU, 3, 4, num_layers=2), 3, 2, 3),
     "GRU with dropout": first(partial(nn.GRU, 3, 4, num_layers=2, dropout=0.4), 3, 2, 3),
     "RNN": first(partial(nn.RNN, 3, 4), 3, 2, 3),
-    "RNN, relu": first(partial(nn.RNN, 3, 4, nonlinearity="relu", bidirectional=True), 3, 2, 3),
+    "RNN (relu)": first(partial(nn.RNN, 3, 4, nonlinearity="relu", bidirectional=True), 3, 2, 3),
     "LSTMCell": first(partial(nn.LSTMCell, 3, 4), 2, 3),
     "GRUCell": first(partial(nn.GRUCell, 3, 4), 2, 3, call=lambda layer, x: layer(x)),
     "RNNCell": first(partial(nn.RNNCell, 3, 4), 2, 3, call=lambda layer, x: layer(x)),
@@ -178,7 +178,7 @@ ATTENTION = {
         call=lambda layer, x: layer(x, x, x, key_padding_mask=torch.tensor([[False, False, True]] * 2))[0],
     ),
     "TransformerEncoderLayer": alone(partial(nn.TransformerEncoderLayer, 4, 2, 5, dropout=0.1), 3, 2, 4),
-    "TransformerEncoderLayer, eval": alone(
+    "TransformerEncoderLayer (eval)": alone(
         evaluating(partial(nn.TransformerEncoderLayer, 4, 2, 5, batch_first=True)), 3, 2, 4
     ),
     "TransformerEncoder": alone(
@@ -195,9 +195,9 @@ ATTENTION = {
         partial(nn.Transformer, 4, 2, 1, 1, 5, dropout=0.0), 3, 2, 4, call=lambda layer, x: layer(x, x.cos())
     ),
     "scaled_dot_product_attention": attending(F.scaled_dot_product_attention),
-    "scaled_dot_product_attention, causal": attending(partial(F.scaled_dot_product_attention, is_causal=True)),
-    "scaled_dot_product_attention, dropout": attending(partial(F.scaled_dot_product_attention, dropout_p=0.3)),
-    "scaled_dot_product_attention, mask": attending(
+    "scaled_dot_product_attention (causal)": attending(partial(F.scaled_dot_product_attention, is_causal=True)),
+    "scaled_dot_product_attention (dropout)": attending(partial(F.scaled_dot_product_attention, dropout_p=0.3)),
+    "scaled_dot_product_attention (mask)": attending(
         partial(F.scaled_dot_product_attention, attn_mask=torch.ones(3, 3, dtype=torch.bool).tril())
     ),
 }
@@ -210,23 +210,38 @@ ACTIVATIONS = {
             *("Softshrink", "Softsign", "Tanh", "Tanhshrink"),
         )
     },
-    "GELU, tanh": after(partial(nn.GELU, approximate="tanh"), 5, 4),
+    "GELU (tanh)": after(partial(nn.GELU, approximate="tanh"), 5, 4),
     "Threshold": after(partial(nn.Threshold, 0.1, 0.5), 5, 4),
     "Softmax": after(partial(nn.Softmax, dim=-1), 5, 4),
     "LogSoftmax": after(partial(nn.LogSoftmax, dim=-1), 5, 4),
     "Softmin": after(partial(nn.Softmin, dim=-1), 5, 4),
     "Softmax2d": after(nn.Softmax2d, 2, 3, 2, 4),
-    "ReLU in place": after(partial(nn.ReLU, inplace=True), 5, 4),
-    "SiLU in place": after(partial(nn.SiLU, inplace=True), 5, 4),
+    "ReLU (inplace)": after(partial(nn.ReLU, inplace=True), 5, 4),
+    "SiLU (inplace)": after(partial(nn.SiLU, inplace=True), 5, 4),
 }
 SHAPES = {
-    **{f"{kind}Pool{n}d": after(partial(getattr(nn, f"{kind}Pool{n}d"), 2), 2, 2, *[4] * n) for kind in ("Avg", "Max") for n in (1, 2, 3)},
-    **{f"Adaptive{kind}Pool{n}d": after(partial(getattr(nn, f"Adaptive{kind}Pool{n}d"), 2), 2, 2, *[3] * n) for kind in ("Avg", "Max") for n in (1, 2, 3)},
+    **{
+        f"{kind}Pool{n}d": after(partial(getattr(nn, f"{kind}Pool{n}d"), 2), 2, 2, *[4] * n)
+        for kind in ("Avg", "Max")
+        for n in (1, 2, 3)
+    },
+    **{
+        f"Adaptive{kind}Pool{n}d": after(partial(getattr(nn, f"Adaptive{kind}Pool{n}d"), 2), 2, 2, *[3] * n)
+        for kind in ("Avg", "Max")
+        for n in (1, 2, 3)
+    },
     **{f"LPPool{n}d": after(partial(getattr(nn, f"LPPool{n}d"), 2, 2), 2, 2, *[4] * n) for n in (1, 2, 3)},
     **{f"MaxUnpool{n}d": unpooled(n) for n in (1, 2, 3)},
-    **{f"{kind}Pad{n}d": after(partial(getattr(nn, f"{kind}Pad{n}d"), 1), 2, 2, *[3] * n) for kind in ("Circular", "Reflection", "Replication", "Zero") for n in (1, 2, 3)},
+    **{
+        f"{kind}Pad{n}d": after(partial(getattr(nn, f"{kind}Pad{n}d"), 1), 2, 2, *[3] * n)
+        for kind in ("Circular", "Reflection", "Replication", "Zero")
+        for n in (1, 2, 3)
+    },
     **{f"ConstantPad{n}d": after(partial(getattr(nn, f"ConstantPad{n}d"), 1, 0.5), 2, 2, *[3] * n) for n in (1, 2, 3)},
-    **{f"Upsample, {mode}": after(partial(nn.Upsample, scale_factor=2, mode=mode), 2, 2, *[3] * n) for mode, n in (("nearest", 2), ("linear", 1), ("bilinear", 2), ("bicubic", 2), ("trilinear", 3))},
+    **{
+        f"Upsample ({mode})": after(partial(nn.Upsample, scale_factor=2, mode=mode), 2, 2, *[3] * n)
+        for mode, n in (("nearest", 2), ("linear", 1), ("bilinear", 2), ("bicubic", 2), ("trilinear", 3))
+    },
     "UpsamplingNearest2d": after(partial(nn.UpsamplingNearest2d, scale_factor=2), 2, 2, 3, 3),
     "UpsamplingBilinear2d": after(partial(nn.UpsamplingBilinear2d, scale_factor=2), 2, 2, 3, 3),
     "PixelShuffle": after(partial(nn.PixelShuffle, 2), 2, 4, 2, 2),
@@ -236,19 +251,23 @@ SHAPES = {
     "Unfold": after(partial(nn.Unfold, 2), 2, 2, 3, 3),
     "Flatten": after(nn.Flatten, 2, 2, 3),
     "Unflatten": after(partial(nn.Unflatten, 1, (2, 2)), 3, 4),
-    "CosineSimilarity": first(lambda: nn.ModuleList([nn.Linear(3, 3), nn.CosineSimilarity()]), 4, 3, call=lambda m, x: m[1](m[0](x), x.cos())),
-    "PairwiseDistance": first(lambda: nn.ModuleList([nn.Linear(3, 3), nn.PairwiseDistance()]), 4, 3, call=lambda m, x: m[1](m[0](x), x.cos())),
+    "CosineSimilarity": first(
+        lambda: nn.ModuleList([nn.Linear(3, 3), nn.CosineSimilarity()]), 4, 3, call=lambda m, x: m[1](m[0](x), x.cos())
+    ),
+    "PairwiseDistance": first(
+        lambda: nn.ModuleList([nn.Linear(3, 3), nn.PairwiseDistance()]), 4, 3, call=lambda m, x: m[1](m[0](x), x.cos())
+    ),
 }
 REPARAMETRIZED = {
     "parametrizations.weight_norm": normed(parametrizations.weight_norm),
     "utils.weight_norm": normed(nn.utils.weight_norm),
-    "parametrizations.spectral_norm, eval": normed(lambda *a: parametrizations.spectral_norm(*a).eval()),
+    "parametrizations.spectral_norm (eval)": normed(lambda *a: parametrizations.spectral_norm(*a).eval()),
     "parametrizations.spectral_norm": normed(parametrizations.spectral_norm)
     | {"tolerance": 0.05, "word": "approximate", "note": "its vectors are constants, as in autograd"},
-    "utils.spectral_norm, eval": normed(lambda *a: nn.utils.spectral_norm(*a).eval()),
-    "parametrizations.orthogonal, matrix_exp": normed(parametrizations.orthogonal, orthogonal_map="matrix_exp"),
-    "parametrizations.orthogonal, cayley": normed(parametrizations.orthogonal, orthogonal_map="cayley"),
-    "parametrizations.orthogonal, householder": normed(parametrizations.orthogonal, orthogonal_map="householder"),
+    "utils.spectral_norm (eval)": normed(lambda *a: nn.utils.spectral_norm(*a).eval()),
+    "parametrizations.orthogonal (matrix_exp)": normed(parametrizations.orthogonal, orthogonal_map="matrix_exp"),
+    "parametrizations.orthogonal (cayley)": normed(parametrizations.orthogonal, orthogonal_map="cayley"),
+    "parametrizations.orthogonal (householder)": normed(parametrizations.orthogonal, orthogonal_map="householder"),
     "prune.l1_unstructured": normed(prune.l1_unstructured, amount=0.4),
     "prune.random_structured": normed(prune.random_structured, amount=1, dim=0),
 }

@@ -78,7 +78,9 @@ LOSSES = {
     "GaussianNLLLoss": of(lambda h: nn.GaussianNLLLoss()(h[:, :2], grid(5, 2).double(), h[:, 2:].exp())),
     "KLDivLoss": among(nn.KLDivLoss(reduction="batchmean")),
     "BCELoss": of(lambda h: nn.BCELoss()(h.sigmoid(), grid(5, 4).double().sigmoid())),
-    "BCEWithLogitsLoss": of(lambda h: nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0))(h, grid(5, 4).double().sigmoid())),
+    "BCEWithLogitsLoss": of(
+        lambda h: nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0))(h, grid(5, 4).double().sigmoid())
+    ),
     "SoftMarginLoss": of(lambda h: nn.SoftMarginLoss()(h[:, 0], SIGNS)),
     "MultiLabelSoftMarginLoss": of(lambda h: nn.MultiLabelSoftMarginLoss()(h, (grid(5, 4) > 0).double())),
     "MultiMarginLoss": right(nn.MultiMarginLoss(p=2)),

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Beta, Dirichlet, Gamma, MultivariateNormal, Normal, StudentT, kl_divergence
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from torch.utils.checkpoint import checkpoint
 
 from .case import Case, cases
 
@@ -31,23 +28,8 @@ class Op(nn.Module):
         return self.op(x)
 
 
-class Using(nn.Module):
-    """A network that passes its own layer to what uses it."""
-
-    def __init__(self, use: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> None:
-        super().__init__()
-        self.layers, self.use = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)), use
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.use(self.layers, x)
-
-
 def of(op: Callable[[Tensor], Any]) -> dict[str, Any]:
     return {"module": lambda: nn.Sequential(nn.Linear(4, 4), Op(op)), "x": lambda: (torch.randn(4, 4),)}
-
-
-def using(use: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> dict[str, Any]:
-    return {"module": lambda: Using(use), "x": lambda: (torch.randn(4, 4),)}
 
 
 def definite(h: Tensor) -> Tensor:
@@ -57,91 +39,6 @@ def definite(h: Tensor) -> Tensor:
 def unit(h: Tensor) -> Tensor:
     """Between 0.1 and 0.9."""
     return 0.1 + 0.8 * h.sigmoid()
-
-
-class Twice(torch.autograd.Function):
-    """A square whose backward is differentiable."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0] * g
-
-
-class Once(Twice):
-    """A square whose backward torch is told not to differentiate."""
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0] * g
-
-
-class Forward(Twice):
-    """A square with a forward derivative too."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x.square()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx, t):
-        return 2 * ctx.saved_tensors[0] * t
-
-
-@torch.library.custom_op("what_works::cube", mutates_args=())
-def cube(x: Tensor) -> Tensor:
-    return x**3
-
-
-cube.register_autograd(
-    lambda ctx, g: 3 * ctx.saved_tensors[0] ** 2 * g,
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
-
-
-@torch.library.custom_op("what_works::opaque", mutates_args=())
-def opaque(x: Tensor) -> Tensor:
-    return x**3
-
-
-@torch.library.custom_op("what_works::opaque_backward", mutates_args=())
-def opaque_backward(x: Tensor, g: Tensor) -> Tensor:
-    return 3 * x**2 * g
-
-
-opaque.register_autograd(
-    lambda ctx, g: opaque_backward(ctx.saved_tensors[0], g),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
-
-
-def saved(h: Tensor) -> Tensor:
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        return h.exp() * h
-
-
-def on_cpu(h: Tensor) -> Tensor:
-    with torch.autograd.graph.save_on_cpu():
-        return h.exp() * h
-
-
-def penalty(layers: Callable[[Tensor], Tensor], x: Tensor, **options: Any) -> Tensor:
-    """The gradient of a network's outputs with respect to its inputs."""
-    with torch.enable_grad():
-        at = x if x.requires_grad else x.detach().requires_grad_()
-        return torch.autograd.grad(layers(at).square().sum(), at, **options)[0] + layers(x)
 
 
 def in_place(h: Tensor) -> Tensor:
@@ -160,8 +57,10 @@ def lu_solved(h: Tensor) -> Tensor:
     return torch.linalg.lu_solve(*torch.linalg.lu_factor(h + EYE), h.sin())
 
 
+CONSTANT = {"by_autograd": True, "note": "what is detached is a constant, as in autograd"}
+MORE = {"gumbel_softmax (hard)": CONSTANT}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "linalg": {
+    "torch.linalg": {
         "inv": lambda h: torch.linalg.inv(h + EYE),
         "solve": lambda h: torch.linalg.solve(h + EYE, h.sin()),
         "det": torch.linalg.det,
@@ -181,15 +80,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "pinv": lambda h: torch.linalg.pinv(h[:, :2] + EYE[:, :2]),
         "lstsq": lambda h: torch.linalg.lstsq(h[:, :2] + EYE[:, :2], h[:, 2:]).solution,
         "norm": torch.linalg.norm,
-        "norm, nuclear": lambda h: torch.linalg.matrix_norm(h, "nuc"),
-        "norm, spectral": lambda h: torch.linalg.matrix_norm(h, 2),
+        "norm (nuclear)": lambda h: torch.linalg.matrix_norm(h, "nuc"),
+        "norm (spectral)": lambda h: torch.linalg.matrix_norm(h, 2),
         "vector_norm": lambda h: torch.linalg.vector_norm(h, 3, dim=1),
         "cond": lambda h: torch.linalg.cond(h + EYE),
         "cross": lambda h: torch.linalg.cross(h[:, :3], h[:, 1:]),
         "multi_dot": lambda h: torch.linalg.multi_dot([h, h.sin(), h.cos()]),
         "householder_product": lambda h: torch.linalg.householder_product(h.tril(-1), unit(h[0])),
     },
-    "fft": {
+    "torch.fft": {
         "fft, ifft": lambda h: torch.fft.ifft(torch.fft.fft(h) * torch.arange(4)),
         "fft2": lambda h: torch.fft.fft2(h).abs(),
         "rfft, irfft": lambda h: torch.fft.irfft(torch.fft.rfft(h) ** 2),
@@ -219,14 +118,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "index_add, index_copy, index_fill": lambda h: (
             h.index_add(0, INDEX, h[:3].sin()).index_copy(0, INDEX[:2], h[2:].cos()).index_fill(1, INDEX[:1], 0.5)
         ),
-        "index_put, accumulate": lambda h: h.index_put((INDEX,), h[:3].sin(), accumulate=True),
+        "index_put (accumulate)": lambda h: h.index_put((INDEX,), h[:3].sin(), accumulate=True),
         "index_reduce": lambda h: h.index_reduce(0, INDEX, h[:3].exp(), "mean"),
         "scatter": lambda h: h.scatter(1, ROWS[:, 1:3], h[:, :2].sin()),
         "scatter_add": lambda h: h.scatter_add(1, ROWS, h.sin()),
-        "scatter_reduce, sum": lambda h: h.scatter_reduce(1, ROWS, h.sin(), "sum"),
-        "scatter_reduce, mean": lambda h: h.scatter_reduce(1, ROWS, h.sin(), "mean"),
-        "scatter_reduce, amax": lambda h: h.scatter_reduce(1, ROWS, h.sin(), "amax"),
-        "scatter_reduce, prod": lambda h: h.scatter_reduce(1, ROWS, h.exp(), "prod"),
+        "scatter_reduce (sum)": lambda h: h.scatter_reduce(1, ROWS, h.sin(), "sum"),
+        "scatter_reduce (mean)": lambda h: h.scatter_reduce(1, ROWS, h.sin(), "mean"),
+        "scatter_reduce (amax)": lambda h: h.scatter_reduce(1, ROWS, h.sin(), "amax"),
+        "scatter_reduce (prod)": lambda h: h.scatter_reduce(1, ROWS, h.exp(), "prod"),
         "segment_reduce": lambda h: torch.segment_reduce(h, "sum", lengths=torch.tensor([1, 3])),
         "masked_select, boolean masks": lambda h: h[h > 0].sum() * h.masked_select(h < 0.5).square().sum(),
         "masked_fill, masked_scatter, where": lambda h: torch.where(
@@ -262,20 +161,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "lgamma": lambda h: torch.lgamma(h.exp()),
         "digamma, polygamma": lambda h: torch.digamma(h.exp()) + torch.polygamma(1, h.exp()),
         "multigammaln": lambda h: torch.special.multigammaln(3 + h.exp(), 2),
-        "i0, i0e, i1, i1e": lambda h: torch.special.i0(h) + torch.i0(h.sin()) + torch.special.i1(h) + torch.special.i1e(h) + torch.special.i0e(h),
-        "xlogy, xlog1py, entr": lambda h: torch.xlogy(h, h.exp()) + torch.special.xlog1py(h, h.exp()) + torch.special.entr(h.exp()),
-        "logit, expit, log_ndtr, ndtri": lambda h: torch.logit(unit(h)) + torch.special.log_ndtr(h) + torch.special.ndtri(unit(h)),
+        "i0, i0e, i1, i1e": lambda h: (
+            torch.special.i0(h) + torch.i0(h.sin()) + torch.special.i1(h) + torch.special.i1e(h) + torch.special.i0e(h)
+        ),
+        "xlogy, xlog1py, entr": lambda h: (
+            torch.xlogy(h, h.exp()) + torch.special.xlog1py(h, h.exp()) + torch.special.entr(h.exp())
+        ),
+        "logit, expit, log_ndtr, ndtri": lambda h: (
+            torch.logit(unit(h)) + torch.special.log_ndtr(h) + torch.special.ndtri(unit(h))
+        ),
         "sinc": lambda h: torch.sinc(h),
         "erfcx": lambda h: torch.special.erfcx(h),
         "zeta": lambda h: torch.special.zeta(torch.full_like(h, 2.0), 1 + h.exp()),
         "bessel_j0": lambda h: torch.special.bessel_j0(h),
         "igamma": lambda h: torch.igamma(torch.full_like(h, 2.0), h.exp()),
-        "pow, hypot, atan2, logaddexp": lambda h: h.exp() ** h + torch.hypot(h, h.cos()) + torch.atan2(h, h.cos()) + torch.logaddexp(h, h.sin()),
+        "pow, hypot, atan2, logaddexp": lambda h: (
+            h.exp() ** h + torch.hypot(h, h.cos()) + torch.atan2(h, h.cos()) + torch.logaddexp(h, h.sin())
+        ),
     },
     "Complex numbers": {
         "complex, polar, abs, angle": lambda h: torch.complex(h, h.sin()).angle() * torch.polar(h.exp(), h.cos()).abs(),
-        "view_as_complex, conj, real, imag": lambda h: (lambda z: z.conj().real * z.imag)(torch.view_as_complex(h.view(4, 2, 2)).exp()),
-        "complex matrix product and solve": lambda h: torch.linalg.solve(torch.complex(h, h.sin()) + EYE, torch.complex(h.cos(), h)),
+        "view_as_complex, conj, real, imag": lambda h: (lambda z: z.conj().real * z.imag)(
+            torch.view_as_complex(h.view(4, 2, 2)).exp()
+        ),
+        "complex matrix product and solve": lambda h: torch.linalg.solve(
+            torch.complex(h, h.sin()) + EYE, torch.complex(h.cos(), h)
+        ),
     },
     "Sampling": {
         "Normal.rsample": lambda h: Normal(h, h.exp()).rsample(),
@@ -284,16 +195,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "Beta.rsample": lambda h: Beta(h.exp(), h.cos().exp()).rsample(),
         "Dirichlet.rsample": lambda h: Dirichlet(h.exp()).rsample(),
         "StudentT.rsample": lambda h: StudentT(3.0, h, h.exp()).rsample(),
-        "kl_divergence": lambda h: kl_divergence(Normal(h, unit(h)), Normal(h.sin(), 1.0)) + kl_divergence(Beta(unit(h), 1.0), Beta(2.0, unit(h))),
+        "kl_divergence": lambda h: (
+            kl_divergence(Normal(h, unit(h)), Normal(h.sin(), 1.0))
+            + kl_divergence(Beta(unit(h), 1.0), Beta(2.0, unit(h)))
+        ),
         "gumbel_softmax": lambda h: F.gumbel_softmax(h),
-        "gumbel_softmax, hard": lambda h: F.gumbel_softmax(h, hard=True),
+        "gumbel_softmax (hard)": lambda h: F.gumbel_softmax(h, hard=True),
     },
     "Resampling and geometry": {
-        "interpolate, area": lambda h: F.interpolate(h.view(1, 1, 4, 4), scale_factor=0.5, mode="area"),
-        "interpolate, antialias": lambda h: F.interpolate(h.view(1, 1, 4, 4), 3, mode="bilinear", antialias=True),
+        "interpolate (area)": lambda h: F.interpolate(h.view(1, 1, 4, 4), scale_factor=0.5, mode="area"),
+        "interpolate (antialias)": lambda h: F.interpolate(h.view(1, 1, 4, 4), 3, mode="bilinear", antialias=True),
         "affine_grid": lambda h: F.affine_grid(h[:, :3].reshape(2, 2, 3), [2, 1, 2, 2], align_corners=False),
         "grid_sample": lambda h: F.grid_sample(h.view(1, 1, 4, 4), h.view(1, 4, 2, 2).tanh() * 0.7, align_corners=True),
-        "grid_sample, bicubic": lambda h: F.grid_sample(
+        "grid_sample (bicubic)": lambda h: F.grid_sample(
             h.view(1, 1, 4, 4), h.view(1, 4, 2, 2).tanh() * 0.7, mode="bicubic", align_corners=True
         ),
     },
@@ -305,63 +219,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         ),
     },
 }
-USING = {
-    "torch.func": {
-        "grad": lambda net, x: grad(lambda z: net(z).square().sum())(x),
-        "vjp": lambda net, x: (lambda out, pull: pull(out.cos())[0])(*vjp(net, x)),
-        "jvp": lambda net, x: jvp(net, (x,), (x.cos(),))[1],
-        "jacrev": lambda net, x: jacrev(net)(x[0]),
-        "jacfwd": lambda net, x: jacfwd(net)(x[0]),
-        "hessian": lambda net, x: hessian(lambda z: net(z).sum())(x[0]),
-        "vmap": lambda net, x: vmap(net)(x),
-        "vmap of grad": lambda net, x: vmap(grad(lambda z: net(z).square().sum()))(x),
-        "functional_call": lambda net, x: functional_call(net, {n: p.sin() for n, p in net.named_parameters()}, (x,)),
-    },
-    "Autograd inside a loss": {
-        "autograd.grad with create_graph=True": lambda net, x: penalty(net, x, create_graph=True),
-        "autograd.grad without create_graph": lambda net, x: penalty(net, x, retain_graph=True),
-        "autograd.functional.jacobian": lambda net, x: torch.autograd.functional.jacobian(net, x[0], create_graph=True),
-        "detach, no_grad": lambda net, x: net(x) * net(x).detach().sin(),
-        "straight-through estimator": lambda net, x: net(x).round() + net(x) - net(x).detach(),
-        "saved_tensors_hooks": lambda net, x: saved(net(x)),
-        "save_on_cpu": lambda net, x: on_cpu(net(x)),
-        "Tensor.register_hook": lambda net, x: hooked(net(x)),
-    },
-    "Activation checkpointing": {
-        "checkpoint, use_reentrant=False": lambda net, x: checkpoint(net, x, use_reentrant=False),
-        "checkpoint, use_reentrant=True": lambda net, x: checkpoint(net, x, use_reentrant=True),
-    },
-    "Operators of your own": {
-        "autograd.Function": lambda net, x: Twice.apply(net(x)),
-        "autograd.Function with once_differentiable": lambda net, x: Once.apply(net(x)),
-        "autograd.Function with jvp": lambda net, x: Forward.apply(net(x)),
-        "custom_op with a differentiable backward": lambda net, x: cube(net(x)),
-        "custom_op with an opaque backward": lambda net, x: opaque(net(x)),
-    },
-}
-
-
-CONSTANT = {"by_autograd": True, "note": "what is detached is a constant, as in autograd"}
-ONLY_EXACT = {"by_autograd": True, "limits": {"product `forward`": "not exact"}}
-UNSYMMETRIC = "`forward` assumes that the gradient is one of a loss"
-MORE: dict[str, dict[str, Any]] = {
-    "gumbel_softmax, hard": CONSTANT,
-    "detach, no_grad": CONSTANT,
-    "straight-through estimator": CONSTANT,
-    "autograd.grad without create_graph": ONLY_EXACT | {"note": f"a constant, as in autograd; {UNSYMMETRIC}"},
-    "Tensor.register_hook": ONLY_EXACT | {"note": UNSYMMETRIC},
-}
-
-
-def hooked(h: Tensor) -> Tensor:
-    if h.requires_grad:
-        h.register_hook(lambda g: g.clamp(-0.1, 0.1) * 0.5)
-    return h
-
-
 CASES: list[Case] = [
     case
-    for made, families in ((of, FAMILIES), (using, USING))
-    for family, members in families.items()
-    for case in cases(family, {name: made(op) | MORE.get(name, {}) for name, op in members.items()})
+    for family, members in FAMILIES.items()
+    for case in cases(family, {name: of(op) | MORE.get(name, {}) for name, op in members.items()})
 ]

@@ -81,38 +81,40 @@ class Signed(Optimizer):
 
 OPTIMIZERS = {
     "SGD": of("SGD", lr=0.1),
-    "SGD, momentum": of("SGD", lr=0.1, momentum=0.9, weight_decay=0.1),
-    "SGD, momentum, first step": first(of("SGD", lr=0.1, momentum=0.9)),
-    "SGD, nesterov": of("SGD", lr=0.1, momentum=0.9, nesterov=True),
-    "SGD, dampening": of("SGD", lr=0.1, momentum=0.9, dampening=0.3),
-    "SGD, maximize": of("SGD", lr=0.1, maximize=True, momentum=0.5),
-    "SGD, foreach": of("SGD", lr=0.1, momentum=0.9, foreach=True),
-    "SGD, fused": of("SGD", lr=0.1, momentum=0.9, fused=True),
-    "SGD, differentiable": of("SGD", lr=0.1, momentum=0.9, differentiable=True) | {"warm": 0, "plain": lambda p: SGD(p, lr=0.1, momentum=0.9)},
-    "SGD, lr as a tensor": of("SGD", lr=torch.tensor(0.1, dtype=torch.float64), momentum=0.9),
-    "SGD, lr 0": of("SGD", lr=0.0),
+    "SGD (momentum)": of("SGD", lr=0.1, momentum=0.9, weight_decay=0.1),
+    "SGD (momentum, first step)": first(of("SGD", lr=0.1, momentum=0.9)),
+    "SGD (nesterov)": of("SGD", lr=0.1, momentum=0.9, nesterov=True),
+    "SGD (dampening)": of("SGD", lr=0.1, momentum=0.9, dampening=0.3),
+    "SGD (maximize)": of("SGD", lr=0.1, maximize=True, momentum=0.5),
+    "SGD (foreach)": of("SGD", lr=0.1, momentum=0.9, foreach=True),
+    "SGD (fused)": of("SGD", lr=0.1, momentum=0.9, fused=True),
+    "SGD (differentiable)": of("SGD", lr=0.1, momentum=0.9, differentiable=True)
+    | {"warm": 0, "plain": lambda p: SGD(p, lr=0.1, momentum=0.9)},
+    "SGD (lr as a tensor)": of("SGD", lr=torch.tensor(0.1, dtype=torch.float64), momentum=0.9),
+    "SGD (lr 0)": of("SGD", lr=0.0),
     "Adam": of("Adam", lr=0.1),
-    "Adam, first step": first(of("Adam", lr=0.1, eps=0.1)),
-    "Adam, weight_decay": of("Adam", lr=0.1, weight_decay=0.1, betas=(0.5, 0.9)),
-    "Adam, amsgrad": of("Adam", lr=0.1, amsgrad=True),
-    "Adam, maximize": of("Adam", lr=0.1, maximize=True),
-    "Adam, decoupled_weight_decay": of("Adam", lr=0.1, weight_decay=0.1, decoupled_weight_decay=True),
-    "Adam, foreach": of("Adam", lr=0.1, foreach=True),
-    "Adam, fused": of("Adam", lr=0.1, fused=True),
-    "Adam, differentiable": of("Adam", lr=0.1, eps=0.1, differentiable=True) | {"warm": 0, "plain": lambda p: Adam(p, lr=0.1, eps=0.1)},
-    "Adam, lr as a tensor": of("Adam", lr=torch.tensor(0.1, dtype=torch.float64), foreach=False),
+    "Adam (first step)": first(of("Adam", lr=0.1, eps=0.1)),
+    "Adam (weight_decay)": of("Adam", lr=0.1, weight_decay=0.1, betas=(0.5, 0.9)),
+    "Adam (amsgrad)": of("Adam", lr=0.1, amsgrad=True),
+    "Adam (maximize)": of("Adam", lr=0.1, maximize=True),
+    "Adam (decoupled_weight_decay)": of("Adam", lr=0.1, weight_decay=0.1, decoupled_weight_decay=True),
+    "Adam (foreach)": of("Adam", lr=0.1, foreach=True),
+    "Adam (fused)": of("Adam", lr=0.1, fused=True),
+    "Adam (differentiable)": of("Adam", lr=0.1, eps=0.1, differentiable=True)
+    | {"warm": 0, "plain": lambda p: Adam(p, lr=0.1, eps=0.1)},
+    "Adam (lr as a tensor)": of("Adam", lr=torch.tensor(0.1, dtype=torch.float64), foreach=False),
     "AdamW": of("AdamW", lr=0.1),
-    "AdamW, amsgrad": of("AdamW", lr=0.1, amsgrad=True),
-    "AdamW, fused": of("AdamW", lr=0.1, fused=True),
+    "AdamW (amsgrad)": of("AdamW", lr=0.1, amsgrad=True),
+    "AdamW (fused)": of("AdamW", lr=0.1, fused=True),
     "NAdam": of("NAdam", lr=0.1),
-    "NAdam, decoupled_weight_decay": of("NAdam", lr=0.1, weight_decay=0.1, decoupled_weight_decay=True),
+    "NAdam (decoupled_weight_decay)": of("NAdam", lr=0.1, weight_decay=0.1, decoupled_weight_decay=True),
     "RAdam": of("RAdam", lr=0.1, weight_decay=0.1),
     "Adamax": of("Adamax", lr=0.1, weight_decay=0.1),
     "Adagrad": of("Adagrad", lr=0.1, lr_decay=0.1, initial_accumulator_value=0.1),
-    "Adagrad, fused": of("Adagrad", lr=0.1, fused=True),
+    "Adagrad (fused)": of("Adagrad", lr=0.1, fused=True),
     "Adadelta": of("Adadelta", weight_decay=0.1),
     "RMSprop": of("RMSprop", lr=0.1),
-    "RMSprop, momentum, centered": of("RMSprop", lr=0.1, momentum=0.5, centered=True, weight_decay=0.1),
+    "RMSprop (momentum, centered)": of("RMSprop", lr=0.1, momentum=0.5, centered=True, weight_decay=0.1),
     "ASGD": of("ASGD", lr=0.1, weight_decay=0.1),
     "Rprop": of("Rprop", lr=0.1),
     "Adafactor": of("Adafactor", lr=0.1),
@@ -138,7 +140,7 @@ def momentum(parameters: Any) -> Optimizer:
 
 SCHEDULERS = {
     "LambdaLR": scheduled(lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step))),
-    "LambdaLR, warm-up from 0": scheduled(lambda o: lr_scheduler.LambdaLR(o, lambda step: step / 10)),
+    "LambdaLR (warm-up from 0)": scheduled(lambda o: lr_scheduler.LambdaLR(o, lambda step: step / 10)),
     "MultiplicativeLR": scheduled(lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.5)),
     "StepLR": scheduled(lambda o: lr_scheduler.StepLR(o, 1, 0.5)),
     "MultiStepLR": scheduled(lambda o: lr_scheduler.MultiStepLR(o, [1], 0.5)),
@@ -201,24 +203,29 @@ def bounded(optimizer: Optimizer, *_: Any) -> None:
 def stepped_in_backward(linear: nn.Module) -> None:
     for parameter in linear.parameters():
         optimizer = SGD([parameter], lr=0.1)
-        parameter.register_post_accumulate_grad_hook(lambda p, o=optimizer: (o.step(), o.zero_grad()) and None)
+
+        def hook(parameter: Tensor, optimizer: Optimizer = optimizer) -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        parameter.register_post_accumulate_grad_hook(hook)
 
 
 HOOKS = {
-    "Tensor.register_hook of a parameter, a mask": hooked(lambda m: m.weight.register_hook(lambda g: g * MASK)),
-    "Tensor.register_hook of a parameter, clamping": hooked(
+    "Tensor.register_hook of a parameter (a mask)": hooked(lambda m: m.weight.register_hook(lambda g: g * MASK)),
+    "Tensor.register_hook of a parameter (clamping)": hooked(
         lambda m: m.weight.register_hook(lambda g: g.clamp(-0.01, 0.01))
     ),
     "Tensor.register_hook of a parameter that only looks": hooked(lambda m: m.weight.register_hook(lambda g: None)),
-    "register_post_accumulate_grad_hook, a mask": hooked(lambda m: m.weight.register_post_accumulate_grad_hook(masked)),
-    "register_post_accumulate_grad_hook, a step": hooked(stepped_in_backward),
-    "Optimizer.register_step_pre_hook, clipping": stepping(
+    "register_post_accumulate_grad_hook (a mask)": hooked(
+        lambda m: m.weight.register_post_accumulate_grad_hook(masked)
+    ),
+    "register_post_accumulate_grad_hook (a step)": hooked(stepped_in_backward),
+    "Optimizer.register_step_pre_hook (clipping)": stepping(
         lambda o: o.register_step_pre_hook(lambda o, *_: nn.utils.clip_grad_norm_(of_group(o), 0.05) and None)
     ),
-    "Optimizer.register_step_post_hook, shrinking weights": stepping(lambda o: o.register_step_post_hook(bounded)),
-    "Optimizer.register_step_post_hook that only looks": stepping(
-        lambda o: o.register_step_post_hook(lambda *_: None)
-    ),
+    "Optimizer.register_step_post_hook (shrinking weights)": stepping(lambda o: o.register_step_post_hook(bounded)),
+    "Optimizer.register_step_post_hook that only looks": stepping(lambda o: o.register_step_post_hook(lambda *_: None)),
     "Module.register_forward_pre_hook": hooked(lambda m: m.register_forward_pre_hook(lambda m, x: (x[0].sin(),))),
     "Module.register_forward_hook": hooked(lambda m: m.register_forward_hook(lambda m, x, y: y * m.weight.sum())),
     "Module.register_full_backward_hook that only looks": hooked(

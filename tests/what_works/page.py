@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 
-from . import layers, losses, operators, optimizers, programs
-from .case import COLUMNS, Case, Found, verdict
+from . import autograd, batches, layers, losses, modules, operators, optimizers
+from .case import Case
+from .finding import COLUMNS, Found, verdict
 
 PAGE = Path(__file__).parents[2] / "docs" / "what_works.md"
-CASES: list[Case] = [
-    case for part in (layers, losses, operators, optimizers, programs) for case in part.CASES
-]
+PARTS = (layers, losses, operators, autograd, optimizers, batches, modules)
+CASES: list[Case] = [case for part in PARTS for case in part.CASES]
 FAMILIES = {family: list(members) for family, members in groupby(CASES, lambda case: case.family)}
 HEAD = """# What works
 
@@ -34,7 +34,9 @@ and `truncated` use the same products. `product forward` is `unrolled` with `pro
 `penalty` need no second derivatives: their errors are [those of a finite
 difference](estimators.md#how-products-are-computed).
 
-As in autograd, buffers, and what a loss detaches, count as constants.
+As in autograd, buffers, and what a loss detaches, count as constants. With a scheduler, the table is about the
+hypergradient of a round: `engine.hypergradient` uses the current learning rate for all its steps. The guide says what
+can be [compiled](guide.md#compiling) and [captured](guide.md#cuda-graphs).
 
 The tables are for PyTorch 2.14 on a CPU. `python -m tests.what_works` writes this page, and a test compares it with
 what it finds.
@@ -49,7 +51,7 @@ def section(family: str, found: Mapping[str, Found]) -> str:
         row = (*(shown.verdicts[column] for column in COLUMNS), _note(case, shown))
         rows.setdefault(row, []).append(case.name)
     titles = ["", *COLUMNS, "note"]
-    lines = [titles, ["---"] * len(titles), *([_joined(names), *row] for row, names in rows.items())]
+    lines = [titles, ["---"] * len(titles), *([", ".join(names), *row] for row, names in rows.items())]
     return f"## {family}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -72,8 +74,3 @@ def _note(case: Case, found: Found) -> str:
     for note, columns in found.notes.items():
         notes.append(note if len(columns) == len(COLUMNS) else f"{', '.join(columns)}: {note}")
     return "; ".join(notes).replace("|", "\\|")
-
-
-def _joined(names: list[str]) -> str:
-    """Names in a cell; those with a comma of their own make semicolons of the others."""
-    return ("; " if any("," in name for name in names) else ", ").join(names)
