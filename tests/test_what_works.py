@@ -17,7 +17,7 @@ OTHER_LAYERS = """Container DataParallel Module ModuleDict ModuleList NLLLoss2d 
 RNNCellBase Sequential SyncBatchNorm"""
 
 
-@pytest.mark.filterwarnings("default:::mlo")
+@pytest.mark.filterwarnings("ignore")  # of torch; those of mlo are looked at
 @pytest.mark.parametrize(
     "family", [pytest.param(family, marks=pytest.mark.slow if family == SLOW else ()) for family in FAMILIES]
 )

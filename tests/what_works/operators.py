@@ -1,4 +1,4 @@
-"""Families of operators, of the outputs of a linear layer: a matrix of 4 rows of 4 numbers."""
+"""Families of operators, of the outputs of a layer: a matrix of 4 rows of 4 numbers between -1 and 1."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Op(nn.Module):
 
 
 def of(op: Callable[[Tensor], Any]) -> dict[str, Any]:
-    return {"module": lambda: nn.Sequential(nn.Linear(4, 4), Op(op)), "x": lambda: (torch.randn(4, 4),)}
+    return {"module": lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Op(op)), "x": lambda: (torch.randn(4, 4),)}
 
 
 def definite(h: Tensor) -> Tensor:
