@@ -143,8 +143,8 @@ USING = {
         "Tensor.register_hook": lambda net, x: hooked(net(x)),
     },
     "Activation checkpointing": {
-        "checkpoint, use_reentrant=False": lambda net, x: checkpoint(net, x, use_reentrant=False),
-        "checkpoint, use_reentrant=True": lambda net, x: checkpoint(net, x, use_reentrant=True),
+        "checkpoint (use_reentrant=False)": lambda net, x: checkpoint(net, x, use_reentrant=False),
+        "checkpoint (use_reentrant=True)": lambda net, x: checkpoint(net, x, use_reentrant=True),
     },
     "Operators of your own": {
         "autograd.Function": lambda net, x: Twice.apply(net(x)),

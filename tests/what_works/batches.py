@@ -18,6 +18,8 @@ from .case import Case, cases, fit, grid, judge
 
 IN_DOUBLE = {"dtype": torch.float32, "cast": torch.float64, "tolerance": 1e-5}
 
+IN_SINGLE = {"cast": None, "tolerance": 1e-4, "word": "up to rounding"}
+
 
 class Named(NamedTuple):
     x: Tensor
@@ -86,10 +88,11 @@ BATCHES = {
     "dataclass": holding(Data, lambda batch: batch.x),
     "frozen dataclass": holding(Frozen, lambda batch: batch.x),
     "SimpleNamespace": holding(lambda x: SimpleNamespace(x=x), lambda batch: batch.x),
+    "an object of a class of your own (hypergradient in float32)": holding(Holder, lambda batch: batch.x, **IN_SINGLE),
     "an object of a class of your own": holding(Holder, lambda batch: batch.x),
     "strings and numbers beside tensors": holding(lambda x: {"x": x, "name": "a", "n": 3}, lambda batch: batch["x"]),
     "NumPy arrays": holding(
-        lambda x: (x.numpy(),), lambda batch: torch.as_tensor(batch[0]).to(torch.get_default_dtype()), cast=None
+        lambda x: (x.numpy(),), lambda batch: torch.as_tensor(batch[0]).to(torch.get_default_dtype()), **IN_SINGLE
     ),
     "PackedSequence": {
         "module": Packing,
@@ -99,7 +102,7 @@ BATCHES = {
         **IN_DOUBLE,
     },
     "sparse COO tensor": holding(lambda x: x.to_sparse(), lambda batch: batch.to_dense()),
-    "sparse COO tensor, multiplied": holding(
+    "sparse COO tensor (multiplied)": holding(
         lambda x: x.to_sparse(), lambda batch: batch @ torch.ones(3, 3, dtype=batch.dtype)
     ),
     "sparse CSR tensor": holding(lambda x: x.to_sparse_csr(), lambda batch: batch.to_dense()),
@@ -145,16 +148,16 @@ def complex_layer(dtype: torch.dtype) -> dict[str, Any]:
 PRECISIONS = {
     "float64": number(torch.float64, 1e-6),
     "float32": number(torch.float32, 1e-4),
-    "float32, hypergradient in float64": number(torch.float32, 1e-5, cast=torch.float64) | {"word": "exact"},
+    "float32 (hypergradient in float64)": number(torch.float32, 1e-5, cast=torch.float64) | {"word": "exact"},
     "bfloat16 autocast": number(torch.float32, 0.1, options={"autocast": torch.bfloat16}),
     "float16 autocast": number(torch.float32, 0.02, options={"autocast": torch.float16}),
     "bfloat16 parameters": number(torch.bfloat16, 0.2),
     "float16 parameters": number(torch.float16, 0.02),
     "float32 and float64 parameters": number(torch.float32, 1e-4, module=Mixed),
     "complex128 parameters": complex_layer(torch.complex128),
-    "complex128 parameters, momentum": complex_layer(torch.complex128)
+    "complex128 parameters (momentum)": complex_layer(torch.complex128)
     | {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)},
-    "complex128 parameters, Adam": complex_layer(torch.complex128)
+    "complex128 parameters (Adam)": complex_layer(torch.complex128)
     | {"optimizer": lambda p: Adam(p, lr=0.1), "warm": 3},
 }
 

@@ -106,7 +106,7 @@ LINEAR = {
     "Conv2d": alone(partial(nn.Conv2d, 2, 3, 3, padding=1), 2, 2, 5, 5),
     "Conv3d": alone(partial(nn.Conv3d, 2, 2, 2), 2, 2, 3, 3, 3),
     "Conv2d depthwise": alone(partial(nn.Conv2d, 4, 4, 3, groups=4, bias=False), 2, 4, 5, 5),
-    "Conv2d dilated, strided": alone(partial(nn.Conv2d, 2, 3, 3, stride=2, dilation=2), 2, 2, 7, 7),
+    "Conv2d (dilated, strided)": alone(partial(nn.Conv2d, 2, 3, 3, stride=2, dilation=2), 2, 2, 7, 7),
     "Conv2d padding_mode": alone(partial(nn.Conv2d, 2, 3, 3, padding=1, padding_mode="circular"), 2, 2, 4, 4),
     "ConvTranspose1d": alone(partial(nn.ConvTranspose1d, 2, 3, 3), 2, 2, 5),
     "ConvTranspose2d": alone(partial(nn.ConvTranspose2d, 2, 3, 3, stride=2), 2, 2, 3, 3),
@@ -263,7 +263,7 @@ REPARAMETRIZED = {
     "utils.weight_norm": normed(nn.utils.weight_norm),
     "parametrizations.spectral_norm (eval)": normed(lambda *a: parametrizations.spectral_norm(*a).eval()),
     "parametrizations.spectral_norm": normed(parametrizations.spectral_norm)
-    | {"tolerance": 0.05, "word": "approximate", "note": "its vectors are constants, as in autograd"},
+    | {"tolerance": 0.02, "word": "approximate", "note": "its vectors are constants, as in autograd"},
     "utils.spectral_norm (eval)": normed(lambda *a: nn.utils.spectral_norm(*a).eval()),
     "parametrizations.orthogonal (matrix_exp)": normed(parametrizations.orthogonal, orthogonal_map="matrix_exp"),
     "parametrizations.orthogonal (cayley)": normed(parametrizations.orthogonal, orthogonal_map="cayley"),

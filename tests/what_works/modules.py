@@ -168,8 +168,8 @@ MODULES = {
         "parameters clamped in forward": Clamping,
         "parameters initialized by the first batch": Initializing,
         "checkpointed activations": Checkpointed,
-        "lazy layers, called before": called(lazy),
-        "lazy layers, not called yet": lazy,
+        "lazy layers (called before)": called(lazy),
+        "lazy layers (not called yet)": lazy,
         "DataParallel": lambda: nn.DataParallel(Net()),
     }.items()
 } | {
@@ -186,8 +186,8 @@ TRACED = {
         "torch.jit.trace": lambda: torch.jit.trace(Net(), torch.randn(4, 3)),
         "torch.export": lambda: torch.export.export(Net(), (torch.randn(4, 3),)).module(),
         "torch.fx": lambda: torch.fx.symbolic_trace(Net()),
-        "torch.compile, backend eager": lambda: compiled("eager"),
-        "torch.compile, backend aot_eager": lambda: compiled("aot_eager"),
+        "torch.compile (backend eager)": lambda: compiled("eager"),
+        "torch.compile (backend aot_eager)": lambda: compiled("aot_eager"),
     }.items()
 }
 

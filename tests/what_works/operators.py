@@ -58,7 +58,11 @@ def lu_solved(h: Tensor) -> Tensor:
 
 
 CONSTANT = {"by_autograd": True, "note": "what is detached is a constant, as in autograd"}
-MORE = {"gumbel_softmax (hard)": CONSTANT}
+JUMPS = {"limits": {"`darts`": "not exact"}, "note": "samples jump, so differences are inaccurate"}
+MORE = {
+    "gumbel_softmax (hard)": CONSTANT,
+    **dict.fromkeys(("Gamma.rsample", "Beta.rsample", "Dirichlet.rsample"), JUMPS),
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "torch.linalg": {
         "inv": lambda h: torch.linalg.inv(h + EYE),

@@ -79,6 +79,20 @@ class Signed(Optimizer):
                 parameter.sub_(parameter.grad.tanh(), alpha=group["lr"])
 
 
+def clipping(parameters: Any) -> Optimizer:
+    optimizer = SGD(parameters, lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: clip(optimizer))
+    return optimizer
+
+
+def clip(optimizer: Optimizer, *_: Any) -> None:
+    nn.utils.clip_grad_norm_(of_group(optimizer), 0.05)
+
+
+def of_group(optimizer: Optimizer) -> list[Tensor]:
+    return optimizer.param_groups[0]["params"]
+
+
 OPTIMIZERS = {
     "SGD": of("SGD", lr=0.1),
     "SGD (momentum)": of("SGD", lr=0.1, momentum=0.9, weight_decay=0.1),
@@ -122,6 +136,7 @@ OPTIMIZERS = {
     "SparseAdam": EMBEDDINGS["Embedding with sparse=True"]
     | {"optimizer": lambda parameters: torch.optim.SparseAdam(list(parameters)[:1]), "warm": 3},
     "LBFGS": of("LBFGS") | {"warm": 0},
+    "clip_norm of the problem": {"module": layer, "options": {"clip_norm": 0.05}, "plain": clipping},
     "parameter groups": making(grouped),
     "parameter groups added later": making(joined_later),
     "a subclass that changes gradients": making(lambda parameters: Halved(parameters, lr=0.1, momentum=0.9)),
@@ -185,10 +200,6 @@ def stepping(hook: Callable[[Optimizer], Any]) -> dict[str, Any]:
     return {"module": layer, "optimizer": optimizer}
 
 
-def of_group(optimizer: Optimizer) -> list[Tensor]:
-    return optimizer.param_groups[0]["params"]
-
-
 @torch.no_grad()
 def masked(parameter: Tensor) -> None:
     parameter.grad.mul_(MASK)
@@ -221,9 +232,7 @@ HOOKS = {
         lambda m: m.weight.register_post_accumulate_grad_hook(masked)
     ),
     "register_post_accumulate_grad_hook (a step)": hooked(stepped_in_backward),
-    "Optimizer.register_step_pre_hook (clipping)": stepping(
-        lambda o: o.register_step_pre_hook(lambda o, *_: nn.utils.clip_grad_norm_(of_group(o), 0.05) and None)
-    ),
+    "Optimizer.register_step_pre_hook (clipping)": stepping(lambda o: o.register_step_pre_hook(clip)),
     "Optimizer.register_step_post_hook (shrinking weights)": stepping(lambda o: o.register_step_post_hook(bounded)),
     "Optimizer.register_step_post_hook that only looks": stepping(lambda o: o.register_step_post_hook(lambda *_: None)),
     "Module.register_forward_pre_hook": hooked(lambda m: m.register_forward_pre_hook(lambda m, x: (x[0].sin(),))),

@@ -25,14 +25,16 @@ of the module with its optimizer.
 |---|---|
 | exact | It is the derivative of the training, up to the error of the difference (1e-6). |
 | up to rounding | It is, up to the rounding of a lower precision. |
-| approximate | It is close to the derivative. The note says what is left out. |
+| approximate | It differs by less than 2 %. A note says what is left out, unless it is a finite difference. |
 | not exact | It is another number. The note says why. |
 | refused | mlo raises an error before anything is changed. The note is the beginning of its message. |
 
 `one_step` differentiates one lower step, and `unrolled` two, both with the product `exact`. `cg`, `neumann`, `nystrom`
-and `truncated` use the same products. `product forward` is `unrolled` with `product="forward"`. `darts`, `sama` and
-`penalty` need no second derivatives: their errors are [those of a finite
-difference](estimators.md#how-products-are-computed).
+and `truncated` use the same products. `product forward` is `unrolled` with `product="forward"`. `darts` needs no second
+derivatives, and its error is [that of a finite difference](estimators.md#how-products-are-computed). Its column shows
+whether it helps where `one_step` does not work, and is empty elsewhere.
+
+Batches are in float32, and mlo converts them for `engine.hypergradient(..., dtype=torch.float64)`.
 
 As in autograd, buffers, and what a loss detaches, count as constants. With a scheduler, the table is about the
 hypergradient of a round: `engine.hypergradient` uses the current learning rate for all its steps. The guide says what
