@@ -176,5 +176,6 @@ def _differ(some: Tensors, others: Tensors, tolerance: float) -> list[str]:
 
 
 def _gist(error: object) -> str:
-    """The first statement of a message, without the name of the problem."""
-    return (str(error).strip().splitlines() or [""])[0].removeprefix("problem 'low': ").partition("; ")[0]
+    """The first statement of a message, without the name of the problem and the version of torch."""
+    first = (str(error).strip().splitlines() or [""])[0].removeprefix("problem 'low': ").partition("; ")[0]
+    return first.replace(f"torch {torch.__version__}", "torch")
