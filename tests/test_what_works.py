@@ -12,14 +12,14 @@ if not hasattr(nn, "LinearCrossEntropyLoss"):
 
 from what_works.page import CASES, FAMILIES, HEAD, PAGE, find, section, sections
 
-SLOW = "Scripted, traced and compiled modules"
+SLOW = ("Scripted, traced and compiled modules", "Pooling, padding, resampling and shapes")
 OTHER_LAYERS = """Container DataParallel Module ModuleDict ModuleList NLLLoss2d ParameterDict ParameterList RNNBase
 RNNCellBase Sequential SyncBatchNorm"""
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch; those of mlo are looked at
 @pytest.mark.parametrize(
-    "family", [pytest.param(family, marks=pytest.mark.slow if family == SLOW else ()) for family in FAMILIES]
+    "family", [pytest.param(family, marks=pytest.mark.slow if family in SLOW else ()) for family in FAMILIES]
 )
 def test_the_page_says_what_is_found(family):
     found = find(family)
