@@ -46,7 +46,7 @@ SLOW: list[tuple[Any, ...]] = [
 @pytest.mark.parametrize(
     ("make", "kind", "low"),
     [(linear_levels, "first_order", {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_replayed_round_of_compiled_passes_is_the_same(
     make: Callable[..., list[mlo.Problem]], kind: Any, low: dict[str, Any]
