@@ -162,6 +162,27 @@ def test_a_crash_at_any_moment_of_writing_leaves_the_old_file_or_the_new_one(tmp
             assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("files", [0, 1])
+def test_a_crash_leaves_no_result_without_its_digest(job, tmp_path, expected, files, monkeypatch):
+    run = Run.create("ridge", job, tmp_path / "run")
+    written = []
+
+    def write(path, content):
+        if len(written) == files:
+            raise PowerCutError
+        written.append(path)
+        write_atomic(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mlo.runs.sealed.write_atomic", write)
+        with pytest.raises(PowerCutError):
+            train(run)
+    store = run.path / "stages" / "train" / "result.json"
+    assert not store.exists()
+    assert train(Run.open(run.path)) == expected
+    assert (store.parent / "result.json.sha256").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"1" * 5000])
 def test_a_damaged_result_of_a_stage_is_refused(job, tmp_path, content):
     run = Run.create("ridge", job, tmp_path / "run")
