@@ -6,6 +6,7 @@ identifier of the run and a digest of its options, ``stages/<name>/`` what :clas
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -30,6 +31,7 @@ from mlo.runs.sealed import read_sealed, write_sealed
 
 RUNS = Path("runs")
 RESULTS = "results.json"
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}  # whatever the file
 LOG = "log.txt"
 CREATED = ("config.yaml", "run.json", ".lock", LOG)
 PARTLY_WRITTEN = re.compile(r"\.(config\.yaml|run\.json)\.\d+\.tmp")
@@ -55,7 +57,7 @@ def create_folder(name: str, job: Job, output: Path | None = None) -> Path:
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     info = {"job": name, "started": now, "versions": versions()}
     info |= {"id": secrets.token_hex(8), "options": options_digest(job)}
-    with locked(path):
+    with files_of(path), locked(path):
         write_atomic(path / "run.json", json.dumps(info, indent=2) + "\n")  # first, since it says whose options follow
         write_atomic(path / "config.yaml", _options_text(job))
     return path
@@ -182,6 +184,21 @@ def read_results(path: Path) -> Results | None:
         raise ConfigError(f"{existing}: a file, not a folder for runs; give another --output") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: cannot be read ({error}); delete it and run `mlo resume {path}`") from error
+
+
+@contextmanager
+def files_of(path: Path) -> Iterator[None]:
+    """A context in which a file of a run folder that cannot be written is a ConfigError, such as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        inside = error.filename is not None and path.resolve() in Path(str(error.filename)).resolve().parents
+        if error.errno not in OF_THE_DISK and not inside:
+            raise
+        raise ConfigError(
+            f"{error.filename if inside else path}: cannot be used ({error.strerror or error}); make room or give "
+            f"access there, or remove what is in its place, then continue with: mlo resume {path}"
+        ) from error
 
 
 @contextmanager

@@ -11,7 +11,16 @@ from mlo.files import remove_temporary
 from mlo.ops import distributed
 from mlo.ops.rng import derived_seed, seeded
 from mlo.options.registry import versions
-from mlo.runs.folder import create_folder, has_started, locked, options_digest, run_info, stored_job, write_results
+from mlo.runs.folder import (
+    create_folder,
+    files_of,
+    has_started,
+    locked,
+    options_digest,
+    run_info,
+    stored_job,
+    write_results,
+)
 from mlo.runs.job import Job
 from mlo.runs.kernels import chosen_kernels
 from mlo.runs.metrics import read_metrics
@@ -79,10 +88,12 @@ class Run:
         """Run the job, or the rest of it, and store its results.
 
         Raises:
-            ConfigError: if another process runs in this folder, or the results cannot be stored.
+            ConfigError: if another process runs in this folder, a file of it cannot be read or written, or the results
+                cannot be stored.
             KeyboardInterrupt: if a SIGINT or SIGTERM came; a stage wrote a checkpoint.
         """
         with contextlib.ExitStack() as held:
+            held.enter_context(files_of(self.path))
             distributed.on_main(lambda: held.enter_context(locked(self.path)))
             distributed.on_main(lambda: remove_temporary(self.path))
             with chosen_kernels(self.job), seeded(derived_seed(self.job.seed, "")):

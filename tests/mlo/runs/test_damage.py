@@ -290,3 +290,37 @@ def test_the_heartbeat_says_when_the_run_was_last_alive(job, tmp_path, monkeypat
     train(run, note)
     assert len(beats) == STEPS - 1
     assert all(beats)
+
+
+@pytest.mark.parametrize("name", ["stages", "stages/train", "stages/train/metrics.jsonl", "results.json"])
+def test_what_is_in_the_place_of_a_file_is_named(job, tmp_path, name):
+    run = Run.create("ridge", job, tmp_path / "run")
+    place = run.path / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if name in ("stages", "stages/train"):
+        place.write_text("mine")
+    else:
+        place.mkdir()
+        (place / "mine").touch()
+    with pytest.raises(ConfigError, match=rf"{name}.*: (cannot be used|cannot be read|this result cannot be read)"):
+        Run.open(run.path).execute()
+
+
+def test_a_full_disk_ends_the_run_with_one_line_and_the_run_goes_on_when_there_is_room(job, tmp_path, expected):
+    run = Run.create("ridge", job, tmp_path / "run")
+
+    def full(now):
+        if now == 7:
+            raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(job), "run", lambda job, run: {"train": train(run, full)})
+        with pytest.raises(ConfigError, match=r"run: cannot be used \(No space left .*\); make room .*mlo resume"):
+            run.execute()
+    assert train(Run.open(run.path)) == expected
+
+
+def test_an_error_of_the_job_about_a_file_elsewhere_stays_what_it_is(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(job), "run", lambda job, run: (tmp_path / "nowhere").read_text())
+    with pytest.raises(FileNotFoundError):
+        Run.create("ridge", job, tmp_path / "run").execute()
