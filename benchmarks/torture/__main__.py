@@ -4,10 +4,11 @@
     python -m benchmarks.torture --damage 1 --first 4711 --seed 1     # a trial again
 
 Kills: `mlo run`, `mlo sweep` and `mlo reproduce` are killed (SIGKILL) at random times and before random file
-operations, and resumed until they end. The end must be that of an unbroken run, to the last bit, and no temporary
-files may be left.
+operations, and resumed until they end. The end must be that of an unbroken run, to the last bit, and no temporary files
+may be left.
 
-Damage: bits, blocks, ends and whole files of run folders are changed, and parts of states are replaced. Each must be refused with an error that mlo raises on purpose, or change nothing of what is loaded.
+Damage: bits, blocks, ends and whole files of run folders are changed, and parts of states are replaced. Each must be
+refused with an error that mlo raises on purpose, or change nothing of what is loaded.
 
 Inputs: bad options, YAML files and data. Each must end in one error, within a second and 200 MB.
 

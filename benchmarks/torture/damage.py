@@ -23,8 +23,10 @@ from mlo.runs.run import Run
 from problems.jobs.evaluate import find_genotype
 
 READ, STATE, RESUME = "read", "state", "resume"
+LOAD = "load a state"
 KINDS = {READ: 70, STATE: 22, RESUME: 8}
 REFUSED, UNCHANGED, RECOVERED, OTHER_TEXT = "refused", "read as before", "as unbroken", "read, and not verified"
+TEXTS = b"{}", b"[]", b"null", b"1e999", b"\xff\xfe", b"[" * 5000, b'{"a": ' * 5000, b"- [1, {b: *x}]", bytes(99)
 SMALL = ("metrics.jsonl", "seconds.json", "genotype.json")  # files without a digest, which no state is read from
 
 
@@ -170,19 +172,17 @@ def _state_trial(number: int, chances: random.Random, engine: Engine, good: Mapp
         engine.load_state_dict(copy.deepcopy(wrong))
     except MloError:
         kept = same(engine.state_dict(), before)
-        return Outcome(
-            number, "load a state", REFUSED if kept else FAILED, "" if kept else f"{what}: refused, and changed"
-        )
+        return Outcome(number, LOAD, REFUSED if kept else FAILED, "" if kept else f"{what}: refused, and changed")
     except Exception:  # noqa: BLE001  # any other error is what is looked for
-        return Outcome(number, "load a state", FAILED, f"{what}\n{traceback.format_exc()}")
+        return Outcome(number, LOAD, FAILED, f"{what}\n{traceback.format_exc()}")
     try:
         found = engine.state_dict()
         if same(found, before) or same(found, wrong):
             engine.step()
-            return Outcome(number, "load a state", "taken as it is")
-        return Outcome(number, "load a state", FAILED, f"{what}: loaded as something else")
+            return Outcome(number, LOAD, "taken as it is")
+        return Outcome(number, LOAD, FAILED, f"{what}: loaded as something else")
     except Exception:  # noqa: BLE001  # any other error is what is looked for
-        return Outcome(number, "load a state", FAILED, f"{what}: loaded, and then\n{traceback.format_exc()}")
+        return Outcome(number, LOAD, FAILED, f"{what}: loaded, and then\n{traceback.format_exc()}")
 
 
 def _with_wrong_part(good: Mapping[str, Any], chances: random.Random) -> tuple[dict[str, Any], str]:

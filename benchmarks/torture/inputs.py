@@ -29,64 +29,12 @@ MEMORY = 200 * 2**20  # bytes of address space
 LONGEST = 8000  # characters of an error
 NAMES = [*flat(LbtJob().model_dump(mode="json"))]
 WORDS = [
-    "",
-    "-",
-    "--",
-    "null",
-    "~",
-    "nan",
-    "inf",
-    "-inf",
-    "1e999",
-    "-1",
-    "0",
-    "0.5",
-    "1e-3",
-    "9" * 400,
-    "9" * 5000,
-    "true",
+    *("", "-", "--", "null", "~", "nan", "inf", "-inf", "1e999", "-1", "0", "0.5", "1e-3", "9" * 400, "9" * 5000),
+    *("true", "[]", "[[[[1]]]]", "{}", "{a: b}", "{kind: cg}", "{kind: }", "*a", "&a [*a]", "!!python/object:os.a x"),
+    *("'", "é" * 50, "\U0001f600", "\udcff", "a\nb", "\t", ": :", "#", "%x", "{" * 300, "[" * 300, "[" * 30_000),
+    *("x" * 100_000, "cuda", "cuda:99", "cpu:x", "meta", "mps", "/dev/null", "/dev/zero", ".", "~nobody", "cifar10"),
+    *("imagenet", "os:system", "json:loads", "torch:nn", "a.b:c", "resnet18", "darts", "cg", "{kind: cg, steps: 5}"),
 ]
-WORDS += [
-    "[]",
-    "[[[[1]]]]",
-    "{}",
-    "{a: b}",
-    "{kind: cg}",
-    "{kind: }",
-    "*a",
-    "&a [*a]",
-    "!!python/object:os.system x",
-    "'",
-]
-WORDS += [
-    "é" * 50,
-    "\U0001f600",
-    "\udcff",
-    "a\nb",
-    "\t",
-    ": :",
-    "#",
-    "%x",
-    "{" * 300,
-    "[" * 300,
-    "[" * 30_000,
-    "x" * 100_000,
-]
-WORDS += [
-    "cuda",
-    "cuda:99",
-    "cpu:x",
-    "meta",
-    "mps",
-    "/",
-    "/dev/null",
-    "/dev/zero",
-    ".",
-    "~nobody",
-    "cifar10",
-    "imagenet",
-]
-WORDS += ["os:system", "json:loads", "torch:nn", "a.b:c", "resnet18", "darts", "cg", "{kind: cg, steps: 5, x: 1}"]
 
 
 def input_trials(seed: int, home: Path) -> Trial:
@@ -130,7 +78,8 @@ def _tried(words: list[str]) -> tuple[str, str]:
     faults = []
     if seconds > SECONDS:
         faults.append(f"it took {seconds:.1f} s of the CPU")
-    if code not in (0, 1, 2) or "Traceback" in output or (code and output.count("error: ") != 1):
+    one_error = output.count("error: ") == 1 or output.startswith("Usage: ")
+    if code not in (0, 1, 2) or "Traceback" in output or (code and not one_error):
         faults.append(f"exit code {code}, not one error")
     if len(output) > LONGEST and code:
         faults.append(f"an error of {len(output)} characters")

@@ -48,18 +48,18 @@ COMMANDS = (
 )
 
 
-def kill_trials(seed: int, home: Path) -> Trial:
+def kill_trials(seed: int, home: Path, commands: Sequence[Command] = COMMANDS) -> Trial:
     """A function that does a trial; ``home`` is a folder for the unbroken runs."""
     experiment.load_experiment = lambda name: Tiny()
     unbroken: dict[str, Ended] = {}
-    for command in COMMANDS:
+    for command in commands:
         folder = home / command.name
         unbroken[command.name] = run_command(command.words(str(folder)), folder, folder.with_suffix(".log"))
         assert unbroken[command.name].code == 0, unbroken[command.name].output
 
     def trial(number: int) -> list[Outcome]:
         random = chance(seed, "kill", number)
-        (command,) = random.choices(COMMANDS, [command.weight for command in COMMANDS])
+        (command,) = random.choices(commands, [command.weight for command in commands])
         usual, phases = unbroken[command.name], list[str]()
 
         def death() -> Death:

@@ -31,6 +31,7 @@ from mlo.options import registry
 if TYPE_CHECKING:
     from mlo.runs.run import Run
 
+LONGEST = 2000  # characters of a line of an error
 _UsageError: Any = typer.BadParameter.__mro__[1]  # what all errors of typer derive from, under no public name
 
 
@@ -280,6 +281,12 @@ def _execute(run: "Run") -> None:
         print(f"finished: {run.path}")
 
 
+def _brief(message: str) -> str:
+    """A message with its longest lines cut: they quote what the user gave."""
+    cut = [line if len(line) <= LONGEST else f"{line[:LONGEST]} ..." for line in message.splitlines()]
+    return "\n".join(cut)
+
+
 def main() -> None:
     """Run the command. The exit code is 2 if an option is wrong, 130 if the command was stopped, 1 at other errors."""
     with distributed.processes():
@@ -287,10 +294,10 @@ def main() -> None:
             sys.exit(app(prog_name="mlo", standalone_mode=False) or 0)
         except _UsageError as error:
             if distributed.is_main():
-                print(f"error: {error.format_message()}", file=sys.stderr)
+                print(f"error: {_brief(error.format_message())}", file=sys.stderr)
             sys.exit(2)
         except MloError as error:
             if distributed.prints_error(error):
                 where = "" if distributed.is_main() else f" in process {distributed.rank()}"
-                print(f"error{where}: {error}", file=sys.stderr, flush=True)
+                print(f"error{where}: {_brief(str(error))}", file=sys.stderr, flush=True)
             sys.exit(2 if isinstance(error, ConfigError) else 1)
