@@ -38,9 +38,10 @@ def main() -> int:
     from benchmarks.torture.inputs import input_trials
     from benchmarks.torture.kills import kill_trials
     from benchmarks.torture.runs import temporary_folder
-    from benchmarks.torture.workers import preload, run_trials
+    from benchmarks.torture.workers import preload, refuse_threads, run_trials
 
     preload()
+    refuse_threads()
     failed = 0
     for name, attack in (("kills", kill_trials), ("damage", damage_trials), ("inputs", input_trials)):
         goal, started = getattr(arguments, name), time.monotonic()

@@ -41,14 +41,14 @@ Trial = Callable[[int], list[Outcome]]
 
 
 def preload() -> None:
-    """Import what the commands need, before any fork.
-
-    Raises:
-        RuntimeError: if this process has several threads, of which a fork copies only one.
-    """
+    """Import what the commands need, before any fork."""
     for name in PRELOADED:
         importlib.import_module(name)
     torch.set_num_threads(1)
+
+
+def refuse_threads() -> None:
+    """Raise a RuntimeError if this process has several threads, of which a fork copies only one."""
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("this process has several threads; set OMP_NUM_THREADS=1")
 

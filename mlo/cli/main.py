@@ -1,4 +1,4 @@
-"""The command `mlo`: run, resume, sweep, compare, reproduce, list, graph."""
+"""The command `mlo`: run, resume, check, sweep, compare, reproduce, list, graph."""
 
 import shlex
 import sys
@@ -20,6 +20,7 @@ from mlo.cli.arguments import (
     make_job,
     merged,
 )
+from mlo.cli.check import check
 from mlo.cli.help import JobCommand, complete_names, summary_of
 from mlo.cli.interruption import StoppableCommands, stoppable
 from mlo.cli.options import read_sweep
@@ -99,6 +100,9 @@ def resume(folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The f
     from mlo.runs.run import Run
 
     _execute(Run.open(folder))
+
+
+app.command()(check)
 
 
 @app.command(cls=JobCommand, context_settings=EXTRA_OPTIONS, add_help_option=False)

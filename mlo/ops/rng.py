@@ -44,7 +44,7 @@ class Randomness:
         return Randomness(state["torch"], None, (numpy_state, (version, tuple(words.tolist()), gauss_next)))
 
     def portable(self) -> dict[str, Any]:
-        """The state on the CPU and of NumPy and Python, in types that torch.load reads with weights_only."""
+        """The state on the CPU and of NumPy and Python, as tensors and plain values."""
         assert self.outside is not None
         (kind, keys, position, has_gauss, gauss), (version, words, gauss_next) = self.outside
         return {
@@ -96,7 +96,7 @@ def same_outside(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
 
 
 def global_state() -> dict[str, Any]:
-    """The global random state of torch (CPU), NumPy and Python, in types that torch.load reads with weights_only."""
+    """The global random state of torch (CPU), NumPy and Python, as tensors and plain values."""
     return Randomness.capture(CPU, outside=True).portable()
 
 

@@ -54,6 +54,17 @@ class Checkpoints:
             raise CheckpointError(f"{other}; remove it if the stage should start again from its first round")
         return None
 
+    def faults(self) -> dict[Path, str | None]:
+        """What is wrong with each checkpoint; None with a good one."""
+        found: dict[Path, str | None] = {}
+        for rounds, file in sorted(self._files().items()):
+            try:
+                checkpoint.load(file, self._of(rounds))
+                found[file] = None
+            except CheckpointError as error:
+                found[file] = str(error)
+        return found
+
     def _of(self, rounds: int) -> dict[str, Any]:
         return {**self._identity, "round": rounds}
 

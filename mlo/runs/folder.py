@@ -2,7 +2,8 @@
 
 ``config.yaml`` holds every option, ``run.json`` the job's registered name, the versions of Python and packages, an
 identifier of the run and a digest of its options, ``stages/<name>/`` what :class:`mlo.Run` describes, and
-``results.json``, once the run is finished, what the job returned. Other files are the job's own.
+``results.json``, once the run is finished, what the job returned, with its digest beside it. The time of ``heartbeat``
+says when the run was last alive. Other files are the job's own.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from filelock import FileLock, Timeout
@@ -161,6 +162,11 @@ def stored_job(path: Path) -> tuple[str, Job]:
     if info.options not in (None, options_digest(job)):
         raise ConfigError(f"{config}: the options are not those that the run was started with; {remedy}")
     return info.job, job
+
+
+def stage_identity(path: Path, job: Job, stage: str) -> dict[str, Any]:
+    """What all checkpoints of a stage of a run have in common, and those of no other stage or run."""
+    return {"run": run_info(path).id, "stage": stage, "seed": job.seed, "configuration": options_digest(job)}
 
 
 def options_digest(job: Job) -> str:

@@ -48,7 +48,7 @@ class Job(Config):
     examples: ClassVar[Sequence[str]] = ()
     presets: ClassVar[Mapping[str, Path]] = {}
 
-    seed: int = Field(0, ge=0, description="seed of all random numbers: the same seed gives the same run")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of all random numbers: the same seed gives the same run")
     device: str = Field("auto", description="cpu, cuda, cuda:1, or auto: a GPU if there is one, else the CPU")
     threads: int | None = Field(
         None, ge=1, description="CPU threads; null leaves the number to torch; small networks are fastest with 1"

@@ -19,28 +19,38 @@ class Line(NamedTuple):
 
 def read_metrics(stage: Path) -> list[dict[str, Any]]:
     """The values of all lines that a stage has logged; damaged ones are reported and left out."""
-    return [line.values for line in _lines(stage / METRICS) if line.values is not None]
+    _report(stage)
+    return [line.values for line in _lines(stage) if line.values is not None]
 
 
 def cut_metrics(stage: Path, rounds: int) -> Path:
     """Remove the lines after a number of rounds, which a killed process wrote; returns the path of the file."""
-    path = stage / METRICS
-    lines = _lines(path)
+    _report(stage)
+    lines = _lines(stage)
     kept = [number for number, line in enumerate(lines, 1) if line.values and line.values["step"] <= rounds]
-    if path.exists():
-        write_atomic(path, b"".join(line.text for line in lines[: max(kept, default=0)]))
-    return path
+    if (stage / METRICS).exists():
+        write_atomic(stage / METRICS, b"".join(line.text for line in lines[: max(kept, default=0)]))
+    return stage / METRICS
 
 
-def _lines(path: Path) -> list[Line]:
+def damaged_lines(stage: Path) -> list[int]:
+    """The numbers of the lines that cannot be read, from 1; half a line at the end does not count."""
+    return [number for number, line in enumerate(_lines(stage), 1) if line.values is None]
+
+
+def _report(stage: Path) -> None:
+    damaged = damaged_lines(stage)
+    if damaged:
+        listed = ", ".join(map(str, damaged[:8]))
+        print(f"warning: {stage / METRICS}: damaged, and left out: line {listed}", file=sys.stderr)
+
+
+def _lines(stage: Path) -> list[Line]:
+    path = stage / METRICS
     if not path.exists():
         return []
     *whole, _ = path.read_bytes().split(b"\n")  # what follows the last line break is empty, or half a line
-    lines = [Line(text + b"\n", _values(text)) for text in whole]
-    damaged = [str(number) for number, line in enumerate(lines, 1) if line.values is None]
-    if damaged:
-        print(f"warning: {path}: damaged, and left out: line {', '.join(damaged[:8])}", file=sys.stderr)
-    return lines
+    return [Line(text + b"\n", _values(text)) for text in whole]
 
 
 def _values(text: bytes) -> dict[str, Any] | None:

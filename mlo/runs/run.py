@@ -16,8 +16,8 @@ from mlo.runs.folder import (
     files_of,
     has_started,
     locked,
-    options_digest,
     run_info,
+    stage_identity,
     stored_job,
     write_results,
 )
@@ -133,8 +133,7 @@ class Run:
             raise ConfigError(f"two stages of this job are named {name!r}; give each a different name")
         self._stages.add(name)
         folder = self.path / "stages" / name
-        started = distributed.on_main(lambda: run_info(self.path).id)
-        identity = {"run": started, "stage": name, "seed": self.job.seed, "configuration": options_digest(self.job)}
+        identity = distributed.on_main(lambda: stage_identity(self.path, self.job, name))
         return run_stage(folder, self.job, identity, steps, lambda: self._built(engine), result, stop)
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def run_stage(
                 engine.load_state_dict(state)
             _train(path, job, checkpoints, steps, engine, stop or (lambda engine: False))
             distributed.on_main(lambda: write_sealed(store, _result_text(path.name, result(engine))))
-    return distributed.on_main(lambda: _stored_result(store))
+    return distributed.on_main(lambda: stored_result(store))
 
 
 def _train(
@@ -101,7 +101,12 @@ def _train(
             raise KeyboardInterrupt
 
 
-def _stored_result(store: Path) -> Any:
+def stored_result(store: Path) -> Any:
+    """The result of a finished stage, from its file.
+
+    Raises:
+        ConfigError: if it is damaged.
+    """
     try:
         return json.loads(read_sealed(store))
     except (OSError, ValueError, RecursionError) as error:

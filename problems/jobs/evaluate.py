@@ -15,8 +15,8 @@ from pydantic import Field, model_validator
 
 import mlo
 from mlo import ConfigError, Job, distributed
-from mlo.files import write_atomic
 from mlo.options import registry
+from mlo.runs.sealed import read_sealed, write_sealed
 from problems.data.options import Data
 from problems.evaluation.options import Training
 from problems.jobs.capture import check_capture
@@ -97,11 +97,11 @@ class EvaluateJob(Job):
         from problems.evaluation.training import judge
 
         copy = run.path / "genotype.json"  # a resumed run uses this copy, even if the original has changed
-        genotype = distributed.on_main(lambda: find_genotype(str(copy) if copy.exists() else self.genotype))
+        genotype = distributed.on_main(lambda: _stored(copy) if copy.exists() else find_genotype(self.genotype))
 
         def build() -> mlo.Engine:
             engine = self._training(genotype)
-            distributed.on_main(lambda: write_atomic(copy, genotype.model_dump_json(indent=2) + "\n"))
+            distributed.on_main(lambda: write_sealed(copy, genotype.model_dump_json(indent=2) + "\n"))
             return engine
 
         result = run.stage("train", build, self.steps, lambda engine: judge(engine, self.splits))
@@ -117,6 +117,18 @@ class EvaluateJob(Job):
         """The images, loaded when first used."""
         with distributed.main_first() if self.data.download else nullcontext():
             return self.data.splits(self.seed, self.torch_device)
+
+
+def _stored(copy: Path) -> Genotype:
+    """The genotype that the run was started with."""
+    try:
+        read_sealed(copy)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{copy}: cannot be read ({error}); put the genotype that the run was started with there, and remove "
+            f"{copy.name}.sha256"
+        ) from error
+    return find_genotype(str(copy))
 
 
 def find_genotype(name: str) -> Genotype:

@@ -278,3 +278,36 @@ def test_a_third_partys_job_that_was_stopped_or_killed_ends_as_an_unbroken_one(m
     states = [checkpoint.load(run / "step-000000400.pt") for run in runs]
     assert same(states[0], states[2])
     assert same(states[1], states[2])
+
+
+def test_check_names_what_is_damaged_in_a_run_folder(mlo):
+    mlo("run", "ridge", "--device", "cpu", "--checkpoint-every", "5", "--output", "r")
+    code, out, _ = mlo("check", "r")
+    assert code == 0
+    assert [line.split()[:2] for line in out.splitlines()[:-1]] == [
+        ["good", f"r/{name}"]
+        for name in (
+            "config.yaml",
+            "stages/train/metrics.jsonl",
+            "stages/train/step-000000010.pt",
+            "stages/train/step-000000012.pt",
+            "stages/train/result.json",
+            "results.json",
+        )
+    ]
+    assert out.splitlines()[-1].startswith("finished, last alive 20")
+    for name in ("metrics.jsonl", "step-000000012.pt", "result.json"):
+        file = Path("r/stages/train", name)
+        file.write_bytes(b"x" + file.read_bytes()[1:])
+    Path("r/results.json").unlink()
+    code, out, _ = mlo("check", "r")
+    assert code == 1
+    damaged = [line for line in out.splitlines() if line.startswith("DAMAGED  r/stages/train/")]
+    assert [line.partition("train/")[2].partition(":")[0] for line in damaged] == [
+        "metrics.jsonl",
+        "step-000000012.pt",
+        "result.json",
+    ]
+    assert out.splitlines()[-1].startswith("not finished")
+    code, _, err = mlo("check", ".")
+    assert (code, err.startswith("error: .: not a run folder")) == (2, True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from interruption import PowerCutError, before_each_step
 
+from mlo.errors import ConfigError
 from mlo.ops.rng import seeded
 from mlo.runs.folder import read_results
 from mlo.runs.run import Run
@@ -55,7 +56,10 @@ def job(ridge, monkeypatch):
     return TwoStages(device="cpu", log_every=1, checkpoint_every=100), dies
 
 
-@pytest.mark.parametrize("at", [("first", 0), ("first", 2), ("second", 0), ("second", 3)])
+SLOW = [pytest.param(at, marks=pytest.mark.slow) for at in (("first", 0), ("second", 3))]
+
+
+@pytest.mark.parametrize("at", [("first", 2), ("second", 0), *SLOW])
 def test_a_run_of_two_stages_that_died_ends_as_an_unbroken_one(job, tmp_path, at):
     options, dies = job
     for name in ("unbroken", "killed"):
@@ -100,3 +104,9 @@ def test_seeded_restores_all_generators():
         after = draw()
     with seeded(4):
         assert (draw(), draw()) == (before, after)
+
+
+def test_a_seed_that_torch_cannot_take_is_refused(job):
+    options, _ = job
+    with pytest.raises(ConfigError, match=r"seed: .* less than 9223372036854775808"):
+        type(options)(seed=2**63)

@@ -142,14 +142,15 @@ def refusal(engine, state):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "scheduler"),
+    ("optimizer", "scheduler", "every"),
     [
-        pytest.param("adam", "multi step", marks=pytest.mark.slow),
-        pytest.param("sgd", "sequential", marks=pytest.mark.slow),
-        ("custom", "one cycle"),
+        pytest.param("adam", "multi step", 1, marks=pytest.mark.slow),
+        pytest.param("sgd", "sequential", 1, marks=pytest.mark.slow),
+        pytest.param("custom", "one cycle", 1, marks=pytest.mark.slow),
+        ("adam", "sequential", 5),
     ],
 )
-def test_no_part_can_be_missing_or_of_another_type(optimizer, scheduler):
+def test_no_part_can_be_missing_or_of_another_type(optimizer, scheduler, every):
     """Each part of the tree is removed, and replaced by other values: refused with its name, and nothing is loaded."""
     trained = engine_of(optimizer, scheduler, seed=1)
     trained.run(3)
@@ -158,7 +159,7 @@ def test_no_part_can_be_missing_or_of_another_type(optimizer, scheduler):
     engine.run(1)
     before = everything(engine)
     refused = loaded = 0
-    for path in parts(state):
+    for path in list(parts(state))[::every]:
         options = "scheduler" in path or "param_groups" in path  # may be any number
         for change in (
             remove,

@@ -36,6 +36,10 @@ def test_a_published_architecture_and_then_the_one_of_that_run(command_line, tmp
     _, out, err = command_line("compare", tmp_path, "--format", "csv")
     rows = [(row["option.genotype"], row["genotype"]) for row in csv.DictReader(io.StringIO(out))]
     assert rows == [(name, name) for name in ("PDARTS", str(tmp_path / "a"))], err
+    copy = tmp_path / "b" / "genotype.json"
+    copy.write_text(copy.read_text().replace("sep_conv_3x3", "sep_conv_5x5", 1))
+    code, _, err = command_line("resume", tmp_path / "b")
+    assert (code, "genotype.json: cannot be read (its content does not match genotype.json.sha256)" in err) == (2, True)
 
 
 def test_what_is_no_architecture_is_an_error_before_anything_is_trained(tmp_path):
