@@ -25,8 +25,8 @@ from problems.data.options import Data
 ROUNDS, STEPS, FINAL = 150, 20, 1500
 ESTIMATORS: dict[str, object] = {
     "unrolled": "unrolled",
-    "cg, 10 iterations, damped": {"kind": "cg", "damping": 0.01},
-    "neumann, 10 terms": "neumann",
+    "cg, 10 iterations, damped": {"kind": "cg", "iterations": 10, "damping": 0.01},
+    "neumann, 10 terms": {"kind": "neumann", "terms": 10, "rate": 0.3},
     "one_step": "one_step",
 }
 MODELS: dict[str, Callable[[], nn.Module]] = {

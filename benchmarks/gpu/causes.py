@@ -32,6 +32,7 @@ _OF_FILES = (  # the first that fits
     ("mlo/steps/", OPTIMIZER),
     ("mlo/hypergradient/", PRODUCTS),
     ("mlo/training/commit.py", GUARD),
+    ("mlo/training/finite.py", GUARD),
     ("mlo/training/", OTHER),
     ("problems/data/", DATA),
     ("problems/", FORWARD),

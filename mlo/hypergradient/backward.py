@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,16 +54,7 @@ def backward(
         if name not in waiting:  # nothing above it depends on it
             continue
         steps = records[name]
-        try:
-            back = estimators[name].pull(steps, waiting.pop(name), targets, warm.get(name))
-        except torch.OutOfMemoryError as error:
-            error.add_note(f"Memory ran out while {top!r} was differentiated through the training of {name!r}.")
-            raise
-        if not isinstance(back, Pulled):
-            raise ConfigError(
-                f"problem {name!r}: pull of {type(estimators[name]).__name__} returned a {type(back).__name__}; return "
-                "mlo.Pulled({target: one tensor per variable, or None})"
-            )
+        back = _pulled(top, name, estimators[name], steps, waiting.pop(name), targets, warm.get(name))
         pullbacks[name] += 1
         for key, value in back.metrics.items():
             metrics[f"{name}/{key}"] = value
@@ -75,6 +67,34 @@ def backward(
             elif target not in steps[-1].point.level.problem.node.sometimes and not _depends(steps[-1], target):
                 raise unreached(name, target)
     return waiting.get(top)
+
+
+def _pulled(top: str, name: str, estimator: Estimator, *arguments: Any) -> Pulled:
+    """What an estimator's :meth:`pull` returns, with errors that name the problem."""
+    try:
+        back = estimator.pull(*arguments)
+    except torch.OutOfMemoryError as error:
+        error.add_note(f"Memory ran out while {top!r} was differentiated through the training of {name!r}.")
+        raise
+    except NotImplementedError as error:
+        raise _no_second_derivative(name, error) from error
+    if not isinstance(back, Pulled):
+        raise ConfigError(
+            f"problem {name!r}: pull of {type(estimator).__name__} returned a {type(back).__name__}; return "
+            "mlo.Pulled({target: one tensor per variable, or None})"
+        )
+    return back
+
+
+def _no_second_derivative(name: str, error: NotImplementedError) -> ConfigError:
+    """The error for an operator of torch without a second derivative, or without one for sparse tensors."""
+    reason = str(error).strip().partition("\n")[0]
+    if "Sparse" in reason:
+        reason, instead = "a gradient is sparse", "pass sparse=False to its embedding, or use the product 'exact'"
+    else:
+        instead = "replace it (nn.EmbeddingBag by nn.Embedding and a mean), or use 'darts', 'sama', 'penalty' or the "
+        instead += "product 'central', which take no second derivatives"
+    return ConfigError(f"problem {name!r}: a second derivative of its loss cannot be computed: {reason}; {instead}")
 
 
 def _depends(step: Step, target: str) -> bool:

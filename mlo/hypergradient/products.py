@@ -18,7 +18,7 @@ from mlo.errors import ConfigError
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import leaves
 from mlo.ops.differentiable import TwiceDifferentiable
-from mlo.ops.vectors import Vector, add, difference, filled, norm, scaled, total
+from mlo.ops.vectors import Vector, add, dense, difference, filled, norm, scaled, total
 from mlo.options.config import Config, Registered
 from mlo.options.registry import PRODUCTS
 from mlo.steps import compiled
@@ -264,7 +264,7 @@ def _parted(
     point: Point, found: Found, at_leaves: Found, own: bool, targets: Sequence[str]
 ) -> tuple[Vector, Cotangents]:
     """Flat derivatives as the part of the level's own variables, and that of each target."""
-    mine = point.state.variables if own else ()
+    mine, found = point.state.variables if own else (), dense(found)
     direct = found[len(mine) :]
     if point.cache is not None and any(map(is_not, at_leaves, repeat(None))):
         direct = point.cache.pull(at_leaves, _variables(point, targets), direct)

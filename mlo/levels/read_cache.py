@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from mlo.ops.rng import Randomness
-from mlo.ops.vectors import aligned
+from mlo.ops.vectors import aligned, dense
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class ReadCache:
                 outputs, cotangents = zip(*pairs, strict=True)
                 found = torch.autograd.grad(outputs, wanted, cotangents, retain_graph=True, allow_unused=True)
                 _add_to(pulled, wanted, found if self._device.type == "cpu" else aligned(found, wanted))
-        return [pulled.get(tensor) for tensor in inputs]
+        return list(dense([pulled.get(tensor) for tensor in inputs]))
 
 
 def _add_to(total: dict[Tensor, Tensor], keys: Sequence[Tensor], terms: Sequence[Tensor | None]) -> None:

@@ -87,4 +87,11 @@ def _moved(value: Any, device: torch.device, copy: bool) -> Any:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    return in_precision(value, dtype) if isinstance(value, Tensor) else value
+
+
+def in_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a floating-point precision; a complex one stays complex, and one of integers as it is."""
+    if tensor.is_complex():
+        return tensor.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

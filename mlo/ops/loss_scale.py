@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from mlo.ops.vectors import norm
+from mlo.ops.vectors import all_finite
 
 GROWTH_INTERVAL = 2000  # passes without an overflow after which the scale is doubled, as in torch's GradScaler
 LEAST = 2.0**-16
@@ -32,7 +31,7 @@ class LossScale:
         Synchronizes with the device. At the smallest scale it accepts all gradients: a smaller one would not help.
         """
         found = list(gradients)
-        if self.value > LEAST and found and not bool(torch.isfinite(norm(found))):
+        if self.value > LEAST and found and not all_finite(found):
             self.value, self.passes = self.value / 2, 0
             return False
         self.passes += 1

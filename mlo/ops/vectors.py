@@ -7,6 +7,7 @@ agree in their strides; :func:`aligned` sees to that for gradients.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat, zip_longest
 from operator import is_not
@@ -36,7 +37,11 @@ def copied(a: Sequence[Tensor]) -> Vector:
 def copy_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy the values into the targets, which may have other dtypes and devices."""
     for to, given in _alike(targets, values):
-        torch._foreach_copy_(to, given)
+        if to[0].is_complex() or given[0].is_complex():  # of which torch's operators on lists take no conjugate views
+            for tensor, value in zip(to, given, strict=True):
+                tensor.copy_(value)
+        else:
+            torch._foreach_copy_(to, given)
 
 
 @torch.no_grad()
@@ -45,7 +50,8 @@ def select_(condition: Tensor, targets: Sequence[Tensor], values: Sequence[Tenso
     for to, given in _alike(targets, values):
         small, memory = list[Tensor](), list[tuple[Tensor, Tensor]]()
         for tensor, value in zip(to, given, strict=True):
-            if tensor.numel() < SMALL and tensor.stride() == value.stride() and _is_dense(tensor):
+            plain = not (tensor.is_conj() or value.is_conj())
+            if plain and tensor.numel() < SMALL and tensor.stride() == value.stride() and _is_dense(tensor):
                 small.append(tensor)
                 memory.append((_memory(tensor), _memory(value)))
             else:
@@ -73,13 +79,15 @@ def aligned(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Seque
     strides; then no data is moved.
     """
     return [
-        gradient if gradient is None or gradient.stride() == tensor.stride() else _with_strides_of(tensor, gradient)
+        gradient
+        if gradient is None or gradient.is_sparse or gradient.stride() == tensor.stride()
+        else _with_strides_of(tensor, gradient)
         for gradient, tensor in zip(gradients, like, strict=True)
     ]
 
 
 def _with_strides_of(like: Tensor, tensor: Tensor) -> Tensor:
-    if tensor.layout is not torch.strided or not _is_dense(like):
+    if not _is_dense(like):
         return tensor
     strides = zip(like.shape, like.stride(), tensor.stride(), strict=True)
     if any([size > 1 and one != other for size, one, other in strides]):
@@ -134,8 +142,8 @@ def times(tensor: Tensor, scale: Tensor) -> Tensor:
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """The inner product, a scalar tensor."""
-    pairs = [(x.reshape(-1), y.reshape(-1)) for x, y in zip(a, b, strict=True)]
+    """The inner product, a scalar tensor; a complex number counts as two real ones, as for torch's optimizers."""
+    pairs = [(real(x).reshape(-1), real(y).reshape(-1)) for x, y in zip(a, b, strict=True)]
     small = [pair for pair in pairs if len(pair[0]) < SMALL]
     if len(small) > 1:
         pairs = [pair for pair in pairs if len(pair[0]) >= SMALL]
@@ -147,6 +155,60 @@ def norm(a: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm, a scalar tensor."""
     norms = torch._foreach_norm(list(a))
     return norms[0] if len(norms) == 1 else cast(Tensor, torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def real(tensor: Tensor) -> Tensor:
+    """The tensor, or its real and imaginary parts in one more dimension if it is complex."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def as_like(like: Tensor, numbers: Tensor) -> Tensor:
+    """The inverse of :func:`real`, of a tensor of the same kind as ``like``."""
+    return torch.view_as_complex(numbers.contiguous()) if like.is_complex() else numbers
+
+
+def flat(a: Sequence[Tensor]) -> Tensor:
+    """All real numbers of the vector as one tensor."""
+    return torch.cat([real(tensor).reshape(-1) for tensor in a])
+
+
+def shaped(numbers: Tensor, like: Sequence[Tensor]) -> Vector:
+    """The vector of shapes like ``like`` with these real numbers: the inverse of :func:`flat`."""
+    found, pieces = [], numbers.split([tensor.numel() * (2 if tensor.is_complex() else 1) for tensor in like])
+    for piece, shape in zip(pieces, like, strict=True):
+        found.append(as_like(shape, piece.reshape(real(shape).shape)).to(shape.dtype))
+    return tuple(found)
+
+
+def all_finite(a: Sequence[Tensor]) -> bool:
+    """Whether no element is NaN or infinite; the host waits for it."""
+    # the norm takes one pass, but the squares of finite elements may overflow
+    return not a or bool(torch.isfinite(norm(a))) or all([bool(torch.isfinite(parts(tensor)).all()) for tensor in a])
+
+
+def dense(a: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The same tensors, none of them sparse, as the gradient of ``nn.Embedding(sparse=True)`` is."""
+    if not any([tensor is not None and tensor.is_sparse for tensor in a]):
+        return a
+    return [tensor.to_dense() if tensor is not None and tensor.is_sparse else tensor for tensor in a]
+
+
+def parts(tensor: Tensor) -> Tensor:
+    """The elements of a tensor that are stored: of a sparse one, its values."""
+    return tensor._values() if tensor.is_sparse else tensor
+
+
+def largest(a: Sequence[Tensor]) -> list[Tensor]:
+    """The largest magnitude in each tensor, a scalar tensor; NaN if it holds one. Unlike a norm, it cannot overflow."""
+    stored = [parts(tensor) if tensor.numel() else tensor.new_zeros(1) for tensor in a]
+    if len({tensor.dtype for tensor in stored}) < 2:
+        return list(torch._foreach_norm(stored, math.inf)) if stored else []
+    found = list(stored)
+    for dtype in {tensor.dtype for tensor in stored}:  # torch launches one kernel only for tensors of one kind
+        places = [index for index, tensor in enumerate(stored) if tensor.dtype == dtype]
+        for place, size in zip(places, torch._foreach_norm([stored[i] for i in places], math.inf), strict=True):
+            found[place] = size
+    return found
 
 
 def filled(values: Iterable[Tensor | None], like: Sequence[Tensor]) -> Vector:

@@ -60,9 +60,7 @@ class Formula(Protocol):
 def formula_of(optimizer: Optimizer, groups: Sequence[Group]) -> Formula | None:
     """The formula of an optimizer's step; None where its class, or an option of a group, has none here."""
     formula = _FORMULAS.get(type(optimizer))
-    if formula is None or not all(map(_has_formula, groups)):
-        return None
-    return None if any(p.is_complex() for group in optimizer.param_groups for p in group["params"]) else formula
+    return formula if formula is not None and all(map(_has_formula, groups)) else None
 
 
 def _has_formula(group: Group) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mlo.ops.vectors import add, dot, norm, scaled, times
+from mlo.ops.vectors import add, dot, norm, real, scaled, times
 
 Gradients = Sequence[Tensor | None]
 _OFF_ZERO = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -33,7 +33,7 @@ def _norm(gradients: Sequence[Tensor]) -> Tensor:
     """
     if not any([gradient.requires_grad for gradient in gradients]):
         return norm(gradients)
-    square = torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+    square = torch.stack([real(gradient).square().sum() for gradient in gradients]).sum()
     return torch.where(square > 0, square, 1.0).sqrt() * (square > 0)
 
 

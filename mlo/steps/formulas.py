@@ -1,4 +1,7 @@
-"""Steps by the formulas of :mod:`mlo.steps.adaptive`: variables by position, gathered by parameter group."""
+"""Steps by the formulas of :mod:`mlo.steps.adaptive`: variables by position, gathered by parameter group.
+
+As in torch, a complex variable steps like two real ones, its real and its imaginary part.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mlo.levels.state import State
-from mlo.ops.vectors import chunks
+from mlo.ops.vectors import as_like, chunks, real
 from mlo.steps import adaptive
 from mlo.steps.adaptive import Formula, Part
 
@@ -33,8 +36,10 @@ def step(
         stepped, reached = adaptive.step(formula, part)
         counters = {count: torch.tensor(count, dtype=_counter_dtype()) for count in set(part.counts)}
         for row, (index, count) in enumerate(zip(part.indices, part.counts, strict=True)):
-            moved[index] = stepped[row]
-            after[index] = {"step": counters[count], **{key: tensors[row] for key, tensors in reached.items()}}
+            like = state.variables[index]
+            moved[index] = as_like(like, stepped[row])
+            slots = {key: as_like(like, tensors[row]) for key, tensors in reached.items()}
+            after[index] = {"step": counters[count], **slots}
     return [t.clone() if t is v else t for t, v in zip(moved, state.variables, strict=True)], after
 
 
@@ -60,17 +65,18 @@ def transpose(
     to_variables = [*cotangents]
     to_slots = [dict(given) for given in of_slots or ()]
     for part in _parts(formula, groups, numbers, state, gradients, stepped):
-        given = [cotangents[index] for index in part.indices]
+        given = [real(cotangents[index]) for index in part.indices]
         after = None if of_slots is None else _gathered(of_slots, part, given)
         reached: adaptive.State = part.state if stepped else adaptive.reached(formula, part)
         found, before, of_state = adaptive.transpose(formula, part, reached, given, after)
         for row, index in enumerate(part.indices):
-            to_gradients[index] = found[row]
+            like = cotangents[index]
+            to_gradients[index] = as_like(like, found[row])
             if of_slots is not None:
-                to_variables[index] = before[row]
+                to_variables[index] = as_like(like, before[row])
                 # before the first step there is no state to pass anything on to
                 began = bool(state.slots[index])
-                to_slots[index] = {key: tensors[row] for key, tensors in of_state.items()} if began else {}
+                to_slots[index] = {k: as_like(like, tensors[row]) for k, tensors in of_state.items()} if began else {}
     return to_gradients, to_variables, to_slots
 
 
@@ -78,7 +84,7 @@ def _gathered(of_slots: Sequence[Mapping[str, Tensor]], part: Part, like: Sequen
     """The cotangents of each kind of slot that one of the variables has, with zeros for the others."""
     given = [of_slots[index] for index in part.indices]
     return {
-        key: [slot[key] if key in slot else torch.zeros_like(shape) for slot, shape in zip(given, like, strict=True)]
+        key: [real(s[key]) if key in s else torch.zeros_like(shape) for s, shape in zip(given, like, strict=True)]
         for key in part.state
         if any([key in slot for slot in given])
     }
@@ -99,14 +105,14 @@ def _parts(
         found = [i for i, g in enumerate(gradients) if g is not None and numbers[i] == number]
         for indices in chunks(found, variables):
             kept = {
-                key: [slots[i][key] if slots[i] else torch.zeros_like(variables[i]) for i in indices]
+                key: [real(slots[i][key] if slots[i] else torch.zeros_like(variables[i])) for i in indices]
                 for key in formula.begin(group)
             }
             taken = [values[id(slots[i]["step"])] if slots[i] else 0.0 for i in indices]
             # a step that was undone, for it was not finite, has not been counted
             counts = [max(1.0, count + (not stepped)) for count in taken]
-            own = [gradient for i in indices if (gradient := gradients[i]) is not None]
-            yield Part(group, indices, counts, [variables[i] for i in indices], own, kept)
+            own = [real(gradient) for i in indices if (gradient := gradients[i]) is not None]
+            yield Part(group, indices, counts, [real(variables[i]) for i in indices], own, kept)
 
 
 def _counter_dtype() -> torch.dtype:

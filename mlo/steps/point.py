@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 
 from mlo.errors import GraphError
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import State
 from mlo.ops.differentiable import TwiceDifferentiable
 from mlo.ops.rng import Randomness
-from mlo.ops.vectors import Vector, filled
+from mlo.ops.vectors import Vector, dense, filled
 from mlo.steps import compiled
 from mlo.steps.autograd_graph import SavedBytes
 from mlo.steps.evaluation import MicroBatch, evaluate
@@ -227,7 +228,20 @@ def _evaluated(point: Point, micro: MicroBatch, wanted: Wanted) -> tuple[Tensor,
     if saved is not None:
         level.note_graph(saved.total, found)
     parts = _by_level(found, of, states)
-    return loss.detach(), parts, found[sum(map(len, parts.values())) :], buffers
+    rest = found[sum(map(len, parts.values())) :]
+    kept = level.name if _stays_sparse(level.problem.optimizer, wanted) else None
+    parts = {name: gradients if name == kept else dense(gradients) for name, gradients in parts.items()}
+    return loss.detach(), parts, dense(rest), buffers
+
+
+def _stays_sparse(optimizer: Optimizer, wanted: Wanted) -> bool:
+    """Whether a level's own gradient, if it is sparse, is only for its optimizer, which takes it like that."""
+    if wanted.keep_graph or wanted.kind not in ("step", "virtual"):
+        return False
+    if isinstance(optimizer, SparseAdam):
+        return True
+    stateful = any([group.get("momentum") for group in optimizer.param_groups])  # a sparse buffer takes no dense step
+    return not wanted.reached and not stateful and isinstance(optimizer, SGD | Adagrad)
 
 
 def states_at(point: Point, micro: MicroBatch) -> tuple[dict[str, State], Vector | None]:

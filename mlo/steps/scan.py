@@ -12,7 +12,7 @@ from torch import Tensor
 from mlo.levels.problem import Problem
 from mlo.levels.state import State, copied
 from mlo.ops.differentiable import ThriceDifferentiable, TwiceDifferentiable
-from mlo.ops.vectors import Vector, filled
+from mlo.ops.vectors import Vector, dense, filled
 from mlo.steps.evaluation import evaluate
 from mlo.steps.level import Level
 from mlo.steps.losses import Found, Reading, States, loss_at, loss_of
@@ -112,7 +112,7 @@ class Joined:
         keys = [] if oldest else [(i, k) for i, s in enumerate(self.start.slots) for k, v in s.items() if v is not None]
         inputs = [*start, *[self.start.slots[i][k] for i, k in keys], *onto]
         # the same steps may be pulled back for several upper problems
-        found = torch.autograd.grad(ends, inputs, given, retain_graph=True, allow_unused=True)
+        found = dense(torch.autograd.grad(ends, inputs, given, retain_graph=True, allow_unused=True))
         before: list[dict[str, Tensor]] = [{} for _ in cotangent]
         for (index, key), of_slot in zip(keys, found[len(start) :], strict=False):
             if of_slot is not None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 
 from mlo.levels.problem import Problem
 from mlo.levels.state import COUNTERS, Slots
-from mlo.ops.vectors import filled
+from mlo.ops import vectors
+from mlo.ops.vectors import as_like, filled, real
 from mlo.steps.formulas import Cotangents, Gradients, Group
 
 
@@ -27,8 +28,11 @@ def step(
 ) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
     """The variables and the optimizer's slots after one step; with ``differentiable``, with a graph."""
     moved = [variable.clone() for variable in variables]
+    still: list[int] = []
     if differentiable:
         gradients = [None if g is None else off_zero(g) for g in gradients]
+        if isinstance(problem.optimizer, Adam):
+            groups, still = _with_a_rate(groups, problem.group_numbers)
     shadow = _shadow(problem, groups, moved, gradients, slots, differentiable=differentiable)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if differentiable else default)  # for the counters that a first step creates
@@ -36,7 +40,21 @@ def step(
         type(problem.optimizer).step(shadow)
     finally:
         torch.set_default_dtype(default)
-    return moved, [dict(shadow.state[tensor]) if tensor in shadow.state else {} for tensor in moved]
+    after: list[Mapping[str, Any]] = [dict(shadow.state[tensor]) if tensor in shadow.state else {} for tensor in moved]
+    for index in still:
+        moved[index] = variables[index] + 0.0 * moved[index]
+    return moved, after
+
+
+def _with_a_rate(groups: Sequence[Group], numbers: Sequence[int]) -> tuple[Sequence[Group], list[int]]:
+    """The groups with a learning rate other than 0, by which a differentiable Adam of torch divides.
+
+    Also returned are the positions of the variables whose rate is 0. They do not move, whatever the gradient is.
+    """
+    rates = [group["lr"] for group in groups]  # one on a GPU would have to be waited for
+    zero = [i for i, r in enumerate(rates) if (not isinstance(r, Tensor) or vectors.readable(r)) and r == 0]
+    found = [{**group, "lr": 1.0} if i in zero else group for i, group in enumerate(groups)]
+    return found, [index for index, number in enumerate(numbers) if number in zero]
 
 
 def transpose(
@@ -139,12 +157,17 @@ def off_zero(gradient: Tensor) -> Tensor:
     zero, which is NaN. Next to zero the derivative is finite and correct.
     """
     nudge = torch.finfo(gradient.dtype).tiny ** 0.4
-    zeros: Tensor = gradient.detach() == 0
-    return gradient.add(zeros.to(gradient.dtype), alpha=nudge)
+    zeros = (real(gradient.detach()) == 0).to(real(gradient).dtype)
+    return gradient.add(as_like(gradient, zeros), alpha=nudge)
 
 
 def _leaf(key: str, value: Any, held: bool) -> Any:
     """A slot that requires gradients, unless it is ``held`` fixed or a counter."""
-    if held or key in COUNTERS or not isinstance(value, Tensor) or not value.is_floating_point():
+    if (
+        held
+        or key in COUNTERS
+        or not isinstance(value, Tensor)
+        or not (value.is_floating_point() or value.is_complex())
+    ):
         return value
     return value.detach().requires_grad_()

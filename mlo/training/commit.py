@@ -1,34 +1,35 @@
-"""Applies updates, and stops at the first non-finite loss or gradient; on a GPU without synchronizing.
+"""Applies updates, and stops at the first non-finite loss, gradient or buffer; on a GPU without synchronizing.
 
 Gradient clipping is in :mod:`mlo.steps.clipping`, the loss scale for float16 in :mod:`mlo.ops.loss_scale`.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer, Rprop
 
-from mlo.errors import NonFiniteLossError
 from mlo.levels.problem import Problem
 from mlo.levels.state import State
 from mlo.ops import distributed
-from mlo.ops.vectors import Vector, copied, copy_, norm, select_
+from mlo.ops.vectors import Vector, copied, copy_, select_
 from mlo.steps import sgd
 from mlo.steps.clipping import clip
 from mlo.steps.losses import Found
 from mlo.steps.optimizer import hyperparameters, virtual_step
 from mlo.steps.scan import Joined
+from mlo.training.finite import LOSS, Seen, Watch, check
 
 ROUNDS_BEHIND = 2  # after which several processes check the losses of a round: by then a GPU has usually sent them
 
 
 class Updater:
-    """Updates problems, and raises an error at a loss or gradient that is NaN or infinite, keeping the last good state.
+    """Updates problems, and raises an error where something is NaN or infinite, keeping the last good state.
+
+    Checked are the loss, the gradient, and the buffers after the step (:class:`mlo.training.finite.Watch`).
 
     On the CPU the loss is checked before the update. On a GPU that would synchronize. There, each update is undone on
     the device unless all losses and gradients so far were finite. The CPU finds this out about a round later, from an
@@ -40,16 +41,19 @@ class Updater:
         deferred: whether to undo bad updates on the device, as described for the GPU.
 
     Attributes:
-        waiting: (problem, its steps before, its loss and the gradient's norm) of this round's deferred updates.
+        deferred: as given.
+        waiting: what is to be checked of this round's deferred updates.
+        watched: {problem: what is checked of its steps}.
         recorded: whether the updates become part of a CUDA graph. Torch's SGD, which would read its learning rate on
             the host, is then replaced by its formula.
     """
 
     def __init__(self, device: torch.device, deferred: bool) -> None:
         self._device = device
-        self._deferred = deferred
+        self.deferred = deferred
         self._finite = torch.ones((), dtype=torch.bool, device=device)
-        self.waiting: list[tuple[str, int, Tensor]] = []
+        self.waiting: list[Seen] = []
+        self.watched: dict[str, Watch] = {}
         self.recorded = False
         self._sent: deque[_Sent] = deque()
 
@@ -59,17 +63,13 @@ class Updater:
         Raises:
             NonFiniteLossError: if not deferred, before anything is changed.
         """
-        found = [gradient for gradient in gradients if gradient is not None]
-        size = norm(found) if found else torch.zeros_like(loss)  # a loss may read a problem only sometimes
-        if not self._deferred:
-            seen = [loss.item(), size.item()]
-            if not (math.isfinite(seen[0]) and math.isfinite(seen[1])):
-                _check(problem.name, problem.step_number, seen)
+        watch = self.watched[problem.name]
+        if not self.deferred:
+            watch.refuse(problem, loss, gradients, buffers)
             _take_step(problem, gradients, buffers)
             return
-        sent = torch.stack([loss.double(), size.double()])
-        self.waiting.append((problem.name, problem.step_number, sent))
-        self._finite.logical_and_(torch.isfinite(sent).all())  # in place, as a CUDA graph needs it
+        self.waiting.append(watch.seen(problem, loss, gradients, buffers))
+        self._finite.logical_and_(torch.isfinite(self.waiting[-1].values).all())  # in place, as a CUDA graph needs it
         held = _tensors(problem, self._device)
         before = dict(zip(map(id, held), copied(held), strict=True))
         _take_step(problem, gradients, buffers, self.recorded)
@@ -77,27 +77,36 @@ class Updater:
         old = [before[id(t)] if id(t) in before else torch.zeros_like(t) for t in held]
         select_(~self._finite, held, old)
 
+    def note(self, virtual: Sequence[tuple[Problem, int, Tensor]], reached: Mapping[str, State]) -> None:
+        """Before a real step, if deferred: the losses of the virtual steps before it, and where these led.
+
+        If something of that step is not finite, the first virtual step of which this is so is to blame.
+        """
+        ends = {problem.name: (problem, number) for problem, number, _ in virtual}
+        for problem, number, loss in virtual:
+            self.waiting.append(Seen(problem.name, number, [LOSS], loss[None], virtual=True))
+            if ends[problem.name] == (problem, number):
+                end = self.watched[problem.name].reached(problem, number, reached[problem.name])
+                self.waiting.append(end._replace(virtual=True))
+
     def commit(self, problem: Problem, joined: Joined) -> bool:
         """Set variables, momentum and buffers to where several steps led.
 
-        The loss of each step is checked, and instead of gradients the norm of the variables after the last step.
+        The loss of each step is checked, and instead of gradients the variables after the last step.
 
         Returns:
-            False, with nothing changed, if not deferred and a loss or a variable is NaN or infinite.
+            False, with nothing changed, if not deferred and something is NaN or infinite.
         """
-        seen = torch.stack([*joined.losses]).double().unsqueeze(1).repeat(1, 2)
-        seen[-1, 1] = norm([end.detach() for end in joined.end.variables])
-        finite = torch.isfinite(seen).all()
-        if self._deferred:
-            self.waiting += [(problem.name, problem.step_number + index, each) for index, each in enumerate(seen)]
-            finite = self._finite.logical_and_(finite)
-        elif not finite:
-            return False
-        targets, values = zip(*_targets(problem, joined.end), strict=True)
-        if self._deferred:
-            select_(finite, targets, values)
-        else:
+        watch, targets, values = self.watched[problem.name], *zip(*_targets(problem, joined.end), strict=True)
+        if self.deferred:
+            seen = watch.joined(problem, joined)
+            self.waiting += seen
+            self._finite.logical_and_(torch.isfinite(torch.cat([each.values for each in seen])).all())
+            select_(self._finite, targets, values)
+        elif watch.accepts(joined):
             copy_(targets, values)
+        else:
+            return False
         for variable in problem.variables.values():
             variable.grad = None
         return True
@@ -126,13 +135,13 @@ class Updater:
 
 
 class _Sent:
-    """The losses of one round, while they are copied to the CPU."""
+    """What was seen of the steps of one round, while it is copied to the CPU."""
 
-    def __init__(self, losses: list[tuple[str, int, Tensor]], device: torch.device) -> None:
-        self._labels = [(name, step) for name, step, _ in losses]
-        values = torch.stack([seen for _, _, seen in losses])
+    def __init__(self, seen: list[Seen], device: torch.device) -> None:
+        self._seen = seen
+        values = torch.cat([each.values for each in seen])
         on_gpu = device.type == "cuda"
-        self._values = torch.empty(values.shape, dtype=torch.float64, pin_memory=on_gpu)
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=on_gpu)
         self._values.copy_(values, non_blocking=True)
         self._event = torch.cuda.Event() if on_gpu else None
         if self._event is not None:
@@ -144,8 +153,7 @@ class _Sent:
     def check(self) -> None:
         if self._event is not None:
             self._event.synchronize()
-        for (name, step), value in zip(self._labels, self._values.tolist(), strict=True):
-            _check(name, step, value)
+        check(self._seen, self._values.tolist())
 
 
 def _targets(problem: Problem, end: State) -> Iterator[tuple[Tensor, Tensor]]:
@@ -202,13 +210,3 @@ def _tensors(problem: Problem, device: torch.device) -> list[Tensor]:
     for slots in problem.optimizer.state.values():
         found += [v for v in slots.values() if isinstance(v, Tensor) and v.device.type == device.type]
     return found
-
-
-def _check(name: str, step: int, seen: list[float]) -> None:
-    """Raise a NonFiniteLossError unless ``seen``, the loss and the norm of its gradient, is finite."""
-    for what, value in zip(("loss", "gradient's norm"), seen, strict=True):
-        if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"problem {name!r}: its {what} is {value} at its step {step + 1}; that step was not taken, and the "
-                "state is the one before it. Lower the learning rate, set clip_norm, or check the batch for bad values"
-            )

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_iter
 
 from mlo.errors import HypergradientError, MloError
 from mlo.hypergradient import Darts, Estimator, Exact, Forward, OneStep, Unrolled, build_estimator
+from mlo.levels.state import in_precision
 from mlo.ops.vectors import Vector, add, dot, norm
 from mlo.options import registry
 from mlo.options.config import Registered
@@ -49,11 +50,11 @@ def check(engine: Engine, name: str | None = None, *, directions: int = 4, toler
     """
     top = _top(engine, name)
     found = engine.hypergradient(top, torch.float64)
-    point = {n: engine.problems[top].module.get_parameter(n).detach().double() for n in found}
+    point = {n: in_precision(engine.problems[top].module.get_parameter(n).detach(), torch.float64) for n in found}
     draw = torch.Generator().manual_seed(0)
     step, rows = 1e-6 * max(1.0, norm(tuple(point.values())).item()), []
     for _ in range(directions):
-        drawn = {n: torch.randn(p.shape, generator=draw, dtype=torch.float64).to(p.device) for n, p in point.items()}
+        drawn = {n: torch.randn(p.shape, generator=draw, dtype=p.dtype).to(p.device) for n, p in point.items()}
         size = norm(tuple(drawn.values()))
         along = {n: d / size for n, d in drawn.items()}
         ends = [
@@ -161,7 +162,7 @@ def _row(engine: Engine, top: str, option: object, exact: Vector) -> Row:
     title = repr(option) if isinstance(option, Estimator) else str(option)
     try:
         with _every(engine, option) as one:
-            found = tuple(g.double() for g in one.hypergradient(top).values())
+            found = tuple(in_precision(g, torch.float64) for g in one.hypergradient(top).values())
             reports = one._gradients.latest.items()
             residuals = [float(value) for name, value in reports if name.endswith("/residual")]
             passes = sum(n for problem, kinds in one.passes.items() for n in kinds.values() if problem != top)
@@ -242,6 +243,7 @@ def _every(engine: Engine, option: object, inner_path: bool | None = None) -> It
         with warnings.catch_warnings():
             # the engine itself has warned already
             warnings.filterwarnings("ignore", message="the gradient of .* itself runs through")
+            warnings.filterwarnings("ignore", message="problem .*: the linear system of .* is not solved")
             inner = engine.inner_path if inner_path is None else inner_path
             yield Engine(problems, option, inner_path=inner, tf32=engine.tf32, device=engine.device)
     finally:

@@ -24,7 +24,8 @@ from mlo.training.captured import Captured, refuse_capture
 from mlo.training.checkpoint import with_other_processes
 from mlo.training.commit import Updater
 from mlo.training.devices import move_to
-from mlo.training.gradients import Gradients, Records
+from mlo.training.finite import Watch
+from mlo.training.gradients import Gradients, Hypergradient, Records
 from mlo.training.outermost import outermost
 from mlo.training.plan import Plan
 from mlo.training.report import EngineReport, engine_report
@@ -91,12 +92,14 @@ class Engine:
         self._plan = Plan(problems, hypergradient, lookahead, inner_path)
         self.inner_path = inner_path
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
+        watched = {problem.name: Watch(problem) for problem in problems}  # before they are on a GPU
         self.device = move_to(problems, device)
         self.rounds = 0
         self.tf32, self._tf32 = tf32, Tf32(tf32, self.device.type == "cuda")
         self._levels = levels_of(problems, self.device, Compiler(self.device) if compile else None, self._tf32)
         self._gradients = Gradients(self._plan, self._levels)
         self._updater = Updater(self.device, deferred=self.device.type != "cpu")
+        self._updater.watched = watched
         self._rounds = Rounds(self._plan, self._levels, self._gradients, self._updater)
         self._captured = None
         if capture:
@@ -141,6 +144,7 @@ class Engine:
             for callback in called:
                 callback(self)
         self._updater.wait()
+        self._gradients.numbers()
 
     @outermost
     def step(self) -> None:
@@ -164,16 +168,16 @@ class Engine:
         for top in tops:
             for _ in range(self.problems[top].steps):
                 with self._ahead(top):
-                    states, records = self._rounds.below(top, due, self._live_states())
-                    self._rounds.real_step(top, states, records)
+                    self._rounds.after_virtual(top, due, self._live_states())
         states, records = self._live_states(), Records()
         for position, name in enumerate(rest):
             self._rounds.real(name, states, records, rest[position + 1 :])
 
     @outermost
-    def hypergradient(self, name: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def hypergradient(self, name: str, dtype: torch.dtype | None = None) -> Hypergradient:
         """The gradient of the next step of problem ``name``: {parameter name: tensor of its shape}.
 
+        Its attribute ``metrics`` has what the estimators report of it, such as {"<problem>/residual": number}.
         The problems below it take their next steps virtually, on their next batches, with the current learning rates.
         The run is not changed: not its parameters, buffers, optimizer states, random state or position in the data.
 
@@ -187,9 +191,10 @@ class Engine:
         """
         with self._ahead(name), replay(None, self.device, self._level(name).draws_outside):
             states, records, batches = self._next(name, {}, dtype)
-            count = self.problems[name].step_number
+            count, self._gradients.latest = self.problems[name].step_number, {}
             found = self._gradients.of(name, states, records, batches, "virtual", (), count).own
-        return dict(zip(self.problems[name].variables, filled(found, states[name].variables), strict=True))
+        tensors = dict(zip(self.problems[name].variables, filled(found, states[name].variables), strict=True))
+        return Hypergradient(tensors, self._gradients.numbers())
 
     @outermost
     def objective(
@@ -234,6 +239,7 @@ class Engine:
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:
         """The last losses, as "<problem>/loss", and the metrics of estimators and problems. It waits for the device."""
+        self._gradients.numbers()
         found = {f"{name}/loss": loss for name, loss in self.losses.items()} | self._gradients.reports
         for name, problem in self.problems.items():
             found |= {f"{name}/{key}": value for key, value in problem.metrics().items()}
@@ -243,7 +249,6 @@ class Engine:
         """The state needed to resume bit for bit: all problems, the number of rounds, and the random state.
 
         As in torch, it refers to the live tensors: save it with :func:`mlo.checkpoint.save`, or ``copy.deepcopy`` it.
-
         It synchronizes with the device, and raises a NonFiniteLossError instead of returning an invalid state. In a
         distributed run all processes must call it, and all get the same result.
         """
@@ -255,10 +260,9 @@ class Engine:
         return {
             "rounds": self.rounds,
             "problems": {name: problem.state_dict() for name, problem in self.problems.items()},
-            "warm": {upper: {n: list(v) for n, v in warm.items()} for upper, warm in self._gradients.warm.items()},
             "levels": {name: level.state_dict() for name, level in self._levels.items()},
             "losses": dict(self.losses),
-            "reports": dict(self._gradients.reports),
+            **self._gradients.state_dict(),
             "random": global_state(),
             "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
@@ -272,14 +276,10 @@ class Engine:
         state = checked_state(state, self._own_state(), self.problems)
         load_problems(self.problems, state["problems"])
         self.rounds = state["rounds"]
-        self._gradients.warm = {
-            upper: {name: tuple(part.to(self.device) for part in solution) for name, solution in warm.items()}
-            for upper, warm in state["warm"].items()
-        }
         for name, level in self._levels.items():
             level.load_state_dict(state["levels"][name])
         self._rounds.losses = {name: loss.to(self.device) for name, loss in state["losses"].items()}
-        self._gradients.reports = {key: value.to(self.device) for key, value in state["reports"].items()}
+        self._gradients.load_state_dict(state, self.device)
         set_global_state(state["random"])
         if self.device.type == "cuda" and state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from itertools import repeat
@@ -15,8 +16,8 @@ from mlo.errors import GraphError
 from mlo.hypergradient.backward import backward, unreached
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import State
-from mlo.ops import distributed
-from mlo.ops.vectors import Vector, filled
+from mlo.ops import distributed, vectors
+from mlo.ops.vectors import Vector, dense, filled
 from mlo.steps.evaluation import MicroBatch, evaluate
 from mlo.steps.level import Level
 from mlo.steps.losses import Found, loss_of
@@ -25,6 +26,19 @@ from mlo.steps.step import Step, reached
 from mlo.training.plan import Plan
 
 Records = dict[str, list[Step]]
+UNSOLVED = 0.5  # relative residual of a linear system above which there is a warning
+
+
+class Hypergradient(dict[str, Tensor]):
+    """{parameter name: tensor}, as :meth:`mlo.Engine.hypergradient` returns it.
+
+    Attributes:
+        metrics: {"<problem>/<name>": number}, what the estimators reported, such as the residual of a linear solve.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], metrics: Mapping[str, float]) -> None:
+        super().__init__(tensors)
+        self.metrics = metrics
 
 
 class Taken(NamedTuple):
@@ -52,7 +66,7 @@ class Taken(NamedTuple):
 
         Averaged before anything is done with it, a loss that is not finite in one process is so in all.
         """
-        sent = filled(self.own, self.point.state.variables)
+        sent = filled(dense(self.own), self.point.state.variables)
         flags = self.loss.new_ones(len(sent))
         for index, each in enumerate(self.own):
             if each is None:
@@ -80,6 +94,7 @@ class Gradients:
         self.reports: dict[str, Tensor] = {}
         self.latest: dict[str, Tensor] = {}
         self.warm: dict[str, dict[str, Vector]] = {}
+        self._warned: set[str] = set()
 
     def of(
         self,
@@ -174,11 +189,44 @@ class Gradients:
         warm, reports = dict(self.warm.get(name, {})), dict[str, Tensor]()
         answer = backward(name, role.paths, cotangents, records, plan.estimators, self.pullbacks, reports, warm)
         self.latest = reports
+        if reports and all(map(vectors.readable, reports.values())):
+            self.numbers()
         if real:
             self.reports |= reports
         if real and warm:
             self.warm[name] = warm
         return answer
+
+    def numbers(self) -> dict[str, float]:
+        """:attr:`latest` as numbers, for which this waits. Warns once for each problem whose system is not solved."""
+        found = {key: float(value) for key, value in self.latest.items()}
+        for key, residual in found.items():
+            name, _, what = key.rpartition("/")
+            estimator = self._plan.estimators[name]
+            most = 1.0 if getattr(estimator, "warm_start", False) else UNSOLVED  # which takes rounds to solve it
+            if what == "residual" and name not in self._warned and not residual <= most:
+                self._warned.add(name)
+                remedy = f"; to solve it better, {estimator.remedy}" if estimator.remedy else ""
+                warnings.warn(
+                    f"problem {name!r}: the linear system of {type(estimator).__name__} is not solved: its relative "
+                    f"residual is {residual:.2g} (0 is exact, and 1 no better than no solution), so hypergradients "
+                    f"through {name!r} are inaccurate{remedy}",
+                    stacklevel=2,
+                )
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Warm starts and reports."""
+        warm = {upper: {name: list(v) for name, v in warm.items()} for upper, warm in self.warm.items()}
+        return {"warm": warm, "reports": dict(self.reports)}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Continue from what :meth:`state_dict` returned."""
+        self.warm = {
+            upper: {name: tuple(part.to(device) for part in solution) for name, solution in warm.items()}
+            for upper, warm in state["warm"].items()
+        }
+        self.reports = {key: value.to(device) for key, value in state["reports"].items()}
 
     def _no_gradient(self, name: str) -> GraphError:
         if self._plan.graph.is_upper(name) and not self._plan.paths[name]:

@@ -217,7 +217,7 @@ class Host:
             updater.recorded = False
             self._losses, self._reports = self._rounds.losses, gradients.reports
             self._rounds.losses, gradients.reports, gradients.warm = losses, reports, {**self._warm}
-            self._seen = [(name, number - steps[name], seen) for name, number, seen in updater.waiting[waiting:]]
+            self._seen = [s._replace(step=s.step - steps[s.problem]) for s in updater.waiting[waiting:]]
             del updater.waiting[waiting:]
             self._steps = {name: problem.step_number - steps[name] for name, problem in self._problems.items()}
             self._passes = {name: level.passes - passes[name] for name, level in self._levels.items()}
@@ -229,8 +229,8 @@ class Host:
 
     def follow(self) -> None:
         """Count the steps of a round, and move on in the data."""
-        for name, number, seen in self._seen:
-            self._updater.waiting.append((name, self._problems[name].step_number + number, seen))
+        for seen in self._seen:
+            self._updater.waiting.append(seen._replace(step=self._problems[seen.problem].step_number + seen.step))
         for name, problem in self._problems.items():
             problem.step_number += self._steps[name]
             self._levels[name].passes += self._passes[name]

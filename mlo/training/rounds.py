@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import repeat
 from operator import is_not
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from mlo.errors import NonFiniteLossError
 from mlo.levels.problem import Problem
-from mlo.levels.state import Slots, State, cast, copied
+from mlo.levels.state import Slots, State, cast, copied, in_precision
 from mlo.ops.rng import Randomness, replay
 from mlo.steps.evaluation import MicroBatch
 from mlo.steps.level import Level
@@ -49,6 +51,8 @@ class Rounds:
     def __init__(self, plan: Plan, levels: Mapping[str, Level], gradients: Gradients, updater: Updater) -> None:
         self._plan, self._levels, self._gradients, self._updater = plan, levels, gradients, updater
         self.losses: dict[str, Tensor] = {}
+        self._virtual: list[tuple[Problem, int, Tensor]] = []  # the virtual steps below one top, and their losses
+        self._top: str | None = None
 
     def below(
         self, top: str, due: Collection[str], states: Mapping[str, State], dtype: torch.dtype | None = None
@@ -60,7 +64,7 @@ class Rounds:
             states: of all problems, to begin with.
             dtype: of the floating-point tensors in ``states``, if it is another than the modules'.
         """
-        reached, records = dict(states), Records()
+        reached, records, self._virtual = dict(states), Records(), []
         names = self._plan.graph.names
         below = [name for name in names[: names.index(top)] if name in due]
         if self._plan.lookahead:  # other tops step by themselves, not below this one
@@ -97,10 +101,31 @@ class Rounds:
             )
         )
 
-    def real_step(self, name: str, states: Mapping[str, State], records: Records) -> None:
-        """One real step of a problem that nothing is differentiated through."""
-        of = Round(self._levels[name], self._plan.roles[name], dict(states), records, (), 1, real=True)
-        self._one(of, 0, 0, keep=False)
+    def after_virtual(self, top: str, due: Collection[str], states: Mapping[str, State]) -> None:
+        """One real step of a top problem, after virtual steps of the problems below it.
+
+        Raises:
+            NonFiniteLossError: for the first of these steps in which something is not finite.
+        """
+        reached, records = self.below(top, due, states)
+        of = Round(self._levels[top], self._plan.roles[top], reached, records, (), 1, real=True)
+        if self._updater.deferred:
+            self._updater.note(self._virtual, reached)
+        try:
+            self._one(of, 0, 0, keep=False)
+        except NonFiniteLossError:
+            with self._watched(top):
+                self.below(top, due, states)
+            raise
+
+    @contextmanager
+    def _watched(self, top: str) -> Iterator[None]:
+        """A context in which each virtual step before one of ``top`` is checked by itself."""
+        self._top = top
+        try:
+            yield
+        finally:
+            self._top = None
 
     def _steps(self, of: Round) -> None:
         last, recorded = of.role.recording.last, list[Step]()
@@ -108,7 +133,7 @@ class Rounds:
         while index < of.total:
             left = of.total - index
             keep = bool(of.targets) and (last is None or left <= last)
-            count = how_many(of, taken, left) if keep and of.role.joins else 0
+            count = how_many(of, taken, left) if keep and of.role.joins and self._top is None else 0
             step = self._joined(of, index, count) if count else None
             if step is None:
                 count, step = 1, self._one(of, index, taken, keep)
@@ -135,7 +160,7 @@ class Rounds:
             batches = cast_batches(batches, of.dtype)
         if not keep:
             found = self._gradients.of(level.name, states, of.records, batches, kind, (), count)
-            self._move(of, found, hyperparameters(problem) if not of.real else ())
+            self._move(of, found, hyperparameters(problem) if not of.real else (), count)
             return None
         groups = hyperparameters(problem)
         linear = is_linear(problem, groups)
@@ -147,7 +172,7 @@ class Rounds:
         if onto and role.keeps_graph and before.variables and role.recording.store_on == "device":
             states = {**states, level.name: before}
         found = self._gradients.of(level.name, states, of.records, batches, kind, onto, count, later=index > 0)
-        self._move(of, found, groups)
+        self._move(of, found, groups, count)
         if only_after and before.variables:
             slots = problem.optimizer_slots() if of.real else of.states[level.name].slots
             before = before._replace(slots=slots)
@@ -178,10 +203,14 @@ class Rounds:
             return copied(state, torch.device("cpu"))
         return copied(state) if of.real else state
 
-    def _move(self, of: Round, found: Taken, groups: Groups) -> None:
+    def _move(self, of: Round, found: Taken, groups: Groups, count: int) -> None:
         """Take the optimizer's step: really, or to another state."""
         name, problem = of.level.name, of.level.problem
         if not of.real:
+            self._virtual.append((problem, count, found.loss))
+            if self._top is not None:
+                watch = self._updater.watched[name]
+                watch.refuse(problem, found.loss, found.own, found.buffers, count, self._top)
             of.states[name] = virtual_step(problem, of.states[name]._replace(buffers=found.buffers), found.own, groups)
             return
         self._updater.update(problem, found.loss, found.own, found.buffers)
@@ -230,6 +259,7 @@ class Rounds:
                 problem.advance()
             self.losses[name] = done.losses[-1]
         else:
+            self._virtual += [(problem, first + ahead + i, loss) for i, loss in enumerate(done.losses)]
             end = done.end
             slots = tuple([{k: v if v is None else v.detach() for k, v in slot.items()} for slot in end.slots])
             variables = tuple([v.detach().requires_grad_() for v in end.variables])
@@ -245,11 +275,7 @@ def _virtual(state: State, slots: Slots, dtype: torch.dtype | None) -> State:
 
 
 def cast_batches(batches: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
-    """The batches with floating-point tensors of ``dtype``."""
+    """The batches with floating-point and complex tensors in the precision of ``dtype``."""
     if dtype is None:
         return batches
-
-    def cast_one(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    return tuple([tree_map_only(Tensor, cast_one, batch) for batch in batches])
+    return tuple([tree_map_only(Tensor, partial(in_precision, dtype=dtype), batch) for batch in batches])

@@ -54,10 +54,12 @@ class Estimator(Config, ABC):
         differentiates: whether anything is pulled back at all.
         lookahead: the default of ``Engine(lookahead=...)`` with this estimator: whether upper problems step after
             virtual steps of the lower ones.
+        remedy: what helps against a large ``residual`` (see :class:`Pulled`), for the warning about one.
     """
 
     differentiates: ClassVar[bool] = True
     lookahead: ClassVar[bool] = False
+    remedy: ClassVar[str] = ""
 
     @property
     def recording(self) -> Recording:
@@ -85,7 +87,8 @@ class Pulled:
 
     Attributes:
         cotangents: {target: one tensor per variable of the target, or None if no gradient reaches it}.
-        metrics: {name: scalar tensor}, such as the residual of a linear solve.
+        metrics: {name: scalar tensor}. The engine warns if one named "residual" is large: how much of a linear system
+            is unsolved, from 0 (solved) to 1 (no better than zero) and beyond.
         solution: a warm start for the next pullback of the same problem, one tensor per variable.
     """
 

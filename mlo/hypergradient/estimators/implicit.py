@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from mlo.hypergradient.estimators.base import Estimator, Pulled, Recording
 from mlo.hypergradient.products import Exact, ProductOption
-from mlo.hypergradient.solvers import MatVec, conjugate_gradient, neumann_series, nystrom
+from mlo.hypergradient.solvers import MatVec, conjugate_gradient, minimal_residual, neumann_series, nystrom
 from mlo.ops.rng import replay
-from mlo.ops.vectors import Vector, add, scaled
+from mlo.ops.vectors import Vector, add, as_like, real, scaled
 from mlo.steps.step import Step
 
 #: (u -> H_tt u, v) -> (z with H_tt z = v, its relative residual)
@@ -62,7 +63,8 @@ class ConjugateGradient(Implicit):
     tolerance or at a direction of negative curvature. The relative residual is reported as the metric ``residual``.
     """
 
-    iterations: int = Field(10, ge=1, description="maximum number of products with the Hessian")
+    remedy: ClassVar[str] = "raise iterations or damping, or train the lower problem closer to its minimum"
+    iterations: int = Field(20, ge=1, description="maximum number of products with the Hessian")
     tolerance: float = Field(1e-12, ge=0, description="relative residual at which to stop")
     damping: float = Field(0.0, ge=0, description="added to every eigenvalue of the Hessian")
     warm_start: bool = Field(False, description="start from the solution of the previous step")
@@ -87,14 +89,15 @@ class ConjugateGradient(Implicit):
 class Neumann(Implicit):
     """The inverse Hessian as rate * sum (I - rate H)^k v over ``terms`` terms, then -H_xt (Lorraine et al. 2020).
 
-    The series converges if ``rate`` is below 2 / (largest eigenvalue). From the first term that grows on, terms are
-    left out, so that the result stays finite. The relative size of the last term is reported as ``residual``.
+    By default each term has the rate that makes the residual smallest, so that there is nothing to tune, and it cannot
+    diverge. With a fixed ``rate``, such as the learning rate in the paper, the series converges if that is below
+    2 / (largest eigenvalue); from the first term that grows on, terms are left out, so that the result stays finite.
+    The relative residual is reported as ``residual``; with a fixed rate, it is that before the last term.
     """
 
-    terms: int = Field(10, ge=1, description="terms of the series; each after the first takes one product")
-    rate: float | None = Field(
-        None, gt=0, description="step size of the series; null: the learning rate of the first parameter group"
-    )
+    remedy: ClassVar[str] = "raise terms, leave out rate (or lower it), or use 'cg'"
+    terms: int = Field(20, ge=1, description="terms of the series; each takes one product, with a fixed rate one less")
+    rate: float | None = Field(None, gt=0, description="step size of the series; null: the best for each term")
     warm_start: bool = Field(
         False, description="start from the solution of the previous step (SOBA, with 1 or 2 terms)"
     )
@@ -105,8 +108,10 @@ class Neumann(Implicit):
         return self.warm_start
 
     def solver(self, step: Step, start: Vector | None) -> Solver:
-        """``terms`` - 1 products."""
-        rate = step.point.level.problem.optimizer.param_groups[0]["lr"] if self.rate is None else self.rate
+        """``terms`` products, or one less."""
+        rate = self.rate
+        if rate is None:
+            return lambda matvec, b: minimal_residual(matvec, b, self.terms, start)
         return lambda matvec, b: neumann_series(matvec, b, self.terms, rate, start)
 
 
@@ -118,16 +123,22 @@ class Nystrom(Implicit):
     The relative residual is reported as ``residual``.
     """
 
+    remedy: ClassVar[str] = "raise rank or damping, or use 'cg'"
     rank: int = Field(10, ge=1, description="random vectors, each of which takes one product with the Hessian")
-    damping: float = Field(0.01, gt=0, description="added to every eigenvalue of the Hessian")
+    damping: float | None = Field(
+        None,
+        gt=0,
+        description="added to every eigenvalue of the Hessian; null: nothing, but directions that the approximation "
+        "lacks count as its smallest eigenvalue",
+    )
 
     def solver(self, step: Step, start: Vector | None) -> Solver:
         """``rank`` + 1 products."""
 
         def solve(matvec: MatVec, b: Vector) -> tuple[Vector, Tensor]:
-            rank = min(self.rank, sum(part.numel() for part in b))
+            rank = min(self.rank, sum(real(part).numel() for part in b))
             with replay(step.point.micro[0].randomness, b[0].device):
-                probes = [tuple([torch.randn_like(part) for part in b]) for _ in range(rank)]
+                probes = [tuple([as_like(part, torch.randn_like(real(part))) for part in b]) for _ in range(rank)]
             return nystrom(matvec, b, probes, self.damping)
 
         return solve

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from analytic import SHAPES, Quadratics
+from analytic import SHAPES, Point, Quadratics
 
 import mlo
-from mlo.hypergradient.solvers import conjugate_gradient, neumann_series
+from mlo.hypergradient.solvers import conjugate_gradient, minimal_residual, neumann_series, nystrom
 
 CASES = [(shape, top) for shape in SHAPES for top in shape.tops]
 EXACT = [
@@ -176,3 +176,125 @@ def test_nystrom_draws_its_probes_from_the_steps_own_random_state():
     found = engine.hypergradient("top")["value"]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(engine.hypergradient("top")["value"], found)
+
+
+def test_a_start_that_is_further_off_than_zero_is_dropped():
+    matrix, b = torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)), (torch.ones(3, dtype=torch.float64),)
+    calls = []
+
+    def matvec(u):
+        calls.append(u)
+        return (matrix @ u[0],)
+
+    for solve in (
+        lambda start: conjugate_gradient(matvec, b, 2, 0.0, start),
+        lambda start: neumann_series(matvec, b, 3, 0.1, start),
+        lambda start: minimal_residual(matvec, b, 2, start),
+    ):
+        expected = solve(None)
+        for bad in (1e18, -1.0, float("nan"), float("inf")):
+            start = (torch.full((3,), bad, dtype=torch.float64),)
+            torch.testing.assert_close(solve(start), expected)
+        good = (torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64),)
+        kept = good[0].clone()
+        found = solve(good)
+        assert torch.equal(good[0], kept)
+        assert found[1] < expected[1]
+
+
+@pytest.mark.parametrize("as_gpu", [False, True])
+@pytest.mark.parametrize("options", [{"kind": "cg", "iterations": 2}, {"kind": "neumann", "terms": 1}], ids=str)
+def test_a_warm_start_stays_bounded_under_noise(options, as_gpu, request):
+    """Each batch has another Hessian, some with directions of hardly any or of negative curvature."""
+    if as_gpu:
+        request.getfixturevalue("as_on_gpu")
+    torch.manual_seed(0)
+
+    class Low(mlo.Problem):
+        def loss(self, batch, top):
+            return self() @ batch @ self() / 2 - self() @ top()
+
+    class Top(mlo.Problem):
+        def loss(self, batch, low):
+            return (low() - 1.0).square().sum()
+
+    roots = [torch.randn(3, 4) for _ in range(20)]
+    low, top = Point(torch.zeros(4)), Point(torch.zeros(4))
+    sgd = torch.optim.SGD
+    problems = [
+        Low(
+            "low", module=low, optimizer=sgd(low.parameters(), 0.01), data=[r.T @ r - 0.1 * torch.eye(4) for r in roots]
+        ),
+        Top("top", module=top, optimizer=sgd(top.parameters(), 1e-5), data=None),
+    ]
+    engine = mlo.Engine(problems, {**options, "warm_start": True}, device="cpu")
+    for _ in range(10):
+        engine.run(20)
+        (warm,) = engine.state_dict()["warm"]["top"]["low"]
+        assert warm.norm() < 1e3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_minimal_residual_needs_no_rate_and_never_grows(seed):
+    torch.manual_seed(seed)
+    scale = 10.0 ** torch.randint(-6, 6, (1,)).item()
+    root = torch.randn(4, 4, dtype=torch.float64)
+    matrix, b = scale * (root @ root.T + torch.eye(4)), (torch.randn(4, dtype=torch.float64),)
+    sizes = [minimal_residual(lambda u: (matrix @ u[0],), b, terms)[1] for terms in (1, 2, 5, 20, 400)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] < 1
+    assert sizes[-1] < 1e-10
+    solution, residual = minimal_residual(lambda u: (matrix @ u[0],), b, 7)
+    assert residual == pytest.approx(((matrix @ solution[0] - b[0]).norm() / b[0].norm()).item())
+
+
+def test_nystrom_without_damping_is_exact_at_full_rank_and_no_worse_than_zero_below():
+    torch.manual_seed(0)
+    root = torch.randn(6, 6, dtype=torch.float64)
+    matrix, b = root @ root.T + 0.1 * torch.eye(6), (torch.randn(6, dtype=torch.float64),)
+    for shift in (0.0, 3.0):  # the second is not definite
+        a = matrix - shift * torch.eye(6)
+        for rank in range(1, 7):
+            probes = [(torch.randn(6, dtype=torch.float64),) for _ in range(rank)]
+            solution, residual = nystrom(lambda u, a=a: (a @ u[0],), b, probes, None)
+            assert residual == pytest.approx(((a @ solution[0] - b[0]).norm() / b[0].norm()).item(), abs=1e-12)
+            assert residual <= 1
+        if not shift:
+            torch.testing.assert_close(solution[0], torch.linalg.solve(a, b[0]), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"kind": "cg", "iterations": 1}, "raise iterations or damping"),
+        ({"kind": "neumann", "rate": 1e-3}, "raise terms, leave out rate"),
+        ({"kind": "nystrom", "rank": 1, "damping": 1e-4}, "raise rank or damping"),
+    ],
+    ids=lambda value: value["kind"] if isinstance(value, dict) else "",
+)
+def test_a_system_that_is_not_solved_is_warned_of_once_and_reported(options, remedy, recwarn):
+    quadratics = Quadratics.make(SHAPES[0])
+    quadratics.own["low"] = torch.diag(torch.tensor([0.01, 1.0, 100.0], dtype=torch.float64))
+    engine = mlo.Engine(quadratics.problems(lr=0.0), options, device="cpu")
+    with pytest.warns(UserWarning, match=f"'low': the linear system .* residual is .* {remedy}"):
+        found = engine.hypergradient("top")
+    engine.run(2)
+    assert not recwarn
+    assert found.metrics["low/residual"] > 0.5
+    assert engine.hypergradient("low").metrics == {}
+
+
+def test_one_that_is_solved_is_not_warned_of(recwarn):
+    engine = mlo.Engine(Quadratics.make(SHAPES[0]).problems(), "cg", device="cpu")
+    assert engine.hypergradient("top").metrics["low/residual"] < 1e-9
+    engine.run(2)
+    assert not recwarn
+
+
+@pytest.mark.parametrize("damping", [None, 0.1])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nystrom_passes_on_what_is_not_finite(damping, bad):
+    b, probes = (torch.ones(3, dtype=torch.float64),), [(torch.randn(3, dtype=torch.float64),) for _ in range(2)]
+    solution, residual = nystrom(lambda u: (u[0] * bad,), b, probes, damping)
+    assert not solution[0].isfinite().any()
+    assert not residual.isfinite()

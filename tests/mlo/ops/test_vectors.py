@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mlo.ops import vectors
+from mlo.steps.clipping import clip
 
 NAN = float("nan")
 
@@ -151,3 +152,34 @@ def test_a_difference_with_a_longer_second_side() -> None:
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([5.0, 3.0])
     found = vectors.difference([a], [b, b], torch.tensor(2.0))
     assert [None if t is None else t.tolist() for t in found] == [[-8.0, -2.0], [-10.0, -6.0]]
+
+
+def test_a_complex_vector_is_one_of_its_real_and_imaginary_parts():
+    """Conjugated views included, of which torch's operators on lists know nothing."""
+    torch.manual_seed(0)
+    a, b = ((torch.randn(3, dtype=torch.complex128), torch.randn(2), torch.randn(2, 2).cdouble()) for _ in range(2))
+    a = (a[0].conj(), *a[1:])
+    real = [vectors.flat(v) for v in (a, b)]
+    assert real[0].shape == (16,)
+    torch.testing.assert_close(vectors.dot(a, b).double(), real[0] @ real[1])
+    torch.testing.assert_close(vectors.norm(a).double(), real[0].norm())
+    torch.testing.assert_close(vectors.shaped(real[0], a), a)
+    for condition in (True, False):
+        targets = tuple(t.clone().conj() if t.is_complex() else t.clone() for t in b)
+        before = [t.clone() for t in targets]
+        vectors.select_(torch.tensor(condition), targets, a)
+        torch.testing.assert_close(targets, a if condition else tuple(before))
+    targets = tuple(map(torch.zeros_like, a))
+    vectors.copy_(targets, a)
+    torch.testing.assert_close(targets, a)
+
+
+def test_clipping_a_complex_gradient_in_a_graph():
+    gradient = torch.randn(3, dtype=torch.complex128)
+    by_parts = torch.view_as_real(gradient).clone().requires_grad_()
+    whole = gradient.clone().requires_grad_()
+    (expected,), (found,) = clip([by_parts], 0.5), clip([whole], 0.5)
+    torch.testing.assert_close(torch.view_as_real(found), expected)
+    (one,) = torch.autograd.grad(expected.square().sum(), by_parts)
+    (other,) = torch.autograd.grad(found.abs().square().sum(), whole)
+    torch.testing.assert_close(torch.view_as_real(other), one)

@@ -77,7 +77,8 @@ class Rooted(mlo.Problem):
 
 @pytest.mark.usefixtures("updater")
 @pytest.mark.parametrize(
-    ("cls", "bad", "what"), [(Shifted, float("inf"), "loss is inf"), (Rooted, 0.0, "gradient's norm is nan")]
+    ("cls", "bad", "what"),
+    [(Shifted, float("inf"), "loss is inf"), (Rooted, 0.0, "the gradient of its parameter 'weight' is nan")],
 )
 def test_a_loss_or_a_gradient_that_alone_is_not_finite_is_undone(cls, bad, what):
     model = torch.nn.Linear(2, 1)

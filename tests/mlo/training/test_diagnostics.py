@@ -148,7 +148,7 @@ def test_diagnose_reports_how_well_an_iterative_estimator_has_solved():
         for kind, name, module in ((Low, "low", low), (Top, "top", top))
     ]
     engine = mlo.Engine(stack, device="cpu")
-    asked = [{"kind": "cg", "iterations": 1}, {"kind": "neumann", "terms": 3}, "nystrom", "one_step"]
+    asked = [{"kind": "cg", "iterations": 1}, {"kind": "neumann", "terms": 3, "rate": 0.1}, "nystrom", "one_step"]
     once, neumann, nystrom, one_step = (row.residual for row in mlo.diagnose(engine, estimators=asked).rows)
     # v = (1, 1): the stride is v'v / v'Hv = 2/5, and the residual v - 2/5 Hv = (3/5, -3/5), as large as 3/5 of v
     assert once == pytest.approx(0.6, abs=1e-6)

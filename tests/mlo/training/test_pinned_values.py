@@ -75,7 +75,7 @@ ENGINES: dict[str, Callable[[], mlo.Engine]] = {
     ),
     "inner path": lambda: mlo.Engine(nested(), "unrolled", inner_path=True, device="cpu"),
     "cg": at_solution({"kind": "cg", "damping": 1.0, "iterations": 3, "warm_start": True}),
-    "neumann": at_solution({"kind": "neumann", "terms": 3}),
+    "neumann": at_solution({"kind": "neumann", "terms": 3, "rate": 0.1}),
     "nystrom": at_solution({"kind": "nystrom", "rank": 3, "damping": 1.0}),
     "penalty": at_solution({"kind": "penalty", "steps": 2}),
     "sama": at_solution("sama"),
