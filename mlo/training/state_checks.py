@@ -20,6 +20,7 @@ from mlo.steps import torch_step
 from mlo.training.checkpoint import OWN, of_this_process
 from mlo.training.forms import count, same_form, same_names, wrong
 
+SKIPPED = "skipped"  # in the state of an engine that may skip rounds
 SIDE = 2  # of the small parameters that show what an optimizer keeps
 EXTRA = "_extra_state"  # how torch names what a module's get_extra_state returned
 
@@ -50,7 +51,10 @@ def checked_state(
             wrong(f"{where}problems.{name}", part, "a mapping")
     _check_others(state, tuple(problems), where)
     state = of_this_process(state)
-    same_names(state, own, where, also=("others",))
+    same_names(state, own, where, also=("others", SKIPPED))
+    same_form(state.get(SKIPPED, [0, 0]), [0, 0], f"{where}{SKIPPED}")
+    for number in state.get(SKIPPED, ()):
+        count(number, f"{where}{SKIPPED}")
     same_names(state["levels"], own["levels"], f"{where}levels.")
     count(state["rounds"], f"{where}rounds")
     for name, problem in problems.items():
