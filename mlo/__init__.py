@@ -10,6 +10,7 @@ if TYPE_CHECKING:  # the same names as in lazy_names below, for editors and type
         ConfigError,
         GraphError,
         HypergradientError,
+        InconclusiveError,
         MloError,
         NonFiniteLossError,
         ProcessError,
@@ -23,14 +24,15 @@ if TYPE_CHECKING:  # the same names as in lazy_names below, for editors and type
     from mlo.runs.run import Run
     from mlo.sweeps.experiment import Experiment, Wanted
     from mlo.training import checkpoint
-    from mlo.training.diagnostics import check, diagnose
+    from mlo.training.check import check
+    from mlo.training.diagnostics import diagnose
     from mlo.training.engine import Engine
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "mlo.errors": "CheckpointError ConfigError GraphError HypergradientError MloError NonFiniteLossError "
-            "ProcessError",
+            "mlo.errors": "CheckpointError ConfigError GraphError HypergradientError InconclusiveError "
+            "MloError NonFiniteLossError ProcessError",
             "mlo.hypergradient.estimators.base": "Estimator Pulled Recording",
             "mlo.hypergradient.products": "Product ProductOption",
             "mlo.levels.problem": "Problem",
@@ -40,7 +42,8 @@ else:
             "mlo.runs.run": "Run",
             "mlo.sweeps.experiment": "Experiment Wanted",
             "mlo.training": "checkpoint",
-            "mlo.training.diagnostics": "check diagnose",
+            "mlo.training.check": "check",
+            "mlo.training.diagnostics": "diagnose",
             "mlo.training.engine": "Engine",
         },
     )
@@ -55,6 +58,7 @@ __all__ = [
     "Experiment",
     "GraphError",
     "HypergradientError",
+    "InconclusiveError",
     "Job",
     "MloError",
     "NonFiniteLossError",

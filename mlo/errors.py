@@ -21,6 +21,10 @@ class HypergradientError(MloError):
     """A hypergradient differs from the derivative that it should be equal to."""
 
 
+class InconclusiveError(MloError):
+    """A check can neither confirm a hypergradient nor refute it."""
+
+
 class ProcessError(MloError):
     """Another process of a distributed run has ended."""
 

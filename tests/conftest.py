@@ -11,13 +11,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # small tensors gain nothing by more, and l
 
 import pytest
 import torch
-from replaying import record
+from replaying import Drawing, Generator, emulated_state, reading, record
 
 from mlo.cli import main as cli
 from mlo.hypergradient import solvers
-from mlo.ops import vectors
+from mlo.levels.batches import _Stream
+from mlo.ops import rng, vectors
 from mlo.ops.tf32 import Tf32
 from mlo.training import engine as engine_module
+from mlo.training import recording
 from mlo.training.captured import Captured
 from mlo.training.commit import Updater
 
@@ -54,10 +56,15 @@ def as_on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines capture on the CPU, and check losses as on a GPU."""
     monkeypatch.setattr(engine_module, "Updater", lambda device, deferred: Updater(device, deferred=True))
     monkeypatch.setattr(engine_module, "Captured", partial(Captured, record=record))
-    monkeypatch.setattr(engine_module, "refuse_capture", lambda device, compile: None)
+    monkeypatch.setattr(engine_module, "refuse_capture", lambda device: None)
     monkeypatch.setattr(engine_module, "Tf32", lambda steps, gpu: Tf32(steps))
     for module in (vectors, solvers):
         monkeypatch.setattr(module, "readable", lambda tensor: False)
+    Drawing.default = Generator()
+    monkeypatch.setattr(_Stream, "_fetch", reading()(_Stream._fetch))
+    for module in (rng, recording):
+        monkeypatch.setattr(module, "gpu_state", emulated_state)
+        monkeypatch.setattr(module, "set_gpu_state", lambda state, device: Drawing.default.set_state(state))
 
 
 @pytest.fixture

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils.checkpoint import checkpoint
 
 import mlo
 
@@ -43,8 +46,42 @@ def levels(cls: type[Fit] = Fit, rate: float = 0.1, last: int = 6, **low: Any) -
     ]
 
 
-def engines(make: Callable[[], list[mlo.Problem]], *args: Any, **kwargs: Any) -> tuple[mlo.Engine, mlo.Engine]:
-    plain, captured = (mlo.Engine(make(), *args, capture=c, device="cpu", **kwargs) for c in (False, True))
+class Noisy(Fit):
+    """Draws before and after what it reads."""
+
+    def loss(self, batch: Any, top: mlo.Problem) -> Tensor:
+        x, y = batch
+        found = super().loss((x + 0.1 * torch.randn_like(x), F.dropout(y, 0.3)), top)
+        return found + 0.1 * F.dropout(top.params["weight"], 0.5).square().mean()
+
+
+class NoisyJudge(Judge):
+    def loss(self, batch: Any, low: mlo.Problem) -> Tensor:
+        x, y = batch
+        return super().loss((x + 0.1 * torch.randn_like(x), y), low)
+
+
+class Checkpointed(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def noisy_levels(last: type[nn.Sequential] = nn.Sequential, **low: Any) -> list[mlo.Problem]:
+    low, top = levels(Noisy, **low)
+    module = nn.Sequential(*low.module[:2], last(nn.Dropout(0.4), *low.module[2:]))
+    sgd = SGD(module.parameters(), 0.1, momentum=0.9, weight_decay=0.01)
+    data = [low.stream.peek(i) for i in range(7)]
+    options = {"steps": low.steps, "clip_norm": low.clip_norm, "accumulate": low.accumulate}
+    return [
+        Noisy("low", module=module, optimizer=sgd, data=data, **options),
+        NoisyJudge("top", module=top.module, optimizer=top.optimizer, data=data[::-1]),
+    ]
+
+
+def engines(
+    make: Callable[[], list[mlo.Problem]], *args: Any, device: str = "cpu", **kwargs: Any
+) -> tuple[mlo.Engine, mlo.Engine]:
+    plain, captured = (mlo.Engine(make(), *args, capture=c, device=device, **kwargs) for c in (False, True))
     return plain, captured
 
 

@@ -43,7 +43,7 @@ class Variant(NamedTuple):
 
 
 BEFORE_REPLAYS = 4  # rounds
-CAPTURE = {"capture": True}
+CAPTURE, DROPOUT = {"capture": True}, {"dropout": 0.2}
 VARIANTS = {
     "float32": Variant(),
     "TF32": Variant(tf32=True),
@@ -53,6 +53,8 @@ VARIANTS = {
     "float32, captured": Variant(benchmark=True, options=CAPTURE),
     "TF32, captured": Variant(tf32=True, benchmark=True, options=CAPTURE),
     "bfloat16, captured": Variant(tf32=True, benchmark=True, options={**BFLOAT16, **LOW_PRODUCTS, **CAPTURE}),
+    "TF32, student with dropout": Variant(tf32=True, benchmark=True, options=DROPOUT),
+    "TF32, student with dropout, captured": Variant(tf32=True, benchmark=True, options={**DROPOUT, **CAPTURE}),
     "DARTS-2nd alone, TF32, cuDNN's fastest": Variant(tf32=True, benchmark=True, options={"student": False}),
     "DARTS-2nd alone, TF32, captured": Variant(tf32=True, benchmark=True, options={"student": False, **CAPTURE}),
 }
@@ -62,7 +64,8 @@ VARIANTS = {
 def measure(session: Session) -> None:
     """Seconds of a round, peak memory, GPU-days of a search, and a profile of one round."""
     for name, variant in VARIANTS.items():
-        if session.smoke and (variant.captured or (variant.tf32 and not variant.options)):
+        same = variant.tf32 and not variant.options
+        if session.smoke and (same or variant.captured or "dropout" in variant.options):
             session.skip(name)  # on a CPU nothing is captured, and TF32 is float32
         elif session.has_time(name, 0.0 if session.smoke else NEEDED):
             with session.attempt(name):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.sections import PAPER_GPU_DAYS, ROUNDS, SECTIONS
+from benchmarks.gpu.sections import COMPILED, PAPER_GPU_DAYS, ROUNDS, SECTIONS
 
 Results = Mapping[str, Any]
 
@@ -153,12 +153,12 @@ def _convolutions(of: Results) -> Iterator[str]:
 
 
 def _compile(of: Results) -> Iterator[str]:
-    keys = ("first_s", "second_s", "third_s", "round_s", "peak_gib")
-    heads = ["", "first round, s", "second, s", "third, s", "s a round", "peak, GiB"]
+    keys = ("first_s", "second_s", "third_s", "round_s", "peak_gib", "replayed", "not_captured")
+    heads = ["", "first round, s", "second, s", "third, s", "s a round", "peak, GiB", "rounds replayed", "why not"]
     if of.get("compile"):
         yield f"{of['compile'].capitalize()}."
         return
-    rows = [(name, *(of.get(f"{name}_{key}") for key in keys)) for name in ("eager", "compiled")]
+    rows = [(name, *(of.get(f"{name}_{key}") for key in keys)) for name in COMPILED]
     yield from _table(heads, rows)
 
 

@@ -20,13 +20,22 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "device": Section("device", 25, "name, memory, driver; matrix products, bandwidth, cost of a launch"),
-    "engine": Section("engine", 150, "rounds by the engine, as usual and captured, and DARTS-2nd alone; profiles"),
+    "engine": Section(
+        "engine", 150, "rounds by the engine, as usual and captured, with dropout, and DARTS-2nd alone; profiles"
+    ),
     "hand": Section("hand", 75, "the same round by hand, eager and as one CUDA graph: the mark to reach"),
     "waits": Section("waits", 20, "the lines where a round waits for the device"),
     "tests": Section("cuda_tests", 110, "the tests that are marked cuda"),
     "convolutions": Section("convolutions", 45, "the supernet's convolutions beside their bytes, in both orders"),
-    "compile": Section("compiled", 150, "compile=True on three cells"),
+    "compile": Section("compiled", 150, "compile=True on three cells, alone and captured"),
 }
+COMPILED = {
+    "eager": {},
+    "compiled": {"compile": True},
+    "captured": {"capture": True},
+    "compiled and captured": {"compile": True, "capture": True},
+}
+"""The engines of section `compile`, and their options."""
 TOTAL, SMOKE_TOTAL = 465.0, 60.0
 """Seconds for all sections together."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import mlo
@@ -50,6 +51,7 @@ def search_engine(
     device: torch.device,
     *,
     student: bool = True,
+    dropout: float = 0.0,
     autocast: torch.dtype | None = None,
     hypergradient: object = "darts",
     compile: bool = False,
@@ -61,6 +63,7 @@ def search_engine(
         size: of networks and data.
         device: of the engine and of the stored images.
         student: whether there is one; without it this is second-order DARTS.
+        dropout: of the student's logits.
         autocast: of all three losses.
         hypergradient: see :class:`mlo.Engine`; with lookahead in any case.
         compile, capture: see :class:`mlo.Engine`.
@@ -80,7 +83,8 @@ def search_engine(
     levels: list[mlo.Problem] = [TeacherTrain("teacher", module=task.teacher, data=batches[0], **trained[0])]
     if student:
         taught = {"labeled": batches[0], "unlabeled": batches[1]}
-        levels.append(StudentTeach("student", module=task.student, data=taught, **trained[1]))
+        module = nn.Sequential(task.student, nn.Dropout(dropout)) if dropout else task.student
+        levels.append(StudentTeach("student", module=module, data=taught, **trained[1]))
     judging: dict[str, Any] = {"data": batches[2], "optimizer": optimizers[2], "autocast": autocast}
     reads = {} if student else {"student": None}
     levels.append(ArchValidate("arch", module=task.architecture, reads=reads, **judging))

@@ -52,10 +52,11 @@ def build_estimator(value: object) -> Estimator:
     Raises:
         ConfigError: if the name is not registered (the message lists those that are), or an option is invalid.
     """
+    given = {"hypergradient": value}
     try:
-        built = _Options.model_validate({"hypergradient": value}).hypergradient
+        built = _Options.model_validate(given).hypergradient
     except ValidationError as error:
-        raise ConfigError("; ".join(explain(error, _Options))) from error
+        raise ConfigError("; ".join(explain(error, _Options, given))) from error
     if not isinstance(built, Estimator):
         raise ConfigError(
             f"hypergradient: {value!r} is a {type(built).__name__}, not an mlo.Estimator; pass the name of one, a "

@@ -12,7 +12,7 @@ from torch import Tensor
 from mlo.errors import ConfigError, GraphError
 from mlo.hypergradient.estimators.base import Estimator, Pulled
 from mlo.ops.vectors import Vector, add
-from mlo.steps.point import Wanted, gradient, pulled
+from mlo.steps.point import Point, Wanted, gradient, pulled
 from mlo.steps.step import Step, reached
 
 
@@ -98,19 +98,23 @@ def _no_second_derivative(name: str, error: NotImplementedError) -> ConfigError:
 
 
 def _depends(step: Step, target: str) -> bool:
-    """Whether the loss of a step depends on what it reads of ``target``; this takes a pass if it is not known yet.
+    """Whether the loss of a step depends on what it reads of ``target``; this takes passes if it is not known yet.
 
     The loss may depend on it while the loss's gradient does not. Then nothing flows back, which is right.
     """
     level = step.point.level
     if target not in level.depends_on:
-        point = step.at_solution().parts()[0]
-        done = gradient(point, Wanted((target,), at_leaves=True))
-        found = done.found if point.cache is None else pulled(point, point.cache, done)
-        if reached(found[target], point.reads[target].variables) is None:
+        if not any([_reaches(point, target) for point in step.at_solution().parts()]):
             return False
         level.depends_on.add(target)
     return True
+
+
+def _reaches(point: Point, target: str) -> bool:
+    """Whether the loss at a point, of one micro-batch, has a gradient for ``target``."""
+    done = gradient(point, Wanted((target,), at_leaves=True))
+    found = done.found if point.cache is None else pulled(point, point.cache, done)
+    return reached(found[target], point.reads[target].variables) is not None
 
 
 def unreached(name: str, read: str) -> GraphError:

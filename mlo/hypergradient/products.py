@@ -12,18 +12,18 @@ from typing import Annotated, ClassVar, Protocol
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from mlo.errors import ConfigError
+from mlo.hypergradient.tangents import tangents
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import leaves
-from mlo.ops.differentiable import TwiceDifferentiable
+from mlo.ops.derivatives import Mode
 from mlo.ops.vectors import Vector, add, dense, difference, filled, norm, scaled, total
 from mlo.options.config import Config, Registered
 from mlo.options.registry import PRODUCTS
 from mlo.steps import compiled
-from mlo.steps.evaluation import evaluate
-from mlo.steps.losses import Found, loss_of
+from mlo.steps.losses import Found
+from mlo.steps.operators import explained
 from mlo.steps.point import Gradient, Point, Wanted, gradient, states_at
 from mlo.steps.step import Cotangents, Step, reached
 
@@ -40,6 +40,7 @@ class Product(Config, ABC):
 
     needs_base: ClassVar[bool] = False  # whether the step should keep its gradients with respect to its reads
     keeps_graph: ClassVar[bool] = False  # whether the step should keep the graph of its gradient
+    mode: ClassVar[Mode | None] = None  # how the gradient is differentiated; None: it is not
     autocast: bool = Field(False, description="compute products under the problem's autocast, like its steps")
 
     def before(self, step: Step, targets: Sequence[str]) -> Curvature:
@@ -83,6 +84,7 @@ class Exact(Product):
     """Double backward: exact. The graph of the gradient is kept for all products; one costs about 3 passes."""
 
     keeps_graph: ClassVar[bool] = True
+    mode: ClassVar[Mode | None] = "reverse"
 
     def open(self, point: Point, targets: Sequence[str], step: Step | None) -> Curvature:
         """See :class:`Product`."""
@@ -112,7 +114,10 @@ class Exact(Product):
                     outputs.append(part)
                     given.append(weight)
             if outputs and inputs:
-                derivative = torch.autograd.grad(outputs, inputs, given, retain_graph=True, allow_unused=True)
+                try:
+                    derivative = torch.autograd.grad(outputs, inputs, given, retain_graph=True, allow_unused=True)
+                except RuntimeError as error:
+                    raise explained(point.level, error) from error
             end = len(inputs) - len(cached)
             return _parted(point, derivative[:end], derivative[end:], own, targets if cross else ())
 
@@ -130,44 +135,22 @@ class Forward(Product):
     """Forward over reverse: exact, and nothing is kept between products. Each costs 1 pass with tangents.
 
     It is not always faster: for small models on a CPU it is slower than ``exact``. Operators without a forward-mode
-    derivative, such as fused attention, raise an error.
+    derivative, such as grid_sample, raise an error.
     """
+
+    mode: ClassVar[Mode | None] = "forward"
 
     def open(self, point: Point, targets: Sequence[str], step: Step | None) -> Curvature:
         """See :class:`Product`."""
 
         def product(vector: Vector, own: bool = True, cross: bool = True) -> tuple[Vector, Cotangents]:
-            others = targets if cross else ()
-            base = leaves(point.state.variables)
+            try:
+                found = tangents(point, targets, vector, own, cross)
+            except RuntimeError as error:
+                raise explained(point.level, error) from error
             assert point.cache is not None
-            with forward_ad.dual_level(), TwiceDifferentiable():
-                if point.apart:
-                    zeros = map(torch.zeros_like, base)
-                    at = point.at(base)._replace(shift=tuple(map(forward_ad.make_dual, zeros, vector)))
-                else:
-                    at = point.at(tuple(map(forward_ad.make_dual, base, vector)))
-                states, _ = states_at(at, at.micro[0])
-                point.cache.begin()
-                loss, _, _ = evaluate(
-                    loss_of,
-                    point.level,
-                    states,
-                    at.micro[0],
-                    {*targets, *point.inner}.difference(point.level.problem.node.held),
-                    point.cache,
-                    point.inner,
-                    kind="product",
-                    count=point.step_number,
-                    autocast=point.autocast,
-                )
-                inputs = [*(base if own else ()), *_variables(point, others), *(point.cache.leaves if cross else ())]
-                found: Found = [None] * len(inputs)
-                if inputs:
-                    found = torch.autograd.grad(loss, inputs, allow_unused=True)
-                found = [None if g is None else forward_ad.unpack_dual(g).tangent for g in found]
-            found = [None if tangent is None else tangent.detach() for tangent in found]
             end = len(found) - (len(point.cache.leaves) if cross else 0)
-            return _parted(point, found[:end], found[end:], own, others)
+            return _parted(point, found[:end], found[end:], own, targets if cross else ())
 
         return product
 

@@ -50,7 +50,7 @@ def open_stream(data: Data, owner: str) -> Batches:
 
     Raises:
         ConfigError: if ``data`` is none of these; if it is an iterator, which can be read only once; or if it is a
-            tuple of tensors, which is probably meant as one batch.
+            tuple of tensors, or a list of tensors of different kinds, which is probably meant as one batch.
     """
     if isinstance(data, Mapping):
         return _MergedStream({name: open_stream(part, f"{owner}: {name}") for name, part in data.items()})
@@ -61,11 +61,14 @@ def open_stream(data: Data, owner: str) -> Batches:
             f"problem {owner!r}: data is an iterator ({type(data).__name__}), which can be read only once; "
             "pass a DataLoader, a list, or a generator function (without calling it)"
         )
-    if isinstance(data, tuple) and len(data) > 1 and all(isinstance(part, torch.Tensor) for part in data):
-        raise ConfigError(
-            f"problem {owner!r}: data is a tuple of {len(data)} tensors, which would be read as {len(data)} batches; "
-            "write [(x, y)] for a single batch, or pass a DataLoader over TensorDataset(x, y)"
-        )
+    if isinstance(data, tuple | list) and len(data) > 1 and all(isinstance(part, torch.Tensor) for part in data):
+        kinds = {(part.dim(), part.dtype) for part in data}
+        if isinstance(data, tuple) or len(kinds) > 1:  # batches of one problem are of one kind
+            raise ConfigError(
+                f"problem {owner!r}: data is a {type(data).__name__} of {len(data)} tensors, which would be read as "
+                f"{len(data)} batches; write data=[(x, y)] for a single batch, or pass a DataLoader over "
+                "TensorDataset(x, y)"
+            )
     if not callable(data) and not isinstance(data, Iterable):
         raise ConfigError(
             f"problem {owner!r}: data is a {type(data).__name__}; pass an iterable of batches (a DataLoader, a list), "
@@ -95,7 +98,7 @@ class _ListStream:
         if self.device is None or self.device.type == "cpu":
             return self._data[index]
         if index not in self._moved:
-            self._moved[index] = to_device(self._data[index], self.device)
+            self._moved[index] = to_device(self._data[index], self.device, self._owner)
         return self._moved[index]
 
     def next(self) -> Any:
@@ -183,7 +186,7 @@ class _Stream:
         self._index += 1
         if self._copies is None and from_host(batch, device):
             self._copies = torch.cuda.Stream(device)
-        return start, index, Arriving(batch, device, self._copies)
+        return start, index, Arriving(batch, device, self._owner, self._copies)
 
     def _pass(self) -> Iterator[Any]:
         if self._iterator is None:

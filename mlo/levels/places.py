@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice, repeat
 from operator import getitem, is_not
 from typing import Any
@@ -26,6 +27,7 @@ class Places:
 
     def __init__(self, problem: str, module: nn.Module, variables: Mapping[str, Tensor]) -> None:
         self.problem, self._module, self._unfilled = problem, module, Unfilled(module)
+        self._call = _uncompiled(problem, module) if _is_compiled(module) else module
         found: dict[tuple[int, str], tuple[str, dict[str, Any], str, int]] = {}
         named = [(name, "_parameters") for name, _ in module.named_parameters(remove_duplicate=False)]
         named += [(name, "_buffers") for name, _ in module.named_buffers(remove_duplicate=False)]
@@ -91,7 +93,7 @@ class Places:
         own = self._exchange(begin, tensors) if tensors else None
         RUNNING.append((self._module, self, tensors))
         try:
-            output = self._module(*args, **kwargs)
+            output = self._call(*args, **kwargs)
         finally:
             RUNNING.pop()
             if own is not None:
@@ -136,3 +138,23 @@ class Places:
         if self._ordered:
             return dict(zip(self.names, tensors, strict=False))
         return {self.names[number]: tensors[number] for number in self._in_order}
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether the user has compiled the module, or a part of it."""
+    return any([part._compiled_call_impl is not None or "_orig_mod" in part._modules for part in module.modules()])
+
+
+def _uncompiled(problem: str, module: nn.Module) -> Callable[..., Any]:
+    """What runs a compiled module as it is written, since its compiled gradients cannot be differentiated."""
+    warnings.warn(
+        f"problem {problem!r}: its module is compiled by torch.compile, whose gradients cannot be differentiated, so "
+        "it runs uncompiled; pass the module as it is, and Engine(compile=True), which compiles whole gradients",
+        stacklevel=4,
+    )
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.compiler.set_stance("force_eager"):
+            return module(*args, **kwargs)
+
+    return call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,10 @@ from mlo.levels.batches import Data, open_stream
 from mlo.levels.graph import Node
 from mlo.levels.places import Places
 from mlo.levels.state import State
+from mlo.levels.structure import Structure
 from mlo.levels.validation import arguments_of, fault_of_name, faults_of_numbers, faults_of_parts
+
+_HOOKS = attrgetter("_backward_hooks")
 
 
 class Substitute(Protocol):
@@ -129,6 +133,7 @@ class Problem(ABC):
                 f"problem {name!r}: its optimizer holds {foreign} parameter(s) that are not of its module; give each "
                 "problem its own optimizer, over the parameters of its module only"
             )
+        self.structure = Structure(self)
 
     @abstractmethod
     def loss(self, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -198,10 +203,13 @@ class Problem(ABC):
             self.stream.next()
 
     def live_state(self) -> State:
-        """The module's own parameters and buffers."""
+        """The module's own parameters and buffers; aliases of variables with hooks, which torch would run on them."""
         tensors = self.places.held()
         first, second = len(self.variables), self.places.parameters
-        return State(tensors[:first], tensors[first:second], tensors[second:], live=True)
+        variables, live = tensors[:first], not has_hooks(self.variables)
+        if not live:
+            variables = tuple([variable.detach().requires_grad_(variable.requires_grad) for variable in variables])
+        return State(variables, tensors[first:second], tensors[second:], live=live)
 
     def state_with(self, parameters: Mapping[str, Tensor]) -> State:
         """The live state with other parameters of these names.
@@ -265,6 +273,11 @@ class Problem(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, reads={list(self.node.reads)})"
+
+
+def has_hooks(variables: Mapping[str, Tensor]) -> bool:
+    """Whether one of the variables has a hook of ``Tensor.register_hook``, which changes its gradient."""
+    return any(map(_HOOKS, variables.values()))
 
 
 def _names(given: str | Sequence[str]) -> tuple[str, ...]:

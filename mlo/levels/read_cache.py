@@ -64,7 +64,7 @@ class ReadCache:
         """The output of ``forward(args, kwargs)``, from the cache if the same call was made with the same arguments.
 
         Calls under ``no_grad`` are not cached, nor those whose arguments depend on the parameters that the loss is
-        differentiated for: they run, and stay in the graph.
+        differentiated for, nor those inside a transform of torch.func: they run, and stay in the graph.
 
         Args:
             parameters: the parameters that the call can be differentiated for.
@@ -72,7 +72,7 @@ class ReadCache:
         arguments, structure = tree_flatten((args, kwargs))
         leaves = self.leaves
         bound = any(isinstance(a, Tensor) and a.requires_grad and not _among(a, leaves) for a in arguments)
-        if bound or not torch.is_grad_enabled():
+        if bound or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return forward(args, kwargs)
         index, self._next = self._next, self._next + 1
         if index < len(self._calls):

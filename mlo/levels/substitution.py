@@ -23,7 +23,7 @@ class Substitute:
         reached: whether the loss is differentiated for the variables; otherwise they are constants.
         own: whether it is the problem whose loss is evaluated: then :attr:`buffers` are as its calls leave them. What
             the calls of the others do to their buffers is discarded.
-        cache: keeps the outputs of the calls for further evaluations.
+        cache: keeps the outputs of the calls for further evaluations; None: nothing does.
 
     Attributes:
         parameters: the variables, then the constants.
@@ -33,7 +33,7 @@ class Substitute:
     def __init__(
         self, problem: Problem, state: State, reached: bool, own: bool = False, cache: ReadCache | None = None
     ) -> None:
-        self._problem, self._own, self._cache, self._reached = problem, own, cache, reached
+        self._problem, self._own, self.cache, self._reached = problem, own, cache, reached
         self.parameters: Vector = (*state.variables, *state.constants)
         if not reached:
             self.parameters = tuple([tensor.detach() for tensor in self.parameters])
@@ -44,9 +44,9 @@ class Substitute:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], cached: bool = True) -> Any:
         """The module's output, counted as a pass, or taken from the cache."""
-        if cached and self._cache is not None:
+        if cached and self.cache is not None:
             parameters = self.parameters if self._reached else ()
-            return self._cache.run(self._problem.name, partial(self.run, cached=False), args, kwargs, parameters)
+            return self.cache.run(self._problem.name, partial(self.run, cached=False), args, kwargs, parameters)
         self.calls += 1
         if self._own:
             if self._kept is None:

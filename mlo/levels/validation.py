@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -25,6 +26,8 @@ def faults_of_parts(module: object, optimizer: object, scheduler: object) -> lis
     faults = []
     if not isinstance(module, nn.Module):
         faults.append(f"module is a {type(module).__name__}; pass a torch.nn.Module")
+    else:
+        faults += faults_of_module(module)
     if not isinstance(optimizer, Optimizer):
         faults.append(f"optimizer is a {type(optimizer).__name__}; pass a torch.optim optimizer")
     elif isinstance(optimizer, LBFGS):
@@ -38,6 +41,48 @@ def faults_of_parts(module: object, optimizer: object, scheduler: object) -> lis
     elif scheduler is not None and scheduler.optimizer is not optimizer:
         faults.append("its scheduler is for another optimizer; construct it over the optimizer that you pass here")
     return faults
+
+
+def faults_of_module(module: nn.Module) -> list[str]:
+    """Messages about a module that cannot be run with other tensors in the places of its own."""
+    faults, parts = [], dict(module.named_modules())
+    for name, part in parts.items():
+        if isinstance(part, torch.jit.ScriptModule) and [*part.parameters(), *part.buffers()]:
+            return [
+                f"{_module(name)} is a ScriptModule of torch.jit, in which parameters cannot be replaced; pass the "
+                "Python module that it was made from (Engine(compile=True) compiles it)"
+            ]
+        wrapper = next((kind.__name__ for kind in type(part).__mro__ if kind.__name__ in _WRAPPERS), None)
+        if wrapper and not (wrapper == "DataParallel" and len(part.device_ids) < 2):  # which only calls its module
+            faults.append(
+                f"{_module(name)} is a {wrapper}, which distributes its work by itself; pass the module inside it "
+                "(under torchrun, the engine averages the gradients of all processes)"
+            )
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
+    if lazy:
+        faults.append(
+            f"its module has lazy layers without a shape yet ({_few(lazy)}); run the model once on a batch before you "
+            "make the optimizer"
+        )
+    meta = [name for name, tensor in tensors.items() if name not in lazy and tensor.is_meta]
+    if meta:
+        faults.append(
+            f"tensors of its module are on the meta device, without values ({_few(meta)}); call "
+            "module.to_empty(device='cpu') and initialize or load them before you make the optimizer"
+        )
+    return faults
+
+
+def _module(name: str) -> str:
+    return f"the part {name!r} of its module" if name else "its module"
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FSDPModule", "FullyShardedDataParallel")
 
 
 def faults_of_numbers(

@@ -7,7 +7,8 @@ This file makes the recomputation use the substituted parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
@@ -41,18 +42,31 @@ class Named(Protocol):
 RUNNING: list[tuple[nn.Module, Named, Sequence[Tensor]]] = []
 
 
-def recompute() -> tuple[Any, Any]:
+class Evaluation(Protocol):
+    """An evaluation of a loss, which may checkpoint parts of itself, outside of all modules."""
+
+    def repeatable(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, which can run again after the evaluation."""
+
+    def uncached(self) -> AbstractContextManager[None]:
+        """A context in which nothing is taken from a cache: a repetition must save the same tensors."""
+
+
+def recompute(evaluation: Evaluation) -> tuple[Any, Any]:
     """From now on, recompute checkpointed calls with the tensors in ``RUNNING``, until :func:`end`.
 
     It supports non-reentrant checkpointing. Reentrant checkpointing hides parameters from ``torch.autograd.grad``,
     which would treat them as unused; it raises a ConfigError.
+
+    Args:
+        evaluation: the present one.
 
     Returns:
         What :func:`end` takes. Both run at every evaluation, so they must be cheap.
     """
     outside = _LIBRARY[torch_versions.CHECKPOINT_ENTRY], _LIBRARY["CheckpointFunction"]
     _LIBRARY[torch_versions.CHECKPOINT_ENTRY], _LIBRARY["CheckpointFunction"] = (
-        partial(_recorded, outside[0]),
+        partial(_recorded, outside[0], evaluation),
         _Reentrant,
     )
     return outside
@@ -63,14 +77,19 @@ def end(outside: tuple[Any, Any]) -> None:
     _LIBRARY[torch_versions.CHECKPOINT_ENTRY], _LIBRARY["CheckpointFunction"] = outside
 
 
-def _recorded(outside: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _recorded(
+    outside: Callable[..., Any], evaluation: Evaluation, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Iterator[None]:
+    """What torch's generator does; the function itself runs between its two parts."""
     if not torch_versions.CHECKPOINTS_FORWARD:
         _refuse_tangents(args, kwargs)
-    again = function
-    if RUNNING:
-        module, names, tensors = RUNNING[-1]
-        again = _Substituted(module, names.named(list(tensors)), function) if tensors else function
-    return outside(with_current_operators(again), *args, **kwargs)
+    if not RUNNING:
+        with evaluation.uncached():
+            yield from outside(with_current_operators(evaluation.repeatable(function)), *args, **kwargs)
+        return
+    module, names, tensors = RUNNING[-1]
+    again = _Substituted(module, names.named(list(tensors)), function) if tensors else function
+    yield from outside(with_current_operators(again), *args, **kwargs)
 
 
 def _refuse_tangents(*arguments: Any) -> None:

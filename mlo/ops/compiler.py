@@ -3,7 +3,7 @@
 A compiled module cannot be differentiated twice, so mlo compiles the gradient as a whole, from the first operator of
 the loss to the gradient. Where second derivatives are needed, the backward of that compiled gradient is compiled too;
 it computes the curvature product. On a GPU, functions that keep no autograd graph are captured as CUDA graphs, because
-the kernel launches of a small network take longer than its arithmetic.
+the kernel launches of a small network take longer than its arithmetic. They are not if a whole round becomes a graph.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mlo import errors
 from mlo.ops import torch_versions
+from mlo.ops.rng import CPU
 
 Key = tuple[str, *tuple[Hashable, ...]]
 STEPS = 5  # steps in one compiled function: half the time of a small network's step is the overhead of the call
@@ -29,7 +30,7 @@ _OPTIONS: dict[str, Any] = {
     "fullgraph": True,
     **({"isolate_recompiles": True} if torch_versions.ISOLATES_RECOMPILES else {}),
     # the same random numbers as in eager mode, since a pass may be repeated there
-    "options": {"fallback_random": True},
+    "options": {"fallback_random": True, "triton.cudagraphs": False},
 }
 _CAPTURED = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}  # used while shapes do not change
 
@@ -39,8 +40,10 @@ class Compiler:
 
     Args:
         device: the device of the modules.
+        rounds_captured: whether rounds are recorded as CUDA graphs, so that the functions themselves must not be.
 
     Attributes:
+        scalars_on: where functions take numbers that change: on the CPU, which is fastest, or where a graph reads them.
         ran: the compiled functions that have run.
         failed: {function that cannot be compiled, but whose work others do: reason}.
         refused: {problem that cannot be compiled: reason}.
@@ -49,7 +52,7 @@ class Compiler:
         ConfigError: if this release of torch cannot compile gradients.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, rounds_captured: bool = False) -> None:
         _check_torch()
         import torch._dynamo  # takes a second, so only if compilation is requested
         import torch._functorch.config
@@ -59,6 +62,7 @@ class Compiler:
         torch._dynamo.config.trace_autograd_ops = True
         torch._functorch.config.donated_buffer = False
         self._on_gpu = device.type == "cuda"
+        self._captures, self.scalars_on = self._on_gpu and not rounds_captured, device if rounds_captured else CPU
         self._compiled: dict[Key, Callable[..., Any]] = {}
         self.ran: set[Key] = set()
         self.failed: dict[Key, str] = {}
@@ -77,11 +81,17 @@ class Compiler:
         # torch counts recompilations per code object, so each function gets its own
         of = cast(FunctionType, function)
         own = FunctionType(of.__code__.replace(), of.__globals__, of.__name__, None, of.__closure__)
-        if self._on_gpu and not leaves_graph:
+        if self._captures and not leaves_graph:
             options = {**_OPTIONS, "options": {**_OPTIONS["options"], **_CAPTURED}}
             self._compiled[key] = _copied_out(torch.compile(own, **options))
         else:
             self._compiled[key] = torch.compile(own, **_OPTIONS)
+
+    def capture_functions(self) -> None:
+        """From now on, capture functions, since rounds are not. They are compiled again."""
+        self._captures, self.scalars_on = self._on_gpu, CPU
+        self._compiled.clear()
+        self.ran.clear()
 
     def call(self, key: Key, *arguments: Any, spare: bool = False) -> Any:
         """The result of the compiled function; None if it cannot be compiled, with one warning per problem.

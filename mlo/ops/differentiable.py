@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from mlo.ops.elementary import REPLACEMENTS, full
 
 
 class TwiceDifferentiable:
@@ -21,7 +22,13 @@ class TwiceDifferentiable:
     the norms as constants. Recurrent layers use torch's own kernels, because those of cuDNN have no second derivative,
     and those of oneDNN (for CPUs) none in forward mode. All replacements affect the whole process while the context is
     active.
+
+    Args:
+        elementary: whether :class:`ElementaryOperators` is entered, too.
     """
+
+    def __init__(self, elementary: bool = False) -> None:
+        self._elementary = ElementaryOperators() if elementary else None
 
     def __enter__(self) -> None:  # runs at every step, so it must be cheap
         self._outside, self._kernels = [], list[bool]()
@@ -33,8 +40,12 @@ class TwiceDifferentiable:
             self._kernels.append(enabled())
             enable(False)
         torch.backends.cuda.enable_math_sdp(True)
+        if self._elementary is not None:
+            self._elementary.__enter__()
 
     def __exit__(self, *error: object) -> None:
+        if self._elementary is not None:
+            self._elementary.__exit__(*error)
         for (namespace, name, _), function in zip(_OPERATORS, self._outside, strict=True):
             namespace[name] = function
         for (_, enable), was_enabled in zip(_FUSED_ATTENTION, self._kernels, strict=True):
@@ -42,12 +53,15 @@ class TwiceDifferentiable:
         torch.backends.cuda.enable_math_sdp(self._math)
 
 
-class ThriceDifferentiable(TorchFunctionMode):
-    """A context in which batch, instance and layer normalization are computed with elementary operators.
+class ElementaryOperators(TorchFunctionMode):
+    """A context in which some operators are computed with elementary ones. It is slower, so only some losses need it.
 
-    Torch's own operators have no correct third derivative. For batch normalization (and instance normalization, which
-    uses it), reverse mode raises an error, and in forward mode the result is silently wrong. For layer normalization it
-    is wrong in both modes. Group and root-mean-square normalization are correct.
+    Batch, instance and layer normalization have no correct third derivative. For batch normalization (and instance
+    normalization, which uses it), reverse mode raises an error, and in forward mode the result is silently wrong. For
+    layer normalization it is wrong in both modes. Group and root-mean-square normalization are correct.
+
+    Hard sigmoid has no second derivative, and a chunked linear cross-entropy has a wrong one. Distances, Huber loss and
+    soft margin loss have none in forward mode.
 
     Attributes:
         active: number of these contexts that are currently entered.
@@ -56,29 +70,29 @@ class ThriceDifferentiable(TorchFunctionMode):
     active: ClassVar[int] = 0
 
     def __enter__(self) -> Self:
-        ThriceDifferentiable.active += 1
+        ElementaryOperators.active += 1
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
-        ThriceDifferentiable.active -= 1
+        ElementaryOperators.active -= 1
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run ``func``, or its replacement."""
-        return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+        return REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
 
 
 def with_current_operators(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, which will use the operator replacements that are active now whenever it is called later."""
-    twice, thrice = torch._weight_norm is _weight_norm, ThriceDifferentiable.active > 0
-    if not (twice or thrice):
+    twice, elementary = torch._weight_norm is _weight_norm, ElementaryOperators.active > 0
+    if not (twice or elementary):
         return function
 
     def again(*args: Any, **kwargs: Any) -> Any:
-        with TwiceDifferentiable() if twice else nullcontext(), ThriceDifferentiable() if thrice else nullcontext():
+        with TwiceDifferentiable() if twice else nullcontext(), ElementaryOperators() if elementary else nullcontext():
             return function(*args, **kwargs)
 
     return again
@@ -86,7 +100,7 @@ def with_current_operators(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """Replaces ``torch._weight_norm``, with the same arguments."""
-    dtype, v = v.dtype, _full(v)
+    dtype, v = v.dtype, full(v)
     return (v * (g / torch.norm_except_dim(v, 2, dim))).to(dtype)
 
 
@@ -107,89 +121,6 @@ def _plain(recurrent: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """:func:`torch.nn.functional.batch_norm`, with its arguments and its effect on the running statistics."""
-    dtype, input = input.dtype, _full(input)
-    others = [dim for dim in range(input.dim()) if dim != 1]
-    mean, variance = running_mean, running_var
-    if training:
-        mean, variance = input.mean(others), input.var(others, correction=0)
-        count = input.numel() / input.shape[1]
-        if count == 1:
-            raise ValueError(f"normalization takes more than one value per channel; the input has shape {input.shape}")
-        if running_mean is not None and running_var is not None:
-            running_mean.lerp_(mean.detach(), momentum)
-            running_var.lerp_(variance.detach() * (count / (count - 1)), momentum)
-    assert mean is not None and variance is not None, "torch requires them in evaluation mode"
-    shape = [-1 if dim == 1 else 1 for dim in range(input.dim())]
-    normal = (input - mean.view(shape)) * (variance + eps).rsqrt().view(shape)
-    scaled = normal if weight is None else normal * weight.view(shape)
-    return (scaled if bias is None else scaled + bias.view(shape)).to(dtype)
-
-
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """:func:`torch.nn.functional.instance_norm`, with its arguments and its effect on the running statistics."""
-    if not use_input_stats:
-        return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-    instances, channels = input.shape[:2]
-
-    def each(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.repeat(instances)
-
-    joined = input.reshape(1, instances * channels, *input.shape[2:])
-    mean, variance = each(running_mean), each(running_var)
-    normal = _batch_norm(joined, mean, variance, each(weight), each(bias), True, momentum, eps)
-    for running, after in ((running_mean, mean), (running_var, variance)):
-        if running is not None and after is not None:
-            running.copy_(after.view(instances, channels).mean(0))
-    return normal.reshape(input.shape)
-
-
-def _layer_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """:func:`torch.nn.functional.layer_norm`, with its arguments."""
-    kept = torch.is_autocast_enabled("cuda") and input.device.type == "cuda"  # autocast on CUDA keeps it in float32
-    dtype, input = torch.float32 if kept and input.dtype != torch.float64 else input.dtype, _full(input)
-    last = tuple(range(-len(normalized_shape), 0))
-    variance, mean = torch.var_mean(input, last, correction=0, keepdim=True)
-    normal = (input - mean) * (variance + eps).rsqrt()
-    scaled = normal if weight is None else normal * weight
-    return (scaled if bias is None else scaled + bias).to(dtype)
-
-
-def _full(input: Tensor) -> Tensor:
-    """The input in float32 at least, as statistics are computed."""
-    return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-
-
-_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
-    F.layer_norm: _layer_norm,
-}
 _FUSED_ATTENTION: list[tuple[Callable[[], bool], Callable[[bool], object]]] = [
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),

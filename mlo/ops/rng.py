@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from mlo.ops import torch_versions
+
 CPU = torch.device("cpu")
 
 
@@ -56,16 +58,13 @@ class Randomness:
     @staticmethod
     def capture(device: torch.device, outside: bool = False) -> Randomness:
         """The current state; ``device`` is the device of the modules."""
-        # while a CUDA graph is recorded, the state cannot be read; losses that draw are not recorded
-        readable = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
-        cuda = torch.cuda.get_rng_state(device) if readable else None
-        return Randomness(torch.get_rng_state(), cuda, outside_state() if outside else None)
+        return Randomness(torch.get_rng_state(), gpu_state(device), outside_state() if outside else None)
 
     def restore(self, device: torch.device) -> None:
         """Set the generators to this state."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, device)
+            set_gpu_state(self.cuda, device)
         if self.outside is not None:
             np.random.set_state(self.outside[0])
             random.setstate(self.outside[1])
@@ -81,6 +80,23 @@ def replay(randomness: Randomness | None, device: torch.device, outside: bool = 
         yield
     finally:
         present.restore(device)
+
+
+def gpu_state(device: torch.device) -> torch.Tensor | None:
+    """The state of a GPU's generator; None for another device.
+
+    While a CUDA graph is recorded, it counts from the beginning of the graph. Older releases of torch cannot read it
+    then, and the result is None; losses that draw are not recorded.
+    """
+    if device.type != "cuda" or (not torch_versions.RECORDS_DRAWS and torch.cuda.is_current_stream_capturing()):
+        return None
+    return torch.cuda.get_rng_state(device)
+
+
+def set_gpu_state(state: torch.Tensor, device: torch.device) -> None:
+    """Set the state of a GPU's generator, but not that of another device."""
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
 
 
 def outside_state() -> tuple[Any, Any]:

@@ -255,3 +255,27 @@ def difference(one: Sequence[Tensor | None], other: Sequence[Tensor | None], wei
         for index, tensor in zip(both, scaled(torch._foreach_sub(ones, others), weight), strict=True):
             found[index] = tensor
     return found
+
+
+def values_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of the tensors, to compare with."""
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+@torch.no_grad()
+def put_back(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> list[bool]:
+    """Which tensors differ from their ``values``; these get them again."""
+    if not tensors:
+        return []
+    device = tensors[0].device
+    differs = torch.stack([each.to(device) for each in _differences(tensors, values)]).tolist()
+    for tensor, value, other in zip(tensors, values, differs, strict=True):
+        if other:
+            tensor.copy_(value)
+    return list(differs)
+
+
+def _differences(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[Tensor]:
+    for tensor, value in zip(tensors, values, strict=True):
+        same_nan = (tensor != tensor) & (value != value)
+        yield ((tensor != value) & ~same_nan).any()

@@ -30,7 +30,7 @@ class Config(BaseModel):
         try:
             super().__init__(**_tuples(options))
         except ValidationError as error:
-            raise ConfigError(f"{type(self).__name__}: {'; '.join(explain(error, type(self)))}") from error
+            raise ConfigError(f"{type(self).__name__}: {'; '.join(explain(error, type(self), options))}") from error
 
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # lets files and defaults be read without it
 
@@ -119,7 +119,7 @@ def validate(model: type[ConfigT], data: Mapping[str, Any], title: str) -> Confi
     try:
         return parse(model, data)
     except ValidationError as error:
-        faults = explain(error, model)
+        faults = explain(error, model, data)
     more = len(faults) - MOST_FAULTS
     listed = [*faults[:MOST_FAULTS], f"and {more} more"] if more > 0 else faults
     raise ConfigError("\n  ".join([f"{title}: {len(faults)} invalid option{'s' * (len(faults) > 1)}", *listed]))
@@ -182,8 +182,8 @@ WORDS = {  # what pydantic says, and what users of YAML understand
 }
 
 
-def explain(error: ValidationError, model: type[Config]) -> list[str]:
-    """One line for each invalid option: its dotted name, what was given, what is allowed."""
+def explain(error: ValidationError, model: type[Config], data: Mapping[str, Any]) -> list[str]:
+    """One line for each invalid option in ``data``: its dotted name, what was given, what is allowed."""
     known = list(options(model))
     names = {name for option in known for name in option.path.split(".")}
     faults: dict[str, str] = {}
@@ -195,7 +195,7 @@ def explain(error: ValidationError, model: type[Config]) -> list[str]:
         for theirs, ours in WORDS.items():
             allowed = allowed.replace(theirs, ours)
         if unknown:
-            faults[path] = _unknown(path, known) if len(faults) < MOST_FAULTS else "unknown option"
+            faults[path] = _unknown(path, known, data) if len(faults) < MOST_FAULTS else "unknown option"
         elif "error" in context:  # raised by a validator
             faults[path] = str(context["error"])
         elif detail["type"] == "missing":
@@ -211,13 +211,15 @@ def explain(error: ValidationError, model: type[Config]) -> list[str]:
     return [f"{path}: {message}" if path else message for path, message in found.items()]
 
 
-def _unknown(path: str, known: Sequence[Option]) -> str:
-    """Which kinds have the option, or which option was meant, or which there are."""
+def _unknown(path: str, known: Sequence[Option], data: Mapping[str, Any]) -> str:
+    """Which kinds have the option, or which option of what ``data`` choose was meant, or which there are."""
     section, _, name = path.rpartition(".")
     kinds = dict.fromkeys(option.choice[1] for option in known if option.path == path and option.choice)
     if kinds:
         return f"is an option of {', '.join(kinds)}, not of the chosen {section}"
-    names = [option.path.split(".") for option in known]
+    usual = {option.path: option.default for option in known}
+    chosen = [option for option in known if option.choice is None or _is_chosen(*option.choice, data, usual)]
+    names = [option.path.split(".") for option in chosen]
     paths = dict.fromkeys(".".join(words[: n + 1]) for words in names for n in range(len(words)))  # sections too
     last = {other: other.rpartition(".")[2] for other in paths}
     here = [other for other in paths if other.rpartition(".")[0] == section]
@@ -227,6 +229,15 @@ def _unknown(path: str, known: Sequence[Option]) -> str:
     if meant:
         return f"unknown option; did you mean {' or '.join(meant)}?"
     return f"unknown option; there are: {', '.join(last[other] for other in here) or 'none'}"
+
+
+def _is_chosen(path: str, kind: str, model: type, data: Mapping[str, Any], usual: Mapping[str, Any]) -> bool:
+    """Whether ``data``, or the ``usual`` value, chooses a kind."""
+    value: Any = data
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+    value = usual.get(path) if value is None else value
+    return kind == (value.get(KIND) if isinstance(value, Mapping) else value) or type(value) is model
 
 
 def shown(value: object) -> str:

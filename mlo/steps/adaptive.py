@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import Adagrad, Adam, AdamW, Optimizer, RMSprop
 
+from mlo.steps.own_step import has_torch_step
+
 Tensors = list[Tensor] | tuple[Tensor, ...]
 State = Mapping[str, Tensors]
 Group = Mapping[str, Any]
@@ -60,7 +62,9 @@ class Formula(Protocol):
 def formula_of(optimizer: Optimizer, groups: Sequence[Group]) -> Formula | None:
     """The formula of an optimizer's step; None where its class, or an option of a group, has none here."""
     formula = _FORMULAS.get(type(optimizer))
-    return formula if formula is not None and all(map(_has_formula, groups)) else None
+    if formula is None or not has_torch_step(optimizer):
+        return None
+    return formula if all(map(_has_formula, groups)) else None
 
 
 def _has_formula(group: Group) -> bool:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mlo.levels.batch_trees import opened
 from mlo.levels.state import State, leaves
 from mlo.ops.compiler import SMALL_GRAPH, STEPS
-from mlo.ops.differentiable import TwiceDifferentiable
 from mlo.ops.rng import Randomness
 from mlo.ops.vectors import Vector
 from mlo.steps.evaluation import MicroBatch, evaluate
@@ -117,7 +116,7 @@ def _run(
             raise _NotCompiledError
         return done
 
-    with TwiceDifferentiable() if second else nullcontext():
+    with level.differentiable(second):
         try:
             loss, found, buffers, _ = evaluate(
                 run, level, states, micro, kind=kind, count=point.step_number, autocast=False, twice=second
@@ -183,11 +182,18 @@ def steps(
             return each, end, state, losses, calls
 
         compiler.add(key, run, leaves_graph=True)
-    rates = tuple([{**group, "lr": torch.tensor(group["lr"], dtype=torch.float64)} for group in groups])
+    rates = tuple([{**group, "lr": _scalar(group["lr"], compiler.scalars_on)} for group in groups])
     done = compiler.call(key, states, aliased, rates, spare=True)
     if level.problem.asks_steps_taken:  # found out just now, as after a checkpoint: all of them saw the same count
         return None
     return None if done is None else (done[1], done[2], done[0], done[3], done[4])
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """A tensor that does not share memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, torch.float64, copy=True)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def described(level: Level) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -215,6 +221,6 @@ def _fresh(variables: Vector, wanted: bool) -> Vector:
 
 def _aliased(batch: Any) -> tuple[Any, tuple[Any, ...]]:
     """The batch with aliases of its tensors, so that compiled code does not depend on shared batches, and its form."""
-    parts, structure = tree_flatten(batch)
+    parts, structure = tree_flatten(opened(batch))
     form = tuple([(p.shape, p.dtype) if isinstance(p, Tensor) else type(p) for p in parts])
     return tree_unflatten([p.detach() if isinstance(p, Tensor) else p for p in parts], structure), (structure, *form)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mlo.errors import ConfigError
 from mlo.levels.state import State
 from mlo.ops.autocast import lowered
 from mlo.ops.rng import Randomness, outside_state, replay
@@ -70,10 +71,13 @@ def evaluate(
         if micro.batch is None:
             error.add_note(f"(problem {level.name!r} was given no data, so the batch of its loss is None)")
         elif isinstance(micro.batch, Tensor):
-            error.add_note(
-                f"(the batch of problem {level.name!r} is a tensor of shape {tuple(micro.batch.shape)}: each item of "
-                "its data is one batch; write data=[(x, y)] for one batch of two tensors)"
+            hint = (
+                f"the batch of problem {level.name!r} is a tensor of shape {tuple(micro.batch.shape)}, since each item "
+                "of its data is one batch; write data=[(x, y)] for one batch of two tensors"
             )
+            if "values to unpack" in str(error):
+                raise ConfigError(f"the loss of problem {level.name!r} raised {error!r}: {hint}") from error
+            error.add_note(f"({hint})")
         raise
     except torch.OutOfMemoryError as error:
         error.add_note(f"Memory ran out in an evaluation of the loss of problem {level.name!r}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,10 +14,15 @@ from torch import Tensor
 from mlo.levels.problem import Problem
 from mlo.levels.state import State
 from mlo.ops.compiler import Compiler
+from mlo.ops.derivatives import Mode
+from mlo.ops.differentiable import TwiceDifferentiable
 from mlo.ops.loss_scale import LossScale
 from mlo.ops.rng import outside_state, same_outside
 from mlo.ops.tf32 import Tf32
 from mlo.steps.autograd_graph import leaves_of
+from mlo.steps.operators import Operators
+
+_NOTHING_ELSE = nullcontext()
 
 
 class Level:
@@ -39,9 +45,21 @@ class Level:
         draws_outside: whether the loss may draw from NumPy's or Python's generators: until it has not, once.
         scale: of the loss, under float16.
         searched: whether its loss was searched for what :meth:`warn_of_strays` warns of.
+        repeats: whether its loss may be evaluated more often than once for each step.
+        writes_nothing: whether a first evaluation of its loss was seen to write into no parameters.
+        modes: how products differentiate its gradient; empty if nothing does.
+        seen: whether the operators of its loss are known.
+        operators: what is done for them.
     """
 
-    def __init__(self, problem: Problem, device: torch.device, compiler: Compiler | None, tf32: Tf32) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        device: torch.device,
+        compiler: Compiler | None,
+        tf32: Tf32,
+        modes: frozenset[Mode] = frozenset(),
+    ) -> None:
         self.problem, self.name, self.device, self.compiler = problem, problem.name, device, compiler
         self.tf32 = tf32
         self.reads: dict[str, Level] = {}
@@ -53,7 +71,17 @@ class Level:
         self.reaches_all = False
         self.draws_outside = True
         self.scale = LossScale() if problem.autocast is torch.float16 else None
-        self.searched = False
+        self.searched = self.repeats = self.writes_nothing = False
+        self.modes, self.seen, self.operators = modes, False, Operators()
+
+    def differentiable(self, again: bool) -> AbstractContextManager[Any]:
+        """A context for an evaluation of its loss, with operators that have the derivatives it needs.
+
+        Args:
+            again: whether its gradient will be differentiated.
+        """
+        known = self.operators
+        return TwiceDifferentiable(known.elementary) if again or known.twice else _NOTHING_ELSE
 
     def note_graph(self, size: int, gradients: Sequence[Tensor | None]) -> None:
         """After gradients were kept with their graph, which takes this many bytes besides states and batch."""
@@ -114,13 +142,20 @@ class Level:
 
 
 def levels_of(
-    problems: Sequence[Problem], device: torch.device, compiler: Compiler | None, tf32: Tf32
+    problems: Sequence[Problem],
+    device: torch.device,
+    compiler: Compiler | None,
+    tf32: Tf32,
+    modes: Mapping[str, frozenset[Mode]] = {},
 ) -> dict[str, Level]:
     """The levels of an engine by name, lowest first."""
-    levels = {problem.name: Level(problem, device, compiler, tf32) for problem in problems}
+    levels = {
+        problem.name: Level(problem, device, compiler, tf32, modes.get(problem.name, frozenset()))
+        for problem in problems
+    }
     names = list(levels)
     for index, level in enumerate(levels.values()):
-        level.below = frozenset(names[:index])
+        level.below, level.repeats = frozenset(names[:index]), len(names) > 1
         level.reads = {read: levels[read] for read in level.problem.node.reads}
         level.arguments = {argument: levels[read].problem for argument, read in level.problem.arguments.items()}
     return levels

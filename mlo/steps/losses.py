@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from mlo.levels.substitution import Substitute
 from mlo.ops.activation_checkpointing import end, recompute
 from mlo.ops.vectors import Vector, aligned
 from mlo.steps.level import Level
+from mlo.steps.written import Unwritten
 
 States = Mapping[str, State]
 Found = Sequence[Tensor | None]
@@ -40,6 +41,7 @@ class Reading:
         cache: ReadCache | None = None,
         moving: Collection[str] = (),
     ) -> None:
+        self._level = level
         self._substitutes: list[tuple[Problem, Substitute]] = []
         for name, read in level.reads.items():
             kept = None if name in moving else cache
@@ -47,7 +49,7 @@ class Reading:
             self._substitutes.append((read.problem, substitute))
 
     def __enter__(self) -> Reading:
-        self._outside = None if torch.compiler.is_compiling() else recompute()
+        self._outside = None if torch.compiler.is_compiling() else recompute(self)
         for problem, substitute in self._substitutes:
             problem.substitute = substitute
         return self
@@ -57,6 +59,36 @@ class Reading:
             problem.substitute = None
         if self._outside is not None:
             end(self._outside)
+
+    def repeatable(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A part of the loss that can run again after it, with the substitutes of now."""
+        problems = [self._level.problem, *[problem for problem, _ in self._substitutes]]
+        substitutes = [problem.substitute for problem in problems]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            outside = [problem.substitute for problem in problems]
+            try:
+                for problem, substitute in zip(problems, substitutes, strict=True):
+                    problem.substitute = substitute
+                with self.uncached():
+                    return function(*args, **kwargs)
+            finally:
+                for problem, substitute in zip(problems, outside, strict=True):
+                    problem.substitute = substitute
+
+        return run
+
+    @contextmanager
+    def uncached(self) -> Iterator[None]:
+        """A context in which the outputs of the problems read are not cached."""
+        caches = [substitute.cache for _, substitute in self._substitutes]
+        try:
+            for _, substitute in self._substitutes:
+                substitute.cache = None
+            yield
+        finally:
+            for (_, substitute), cache in zip(self._substitutes, caches, strict=True):
+                substitute.cache = cache
 
     def calls(self, own: int) -> list[int]:
         """How often each module ran: the level's ``own``, and those that it reads."""
@@ -70,12 +102,14 @@ def loss_at(level: Level, state: State, batch: Any) -> tuple[Tensor, Substitute]
     """The loss of a level in ``state``: the only place that runs a user's loss; and the substitute for its module.
 
     Raises:
-        GraphError: if the loss is not a scalar tensor.
+        GraphError: if the loss is not a scalar tensor, or if it writes into a parameter.
     """
     problem = level.problem
     own = problem.substitute = Substitute(problem, state, True, own=True)
+    guard = nullcontext() if torch.compiler.is_compiling() or not level.repeats else Unwritten(level, state)
     try:
-        loss: Any = problem.loss(batch, **level.arguments)
+        with guard:
+            loss: Any = problem.loss(batch, **level.arguments)
     finally:
         problem.substitute = None
     if not isinstance(loss, Tensor) or loss.dim() != 0:

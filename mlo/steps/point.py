@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,21 +15,20 @@ from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 from mlo.errors import GraphError
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import State
-from mlo.ops.differentiable import TwiceDifferentiable
 from mlo.ops.rng import Randomness
 from mlo.ops.vectors import Vector, dense, filled
 from mlo.steps import compiled
-from mlo.steps.autograd_graph import SavedBytes
+from mlo.steps.autograd_graph import saved_bytes
 from mlo.steps.evaluation import MicroBatch, evaluate
 from mlo.steps.level import Level
 from mlo.steps.losses import Found, gradient_of
+from mlo.steps.operators import explained, first_evaluation
 from mlo.steps.scan import retaken, shifted
 
 if TYPE_CHECKING:
     from mlo.steps.step import Step
 
 
-_NOTHING_ELSE = nullcontext()
 _REQUIRES_GRAD = attrgetter("requires_grad")
 NOTHING: Mapping[str, Any] = {}
 
@@ -190,48 +189,58 @@ def _evaluated(point: Point, micro: MicroBatch, wanted: Wanted) -> tuple[Tensor,
         if done is not None:
             loss, found, buffers = done
             return loss, _by_level(found, of, states), (), buffers
-    if point.cache is not None:
-        point.cache.begin()
     _refuse_frozen(of, states)
-    measured = keep_graph and level.graph_bytes is None and not level.recast(point.state)
-    saved = SavedBytes(states.values(), micro.batch) if measured else None
-    with TwiceDifferentiable() if keep_graph else _NOTHING_ELSE, saved or _NOTHING_ELSE:
-        try:
-            loss, found, buffers, _ = evaluate(
-                gradient_of,
-                level,
-                states,
-                micro,
-                of,
-                reached,
-                kind=wanted.kind,
-                count=point.step_number,
-                autocast=point.autocast,
-                twice=keep_graph,
-                inputs=inputs,
-                keep_graph=keep_graph,
-                scale=micro.scale,
-                cache=point.cache,
-                moving=point.inner,
-                at_leaves=wanted.at_leaves,
-            )
-        except RuntimeError as error:
-            if "backward through the graph a second time" not in str(error):
-                raise
-            raise GraphError(
-                f"problem {level.name!r}: the graph of its loss is freed before its gradient is computed; return it "
-                "without calling .backward() on it, and compute all of it in the call, without tensors from earlier "
-                "calls"
-            ) from error
-    if not (level.searched or states[level.name].live or point.inner):  # inner steps read what they recorded
-        level.warn_of_strays(loss, states)
-    if saved is not None:
-        level.note_graph(saved.total, found)
+    if level.seen:
+        loss, found, buffers = _taken(point, states, inputs, wanted, reached, micro)
+    else:
+        take = partial(_taken, point, states, inputs, wanted, reached)
+        loss, found, buffers = first_evaluation(level, take, micro, states[level.name].variables, keep_graph)
+    if not (level.searched or point.inner) and not all([state.live for state in states.values()]):
+        level.warn_of_strays(loss, states)  # inner steps would read what they recorded
+    if keep_graph and level.graph_bytes is None and not level.recast(point.state):
+        level.note_graph(saved_bytes([loss, *found], states.values(), micro.batch), found)
     parts = _by_level(found, of, states)
     rest = found[sum(map(len, parts.values())) :]
     kept = level.name if _stays_sparse(level.problem.optimizer, wanted) else None
     parts = {name: gradients if name == kept else dense(gradients) for name, gradients in parts.items()}
     return loss.detach(), parts, dense(rest), buffers
+
+
+def _taken(
+    point: Point,
+    states: Mapping[str, State],
+    inputs: Vector | None,
+    wanted: Wanted,
+    reached: Collection[str],
+    micro: MicroBatch,
+) -> tuple[Tensor, Found, Vector]:
+    """The loss with its graph, its gradients, and the buffers afterwards."""
+    level = point.level
+    if point.cache is not None:
+        point.cache.begin()
+    try:
+        with level.differentiable(wanted.keep_graph):
+            loss, found, buffers, _ = evaluate(
+                gradient_of,
+                level,
+                states,
+                micro,
+                wanted.of,
+                reached,
+                kind=wanted.kind,
+                count=point.step_number,
+                autocast=point.autocast,
+                twice=wanted.keep_graph,
+                inputs=inputs,
+                keep_graph=wanted.keep_graph,
+                scale=micro.scale,
+                cache=point.cache,
+                moving=point.inner,
+                at_leaves=wanted.at_leaves,
+            )
+    except RuntimeError as error:
+        raise explained(level, error) from error
+    return loss, found, buffers
 
 
 def _stays_sparse(optimizer: Optimizer, wanted: Wanted) -> bool:

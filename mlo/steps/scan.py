@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mlo.levels.problem import Problem
 from mlo.levels.state import State, copied
-from mlo.ops.differentiable import ThriceDifferentiable, TwiceDifferentiable
+from mlo.ops.differentiable import TwiceDifferentiable
 from mlo.ops.vectors import Vector, dense, filled
 from mlo.steps.evaluation import evaluate
 from mlo.steps.level import Level
@@ -157,7 +157,7 @@ def _retaken(steps: Sequence[Step], states: States, lower: States, shifts: Mappi
             at = {**reads, level.name: own._replace(buffers=buffers)}
             if point.inner:
                 at |= retaken(point.inner, {**states, level.name: at[level.name]}, lower, further)
-            with TwiceDifferentiable(), ThriceDifferentiable():
+            with TwiceDifferentiable(elementary=True):
                 loss, buffers, _ = evaluate(
                     loss_of,
                     level,

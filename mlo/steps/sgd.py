@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from mlo.ops.vectors import chunks
+from mlo.steps.own_step import has_torch_step
 
 Group = Mapping[str, Any]
 Slots = Sequence[Mapping[str, Any]]
@@ -23,7 +24,7 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 
 def applies(optimizer: Optimizer, groups: Sequence[Group]) -> bool:
     """Whether the optimizer is torch's own SGD, unfused, with learning rates that need no gradient."""
-    if type(optimizer) is not SGD:
+    if type(optimizer) is not SGD or not has_torch_step(optimizer):
         return False
     return not any([group["fused"] or (_by_tensor(group) and group["lr"].requires_grad) for group in groups])
 

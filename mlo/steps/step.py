@@ -14,6 +14,7 @@ from mlo.ops.vectors import Vector, filled
 from mlo.steps import sgd
 from mlo.steps.evaluation import MicroBatch
 from mlo.steps.losses import Found
+from mlo.steps.operators import explained
 from mlo.steps.optimizer import Groups, StepCotangents, transpose_step, virtual_step
 from mlo.steps.point import Gradient, Point, Wanted, gradient, own_gradient
 from mlo.steps.scan import Joined
@@ -136,7 +137,11 @@ class Step:
         """
         assert self.joined is not None
         inputs = {target: self.point.reads[target].variables for target in targets}
-        before, of_slots, found = self.joined.pull(cotangent, slots, [*chain.from_iterable(inputs.values())], oldest)
+        onto = [*chain.from_iterable(inputs.values())]
+        try:
+            before, of_slots, found = self.joined.pull(cotangent, slots, onto, oldest)
+        except RuntimeError as error:
+            raise explained(self.point.level, error) from error
         rest = iter(found)
         return before, of_slots, {t: reached(list(islice(rest, len(of))), of) for t, of in inputs.items()}
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import SGD, Adam, Optimizer
 
 from mlo.levels.problem import Problem
 from mlo.levels.state import COUNTERS, Slots
 from mlo.ops import vectors
+from mlo.ops.lost_graphs import LostGraphs
 from mlo.ops.vectors import as_like, filled, real
 from mlo.steps.formulas import Cotangents, Gradients, Group
+from mlo.steps.own_step import check_graphs, check_unchanged, has_torch_step
+
+NO_RATE = 1e-30  # moves no variable, and can be divided by
 
 
 def step(
@@ -28,33 +35,34 @@ def step(
 ) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
     """The variables and the optimizer's slots after one step; with ``differentiable``, with a graph."""
     moved = [variable.clone() for variable in variables]
-    still: list[int] = []
     if differentiable:
         gradients = [None if g is None else off_zero(g) for g in gradients]
         if isinstance(problem.optimizer, Adam):
-            groups, still = _with_a_rate(groups, problem.group_numbers)
+            groups = [_with_a_rate(group) for group in groups]
     shadow = _shadow(problem, groups, moved, gradients, slots, differentiable=differentiable)
+    own = not has_torch_step(problem.optimizer)
+    slot_tensors = [value for slot in shadow.state.values() for value in slot.values() if isinstance(value, Tensor)]
+    seen = LostGraphs([*moved, *gradients, *slot_tensors]) if own and differentiable else None
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if differentiable else default)  # for the counters that a first step creates
     try:
-        type(problem.optimizer).step(shadow)
+        with nullcontext() if seen is None else _copies_saved(), seen or nullcontext():
+            type(problem.optimizer).step(shadow)
     finally:
         torch.set_default_dtype(default)
     after: list[Mapping[str, Any]] = [dict(shadow.state[tensor]) if tensor in shadow.state else {} for tensor in moved]
-    for index in still:
-        moved[index] = variables[index] + 0.0 * moved[index]
+    if own:
+        check_unchanged(problem, shadow, groups)
+    if seen is not None:
+        check_graphs(problem, seen, moved, after)
     return moved, after
 
 
-def _with_a_rate(groups: Sequence[Group], numbers: Sequence[int]) -> tuple[Sequence[Group], list[int]]:
-    """The groups with a learning rate other than 0, by which a differentiable Adam of torch divides.
-
-    Also returned are the positions of the variables whose rate is 0. They do not move, whatever the gradient is.
-    """
-    rates = [group["lr"] for group in groups]  # one on a GPU would have to be waited for
-    zero = [i for i, r in enumerate(rates) if (not isinstance(r, Tensor) or vectors.readable(r)) and r == 0]
-    found = [{**group, "lr": 1.0} if i in zero else group for i, group in enumerate(groups)]
-    return found, [index for index, number in enumerate(numbers) if number in zero]
+def _with_a_rate(group: Group) -> Group:
+    """The group with a learning rate that is not 0: a differentiable Adam of torch divides by it."""
+    rate = group["lr"]  # one on a GPU would have to be waited for
+    zero = (not isinstance(rate, Tensor) or vectors.readable(rate)) and rate == 0
+    return {**group, "lr": NO_RATE} if zero else group
 
 
 def transpose(
@@ -71,15 +79,19 @@ def transpose(
     held = of_slots is None
     start = [variable.detach().requires_grad_(not held) for variable in variables]
     begun = tuple([{k: _leaf(k, v, held) for k, v in slot.items()} for slot in slots])
-    with torch.enable_grad():
-        moved, after = step(problem, groups, start, leaves, begun, differentiable=True)
-    pairs = [*zip(moved, cotangents, strict=True)]
-    pairs += [(after[i][k], c) for i, given in enumerate(of_slots or ()) for k, c in given.items()]
-    stepped, given = zip(*((o, c) for o, c in pairs if o.requires_grad), strict=True)
     keys = [(i, k) for i, s in enumerate(begun) for k, v in s.items() if isinstance(v, Tensor) and v.requires_grad]
     inputs = [leaf for leaf in leaves if leaf is not None]
     others = [] if held else [*start, *(begun[i][k] for i, k in keys)]
-    found = iter(torch.autograd.grad(stepped, [*inputs, *others], given, allow_unused=True))
+    wanted = [*inputs, *others]
+    found: Iterator[Any] = repeat(None, len(wanted))
+    with torch.enable_grad():
+        moved, after = step(problem, groups, start, leaves, begun, differentiable=True)
+        pairs = [*zip(moved, cotangents, strict=True)]
+        pairs += [(after[i][k], c) for i, given in enumerate(of_slots or ()) for k, c in given.items()]
+        stepped = [(o, c) for o, c in pairs if o.requires_grad]
+        if stepped:  # none, if it does not depend on the gradients
+            outputs, given = zip(*stepped, strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
     of_gradients = filled((None if leaf is None else next(found) for leaf in leaves), cotangents)
     of_variables = () if held else filled((next(found) for _ in cotangents), cotangents)
     to_slots: list[dict[str, Tensor]] = [] if held else [{} for _ in slots]
@@ -105,7 +117,7 @@ def _shadow(
     """
     optimizer = problem.optimizer
     shadow = object.__new__(type(optimizer))
-    shadow.__dict__.update(vars(optimizer))
+    shadow.__dict__.update({key: value for key, value in vars(optimizer).items() if key != "step"})
     shadow.__dict__.update(
         {hooks: OrderedDict() for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")}
     )
@@ -132,22 +144,28 @@ def _shadow(
                 if isinstance(value := shadow.state[tensor][key], Tensor):
                     shadow.state[tensor][key] = value.double()
     if differentiable and isinstance(shadow, SGD):
-        _begin_momentum(shadow)
+        _begin_momentum(shadow, has_torch_step(optimizer))
     return shadow
 
 
-def _begin_momentum(shadow: SGD) -> None:
+def _begin_momentum(shadow: SGD, torchs: bool) -> None:
     """Set the momentum buffers of a first step such that the step is the same as torch's, and differentiable.
 
-    Torch's SGD initializes the buffer with the gradient, but detached from the graph.
+    Torch's SGD initializes the buffer with the gradient, but detached from the graph. With dampening, a subclass is
+    left to that (and is then refused), since it may change the gradient before.
     """
     for group in shadow.param_groups:
         momentum, dampening = group["momentum"], group["dampening"]
-        for parameter in group["params"] if momentum else ():
+        for parameter in group["params"] if momentum and (torchs or not dampening) else ():
             if parameter.grad is not None and shadow.state[parameter].get("momentum_buffer") is None:
                 sign = -1.0 if group["maximize"] else 1.0
                 gradient = sign * parameter.grad + group["weight_decay"] * parameter
                 shadow.state[parameter]["momentum_buffer"] = dampening / momentum * gradient
+
+
+def _copies_saved() -> saved_tensors_hooks:
+    """For a user's step, which may write into what its derivative needs, as ``p.copy_(p / p.norm())`` does."""
+    return saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor)
 
 
 def off_zero(gradient: Tensor) -> Tensor:

@@ -18,8 +18,10 @@ from mlo.ops import distributed
 from mlo.ops.vectors import Vector, copied, copy_, select_
 from mlo.steps import sgd
 from mlo.steps.clipping import clip
+from mlo.steps.hooks import accumulated, hooked
 from mlo.steps.losses import Found
 from mlo.steps.optimizer import hyperparameters, virtual_step
+from mlo.steps.own_step import has_torch_step
 from mlo.steps.scan import Joined
 from mlo.training.finite import LOSS, Seen, Watch, check
 
@@ -63,6 +65,7 @@ class Updater:
         Raises:
             NonFiniteLossError: if not deferred, before anything is changed.
         """
+        gradients = hooked(problem, gradients)
         watch = self.watched[problem.name]
         if not self.deferred:
             watch.refuse(problem, loss, gradients, buffers)
@@ -182,6 +185,7 @@ def _take_step(problem: Problem, gradients: Found, buffers: Vector, recorded: bo
         state = problem.live_state()._replace(slots=problem.optimizer_slots(), buffers=())
         copy_(*zip(*_targets(problem, virtual_step(problem, state, gradients, groups)), strict=True))
     else:
+        gradients = accumulated(problem, gradients)
         if largest is not None:
             clipped = clip(gradients, largest)
         elif _writes_gradients(problem.optimizer):
@@ -205,7 +209,7 @@ def _writes_gradients(optimizer: Optimizer) -> bool:
 
     Of torch's optimizers, Rprop does, and SGD with Nesterov momentum.
     """
-    if not type(optimizer).__module__.startswith("torch.optim.") or isinstance(optimizer, Rprop):
+    if not has_torch_step(optimizer) or isinstance(optimizer, Rprop):
         return True
     return any([group.get("nesterov") for group in optimizer.param_groups])
 

@@ -1,4 +1,4 @@
-"""check and diagnose: is the hypergradient correct, and how accurate and expensive is each estimator?"""
+"""diagnose: how accurate and how expensive is each estimator?"""
 
 from __future__ import annotations
 
@@ -18,66 +18,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from mlo.errors import HypergradientError, MloError
+from mlo.errors import MloError
 from mlo.hypergradient import Darts, Estimator, Exact, Forward, OneStep, Unrolled, build_estimator
 from mlo.levels.state import in_precision
 from mlo.ops.vectors import Vector, add, dot, norm
 from mlo.options import registry
-from mlo.options.config import Registered
 from mlo.training.engine import Engine
 
 EXACT = Unrolled()
 WIDTH = 120  # characters of a line of a printed table
 NOISY = 0.2  # relative error of a finite-difference product above which there is a warning
-
-
-def check(engine: Engine, name: str | None = None, *, directions: int = 4, tolerance: float = 1e-5) -> None:
-    """Compare a hypergradient with finite differences, like ``torch.autograd.gradcheck``.
-
-    The function is the loss of problem ``name`` after the next steps of the lower problems, as a function of its
-    parameters. Its difference quotients along random directions are compared with the engine's hypergradient, all in
-    float64 and on copies. Estimators that only approximate this derivative (because they do not differentiate all
-    steps, or differentiate a minimum instead of steps) fail.
-
-    Args:
-        engine: in any state; it is not changed.
-        name: the upper problem; None: the last in the engine's list.
-        directions: number of random directions.
-        tolerance: maximum relative error, in the root mean square over the directions.
-
-    Raises:
-        HypergradientError: if they differ; the message lists both values along each direction.
-    """
-    top = _top(engine, name)
-    found = engine.hypergradient(top, torch.float64)
-    point = {n: in_precision(engine.problems[top].module.get_parameter(n).detach(), torch.float64) for n in found}
-    draw = torch.Generator().manual_seed(0)
-    step, rows = 1e-6 * max(1.0, norm(tuple(point.values())).item()), []
-    for _ in range(directions):
-        drawn = {n: torch.randn(p.shape, generator=draw, dtype=p.dtype).to(p.device) for n, p in point.items()}
-        size = norm(tuple(drawn.values()))
-        along = {n: d / size for n, d in drawn.items()}
-        ends = [
-            engine.objective(top, {n: p + sign * step * along[n] for n, p in point.items()}, torch.float64).item()
-            for sign in (1.0, -1.0)
-        ]
-        predicted = dot(tuple(found.values()), tuple(along.values())).item()
-        rows.append((predicted, (ends[0] - ends[1]) / (2 * step)))
-    # error and scale shrink alike with the number of parameters; rounding is that of the differences
-    error = math.hypot(*(predicted - measured for predicted, measured in rows))
-    scale = math.hypot(*(measured for _, measured in rows))
-    rounding = 4 * torch.finfo(torch.float64).eps * abs(ends[0]) / step * math.sqrt(directions)
-    if error > tolerance * scale + rounding:
-        values = "\n".join(f"  {predicted:+.9e}  {measured:+.9e}" for predicted, measured in rows)
-        raise HypergradientError(
-            f"the hypergradient of {top!r} is not the derivative of its loss through the lower steps: off by "
-            f"{error / max(scale, 1e-300):.1e} of its size. Along random directions, estimated and measured:\n"
-            f"{values}\n"
-            f"It was computed with {_estimators_of(engine, top)}. Of mlo's estimators, unrolled is exact, one_step is "
-            "exact if a round has one step, and cg, neumann and nystrom can only be exact at a minimum. If the "
-            "estimator should be exact here, either a loss is not a pure function of the problems that it reads "
-            f"(detach, no_grad, state kept between calls), or the estimator is wrong{_left_out(engine)}"
-        )
 
 
 @dataclass(frozen=True)
@@ -149,7 +99,7 @@ def diagnose(engine: Engine, name: str | None = None, estimators: Sequence[objec
         name: the upper problem; None: the last in the engine's list.
         estimators: names or options of estimators; None: all registered ones, with their defaults.
     """
-    top = _top(engine, name)
+    top = name or engine.graph.names[-1]
     with _every(engine, EXACT, inner_path=True) as exactly:
         exact = tuple(exactly.hypergradient(top, torch.float64).values())
     if isinstance(estimators, str):
@@ -249,26 +199,6 @@ def _every(engine: Engine, option: object, inner_path: bool | None = None) -> It
     finally:
         for problem, hypergradient in zip(problems, own, strict=True):
             problem.hypergradient = hypergradient
-
-
-def _top(engine: Engine, name: str | None) -> str:
-    return name or engine.graph.names[-1]
-
-
-def _estimators_of(engine: Engine, top: str) -> str:
-    """Which estimators the hypergradient of ``top`` uses for which problems, in words."""
-    used = []
-    for lower in engine._plan.paths[top]:
-        kind = type(engine._plan.estimators[lower])
-        names = Registered(registry.ESTIMATORS).names(kind) or [kind.__name__]
-        used.append(f"{names[0]} through {engine.problems[lower].steps} step(s) of {lower!r}")
-    return " and ".join(used) or "no estimator"
-
-
-def _left_out(engine: Engine) -> str:
-    """A hint, if the engine leaves inner paths out of the curvature."""
-    nested = [] if engine.inner_path else engine._plan.nested
-    return f". It leaves out the inner path of {', '.join(map(repr, nested))}: pass inner_path=True" if nested else ""
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -16,17 +16,17 @@ from mlo.levels.problem import Problem
 from mlo.levels.state import State, cast
 from mlo.ops import distributed
 from mlo.ops.compiler import Compiler
-from mlo.ops.rng import global_state, replay, set_global_state
+from mlo.ops.rng import Randomness, global_state, set_global_state
 from mlo.ops.tf32 import Tf32
 from mlo.ops.vectors import filled
 from mlo.steps.level import Level, levels_of
 from mlo.training.captured import Captured, refuse_capture
 from mlo.training.checkpoint import with_other_processes
 from mlo.training.commit import Updater
-from mlo.training.devices import move_to
+from mlo.training.devices import known_device, move_to
 from mlo.training.finite import Watch
 from mlo.training.gradients import Gradients, Hypergradient, Records
-from mlo.training.outermost import outermost
+from mlo.training.outermost import look, outermost
 from mlo.training.plan import Plan
 from mlo.training.report import EngineReport, engine_report
 from mlo.training.rounds import Rounds, cast_batches, looking_ahead
@@ -54,9 +54,8 @@ class Engine:
             minutes, so it pays off after thousands of rounds. The first pass of each problem runs uncompiled, so errors
             in a loss show a normal traceback. A problem that cannot be compiled leads to a warning and runs uncompiled.
         capture: whether to record whole rounds as CUDA graphs and replay them, which saves the launching of kernels one
-            by one (:class:`mlo.training.captured.Captured`). Losses may not draw random numbers, and may not depend on
-            Python objects that change from round to round. Rounds that cannot be recorded lead to a warning and are
-            taken as usual. Only on a GPU, and not together with ``compile``.
+            by one (:class:`mlo.training.captured.Captured`). Losses may not depend on Python objects that change from
+            round to round. Rounds that cannot be recorded lead to a warning and are taken as usual. Only on a GPU.
         tf32: whether float32 convolutions and matrix products of steps may use TensorFloat-32 on a GPU; None: as torch
             is set. Curvature products, and passes whose graph these use, never do.
         device: a torch device, or "auto" for a CUDA GPU if there is one. Modules are moved there once.
@@ -92,22 +91,23 @@ class Engine:
                 raise ConfigError(f"{option}={value!r}; pass {' or '.join(map(str, kinds))}")
         problems = [problems] if isinstance(problems, Problem) else list(problems)
         self._plan = Plan(problems, hypergradient, lookahead, inner_path)
-        self.inner_path = inner_path
+        if capture:
+            refuse_capture(known_device(device))
+        self.inner_path, self.rounds = inner_path, 0
         self.problems: Mapping[str, Problem] = {problem.name: problem for problem in problems}
         watched = {problem.name: Watch(problem) for problem in problems}  # before they are on a GPU
         self.device = move_to(problems, device)
-        self.rounds = 0
+        self._plan.checks.run()
         self.tf32, self._tf32 = tf32, Tf32(tf32, self.device.type == "cuda")
-        self._levels = levels_of(problems, self.device, Compiler(self.device) if compile else None, self._tf32)
+        compiler = Compiler(self.device, rounds_captured=capture) if compile else None
+        self._levels = levels_of(problems, self.device, compiler, self._tf32, self._plan.modes)
         self._gradients = Gradients(self._plan, self._levels)
         self._updater = Updater(self.device, deferred=self.device.type != "cpu")
         self._updater.watched = watched
         self._rounds = Rounds(self._plan, self._levels, self._gradients, self._updater)
         self._skipped = Skipped(non_finite, self.problems, self._rounds, self._gradients, self._updater)
-        self._captured = None
-        if capture:
-            refuse_capture(self.device, compile)
-            self._captured = Captured(self._levels, self._rounds, self._gradients, self._updater)
+        parts = self._levels, self._rounds, self._gradients, self._updater
+        self._captured = Captured(*parts) if capture else None
 
     @property
     def losses(self) -> Mapping[str, Tensor]:
@@ -176,7 +176,7 @@ class Engine:
         for position, name in enumerate(rest):
             self._rounds.real(name, states, records, rest[position + 1 :])
 
-    @outermost
+    @look
     def hypergradient(self, name: str, dtype: torch.dtype | None = None) -> Hypergradient:
         """The gradient of the next step of problem ``name``: {parameter name: tensor of its shape}.
 
@@ -186,20 +186,21 @@ class Engine:
 
         Args:
             name: an upper problem; for a lower one, the result is its ordinary gradient.
-            dtype: the precision, used for copies of all floating-point tensors; None: that of the tensors.
+            dtype: the precision of copies of all floating-point tensors; None: that of the tensors. In float64, a loss
+                computes all in float64, even where it asks for less.
 
         Raises:
             ConfigError: if there is no such problem.
             GraphError: if a declared read carries no gradient.
         """
-        with self._ahead(name), replay(None, self.device, self._level(name).draws_outside):
+        with self._ahead(name), self._rounds.trial(self._level(name), dtype):
             states, records, batches = self._next(name, {}, dtype)
             count, self._gradients.latest = self.problems[name].step_number, {}
             found = self._gradients.of(name, states, records, batches, "virtual", (), count).own
         tensors = dict(zip(self.problems[name].variables, filled(found, states[name].variables), strict=True))
         return Hypergradient(tensors, self._gradients.numbers())
 
-    @outermost
+    @look
     def objective(
         self, name: str, parameters: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
@@ -216,10 +217,9 @@ class Engine:
         Returns:
             A scalar tensor without a graph.
         """
-        with self._ahead(name), replay(None, self.device, self._level(name).draws_outside):
+        with self._ahead(name), self._rounds.trial(self._level(name), dtype):
             states, _, batches = self._next(name, parameters or {}, dtype)
-            loss = self._gradients.loss(name, states, batches)
-        return distributed.average([loss])[0]
+            return distributed.average([self._gradients.loss(name, states, batches)])[0]
 
     def _next(
         self, name: str, parameters: Mapping[str, Tensor], dtype: torch.dtype | None
@@ -267,7 +267,7 @@ class Engine:
             "losses": dict(self.losses),
             **self._gradients.state_dict(),
             "random": global_state(),
-            "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "cuda_random": Randomness.capture(self.device).cuda,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -285,8 +285,8 @@ class Engine:
         self._rounds.losses = {name: loss.to(self.device) for name, loss in state["losses"].items()}
         self._gradients.load_state_dict(state, self.device)
         set_global_state(state["random"])
-        if self.device.type == "cuda" and state["cuda_random"] is not None:
-            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
+        if state["cuda_random"] is not None:
+            Randomness(torch.get_rng_state(), state["cuda_random"].cpu()).restore(self.device)
 
     def _ahead(self, name: str) -> AbstractContextManager[None]:
         """A context for the steps that ``name`` is differentiated through; they are virtual if it uses lookahead."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from mlo.hypergradient import Estimator, Product, Recording, build_estimator
 from mlo.levels.graph import Graph
 from mlo.levels.problem import Problem
 from mlo.ops import distributed
+from mlo.ops.derivatives import Mode
+from mlo.training.checks import Checks
 
 
 class Role(NamedTuple):
@@ -48,10 +51,12 @@ class Plan:
         paths: {problem: the backward pass of its hypergradient, see :meth:`mlo.levels.graph.Graph.paths`}; empty for a
             problem that is not differentiated through others.
         roles: {problem: what follows for its steps}.
+        modes: {problem: how products differentiate its gradient}.
         inner: {problem: lower problems whose steps are part of its curvature}, lowest first.
         nested: the middle problems whose gradient runs through lower ones.
         tops: the top problems that have a hypergradient.
         lookahead: whether top problems step after virtual steps of the others.
+        checks: of what may have changed at a later call.
     """
 
     def __init__(
@@ -84,10 +89,14 @@ class Plan:
         self._targets: dict[tuple[str, tuple[str, ...]], tuple[list[str], tuple[str, ...]]] = {}
         self.tops = [name for name in self.graph.tops() if self.graph.is_upper(name)]
         through = {name for paths in self.paths.values() for name in paths}
-        for name in (name for name in self.graph.names if name in through):
-            self.estimators[name].check(self._problems[name])
+        self.modes = {name: self._modes(name) if name in through else frozenset[Mode]() for name in self.graph.names}
+        through_in_order = [name for name in self.graph.names if name in through]
+        for name in through_in_order:
             self._refuse_half_products(name)
         self.lookahead = any(self.estimators[n].lookahead for n in through) if lookahead is None else lookahead
+        alone = {self.graph.names[-1], *(self.tops if self.lookahead else ())}
+        virtual = set(self.graph.names) - alone
+        self.checks = Checks(self._problems, {name: self.estimators[name] for name in through_in_order}, virtual)
         self._refuse_late_levels()
         for middle in nested if not inner_path else ():
             warnings.warn(
@@ -110,6 +119,16 @@ class Plan:
             again=again,
             joins=recording.joins and keeps_graph and not again,
         )
+
+    def _modes(self, name: str) -> frozenset[Mode]:
+        """How products differentiate a problem's gradient: its own, and those of levels whose inner path it is on."""
+        above = [middle for middle, lows in self.inner.items() if name in lows]
+        modes: set[Mode] = {"reverse"} if above else set()  # inner steps are taken again with their graphs
+        for each in (name, *above):
+            product = getattr(self.estimators[each], "product", None)
+            if isinstance(product, Product) and product.mode is not None:
+                modes.add(product.mode)
+        return frozenset(modes)
 
     def _nested(self) -> list[str]:
         """Middle problems: their gradient goes through lower ones, and that of an upper one through them."""
@@ -186,13 +205,26 @@ def _refuse_shared_generators(problems: Sequence[Problem]) -> None:
 
 
 def _refuse_shared(problems: Sequence[Problem]) -> None:
-    owners: dict[int, tuple[Problem, str]] = {}
-    for problem in problems:
-        for name, parameter in problem.module.named_parameters():
-            owner, own_name = owners.setdefault(id(parameter), (problem, name))
-            if owner is not problem and (name in problem.variables or own_name in owner.variables):
-                raise GraphError(
-                    f"problems {owner.name!r} and {problem.name!r} share a parameter ({own_name!r} and {name!r}); a "
-                    "parameter can belong to one level only: copy the module (copy.deepcopy), or let one problem read "
-                    "the other"
-                )
+    for lower, upper in combinations(problems, 2):
+        names = {id(parameter): name for name, parameter in lower.module.named_parameters()}
+        shared = [(names[id(p)], name) for name, p in upper.module.named_parameters() if id(p) in names]
+        trained = [(mine in lower.variables, name in upper.variables) for mine, name in shared]
+        for kind in ((True, True), (False, True), (True, False)):
+            if kind in trained:
+                raise GraphError(_shared(lower, upper, *shared[trained.index(kind)], *kind))
+
+
+def _shared(lower: Problem, upper: Problem, mine: str, name: str, by_lower: bool, by_upper: bool) -> str:
+    """The message about a parameter of two problems."""
+    begin = f"problems {lower.name!r} and {upper.name!r} share a parameter ({mine!r} and {name!r})"
+    if by_lower and by_upper:
+        return (
+            f"{begin}, and the optimizers of both train it; a parameter can belong to one level only: train it in one "
+            "of them, and let the other read that problem, or copy the module (copy.deepcopy)"
+        )
+    one, other = (upper.name, lower.name) if by_upper else (lower.name, upper.name)
+    return (
+        f"{begin}, which only {one!r} trains; in the module of {other!r} it would be a constant, and carry no "
+        f"gradient. Give it a module of its own, whose forward returns it, and pass that to {one!r}; let the loss of "
+        f"{other!r} read it, as in self(x, {one}())"
+    )

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mlo.levels.batch_trees import opened
 from mlo.levels.batches import Batches
 from mlo.levels.problem import Problem
+from mlo.ops.rng import gpu_state, set_gpu_state
 from mlo.ops.vectors import copy_, readable
 from mlo.steps.level import Level
 from mlo.steps.optimizer import hyperparameters
@@ -61,7 +63,7 @@ class HeldBatches:
     def fill(self) -> bool:
         """Copy the next batches into these tensors. Return whether they have the same form."""
         for at in self._asked:
-            parts, form = tree_flatten(self._stream.peek(at))
+            parts, form = tree_flatten(opened(self._stream.peek(at)))
             if at not in self._held:
                 self._held[at] = [p.clone() if _is_copied(p) else p for p in parts], form
                 continue
@@ -179,6 +181,36 @@ class _RatesOfProblem:
     def _set(self, rates: Sequence[float | Tensor]) -> None:
         for group, rate in zip(self._groups, rates, strict=True):
             group["lr"] = rate
+
+
+class Draws:
+    """The random numbers of a recorded round: its replays draw those that usual rounds would draw in their place.
+
+    A graph's numbers are at fixed offsets from the state of the generator at a replay. This state moves on as far as
+    the recording did. If that is not at all, because all numbers were drawn by evaluations that were undone or are
+    repeated later, torch would not tell the graph the state. Then the recording moves it, and a replay undoes this.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._undone = device, False
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """A context in which the round is recorded."""
+        begin = gpu_state(self._device)
+        yield
+        end = gpu_state(self._device)
+        if begin is not None and end is not None and begin.tolist() == end.tolist():
+            self._undone = True
+            torch.rand((), device=self._device)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """A context in which the round is replayed."""
+        before = gpu_state(self._device) if self._undone else None
+        yield
+        if before is not None:
+            set_gpu_state(before, self._device)
 
 
 class Host:

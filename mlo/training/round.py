@@ -7,18 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mlo.levels.state import State, copied
-from mlo.ops.differentiable import TwiceDifferentiable
 from mlo.steps import compiled
 from mlo.steps.level import Level
 from mlo.steps.optimizer import Groups, is_linear
 from mlo.steps.scan import Joined, steps_of
 from mlo.training.gradients import Records
 from mlo.training.plan import Role
-
-_GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)  # which live as long as torch
 
 
 class Round(NamedTuple):
@@ -81,7 +77,7 @@ def in_one_graph(of: Round, states: Mapping[str, State], batches: Sequence[Any],
     start = own._replace(variables=variables, slots=slots, live=False)
     at = {name: states[name]._replace(slots=(), live=False) for name in level.reads} | {level.name: start}
     reached = set(of.targets)
-    with TwiceDifferentiable():
+    with level.differentiable(again=True):
         if not of.real and level.compiles(own):
             done = compiled.steps(level, at, batches, groups, reached)
         else:
@@ -95,8 +91,5 @@ def in_one_graph(of: Round, states: Mapping[str, State], batches: Sequence[Any],
 
 def _can_join(level: Level) -> bool:
     """Whether several real steps may be one graph: nothing of the user's runs between them, nor compiled code."""
-    problem, optimizer = level.problem, level.problem.optimizer
-    hooks = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks, *_GLOBAL_HOOKS]
-    hooks += [variable._backward_hooks for variable in problem.variables.values()]
-    overridden = problem.scheduler is not None or "step" in vars(optimizer)
-    return not overridden and not any(hooks) and level.compiler is None
+    overridden = level.problem.scheduler is not None or "step" in vars(level.problem.optimizer)
+    return not overridden and level.compiler is None

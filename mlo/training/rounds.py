@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from mlo.errors import NonFiniteLossError
+from mlo.levels.batch_trees import opened
 from mlo.levels.problem import Problem
 from mlo.levels.state import Slots, State, cast, copied, in_precision
+from mlo.ops.float64 import in_float64
 from mlo.ops.rng import Randomness, replay
 from mlo.steps.evaluation import MicroBatch
 from mlo.steps.level import Level
@@ -53,6 +55,15 @@ class Rounds:
         self.losses: dict[str, Tensor] = {}
         self._virtual: list[tuple[Problem, int, Tensor]] = []  # the virtual steps below one top, and their losses
         self._top: str | None = None
+
+    @contextmanager
+    def trial(self, level: Level, dtype: torch.dtype | None) -> Iterator[None]:
+        """A context for the next step of a level that is not taken: the random state is as before afterwards."""
+        if dtype is not None:  # the data make their batches as for any other step
+            for each in (level, *[self._levels[name] for name in level.below]):
+                each.problem.batches_ahead(each.problem.steps_now)
+        with replay(None, level.device, level.draws_outside), in_float64(dtype):
+            yield
 
     def below(
         self, top: str, due: Collection[str], states: Mapping[str, State], dtype: torch.dtype | None = None
@@ -278,4 +289,4 @@ def cast_batches(batches: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[A
     """The batches with floating-point and complex tensors in the precision of ``dtype``."""
     if dtype is None:
         return batches
-    return tuple([tree_map_only(Tensor, partial(in_precision, dtype=dtype), batch) for batch in batches])
+    return tuple([tree_map_only(Tensor, partial(in_precision, dtype=dtype), opened(batch)) for batch in batches])

@@ -66,9 +66,9 @@ def checked_state(
     same_names(state["losses"], stepped, f"{where}losses.", also=tuple(problems))
     _check_warm(state["warm"], problems, f"{where}warm")
     _check_random(state["random"], f"{where}random")
-    cuda = state["cuda_random"]
-    if cuda is not None and not (isinstance(cuda, Tensor) and cuda.dtype == torch.uint8 and cuda.ndim == 1):
-        wrong(f"{where}cuda_random", cuda, "the state of a generator")
+    cuda, mine = state["cuda_random"], own["cuda_random"]  # a run may move from a CPU to a GPU, or back
+    if cuda is not None and (mine is not None or not isinstance(cuda, Tensor)):
+        same_form(cuda, torch.empty(0) if mine is None else mine, f"{where}cuda_random")
     return state
 
 

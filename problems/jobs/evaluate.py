@@ -60,7 +60,7 @@ class EvaluateJob(Job):
     def _check(self) -> Self:
         if self.capture and self.training.drop_path:
             raise ValueError(
-                "capture: cannot be used with training.drop_path, which draws random numbers; write only one of them"
+                "capture: cannot be used with training.drop_path, which grows with the steps; write only one of them"
             )
         return self
 

@@ -115,8 +115,6 @@ class LbtJob(Job):
         twice = [method for method in self.methods if self.methods.count(method) > 1]
         if twice:
             raise ValueError(f"methods: {twice[0]} is given twice; write each method once")
-        if self.capture and self.compile:
-            raise ValueError("capture and compile are both true; write only one of them")
         every = self.search.eigenvalue_every
         if every is not None and every % self.log_every:
             raise ValueError(

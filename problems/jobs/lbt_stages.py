@@ -69,7 +69,7 @@ def draw_engine(job: LbtJob, genotype: Genotype) -> mlo.Engine:
 
 def _training_engine(job: LbtJob, genotype: Genotype, part: Part) -> mlo.Engine:
     options = job.evaluation
-    capture = job.capture and not options.drop_path  # it draws random numbers
+    capture = job.capture and not options.drop_path  # it grows with the steps
     return training.training_engine(options, genotype, job.splits, part, options.steps, job.device, capture)
 
 

@@ -168,7 +168,7 @@ def test_the_report_has_the_figures_of_a_gpu(tmp_path: Path) -> None:
         "Waits a round: 2.0.",
         "| `cuda` | 40 | 1 | 1 |",
         "- `test_x`: no kernel",
-        "| compiled |  |  |  | 0.05 |  |",
+        "| compiled |  |  |  | 0.05 |  |  |  |",
     ):
         assert line in page.splitlines(), page
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -72,12 +73,14 @@ def test_a_round_of_lbt_reads_nothing_on_the_host(hypergradient: object) -> None
     assert count_round(student, channels=2, cells=3, batch=2, size=8, hypergradient=hypergradient).launches
 
 
-@pytest.mark.parametrize("student", [True, False])
-def test_a_captured_round_of_a_search_reads_nothing_on_the_host(student: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{"dropout": 0.2}, {"student": False}], ids=str)
+def test_a_captured_round_of_a_search_reads_nothing_on_the_host(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = partial(Captured, record=lambda function: (function(), function)[1])
     monkeypatch.setattr(engine_module, "Captured", record)
     with pretended_gpu():
-        engine = search_engine(SMOKE, GPU, student=student, capture=True)
+        engine = search_engine(SMOKE, GPU, **options, capture=True)
         assert count_step(engine.step, before=4).launches
     assert engine.report().replayed > 0
 

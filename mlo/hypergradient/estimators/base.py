@@ -12,6 +12,7 @@ from torch import Tensor
 from mlo.levels.problem import Problem
 from mlo.ops.vectors import Vector
 from mlo.options.config import Config
+from mlo.steps.hooks import refuse_parameter_hooks
 from mlo.steps.step import Cotangents, Step
 
 
@@ -78,7 +79,12 @@ class Estimator(Config, ABC):
         """
 
     def check(self, problem: Problem) -> None:
-        """Raise a ConfigError if the estimator does not support ``problem``."""
+        """Raise a ConfigError if the estimator does not support ``problem``.
+
+        By default it supports no hooks of parameters, which it would leave out. Override it in an estimator that
+        transposes steps (:meth:`mlo.steps.step.Step.transpose`), hooks included.
+        """
+        refuse_parameter_hooks(problem, type(self).__name__)
 
 
 @dataclass(frozen=True)

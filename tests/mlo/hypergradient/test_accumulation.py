@@ -323,3 +323,55 @@ def test_an_objective_moves_buffers_from_one_micro_batch_to_the_next():
     torch.testing.assert_close(engine.objective("top"), expected)
     assert top.gain == 1.0
     mlo.check(engine)
+
+
+class Now(mlo.Problem):
+    """Reads the other problem on positive batches only, where its gradient depends on it or does not."""
+
+    bends = True
+
+    def loss(self, batch, top):
+        loss = (self() - batch).square().sum()
+        return loss + (self() * top() if self.bends else top()).sum() if batch > 0 else loss
+
+
+class Sum(mlo.Problem):
+    def loss(self, batch, low):
+        return low().square().sum()
+
+
+@pytest.mark.parametrize("batches", [(-1.0, 2.0), (2.0, -1.0), (-1.0, -2.0, 3.0)], ids=str)
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_a_problem_may_be_read_in_some_micro_batches_only(estimator, batches):
+    """The step of ``low`` moves by -0.1 / n of ``top``, as one of n micro-batches reads it, or by nothing."""
+    low, top = Value(0.5, 0.2), Value(0.3, -0.4)
+    data = list(map(torch.tensor, batches))
+    for bends in (True, False):
+        stack = [
+            Now(
+                "low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=0.1), data=data, accumulate=len(data)
+            ),
+            Sum("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=0.1)),
+        ]
+        stack[0].bends = bends
+        made = mlo.Engine(stack, estimator, device="cpu")
+        found = made.hypergradient("top")["value"]
+        if not bends:
+            assert not found.any()
+        elif estimator in ("one_step", "unrolled"):
+            mean = sum(batches) / len(batches)
+            after = low.value.detach() - 0.2 * (low.value.detach() - mean) - 0.1 / len(data) * top.value.detach()
+            torch.testing.assert_close(found, -0.2 / len(data) * after)
+        else:
+            assert found.all()
+
+
+def test_a_problem_that_no_micro_batch_reads_is_reported():
+    low, top = Value(0.5), Value(0.3)
+    data = [torch.tensor(-1.0), torch.tensor(-2.0)]
+    stack = [
+        Now("low", module=low, optimizer=torch.optim.SGD(low.parameters(), lr=0.1), data=data, accumulate=2),
+        Sum("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=0.1)),
+    ]
+    with pytest.raises(mlo.GraphError, match="'low': its loss reads 'top', but no gradient flows"):
+        mlo.Engine(stack, "one_step", device="cpu").step()

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import random
+import weakref
+from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
 from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from mlo.errors import CheckpointError, ConfigError
 from mlo.levels.batches import open_stream
+from mlo.levels.transfers import to_device
 from mlo.ops.rng import global_state
+from mlo.training.recording import HeldBatches
+from mlo.training.rounds import cast_batches
 
 
 def numbers():
@@ -136,6 +145,134 @@ def test_tensors_are_moved_wherever_they_are_in_a_batch():
     assert batch["a"][1] == "text"
 
 
+@dataclass
+class Pair:
+    x: object
+    y: object = None
+    name: str = "pair"
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    x: object
+    y: object = None
+
+
+class Dictionary(dict):
+    """A dictionary whose items are attributes, too."""
+
+    def __init__(self, **items):
+        super().__init__(items)
+        self.__dict__.update(items)
+
+
+class Holder:
+    def __init__(self, x, size):
+        self.x, self.size = x, size
+
+
+class Texts(list):
+    pass
+
+
+Named = namedtuple("Named", "x y")
+KINDS = {
+    "dictionary": lambda t: {"x": t, "text": "a", "none": None},
+    "user dictionary": lambda t: UserDict(x=t, text="a", none=None),
+    "ordered dictionary": lambda t: OrderedDict(x=t, text="a"),
+    "dictionary with defaults": lambda t: defaultdict(list, x=[t]),
+    "subclass of a dictionary": lambda t: Dictionary(x=t, text="a"),
+    "subclass of a list": lambda t: Texts([t, "a"]),
+    "named tuple": lambda t: Named(t, None),
+    "dataclass": lambda t: Pair(t),
+    "frozen dataclass with slots": lambda t: Frozen(t),
+    "namespace": lambda t: SimpleNamespace(x=t, y=None),
+    "object": lambda t: Holder(t, 3),
+    "nested": lambda t: [Pair(UserDict(x=(t, "a")), {"y": Frozen([t, None])}), None],
+    "deque": lambda t: deque([t]),
+}
+
+
+def contents(value: object) -> object:
+    """What is in a batch, by plain containers."""
+    if isinstance(value, torch.Tensor | str | int | None):
+        return value
+    if isinstance(value, dict | UserDict):
+        return (
+            type(value).__name__,
+            {k: contents(v) for k, v in value.items()},
+            vars(value) if type(value) is Dictionary else 0,
+        )
+    if isinstance(value, list | tuple | deque):
+        return type(value).__name__, [contents(v) for v in value]
+    names = value.__slots__ if isinstance(value, Frozen) else vars(value)
+    return type(value).__name__, {name: contents(getattr(value, name)) for name in names}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("source", [lambda batch: [batch], lambda batch: lambda: iter([batch])], ids=["list", "stream"])
+def test_tensors_are_moved_and_all_else_stays(kind, source):
+    t = torch.ones(2)
+    batch = KINDS[kind](t)
+    stream = open_stream(source(batch), "p")
+    stream.device = torch.device("meta")
+    moved = stream.next()
+    assert repr(contents(moved)) == repr(contents(KINDS[kind](t.to("meta"))))
+    assert repr(contents(batch)) == repr(contents(KINDS[kind](t)))  # the user's own is as it was
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_are_cast_in_batches_of_any_kind(kind):
+    (cast,) = cast_batches((KINDS[kind](torch.ones(2)),), torch.float64)
+    assert repr(contents(cast)) == repr(contents(KINDS[kind](torch.ones(2).double())))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_of_any_kind_are_held_for_a_captured_round(kind):
+    held = HeldBatches(open_stream([KINDS[kind](torch.full((2,), value)) for value in (1.0, 2.0)], "p"))
+    first = held.peek()
+    assert repr(contents(first)) == repr(contents(KINDS[kind](torch.ones(2))))
+    assert held.fill()
+    mine = held.next()
+    held.move()
+    assert held.fill()
+    assert repr(contents(mine)) == repr(contents(KINDS[kind](torch.full((2,), 2.0))))  # in the same tensors
+
+
+def test_a_packed_sequence_keeps_its_sizes():
+    packed = pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
+    moved = to_device(packed, torch.device("meta"))
+    assert (moved.data.device.type, moved.batch_sizes.device.type) == ("meta", "cpu")
+
+
+class Linked:
+    def __init__(self, x):
+        self.x, self.within = x, [self]
+
+
+class Watching:
+    def __init__(self, x):
+        self.x, self.owner = x, weakref.ref(type(self))
+
+
+@pytest.mark.parametrize(
+    ("holder", "name", "reason"),
+    [
+        (lambda t: {t}, "set", "sets have no order"),
+        (lambda t: [Linked(t)], "Linked", "refers to itself"),
+        (Watching, "Watching", "refers to itself, or to what holds it"),
+        (lambda t: nn.Linear(2, 2), "Linear", "is a module"),
+    ],
+)
+def test_tensors_that_cannot_be_reached_are_reported(holder, name, reason):
+    batch = holder(torch.ones(2))
+    stream = open_stream([batch], "p")
+    assert stream.next() is batch  # nothing needs to be moved
+    stream.device = torch.device("meta")
+    with pytest.raises(ConfigError, match=f"'p': its batch holds tensors in a {name}.*{reason}.*a dataclass, or reg"):
+        stream.next()
+
+
 def test_other_data_than_the_checkpoints():
     long, short = open_stream(list(range(9)), "p"), open_stream([1, 2], "p")
     for _ in range(5):
@@ -151,7 +288,9 @@ def test_data_that_cannot_be_read_repeatedly():
         (iter([1]), "an iterator"),
         (7, "a int"),
         ({"x": zip([1], [2], strict=True)}, "'p: x': data is an iterator"),
-        ((torch.ones(4, 2), torch.ones(4)), "is a tuple of 2 tensors, .* write \\[\\(x, y\\)\\]"),
+        ((torch.ones(4, 2), torch.ones(4, 2)), "is a tuple of 2 tensors, .* write data=\\[\\(x, y\\)\\]"),
+        ([torch.ones(4, 2), torch.ones(4)], "is a list of 2 tensors, .* write data=\\[\\(x, y\\)\\]"),
+        ([torch.ones(4, 2), torch.ones(4, 1).long()], "is a list of 2 tensors"),
     ]:
         with pytest.raises(ConfigError, match=message):
             open_stream(data, "p")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mlo.ops.differentiable import ThriceDifferentiable, TwiceDifferentiable
+from mlo.ops.differentiable import ElementaryOperators, TwiceDifferentiable
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -35,7 +35,7 @@ def test_batch_and_instance_norm_by_plain_operators_are_torchs(cls, shape, optio
     other = copy.deepcopy(one)
     for _ in range(3):
         x = 2 + 3 * torch.randn(*shape)
-        with ThriceDifferentiable():
+        with ElementaryOperators():
             found = other(x)
         torch.testing.assert_close(found, one(x))
         torch.testing.assert_close(other.state_dict(), one.state_dict())
@@ -57,7 +57,7 @@ def test_in_half_precision_statistics_are_of_single_precision_as_torchs(cls, sha
     other = copy.deepcopy(one)
     x = (200 + torch.randn(*shape)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        with ThriceDifferentiable():
+        with ElementaryOperators():
             found = other(x)
         expected = one(x)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
@@ -71,7 +71,7 @@ def test_layer_norm_by_plain_operators_is_torchs(shape, options, float64):
     norm, x = nn.LayerNorm(shape, **options), 2 + 3 * torch.randn(5, 3, 4)
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
-    with ThriceDifferentiable():
+    with ElementaryOperators():
         found = norm(x)
     torch.testing.assert_close(found, norm(x))
 
@@ -100,5 +100,5 @@ def test_weight_norm_by_plain_operators_is_as_exact_in_half_precision(dtype):
 
 
 def test_one_value_per_channel_is_refused_as_torch_does():
-    with ThriceDifferentiable(), pytest.raises(ValueError, match="more than one value per channel"):
+    with ElementaryOperators(), pytest.raises(ValueError, match="more than one value per channel"):
         nn.InstanceNorm1d(2, track_running_stats=True)(torch.ones(3, 2, 1))

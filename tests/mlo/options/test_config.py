@@ -141,7 +141,9 @@ def test_a_fault_names_the_option_and_the_remedy(given, line):
     [
         ({"kind": "apple", "stones": 3}, "fruit.stones: is an option of cherry, plum, not of the chosen fruit"),
         ({"kind": "cherry", "stalk": 3}, "fruit.stalk: is an option of plum, not of the chosen fruit"),
-        ({"kind": "plum", "worm": 3}, "fruit.worm: unknown option; there are: stones, sizes, stalk"),
+        ({"kind": "plum", "worm": 3}, "fruit.worm: unknown option; there are: stones, stalk"),
+        ({"kind": "cherry", "stlak": 3}, "fruit.stlak: unknown option; there are: stones, sizes"),
+        ({"kind": "apple", "stoness": 3}, "fruit.stoness: unknown option; there are: none"),
         ({"kind": "plum", "seed": 3}, "fruit.seed: unknown option; did you mean seed?"),
     ],
 )

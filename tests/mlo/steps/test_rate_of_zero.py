@@ -84,7 +84,7 @@ def engine(optimizer: str, estimator: object, *, dead: bool = False, steps: int 
 def test_a_warm_up_begins_with_a_derivative_of_zero(optimizer):
     for estimator in ("one_step", "unrolled", "darts", "sama"):
         run = engine(optimizer, estimator, dead=True)
-        assert not run.hypergradient("weights")["logs"].any(), "all virtual steps have a rate of 0"
+        assert run.hypergradient("weights")["logs"].abs().max() < 1e-25, "all virtual steps have a rate of 0"
         run.run(2)
         found = run.hypergradient("weights")["logs"]
         assert found.isfinite().all()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from recorded_levels import WARM_CG, Fit, engines, levels, run_both
 from replaying import assert_same, record
-from torch import Tensor
+from torch import Tensor, nn
 
 import mlo
 from mlo.ops.rng import seed_everything
@@ -159,9 +159,20 @@ def with_subclass() -> list[mlo.Problem]:
     return problems
 
 
+def with_replaced_step() -> list[mlo.Problem]:
+    problems = levels()
+    optimizer = problems[1].optimizer
+    own = optimizer.step
+    optimizer.step = lambda: (nn.utils.clip_grad_norm_(problems[1].module.parameters(), 1e-3), own())[1]
+    return problems
+
+
 def with_hook(when: str, cls: type[Fit] = Fit) -> list[mlo.Problem]:
     problems = levels(cls)
-    getattr(problems[0].optimizer, f"register_step_{when}_hook")(lambda *_: None)
+    if when == "gradient":
+        next(problems[0].module.parameters()).register_hook(lambda g: 0.5 * g)
+    else:
+        getattr(problems[1].optimizer, f"register_step_{when}_hook")(lambda *_: None)
     return problems
 
 
@@ -169,15 +180,17 @@ def with_hook(when: str, cls: type[Fit] = Fit) -> list[mlo.Problem]:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (partial(levels, Noisy), "a loss draws random numbers"),
-        (partial(levels, NoisyByNumpy), "a loss draws random numbers"),
-        (partial(levels, NoisyByPython), "a loss draws random numbers"),
+        (partial(levels, Noisy), "a loss draws random numbers on the CPU"),
+        (partial(levels, NoisyByNumpy), "a loss draws random numbers on the CPU"),
+        (partial(levels, NoisyByPython), "a loss draws random numbers on the CPU"),
         (partial(levels, Annealed), "the loss of 'low' asks for steps_taken"),
         (with_adam, "Adam of 'top' counts its steps on the CPU; make it with capturable=True"),
         (with_subclass, "Signed of 'top' may read values on the CPU; it has no capturable=True"),
-        (partial(with_hook, "pre"), "the optimizer of 'low' has hooks"),
-        (partial(with_hook, "post"), "the optimizer of 'low' has hooks"),
-        (partial(with_hook, "post", Noisy), "a loss draws random numbers"),  # the first reason alone is given
+        (with_replaced_step, "SGD of 'top' may read values on the CPU"),
+        (partial(with_hook, "pre"), "'top' has hooks"),
+        (partial(with_hook, "post"), "'top' has hooks"),
+        (partial(with_hook, "gradient"), "'low' has hooks"),
+        (partial(with_hook, "post", Noisy), "a loss draws random numbers on the CPU"),  # only the first reason is given
         (partial(levels, autocast=torch.float16), "the loss scale of 'low', for float16, depends on values"),
     ],
 )
@@ -230,6 +243,9 @@ def test_changes_at_every_round_are_named() -> None:
         ({"capture": "yes"}, r"capture='yes'; pass True or False"),
     ],
 )
-def test_capture_is_refused_where_it_cannot_be(options: dict[str, Any], message: str) -> None:
+def test_capture_is_refused_where_it_cannot_be_before_anything_is_moved(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(engine_module, "move_to")
     with pytest.raises(mlo.ConfigError, match=message):
         mlo.Engine(levels(), "one_step", device="cpu", **({"capture": True} | options))

@@ -218,11 +218,11 @@ def test_a_gradient_that_is_not_finite_is_not_stepped_on():
     assert torch.equal(stack[0].module.value, before)
 
 
-def test_hooks_of_an_optimizer_run_in_real_steps_alone():
+def test_hooks_of_an_uppermost_optimizer_run_in_real_steps_alone():
     stack = two_levels(lambda self, batch, top: (self() - top()).square().sum())
     calls = []
-    stack[0].optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
-    stack[0].optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    stack[1].optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    stack[1].optimizer.register_step_post_hook(lambda *_: calls.append("post"))
     engine = mlo.Engine(stack, "darts", device="cpu")
     engine.hypergradient("top")
     assert not calls

@@ -304,14 +304,12 @@ def test_an_optimizer_that_counts_its_steps_on_the_device_is_captured() -> None:
     assert not captured_module._on_device(torch.optim.Adam(parameters))
 
 
-def test_capture_is_refused_with_compile_and_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capture_is_refused_in_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
-    captured_module.refuse_capture(gpu, compile=False)
-    with pytest.raises(mlo.ConfigError, match="capture and compile are both True"):
-        captured_module.refuse_capture(gpu, compile=True)
+    captured_module.refuse_capture(gpu)
     monkeypatch.setattr(captured_module.distributed, "world", lambda: 2)
     with pytest.raises(mlo.ConfigError, match="capture=True works in one process"):
-        captured_module.refuse_capture(gpu, compile=False)
+        captured_module.refuse_capture(gpu)
 
 
 class SignByKey(Fit):
