@@ -41,10 +41,9 @@ def input_trials(seed: int, home: Path) -> Trial:
     """A function that does a trial."""
     good = home / "good.npz"
     _images(good)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    cli._execute = lambda run: None  # what is accepted is not run
 
     def trial(number: int) -> list[Outcome]:
+        cli._execute = lambda run: None  # what is accepted is not run
         chances = chance(seed, "input", number)
         (attack,) = chances.choices([_options, _yaml, _data, _genotype, _command], [5, 5, 4, 2, 1])
         with temporary_folder() as folder:

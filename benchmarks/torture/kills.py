@@ -74,8 +74,10 @@ def kill_trials(seed: int, home: Path, commands: Sequence[Command] = COMMANDS) -
             failure = _kill_until_it_ends(command, folder, death, phases)
             failure = failure or "\n".join(differences(folder, home / command.name))
         verdict = FAILED if failure else SAME
-        outcomes = [Outcome(number, f"{command.name}: {phase}", verdict) for phase in phases or ["not killed"]]
-        return [outcomes[0]._replace(detail=failure), *outcomes[1:]]
+        if failure and not phases:
+            phases.append("not killed")
+        outcomes = [Outcome(number, f"{command.name}: {phase}", verdict) for phase in phases]
+        return [outcome._replace(detail=failure) for outcome in outcomes[:1]] + outcomes[1:]
 
     return trial
 
