@@ -9,6 +9,7 @@ import mmap
 import os
 import signal
 import struct
+import traceback
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -95,7 +96,7 @@ def _work(trial: Trial, numbers: Iterator[int], done: Counter, goal: int, write:
         for number in numbers:
             if done.value >= goal:
                 break
-            outcomes = trial(number)
+            outcomes = _tried(trial, number)
             done.value += len(outcomes)
             for outcome in outcomes:
                 line = json.dumps(outcome._replace(detail=outcome.detail[-DETAIL:])) + "\n"
@@ -103,3 +104,10 @@ def _work(trial: Trial, numbers: Iterator[int], done: Counter, goal: int, write:
         code = 0
     finally:
         os._exit(code)
+
+
+def _tried(trial: Trial, number: int) -> list[Outcome]:
+    try:
+        return trial(number)
+    except Exception:  # noqa: BLE001  # one that the trial did not expect
+        return [Outcome(number, "trials", FAILED, traceback.format_exc())]

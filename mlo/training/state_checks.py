@@ -241,7 +241,9 @@ def _check_random(state: Any, where: str) -> None:
     same_form(
         state, {**Randomness.seeded(0).portable(), "python": [0, torch.empty(625, dtype=torch.int64), None]}, where
     )
-    position, gauss = state["numpy"][2], state["python"][2]
+    (position, has_gauss), gauss = state["numpy"][2:4], state["python"][2]
+    for number in (position, has_gauss):
+        count(number, f"{where}.numpy")
     if not 0 <= position <= len(state["numpy"][1]) or not isinstance(gauss, float | None):
         raise CheckpointError(f"{where} is no state of a random generator")
     try:
