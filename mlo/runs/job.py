@@ -58,7 +58,7 @@ class Job(Config):
         description="the same bits each time, on a GPU too; false lets cuDNN choose the fastest kernels for the shapes",
     )
     steps: int = Field(1000, ge=1, description="rounds of the main stage")
-    log_every: int = Field(10, ge=1, description="rounds between two lines of metrics.jsonl")
+    log_every: int = Field(10, ge=1, description="rounds between two lines of metrics.jsonl; more after 100,000 lines")
     checkpoint_every: int = Field(200, ge=1, description="rounds between two checkpoints")
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -18,7 +18,7 @@ from mlo.ops import distributed
 from mlo.ops.rng import derived_seed, seed_everything, seeded
 from mlo.runs.checkpoints import Checkpoints
 from mlo.runs.job import Job
-from mlo.runs.metrics import cut_metrics
+from mlo.runs.metrics import cut_metrics, is_logged
 from mlo.runs.progress import stage_progress
 from mlo.runs.sealed import read_sealed, write_sealed
 from mlo.runs.signals import handle_stop_signals
@@ -143,7 +143,7 @@ class Recorder:
         self._heartbeat, self._beat = path.parents[1] / HEARTBEAT, -math.inf
 
     def log(self, engine: "Engine", last: bool) -> None:
-        """Show a round, and log its metrics every ``log_every`` rounds and in the last one.
+        """Show a round, and log its metrics in the last one and if :func:`mlo.runs.metrics.is_logged` says so.
 
         Every few seconds, the time of the run's file ``heartbeat`` is set, which says when the run was last alive.
         NaN and infinity are written as null, since JSON has neither.
@@ -153,7 +153,7 @@ class Recorder:
             self._heartbeat.touch()
             self._beat = now
         self._show(step, lambda: {name: float(loss) for name, loss in engine.losses.items()})
-        if step % self._log_every == 0 or last:
+        if is_logged(step, self._log_every) or last:
             values = {name: value if math.isfinite(value) else None for name, value in engine.metrics().items()}
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
             self._metrics.flush()

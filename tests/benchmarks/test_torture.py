@@ -36,9 +36,7 @@ def failures(outcomes):
     return [outcome for outcome in outcomes if outcome.verdict == FAILED]
 
 
-@pytest.mark.parametrize(
-    ("goal", "commands"), [(1, COMMANDS[:1]), pytest.param(40, COMMANDS, marks=slow)]
-)
+@pytest.mark.parametrize(("goal", "commands"), [(1, COMMANDS[:1]), pytest.param(40, COMMANDS, marks=slow)])
 def test_killed_commands_end_as_unbroken_ones(few, goal, commands):
     outcomes = few(kill_trials, goal, commands)
     assert len(outcomes) >= goal

@@ -269,7 +269,6 @@ def test_a_torn_last_line_of_metrics_is_normal_and_a_damaged_middle_is_reported(
         assert "metrics.jsonl: damaged, and left out: line 2" in capsys.readouterr().err
     assert train(Run.open(tmp_path / "run")) == expected
     assert metrics.read_bytes() == whole.replace(whole.splitlines()[1], damaged)
-    assert "line 2" in capsys.readouterr().err
 
 
 def test_damaged_seconds_count_as_none(job, tmp_path):
