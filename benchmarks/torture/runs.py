@@ -20,6 +20,7 @@ OPTIONS: dict[str, Any] = {
     "steps": 3,
     "log_every": 1,
     "checkpoint_every": 1,
+    "keep": {"last": 2, "best": 1, "by": "arch/loss"},
     "methods": ["lbt"],
     "page": False,
     "search": {"channels": 1, "cells": 3, "batch_size": 4, "operations": ["skip_connect", "avg_pool_3x3"]},
@@ -27,7 +28,7 @@ OPTIONS: dict[str, Any] = {
     "data": {"train_size": 10, "validation_size": 10, "unlabeled_size": 10, "test_size": 20},
     "device": "cpu",
 }
-SAME_BYTES = ("config.yaml", "metrics.jsonl", "result.json", "genotype.json", "genotype-plain.json")
+SAME_BYTES = ("config.yaml", "metrics.jsonl", "result.json", "scores.json", "genotype.json", "genotype-plain.json")
 
 
 class Tiny(Experiment):
