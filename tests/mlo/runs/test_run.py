@@ -272,9 +272,10 @@ def test_a_run_that_died_right_after_a_checkpoint_knows_its_score(ridge, tmp_pat
 
     written = checkpoint.save
     for dies in (1, 5, 11):
-        with monkeypatch.context() as patched, pytest.raises(PowerCutError):
+        with monkeypatch.context() as patched:
             patched.setattr(checkpoint, "save", save)
-            train(make(job, tmp_path / f"run-{dies}"))
+            with pytest.raises(PowerCutError):
+                train(make(job, tmp_path / f"run-{dies}"))
         train(Run.open(tmp_path / f"run-{dies}"))
         assert kept(tmp_path / f"run-{dies}") == kept(tmp_path / "unbroken")
         scores = [tmp_path / name / "stages" / "train" / "scores.json" for name in (f"run-{dies}", "unbroken")]
