@@ -24,20 +24,20 @@ def batches(seed: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [tuple(torch.randn(6, n, generator=chances, dtype=make) for n in (3, 2)) for _ in range(count)]
 
 
-def levels(low_data, top_data) -> list[mlo.Problem]:
+def levels(low_data, top_data, captured) -> list[mlo.Problem]:
     torch.manual_seed(0)
     low, top = network(), torch.nn.Linear(1, 2, bias=False).double()
     sgd = torch.optim.SGD(low.parameters(), 0.1, momentum=0.9)
-    adam = torch.optim.Adam(top.parameters(), 0.05)
+    upper = torch.optim.SGD(top.parameters(), 0.05, 0.5) if captured else torch.optim.Adam(top.parameters(), 0.05)
     schedule = torch.optim.lr_scheduler.ExponentialLR(sgd, 0.9)
     return [
         Fit("low", module=low, optimizer=sgd, data=low_data, steps=STEPS, scheduler=schedule),
-        Judge("top", module=top, optimizer=adam, data=top_data),
+        Judge("top", module=top, optimizer=upper, data=top_data),
     ]
 
 
 def engine_on(low_data, top_data, estimator="one_step", **options):
-    return mlo.Engine(levels(low_data, top_data), estimator, device="cpu", **options)
+    return mlo.Engine(levels(low_data, top_data, "capture" in options), estimator, device="cpu", **options)
 
 
 def trained(engine) -> object:
@@ -82,6 +82,21 @@ def test_a_skipped_round_leaves_nothing_but_other_batches(request, how, estimato
     assert same(trained(skipping), trained(good))
     assert skipping.rounds == ROUNDS
     assert skipping.metrics()["skipped_rounds"] == 1
+
+
+@pytest.mark.usefixtures("as_on_gpu")
+def test_captured_rounds_are_skipped():
+    low_data, top_data = batches(0, STEPS * 20), batches(1, 20)
+    spoiled = copy.deepcopy((low_data, top_data))
+    bad = 10
+    spoiled[0][STEPS * bad][0].fill_(NAN)
+    rest = low_data[: STEPS * bad] + low_data[STEPS * (bad + 1) :], top_data[:bad] + top_data[bad + 1 :]
+    engines = engine_on(*rest, capture=True), engine_on(*spoiled, capture=True, non_finite="skip")
+    engines[0].run(19)
+    engines[1].run(20)
+    assert engines[1]._captured.replayed > 5
+    for one, other in zip(trained(engines[1]), trained(engines[0]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)  # replays use formulas for the steps of SGD
 
 
 def test_a_bad_first_round_leaves_optimizers_without_state():
