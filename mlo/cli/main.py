@@ -24,7 +24,7 @@ from mlo.cli.check import check
 from mlo.cli.help import JobCommand, complete_names, summary_of
 from mlo.cli.interruption import StoppableCommands, stoppable
 from mlo.cli.options import read_sweep
-from mlo.errors import ConfigError, MloError
+from mlo.errors import ConfigError, MloError, brief
 from mlo.files import write_atomic
 from mlo.ops import distributed
 from mlo.options import registry
@@ -32,7 +32,6 @@ from mlo.options import registry
 if TYPE_CHECKING:
     from mlo.runs.run import Run
 
-LONGEST = 2000  # characters of a line of an error
 _UsageError: Any = typer.BadParameter.__mro__[1]  # what all errors of typer derive from, under no public name
 
 
@@ -285,12 +284,6 @@ def _execute(run: "Run") -> None:
         print(f"finished: {run.path}")
 
 
-def _brief(message: str) -> str:
-    """A message with its longest lines cut: they quote what the user gave."""
-    cut = [line if len(line) <= LONGEST else f"{line[:LONGEST]} ..." for line in message.splitlines()]
-    return "\n".join(cut)
-
-
 def main() -> None:
     """Run the command. The exit code is 2 if an option is wrong, 130 if the command was stopped, 1 at other errors."""
     with distributed.processes():
@@ -298,10 +291,10 @@ def main() -> None:
             sys.exit(app(prog_name="mlo", standalone_mode=False) or 0)
         except _UsageError as error:
             if distributed.is_main():
-                print(f"error: {_brief(error.format_message())}", file=sys.stderr)
+                print(f"error: {brief(error.format_message())}", file=sys.stderr)
             sys.exit(2)
         except MloError as error:
             if distributed.prints_error(error):
                 where = "" if distributed.is_main() else f" in process {distributed.rank()}"
-                print(f"error{where}: {_brief(str(error))}", file=sys.stderr, flush=True)
+                print(f"error{where}: {brief(str(error))}", file=sys.stderr, flush=True)
             sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -92,8 +92,7 @@ def _no_second_derivative(name: str, error: NotImplementedError) -> ConfigError:
     if "Sparse" in reason:
         reason, instead = "a gradient is sparse", "pass sparse=False to its embedding, or use the product 'exact'"
     else:
-        instead = "replace it (nn.EmbeddingBag by nn.Embedding and a mean), or use 'darts', 'sama', 'penalty' or the "
-        instead += "product 'central', which take no second derivatives"
+        instead = "replace it, or use an estimator without second derivatives, such as 'darts'"
     return ConfigError(f"problem {name!r}: a second derivative of its loss cannot be computed: {reason}; {instead}")
 
 

@@ -32,6 +32,11 @@ def faults_of_parts(module: object, optimizer: object, scheduler: object) -> lis
         faults.append(f"optimizer is a {type(optimizer).__name__}; pass a torch.optim optimizer")
     elif isinstance(optimizer, LBFGS):
         faults.append("LBFGS evaluates the loss several times per step, which is not supported; pass another optimizer")
+    elif any(group.get("differentiable") for group in optimizer.param_groups):
+        faults.append(
+            "its optimizer has differentiable=True, with which torch cannot step parameters that require gradients; "
+            "leave it out: steps are differentiated without it"
+        )
     if scheduler is not None and not isinstance(scheduler, LRScheduler):
         faults.append(f"scheduler is a {type(scheduler).__name__}; pass a torch.optim.lr_scheduler scheduler")
     elif isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):

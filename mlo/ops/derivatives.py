@@ -47,6 +47,10 @@ _REVERSE_FAULTS = {
     "MultilabelMarginLossBackward0": Fault("multilabel_margin_loss", _DIFFERENCE),
     **dict.fromkeys(_CTC, Fault("ctc_loss", _DIFFERENCE)),
     "SegmentReduceBackward0": Fault("segment_reduce", "use scatter_reduce"),
+    "EmbeddingBackward0 with scale_grad_by_freq": Fault("embedding with scale_grad_by_freq", _DIFFERENCE, wrong=True),
+    "SparseCooTensorWithDimsAndTensorsBackward0": Fault(
+        "sparse_coo_tensor of values with a graph", _DIFFERENCE, wrong=True
+    ),
     **_REVERSE_ONLY,
 }
 _FORWARD_FAULTS = {
@@ -116,6 +120,8 @@ def name_of(node: Any) -> str:
     name: str = node.name()
     if name == "ScatterReduceBackward0" and node._saved_reduce == "prod":
         return f"{name} with prod"
+    if name == "EmbeddingBackward0" and node._saved_scale_grad_by_freq:
+        return f"{name} with scale_grad_by_freq"
     if name == "ConvolutionBackwardBackward0" and node._saved_transposed and any(node._saved_output_padding):
         return f"{name} with output_padding"
     return name
@@ -139,6 +145,7 @@ def fault_of(function: type[torch.autograd.Function], mode: Mode) -> Fault | Non
 
 _ONCE = once_differentiable(lambda context: None).__code__
 _NO_REVERSE = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
+_NO_FORMULA = re.compile(r"Trying to backward through (\S+?)(?:\.default)? but no autograd formula was registered")
 _NO_FORWARD = re.compile(r"Trying to use forward AD with (?:aten::)?(\w+) that does not support it")
 
 
@@ -146,6 +153,10 @@ def fault_in(message: str) -> tuple[Mode, Fault] | None:
     """Which operator an error of torch is about, and for which mode it has no derivative; None for other errors."""
     if found := _NO_REVERSE.search(message):
         return "reverse", Fault(_operator(found[1]), _DIFFERENCE)
+    if found := _NO_FORMULA.search(message):
+        return "reverse", Fault(
+            found[1], f"{_DIFFERENCE}, or register its derivative by torch.library.register_autograd"
+        )
     if found := _NO_FORWARD.search(message):
         return "forward", Fault(_operator(found[1]), _EXACT)
     for part, (mode, fault) in _OTHER_MESSAGES.items():
@@ -158,6 +169,10 @@ _OTHER_MESSAGES: dict[str, tuple[Mode, Fault]] = {
     "must implement the jvp function": ("forward", Fault("autograd.Function without a method jvp", _EXACT)),
     "ZeroTensors are immutable": ("forward", Fault("an operator with an argument without a tangent", _EXACT)),
     "output_padding is not supported": ("reverse", Fault("conv_transpose with output_padding", _FORWARD)),
+    "functions with out=... arguments": (
+        "reverse",
+        Fault("CrossMapLRN2d or another operator that writes with out=", "use nn.LocalResponseNorm"),
+    ),
     "does not support 3rd+ order": ("reverse", Fault("batch_norm called by its private name", "use nn.BatchNorm")),
 }
 

@@ -128,9 +128,10 @@ def refused(level: Level, mode: Mode, fault: Fault) -> GraphError:
     derivative = "second derivative" if mode == "reverse" else "forward-mode derivative"
     found = f"whose {derivative} is wrong" if fault.wrong else f"which has no {derivative}"
     needed = "" if mode == "reverse" else ", but the product 'forward' needs it"
+    without = "; or use an estimator without second derivatives, such as 'darts'" if mode == "reverse" else ""
     return GraphError(
         f"problem {level.name!r}: its loss uses {fault.operator}{_where(level, fault.operator)}, {found} in torch "
-        f"{torch.__version__}{needed}; {fault.instead}"
+        f"{torch.__version__}{needed}; {fault.instead}{without}"
     )
 
 

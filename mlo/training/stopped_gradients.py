@@ -136,6 +136,8 @@ class _Evaluation(TorchFunctionMode):
     def _constant(self, value: Any, given: Sequence[Tensor]) -> Any:
         if not isinstance(value, float) and not (isinstance(value, Tensor) and value.is_floating_point()):
             return value
+        if isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value):
+            return value  # of a transform of torch.func, after which it does not exist
         constant = self._tape.constant(value)
         if isinstance(value, Tensor) and any([value is tensor for tensor in given]):
             return value if constant is value else value.copy_(constant)
