@@ -43,7 +43,10 @@ def damage_trials(seed: int, home: Path) -> Trial:
         if kind == STATE:
             if not engines:
                 engines.append(stored_job(good)[1].engine())
-            return [_state_trial(number, chances, engines[0], last)]
+            outcome = _state_trial(number, chances, engines[0], last)
+            if outcome.verdict != REFUSED:
+                engines.clear()  # it may have more attributes now than before
+            return [outcome]
         with temporary_folder() as top:
             run = shutil.copytree(good, top / "run")
             if kind == RESUME:
