@@ -1,5 +1,7 @@
 """The exceptions that mlo raises for mistakes a user can correct."""
 
+LONGEST = 2000  # characters of a line
+
 
 class MloError(Exception):
     """Base class of all errors that mlo raises on purpose. The message says what is wrong, where, and what to write."""
@@ -31,3 +33,9 @@ class ProcessError(MloError):
 
 class NonFiniteLossError(MloError):
     """A loss or its gradient is NaN or infinite. The step was not taken."""
+
+
+def brief(message: str) -> str:
+    """A message for the command line, with its longest lines cut: they quote what the user gave."""
+    cut = [line if len(line) <= LONGEST else f"{line[:LONGEST]} ..." for line in message.splitlines()]
+    return "\n".join(cut)

@@ -24,7 +24,7 @@ from mlo.cli.check import check
 from mlo.cli.help import JobCommand, complete_names, summary_of
 from mlo.cli.interruption import StoppableCommands, stoppable
 from mlo.cli.options import read_sweep
-from mlo.errors import ConfigError, MloError
+from mlo.errors import ConfigError, MloError, brief
 from mlo.files import write_atomic
 from mlo.ops import distributed
 from mlo.options import registry
@@ -291,10 +291,10 @@ def main() -> None:
             sys.exit(app(prog_name="mlo", standalone_mode=False) or 0)
         except _UsageError as error:
             if distributed.is_main():
-                print(f"error: {error.format_message()}", file=sys.stderr)
+                print(f"error: {brief(error.format_message())}", file=sys.stderr)
             sys.exit(2)
         except MloError as error:
             if distributed.prints_error(error):
                 where = "" if distributed.is_main() else f" in process {distributed.rank()}"
-                print(f"error{where}: {error}", file=sys.stderr, flush=True)
+                print(f"error{where}: {brief(str(error))}", file=sys.stderr, flush=True)
             sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -1,5 +1,6 @@
 """The checkpoints in a stage's folder: which are its own, the newest good one, and which are removed."""
 
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -7,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mlo.errors import CheckpointError
+from mlo.runs.keep import Keep, read_scores, write_scores
 from mlo.training import checkpoint
 
-KEPT = 2
 NAME = re.compile(r"step-(\d{9,})\.pt")
 
 
@@ -21,21 +22,29 @@ class Checkpoints:
     Args:
         folder: the stage's folder.
         identity: of the run and the stage; a checkpoint of another one is not used.
+        keep: which old ones are kept.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        self._folder, self._identity = folder, identity
+    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: Keep | None = None) -> None:
+        self._folder, self._identity, self._keep = folder, identity, keep or Keep()
 
-    def save(self, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint of an engine's state, and remove the old ones but for the last two.
+    def save(self, state: Mapping[str, Any], score: float | None = None) -> None:
+        """Write a checkpoint of an engine's state, and remove old ones that need not be kept.
 
         Newer ones stay until the run has overtaken them: they are damaged, or the run would have continued from them.
+
+        Args:
+            score: the value of the metric by which the best are kept.
         """
-        rounds = state["rounds"]
+        rounds, scores = state["rounds"], None
+        if score is not None:
+            scores = {number: value for number, value in read_scores(self._folder).items() if number < rounds}
+            scores[rounds] = score if math.isfinite(score) else None
+            write_scores(self._folder, scores)  # first, since a run that is killed here takes these rounds again
         checkpoint.save(self._folder / f"step-{rounds:09}.pt", state, self._of(rounds))
-        old = [file for number, file in sorted(self._files().items()) if number <= rounds]
-        for file in old[:-KEPT]:
-            file.unlink()
+        old = {number: file for number, file in self._files().items() if number <= rounds}
+        for number in old.keys() - self._keep.kept(old, scores):
+            old[number].unlink()
 
     def newest(self) -> dict[str, Any] | None:
         """The state in the newest good checkpoint; None if there is none. Others are reported.

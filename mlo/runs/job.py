@@ -12,6 +12,7 @@ from pydantic import Field
 
 from mlo.options import registry
 from mlo.options.config import Config
+from mlo.runs.keep import Keep
 
 if TYPE_CHECKING:
     import torch
@@ -58,8 +59,9 @@ class Job(Config):
         description="the same bits each time, on a GPU too; false lets cuDNN choose the fastest kernels for the shapes",
     )
     steps: int = Field(1000, ge=1, description="rounds of the main stage")
-    log_every: int = Field(10, ge=1, description="rounds between two lines of metrics.jsonl")
+    log_every: int = Field(10, ge=1, description="rounds between two lines of metrics.jsonl; more after 100,000 lines")
     checkpoint_every: int = Field(200, ge=1, description="rounds between two checkpoints")
+    keep: Keep = Field(Keep(), description="which checkpoints are kept")
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -136,12 +136,13 @@ class Run:
         identity = distributed.on_main(lambda: stage_identity(self.path, self.job, name))
         return run_stage(folder, self.job, identity, steps, lambda: self._built(engine), result, stop)
 
-    def metrics(self, stage: str) -> list[dict[str, Any]]:
+    def metrics(self, stage: str, most: int | None = None) -> list[dict[str, Any]]:
         """The metrics that a stage has logged so far, a dictionary for each line; empty if it has not started.
 
-        Damaged lines are reported and left out.
+        Damaged lines are reported and left out. If ``most`` is given, these are about so many lines at most, from all
+        parts of the file and with the last one, and a long file is read quickly.
         """
-        return read_metrics(self.path / "stages" / stage)
+        return read_metrics(self.path / "stages" / stage, most)
 
     def seconds(self, stage: str) -> float:
         """Seconds that a stage has trained so far, not counting the time between a stop and a resumption.

@@ -9,12 +9,14 @@ from mlo.files import write_atomic
 def write_sealed(path: Path, text: str) -> None:
     """Write a file, and its digest to a second file, in the form that `sha256sum -c` reads.
 
+    A crash between the two leaves a digest without a file, and no file without a digest.
+
     Raises:
         OSError: if one cannot be written.
     """
-    _seal(path).unlink(missing_ok=True)  # so that a crash leaves a file without a digest, not one with a wrong one
-    write_atomic(path, text)
+    path.unlink(missing_ok=True)  # the digest of the new file is not that of the old one
     write_atomic(_seal(path), f"{_digest(text.encode())}  {path.name}\n")
+    write_atomic(path, text)
 
 
 def read_sealed(path: Path) -> str:

@@ -18,7 +18,7 @@ from mlo.ops import distributed
 from mlo.ops.rng import derived_seed, seed_everything, seeded
 from mlo.runs.checkpoints import Checkpoints
 from mlo.runs.job import Job
-from mlo.runs.metrics import cut_metrics
+from mlo.runs.metrics import cut_metrics, is_logged
 from mlo.runs.progress import stage_progress
 from mlo.runs.sealed import read_sealed, write_sealed
 from mlo.runs.signals import handle_stop_signals
@@ -45,7 +45,7 @@ def run_stage(
     ``identity`` says which run and stage a checkpoint belongs to. The other arguments are those of
     :meth:`mlo.Run.stage`.
     """
-    store, checkpoints = path / "result.json", Checkpoints(path, identity)
+    store, checkpoints = path / "result.json", Checkpoints(path, identity, job.keep)
     if not distributed.on_main(store.exists):
         if job.threads is not None:
             torch.set_num_threads(job.threads)
@@ -84,7 +84,7 @@ def _train(
 
         def save() -> None:
             state = engine.state_dict()
-            distributed.on_main(lambda: record.save(state) if record else None)
+            distributed.on_main(lambda: record.save(state, engine) if record else None)
 
         ended = 0 < engine.rounds < steps and distributed.any_of(stop(engine))
         while engine.rounds < steps and not ended:
@@ -135,7 +135,7 @@ class Recorder:
     def __init__(
         self, path: Path, job: Job, checkpoints: Checkpoints, steps: int, engine: "Engine", held: ExitStack
     ) -> None:
-        self._path, self._log_every, self._checkpoints = path, job.log_every, checkpoints
+        self._path, self._log_every, self._checkpoints, self._by = path, job.log_every, checkpoints, job.keep.by
         self._metrics = held.enter_context(cut_metrics(path, engine.rounds).open("a", encoding="utf-8"))
         self._show = held.enter_context(stage_progress(path.name, steps, engine.rounds))
         self._clock = time.process_time if engine.device.type == "cpu" else time.monotonic
@@ -143,7 +143,7 @@ class Recorder:
         self._heartbeat, self._beat = path.parents[1] / HEARTBEAT, -math.inf
 
     def log(self, engine: "Engine", last: bool) -> None:
-        """Show a round, and log its metrics every ``log_every`` rounds and in the last one.
+        """Show a round, and log its metrics in the last one and if :func:`mlo.runs.metrics.is_logged` says so.
 
         Every few seconds, the time of the run's file ``heartbeat`` is set, which says when the run was last alive.
         NaN and infinity are written as null, since JSON has neither.
@@ -153,16 +153,27 @@ class Recorder:
             self._heartbeat.touch()
             self._beat = now
         self._show(step, lambda: {name: float(loss) for name, loss in engine.losses.items()})
-        if step % self._log_every == 0 or last:
+        if is_logged(step, self._log_every) or last:
             values = {name: value if math.isfinite(value) else None for name, value in engine.metrics().items()}
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
             self._metrics.flush()
 
-    def save(self, state: Mapping[str, Any]) -> None:
+    def save(self, state: Mapping[str, Any], engine: "Engine") -> None:
         """Write a checkpoint of an engine's state, and the seconds trained up to it."""
         os.fsync(self._metrics.fileno())
-        self._checkpoints.save(state)
+        self._checkpoints.save(state, None if self._by is None else self._score(engine, self._by))
         write_atomic(self._path / SECONDS, f"{self._clock() - self._started:.3f}\n")
+
+    def _score(self, engine: "Engine", by: str) -> float | None:
+        found = engine.metrics()
+        if by not in found:
+            print(
+                f"note: stage {self._path.name} has no metric {by}, so keep.best keeps nothing; it has "
+                f"{', '.join(found)}",
+                file=sys.stderr,
+            )
+            self._by = None
+        return found.get(by)
 
 
 def training_seconds(path: Path) -> float:

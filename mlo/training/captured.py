@@ -112,7 +112,7 @@ class Captured:
     def _not_replayed(self, changed: Sequence[str]) -> None:
         self._changes += 1
         if self._changes == MOST_CHANGES:
-            warnings.warn(f"no round is replayed, because of changes: {', '.join(changed)}", stacklevel=6)
+            warnings.warn(f"no round is replayed, because of changes: {', '.join(changed)}", stacklevel=7)
 
     def _take_as_usual(self, one_round: Callable[[], None]) -> None:
         """Take a round without a recording, and find out whether one can be recorded, and which batches it takes."""
@@ -185,7 +185,7 @@ class Captured:
         if compiler is not None:
             compiler.capture_functions()
         instead = "" if compiler is None else ", only compiled passes"
-        warnings.warn(f"rounds are not captured{instead}: {obstacle}", stacklevel=6)
+        warnings.warn(f"rounds are not captured{instead}: {obstacle}", stacklevel=7)
 
     def _random_states(self) -> tuple[Any, Any]:
         """Of the CPU and of the GPU; such that they can be compared."""

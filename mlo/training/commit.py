@@ -43,7 +43,7 @@ class Updater:
         deferred: whether to undo bad updates on the device, as described for the GPU.
 
     Attributes:
-        deferred: as given.
+        device, deferred: as given.
         waiting: what is to be checked of this round's deferred updates.
         watched: {problem: what is checked of its steps}.
         recorded: whether the updates become part of a CUDA graph. Torch's SGD, which would read its learning rate on
@@ -51,7 +51,7 @@ class Updater:
     """
 
     def __init__(self, device: torch.device, deferred: bool) -> None:
-        self._device = device
+        self.device = device
         self.deferred = deferred
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self.waiting: list[Seen] = []
@@ -73,10 +73,10 @@ class Updater:
             return
         self.waiting.append(watch.seen(problem, loss, gradients, buffers))
         self._finite.logical_and_(torch.isfinite(self.waiting[-1].values).all())  # in place, as a CUDA graph needs it
-        held = _tensors(problem, self._device)
+        held = _tensors(problem, self.device)
         before = dict(zip(map(id, held), copied(held), strict=True))
         _take_step(problem, gradients, buffers, self.recorded)
-        held = _tensors(problem, self._device)  # with those that the optimizer made in its first step
+        held = _tensors(problem, self.device)  # with those that the optimizer made in its first step
         old = [before[id(t)] if id(t) in before else torch.zeros_like(t) for t in held]
         select_(~self._finite, held, old)
 
@@ -121,7 +121,7 @@ class Updater:
             NonFiniteLossError: for the first loss or gradient that was not finite.
         """
         if self.waiting:
-            self._sent.append(_Sent(self.waiting, self._device))
+            self._sent.append(_Sent(self.waiting, self.device))
             self.waiting = []
         while self._sent and self._is_due():
             self._sent.popleft().check()
@@ -129,6 +129,12 @@ class Updater:
     def _is_due(self) -> bool:
         """Whether to check the oldest losses now. Several processes must all do so in the same round."""
         return self._sent[0].arrived() if distributed.world() == 1 else len(self._sent) > ROUNDS_BEHIND
+
+    def forget(self) -> None:
+        """What was not finite is undone: all that was to be checked counts no more."""
+        self._finite.fill_(True)
+        self.waiting = []
+        self._sent.clear()
 
     def wait(self) -> None:
         """Synchronize with the device and check all losses; raises like :meth:`check_arrived`."""

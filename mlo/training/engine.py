@@ -30,6 +30,7 @@ from mlo.training.outermost import look, outermost
 from mlo.training.plan import Plan
 from mlo.training.report import EngineReport, engine_report
 from mlo.training.rounds import Rounds, cast_batches, looking_ahead
+from mlo.training.skipped import Skipped
 from mlo.training.state_checks import checked_state, load_problems
 
 Callback = Callable[["Engine"], None]
@@ -58,9 +59,9 @@ class Engine:
         tf32: whether float32 convolutions and matrix products of steps may use TensorFloat-32 on a GPU; None: as torch
             is set. Curvature products, and passes whose graph these use, never do.
         device: a torch device, or "auto" for a CUDA GPU if there is one. Modules are moved there once.
+        non_finite: what a NaN or infinity in a step does: "stop": an error; "skip": its round is undone.
 
     Attributes:
-        graph: which problem reads which.
         inner_path, tf32: as given.
         rounds: number of rounds taken so far.
         losses: {problem: its loss at its last step}, detached scalar tensors on the device.
@@ -80,6 +81,7 @@ class Engine:
         capture: bool = False,
         tf32: bool | None = None,
         device: str | torch.device = "auto",
+        non_finite: str = "stop",
     ) -> None:
         either, three = (True, False), (True, False, None)
         flags = {"lookahead": (lookahead, three), "compile": (compile, either), "capture": (capture, either)}
@@ -103,6 +105,7 @@ class Engine:
         self._updater = Updater(self.device, deferred=self.device.type != "cpu")
         self._updater.watched = watched
         self._rounds = Rounds(self._plan, self._levels, self._gradients, self._updater)
+        self._skipped = Skipped(non_finite, self.problems, self._rounds, self._gradients, self._updater)
         parts = self._levels, self._rounds, self._gradients, self._updater
         self._captured = Captured(*parts) if capture else None
 
@@ -156,7 +159,7 @@ class Engine:
         """
         due = self._due()
         one_round = partial(self._round, due)
-        one_round() if self._captured is None else self._captured.take(one_round, due)
+        self._skipped.take(one_round if self._captured is None else partial(self._captured.take, one_round, due), due)
         self.rounds += 1
         self._updater.check_arrived()
 
@@ -243,7 +246,7 @@ class Engine:
         found = {f"{name}/loss": loss for name, loss in self.losses.items()} | self._gradients.reports
         for name, problem in self.problems.items():
             found |= {f"{name}/{key}": value for key, value in problem.metrics().items()}
-        return {key: float(value) for key, value in found.items()}
+        return {key: float(value) for key, value in found.items()} | self._skipped.metrics()
 
     def state_dict(self) -> dict[str, Any]:
         """The state needed to resume bit for bit: all problems, the number of rounds, and the random state.
@@ -253,7 +256,7 @@ class Engine:
         distributed run all processes must call it, and all get the same result.
         """
         self._updater.wait()
-        return with_other_processes(self._own_state())
+        return with_other_processes(self._own_state() | self._skipped.state_dict())
 
     def _own_state(self) -> dict[str, Any]:
         """The state of this process."""
@@ -276,6 +279,7 @@ class Engine:
         state = checked_state(state, self._own_state(), self.problems)
         load_problems(self.problems, state["problems"])
         self.rounds = state["rounds"]
+        self._skipped.load_state_dict(state)
         for name, level in self._levels.items():
             level.load_state_dict(state["levels"][name])
         self._rounds.losses = {name: loss.to(self.device) for name, loss in state["losses"].items()}

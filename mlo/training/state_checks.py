@@ -20,6 +20,7 @@ from mlo.steps import torch_step
 from mlo.training.checkpoint import OWN, of_this_process
 from mlo.training.forms import count, same_form, same_names, wrong
 
+SKIPPED = "skipped"  # in the state of an engine that may skip rounds
 SIDE = 2  # of the small parameters that show what an optimizer keeps
 EXTRA = "_extra_state"  # how torch names what a module's get_extra_state returned
 
@@ -50,7 +51,10 @@ def checked_state(
             wrong(f"{where}problems.{name}", part, "a mapping")
     _check_others(state, tuple(problems), where)
     state = of_this_process(state)
-    same_names(state, own, where, also=("others",))
+    same_names(state, own, where, also=("others", SKIPPED))
+    same_form(state.get(SKIPPED, [0, 0]), [0, 0], f"{where}{SKIPPED}")
+    for number in state.get(SKIPPED, ()):
+        count(number, f"{where}{SKIPPED}")
     same_names(state["levels"], own["levels"], f"{where}levels.")
     count(state["rounds"], f"{where}rounds")
     for name, problem in problems.items():
@@ -237,7 +241,9 @@ def _check_random(state: Any, where: str) -> None:
     same_form(
         state, {**Randomness.seeded(0).portable(), "python": [0, torch.empty(625, dtype=torch.int64), None]}, where
     )
-    position, gauss = state["numpy"][2], state["python"][2]
+    (position, has_gauss), gauss = state["numpy"][2:4], state["python"][2]
+    for number in (position, has_gauss):
+        count(number, f"{where}.numpy")
     if not 0 <= position <= len(state["numpy"][1]) or not isinstance(gauss, float | None):
         raise CheckpointError(f"{where} is no state of a random generator")
     try:

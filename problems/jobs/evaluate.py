@@ -139,9 +139,9 @@ def find_genotype(name: str) -> Genotype:
     """
     if name in PUBLISHED:
         return PUBLISHED[name]
-    path = Path(name).expanduser()
-    folder = path.is_dir()
+    path, folder = Path(name).expanduser(), False
     try:
+        folder = path.is_dir()
         return Genotype.load(path / "genotype.json" if folder else path)
     except OSError as error:
         if folder:

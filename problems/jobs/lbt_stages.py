@@ -47,6 +47,7 @@ def search_engine(job: LbtJob, method: Method, found: list[ArchitectureLogits]) 
     problems.append(levels.architecture(search, space, splits, reads=dict.fromkeys(left_out), **judged))
     lookahead = job.teacher_estimator.lookahead or authors if job.lookahead is None else job.lookahead
     how: dict[str, Any] = {"compile": job.compile, "capture": job.capture, "tf32": search.tf32, "device": job.device}
+    how["non_finite"] = search.non_finite
     return mlo.Engine(problems, job.hypergradient, lookahead=lookahead, **how)
 
 

@@ -17,6 +17,7 @@ from mlo.files import write_atomic
 from problems.nas import Genotype, draw_cell
 
 Line = Mapping[str, Any]
+CURVE = 2000  # points at most
 
 
 def write_report(
@@ -41,14 +42,14 @@ def write_report(
     sections = []
     for method, genotype in genotypes.items():
         drawn = {"normal cell": draw_cell(genotype, "normal"), "reduction cell": draw_cell(genotype, "reduce")}
-        searched = _joined([run.metrics(stage) for stage in searches[method]])
+        searched = _joined([run.metrics(stage, CURVE) for stage in searches[method]])
         if searched and any(key.startswith("arch/normal/") for key in searched[-1]):
             drawn["losses of the search"] = loss_curves(searched)
             drawn["mean weight of each operation"] = weight_curves(searched)
             drawn["skip-connections and entropy"] = health_curves(searched)
         if any("arch/eigenvalue" in line for line in searched):
             drawn["dominant eigenvalue"] = eigenvalue_curve(searched)
-        drawn["loss of the final training"] = loss_curves(run.metrics(f"train-{method}"))
+        drawn["loss of the final training"] = loss_curves(run.metrics(f"train-{method}", CURVE))
         for title, figure in drawn.items():
             _save(figure, figures / f"{method}-{title.replace(' ', '-')}.png")
         pictures = {title: _svg(figure) for title, figure in drawn.items()}

@@ -24,6 +24,7 @@ class Choice(NamedTuple):
 
 
 CellGenotype = tuple[tuple[Choice, Choice], ...]
+LARGEST = 10**6  # bytes of a file
 
 
 class Genotype(BaseModel):
@@ -72,8 +73,12 @@ class Genotype(BaseModel):
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a genotype from a JSON file. Raises ValueError, with the file name and all errors, if it is invalid."""
+        with Path(path).open("rb") as file:
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise ValueError(f"{path} is not a genotype: it has more than {LARGEST:,} bytes")
         try:
-            return cls.model_validate_json(Path(path).read_bytes())
+            return cls.model_validate_json(text)
         except ValidationError as error:
             lines = [_describe(".".join(map(str, item["loc"])), item["msg"]) for item in error.errors()]
             raise ValueError(f"{path} is not a genotype:\n" + "\n".join(lines)) from error

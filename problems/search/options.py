@@ -58,6 +58,11 @@ class Search(Config):
         "float32",
         description="autocast type of all losses; curvature products stay in float32 by default",
     )
+    non_finite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="what a NaN or infinite loss or gradient does; stop: it is an error; skip: its round is undone and "
+        "counted (skipped_rounds), which copies all networks before each round",
+    )
     tf32: bool | None = Field(
         None,
         description="whether float32 losses may use TensorFloat-32 on a GPU, curvature products aside; null: as torch "

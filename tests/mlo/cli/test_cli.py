@@ -311,3 +311,11 @@ def test_check_names_what_is_damaged_in_a_run_folder(mlo):
     assert out.splitlines()[-1].startswith("not finished")
     code, _, err = mlo("check", ".")
     assert (code, err.startswith("error: .: not a run folder")) == (2, True)
+
+
+def test_what_the_user_gave_is_cut_in_errors(mlo):
+    for words in (["run", "ridge", "--steps", "x" * 10**5], ["run", "ridge", "y" * 10**5], ["z" * 10**5]):
+        code, _, err = mlo(*words)
+        assert code == 2
+        assert err.startswith("error: ")
+        assert len(err) < 5000

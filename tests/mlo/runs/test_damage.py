@@ -165,6 +165,27 @@ def test_a_crash_at_any_moment_of_writing_leaves_the_old_file_or_the_new_one(tmp
             assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("files", [0, 1])
+def test_a_crash_leaves_no_result_without_its_digest(job, tmp_path, expected, files, monkeypatch):
+    run = Run.create("ridge", job, tmp_path / "run")
+    written = []
+
+    def write(path, content):
+        if len(written) == files:
+            raise PowerCutError
+        written.append(path)
+        write_atomic(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mlo.runs.sealed.write_atomic", write)
+        with pytest.raises(PowerCutError):
+            train(run)
+    store = run.path / "stages" / "train" / "result.json"
+    assert not store.exists()
+    assert train(Run.open(run.path)) == expected
+    assert (store.parent / "result.json.sha256").exists()
+
+
 def test_a_damaged_result_of_a_stage_is_refused(job, tmp_path):
     run = Run.create("ridge", job, tmp_path / "run")
     expected = train(run)
@@ -248,7 +269,6 @@ def test_a_torn_last_line_of_metrics_is_normal_and_a_damaged_middle_is_reported(
         assert "metrics.jsonl: damaged, and left out: line 2" in capsys.readouterr().err
     assert train(Run.open(tmp_path / "run")) == expected
     assert metrics.read_bytes() == whole.replace(whole.splitlines()[1], damaged)
-    assert "line 2" in capsys.readouterr().err
 
 
 def test_damaged_seconds_count_as_none(job, tmp_path):

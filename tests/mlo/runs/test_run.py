@@ -15,7 +15,9 @@ from mlo.files import write_atomic
 from mlo.ops.rng import derived_seed
 from mlo.options.config import validate
 from mlo.options.yaml_options import read_yaml
+from mlo.runs.checkpoints import Checkpoints
 from mlo.runs.folder import discard_folder, locked, read_results
+from mlo.runs.keep import Keep
 from mlo.runs.run import Run
 from mlo.training import checkpoint
 
@@ -219,6 +221,92 @@ def test_a_result_that_json_cannot_store_is_an_error(job, tmp_path, result):
 def test_the_last_two_checkpoints_are_kept(ridge, tmp_path):
     train(make(ridge.RidgeJob(device="cpu", checkpoint_every=3), tmp_path / "run"))
     assert saved(tmp_path / "run") == ["step-000000009.pt", "step-000000012.pt"]
+
+
+def kept(path):
+    return [int(name[5:14]) for name in saved(path)]
+
+
+def test_checkpoints_of_every_so_many_rounds_are_kept(ridge, tmp_path):
+    job = ridge.RidgeJob(device="cpu", checkpoint_every=2, keep={"last": 1, "every": 4})
+    train(make(job, tmp_path / "run"))
+    assert kept(tmp_path / "run") == [4, 8, 12]
+
+
+def test_the_best_checkpoints_by_a_metric_are_kept(ridge, tmp_path):
+    job = ridge.RidgeJob(device="cpu", checkpoint_every=1, log_every=1, keep={"last": 1, "best": 3, "by": "ridge/loss"})
+    train(make(job, tmp_path / "run"))
+    losses = {line["step"]: line["ridge/loss"] for line in Run.open(tmp_path / "run").metrics("train")}
+    best = sorted(losses, key=losses.__getitem__)[:3]
+    assert kept(tmp_path / "run") == sorted({12, *best})
+    assert len({12, *best}) > 2
+
+
+@pytest.mark.parametrize("rounds", [1, 4, 9])
+def test_a_run_that_died_keeps_the_same_checkpoints(ridge, tmp_path, rounds):
+    job = ridge.RidgeJob(device="cpu", checkpoint_every=1, keep={"best": 2, "by": "ridge/loss", "every": 5})
+    train(make(job, tmp_path / "unbroken"))
+    with pytest.raises(PowerCutError):
+        train(make(job, tmp_path / "run"), stop_at(rounds))
+    train(Run.open(tmp_path / "run"))
+    assert kept(tmp_path / "run") == kept(tmp_path / "unbroken")
+    scores = [(tmp_path / name / "stages" / "train" / "scores.json").read_text() for name in ("run", "unbroken")]
+    assert scores[0] == scores[1]
+
+
+def test_losses_that_are_not_finite_or_equal_and_damaged_scores(tmp_path):
+    store = Checkpoints(tmp_path, {}, Keep(last=1, best=2, by="a"))
+    for rounds, score in enumerate([3.0, float("nan"), 1.0, 1.0, -float("inf"), 1.0, 2.0], 1):
+        store.save({"rounds": rounds}, score)
+    assert sorted(store.faults()) == [tmp_path / f"step-00000000{number}.pt" for number in (3, 4, 7)]
+
+
+def test_a_run_that_died_right_after_a_checkpoint_knows_its_score(ridge, tmp_path, monkeypatch):
+    job = ridge.RidgeJob(device="cpu", checkpoint_every=1, keep={"last": 1, "best": 2, "by": "ridge/loss"})
+    train(make(job, tmp_path / "unbroken"))
+
+    def save(path, state, identity):
+        written(path, state, identity)
+        if state["rounds"] == dies:
+            raise PowerCutError
+
+    written = checkpoint.save
+    for dies in (1, 5, 11):
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoint, "save", save)
+            with pytest.raises(PowerCutError):
+                train(make(job, tmp_path / f"run-{dies}"))
+        train(Run.open(tmp_path / f"run-{dies}"))
+        assert kept(tmp_path / f"run-{dies}") == kept(tmp_path / "unbroken")
+        scores = [tmp_path / name / "stages" / "train" / "scores.json" for name in (f"run-{dies}", "unbroken")]
+        assert scores[0].read_text() == scores[1].read_text()
+
+
+def test_checkpoints_whose_scores_are_lost_are_kept(tmp_path):
+    for damage in ("", "[]", '{"x": 1}', '{"3": "a"}', '{"3": NaN}', '{"3": []}', "[" * 5000, None):
+        store = Checkpoints(tmp_path, {}, Keep(last=1, best=1, by="a"))
+        for rounds, score in enumerate([3.0, 2.0, 4.0, 5.0], 1):
+            store.save({"rounds": rounds}, score)
+        scores = tmp_path / "scores.json"
+        scores.unlink() if damage is None else scores.write_text(damage)
+        store.save({"rounds": 5}, 1.0)
+        assert sorted(store.faults()) == [tmp_path / f"step-00000000{number}.pt" for number in (2, 4, 5)]
+        assert scores.read_text() == '{"5": 1.0}\n'
+        for file in tmp_path.iterdir():
+            file.unlink()
+
+
+def test_a_metric_that_a_stage_does_not_have_is_reported_once(ridge, tmp_path, capsys):
+    job = ridge.RidgeJob(device="cpu", checkpoint_every=2, keep={"best": 2, "by": "no/loss"})
+    train(make(job, tmp_path / "run"))
+    assert capsys.readouterr().err.count("note: stage train has no metric no/loss, so keep.best keeps nothing") == 1
+    assert kept(tmp_path / "run") == [10, 12]
+
+
+@pytest.mark.parametrize("keep", [{"best": 2}, {"by": "a"}, {"last": 0}, {"every": 0}, {"best": -1, "by": "a"}])
+def test_options_of_what_to_keep_are_checked(ridge, keep):
+    with pytest.raises(ConfigError, match="keep"):
+        validate(ridge.RidgeJob, {"keep": keep}, "ridge")
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(job, tmp_path, unbroken, capsys):

@@ -221,6 +221,8 @@ def test_a_state_that_is_whole_is_loaded(tmp_path, scheduler):
         (("losses", "fit"), torch.ones(2), "losses.fit is a float32 tensor of shape"),
         (("warm", "upper", "other"), [], "warm.upper.other is in the checkpoint only"),
         (("random", "numpy", 2), 10**9, "random is no state of a random generator"),
+        (("random", "numpy", 2), 1.5, "random.numpy is 1.5 there, and should be a whole number"),
+        (("random", "numpy", 3), 0.5, "random.numpy is 0.5 there, and should be a whole number"),
         (("random", "torch"), torch.zeros(5056, dtype=torch.uint8), "random is no state of a random generator"),
         (("random", "python", 2), "x", "random is no state of a random generator"),
         (

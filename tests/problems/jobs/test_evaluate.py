@@ -88,3 +88,9 @@ def test_wrong_options_are_reported_and_leave_nothing(command_line, tmp_path, wo
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 10**5, "/dev/zero"])
+def test_a_genotype_that_cannot_be_a_file_is_an_error(name):
+    with pytest.raises(ConfigError, match=r"^genotype: "):
+        find_genotype(name)

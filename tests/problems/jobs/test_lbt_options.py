@@ -50,6 +50,19 @@ def test_each_level_gets_the_images_meant_for_it():
     assert len(batch["labeled"][0]) == len(batch["unlabeled"][0]) == 10
 
 
+def test_rounds_with_nan_are_skipped_if_that_is_wanted():
+    engine = job(search=Search(channels=1, cells=3, batch_size=10, non_finite="skip")).search_engine("lbt")
+    weight = next(iter(engine.problems["teacher"].variables.values()))
+    engine.problems["teacher"].stream.peek()[0].fill_(float("nan"))
+    before = weight.detach().clone()
+    engine.step()
+    assert torch.equal(weight, before)
+    assert engine.metrics()["skipped_rounds"] == 1
+    engine.step()
+    assert not torch.equal(weight, before)
+    assert engine.metrics()["skipped_rounds"] == 1
+
+
 def test_darts_is_the_same_without_a_student():
     levels = job().search_engine("plain").problems
     assert list(levels) == ["teacher", "arch"]
