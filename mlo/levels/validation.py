@@ -67,14 +67,8 @@ def faults_of_module(module: nn.Module) -> list[str]:
     lazy = [name for name, tensor in tensors.items() if is_lazy(tensor)]
     if lazy:
         faults.append(
-            f"its module has lazy layers without a shape yet ({_few(lazy)}); run the model once on a batch before you "
+            f"its module has lazy layers without a shape yet ({few(lazy)}); run the model once on a batch before you "
             "make the optimizer"
-        )
-    meta = [name for name, tensor in tensors.items() if name not in lazy and tensor.is_meta]
-    if meta:
-        faults.append(
-            f"tensors of its module are on the meta device, without values ({_few(meta)}); call "
-            "module.to_empty(device='cpu') and initialize or load them before you make the optimizer"
         )
     return faults
 
@@ -83,7 +77,8 @@ def _module(name: str) -> str:
     return f"the part {name!r} of its module" if name else "its module"
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first names."""
     return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
 
 

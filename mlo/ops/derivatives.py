@@ -132,15 +132,15 @@ def custom_function(node: Any) -> type[torch.autograd.Function] | None:
     return getattr(node, "_forward_cls", None)
 
 
-def fault_of(function: type[torch.autograd.Function], mode: Mode) -> Fault | None:
-    """What an autograd.Function lacks for ``mode``, as far as its methods say."""
-    name = f"the autograd.Function {function.__name__!r}"
-    if mode == "forward":
-        lacks = function.jvp is torch.autograd.Function.jvp
-        return Fault(name, f"{_EXACT}, or define its method jvp") if lacks else None
-    # beyond it, double backward ends without an error if it follows only the inputs that it reaches
-    once = getattr(function.backward, "__code__", None) is _ONCE
-    return Fault(name, f"{_DIFFERENCE}, or a backward that is not once_differentiable") if once else None
+def fault_of(function: type[torch.autograd.Function]) -> Fault | None:
+    """The fault of an autograd.Function that is ``once_differentiable``.
+
+    Double backward ends there without an error if it follows only the inputs that it reaches.
+    """
+    if getattr(function.backward, "__code__", None) is not _ONCE:
+        return None
+    instead = f"{_DIFFERENCE}, or a backward that is not once_differentiable"
+    return Fault(f"the autograd.Function {function.__name__!r}", instead)
 
 
 _ONCE = once_differentiable(lambda context: None).__code__
@@ -166,7 +166,10 @@ def fault_in(message: str) -> tuple[Mode, Fault] | None:
 
 
 _OTHER_MESSAGES: dict[str, tuple[Mode, Fault]] = {
-    "must implement the jvp function": ("forward", Fault("autograd.Function without a method jvp", _EXACT)),
+    "must implement the jvp function": (
+        "forward",
+        Fault("an autograd.Function without a method jvp", f"{_EXACT}, or define its method jvp"),
+    ),
     "ZeroTensors are immutable": ("forward", Fault("an operator with an argument without a tangent", _EXACT)),
     "output_padding is not supported": ("reverse", Fault("conv_transpose with output_padding", _FORWARD)),
     "functions with out=... arguments": (

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat, zip_longest
-from operator import is_not
+from operator import attrgetter, is_not
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+VERSION = attrgetter("_version")  # torch's count of the writes into a tensor
 Vector = tuple[Tensor, ...]
 
 
@@ -257,25 +258,30 @@ def difference(one: Sequence[Tensor | None], other: Sequence[Tensor | None], wei
     return found
 
 
-def values_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of the tensors, to compare with."""
-    return [tensor.detach().clone() for tensor in tensors]
+class Values:
+    """Copies of tensors, to put back what is written into them."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors, self._versions = tensors, [*map(VERSION, tensors)]
+        self._values = [tensor.detach().clone() for tensor in tensors]
+
+    def put_back(self) -> list[bool]:
+        """Which tensors were written into, and now have their values again.
+
+        What is written through ``.data``, torch does not count. It is found by the values on a CPU only: elsewhere
+        that would wait for the device.
+        """
+        written = []
+        for tensor, value, version in zip(self._tensors, self._values, self._versions, strict=True):
+            counted = tensor._version != version
+            differs = counted or (readable(tensor) and not _equal(tensor, value))
+            if differs:
+                with torch.no_grad():
+                    tensor.copy_(value)
+            written.append(differs)
+        return written
 
 
-@torch.no_grad()
-def put_back(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> list[bool]:
-    """Which tensors differ from their ``values``; these get them again."""
-    if not tensors:
-        return []
-    device = tensors[0].device
-    differs = torch.stack([each.to(device) for each in _differences(tensors, values)]).tolist()
-    for tensor, value, other in zip(tensors, values, differs, strict=True):
-        if other:
-            tensor.copy_(value)
-    return list(differs)
-
-
-def _differences(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[Tensor]:
-    for tensor, value in zip(tensors, values, strict=True):
-        same_nan = (tensor != tensor) & (value != value)
-        yield ((tensor != value) & ~same_nan).any()
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether all numbers are the same; NaN is the same as NaN."""
+    return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())

@@ -63,7 +63,8 @@ def operators_of(level: Level, loss: Tensor, variables: Sequence[Tensor]) -> Ope
         faults = derivatives.FAULTS[mode]
         found = [faults[name] for name in sorted(names & faults.keys())]
         replaced |= names & derivatives.REPLACED[mode]
-        found += [f for n in functions if n not in replaced and (f := derivatives.fault_of(functions[n], mode))]
+        if mode == "reverse":  # one without a forward-mode derivative may not be called where that is taken
+            found += [f for n in functions if n not in replaced and (f := derivatives.fault_of(functions[n]))]
         if found:
             raise refused(level, mode, found[0])
     known = level.operators

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from mlo.errors import ConfigError
 from mlo.levels.problem import Problem
 from mlo.ops.lost_graphs import LostGraphs
-from mlo.ops.vectors import put_back, values_of
+from mlo.ops.vectors import Values
 
 #: {class: its step}, where that is known to be torch's
 _TORCHS: dict[type[Optimizer], Any] = {}
@@ -93,12 +93,12 @@ class Held:
         attributes = {key: value for key, value in vars(optimizer).items() if key not in COPIED}
         self._tensors = [p for group in optimizer.param_groups for p in group["params"]]
         self._tensors += [t for t in tree_leaves([*attributes.values()]) if isinstance(t, Tensor)]
-        self._values = values_of(self._tensors)
+        self._values = Values(self._tensors)
         self._containers = [(k, v, copy(v)) for k, v in attributes.items() if isinstance(v, dict | list | set)]
 
     def restored(self) -> str | None:
         """What has changed since, which is set to what it was; None if nothing has."""
-        changed = "the tensors" if any(put_back(self._tensors, self._values)) else None
+        changed = "the tensors" if any(self._values.put_back()) else None
         for key, value, before in self._containers:
             if [*map(id, tree_leaves(value))] != [*map(id, tree_leaves(before))]:
                 value.clear()

@@ -6,7 +6,6 @@ and each evaluation would change the weights once more.
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -14,19 +13,17 @@ from torch import nn
 from mlo.errors import GraphError
 from mlo.levels.problem import Problem
 from mlo.levels.state import State
-from mlo.ops.vectors import put_back, values_of
+from mlo.ops.vectors import VERSION, Values
 
 if TYPE_CHECKING:
     from mlo.steps.level import Level
-
-_VERSION = attrgetter("_version")
 
 
 class Unwritten:
     """A context for the evaluation of a loss, which may not write into parameters.
 
-    Each evaluation compares torch's counts of writes. The first one of a level also compares values, since a count
-    misses what is written through ``.data``; what was written is put back.
+    Each evaluation compares torch's counts of writes. The first one of a level also has copies of the values, by which
+    it finds what is written through ``.data``, and puts back what was written.
 
     Args:
         level: whose loss it is; what it reads runs in substituted states.
@@ -45,14 +42,13 @@ class Unwritten:
         self._tensors = tensors
 
     def __enter__(self) -> None:
-        self._versions = [*map(_VERSION, self._tensors)]
-        self._values = None if self._level.writes_nothing else values_of(self._tensors)
+        self._versions = [*map(VERSION, self._tensors)]
+        self._values = None if self._level.writes_nothing else Values(self._tensors)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        written = [n != before for n, before in zip(map(_VERSION, self._tensors), self._versions, strict=True)]
+        written = [n != before for n, before in zip(map(VERSION, self._tensors), self._versions, strict=True)]
         if self._values is not None:
-            differs = put_back(self._tensors, self._values)
-            written = [one or other for one, other in zip(written, differs, strict=True)]
+            written = [one or other for one, other in zip(written, self._values.put_back(), strict=True)]
         if any(written):
             raise self._error(written.index(True), restored=self._values is not None)
         if kind is None:

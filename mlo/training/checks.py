@@ -14,7 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from mlo.errors import ConfigError
 from mlo.hypergradient import Estimator
 from mlo.levels.problem import Problem, has_hooks
-from mlo.ops.vectors import put_back, values_of
+from mlo.ops.vectors import Values
 from mlo.steps.hooks import refuse_module_hooks
 from mlo.steps.optimizer import check_own_step, refuse_learned
 from mlo.steps.written import refusal, refuse_max_norm
@@ -66,13 +66,13 @@ class Checks:
             (problem, name, p) for problem in self._problems.values() for name, p in problem.module.named_parameters()
         ]
         tensors = [parameter for _, _, parameter in held]
-        values, differs = values_of(tensors), list[bool]()
+        values, written = Values(tensors), list[bool]()
         try:
             yield
         finally:
-            differs = put_back(tensors, values)
-        if any(differs):
-            problem, name, _ = held[differs.index(True)]
+            written = values.put_back()
+        if any(written):
+            problem, name, _ = held[written.index(True)]
             raise refusal(problem.name, problem, name, restored=True)
         self.run()
 

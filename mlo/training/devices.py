@@ -10,6 +10,7 @@ from torch import nn
 
 from mlo.errors import ConfigError
 from mlo.levels.problem import Problem
+from mlo.levels.validation import few
 from mlo.ops import distributed
 
 
@@ -57,6 +58,7 @@ def move_to(problems: Sequence[Problem], device: str | torch.device) -> torch.de
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device={device!r} cannot be used ({error}); {DEVICES}") from error
     for problem in problems:
+        _refuse_meta(problem)
         problem.module.to(target)
         for slots in problem.optimizer.state.values():
             for key, value in slots.items():
@@ -67,6 +69,16 @@ def move_to(problems: Sequence[Problem], device: str | torch.device) -> torch.de
             warn_of_masks(problem)
         distributed.follow_main([*problem.module.parameters(), *problem.module.buffers()])
     return target
+
+
+def _refuse_meta(problem: Problem) -> None:
+    tensors = [*problem.module.named_parameters(), *problem.module.named_buffers()]
+    meta = [name for name, tensor in tensors if tensor.device.type == "meta"]
+    if meta:
+        raise ConfigError(
+            f"problem {problem.name!r}: tensors of its module are on the meta device, without values ({few(meta)}); "
+            "call module.to_empty(device='cpu') and initialize or load them before you make the optimizer"
+        )
 
 
 def warn_of_masks(problem: Problem) -> None:

@@ -113,7 +113,9 @@ class _Product:
 
 def build(task: Task, estimator: str, compiled: bool = False) -> Runner:
     """See :mod:`benchmarks.peers.libraries`. Lookahead is off, since the other libraries do not have it."""
-    options = OPTIONS[estimator] | ({"rate": task.lr} if estimator == "neumann" else {})
+    options = OPTIONS[estimator]
+    if estimator == "neumann":
+        options = options | {"rate": task.lr}
     if isinstance(task, Language):
         problems, top = _language(task)
         if estimator == "cg":
