@@ -54,7 +54,8 @@ def transpose_hooks(problem: Problem, gradients: Gradients, cotangents: Sequence
                 )
             found[index] = torch.zeros_like(gradient)
             if after.requires_grad:
-                found[index] = torch.autograd.grad(after, leaf, cotangents[index].to(after.dtype))[0]
+                given = cotangents[index].to(after.dtype)
+                (found[index],) = torch.autograd.grad(after, leaf, given, allow_unused=True, materialize_grads=True)
     return found
 
 

@@ -91,7 +91,7 @@ def first_evaluation(
     Raises:
         GraphError: if an operator cannot be differentiated as the level's products do.
     """
-    begun = micro.randomness or Randomness.capture(level.device, level.draws_outside)
+    begun = None if micro.randomness else Randomness.capture(level.device, level.draws_outside)
     try:
         with forward_ad.dual_level():  # forward-mode derivatives of the loss itself show here: they cannot be nested
             done = take(micro)
@@ -102,7 +102,9 @@ def first_evaluation(
             raise
         level.operators, complete = Operators(twice=True, elementary=True), False
     if not complete:
-        done = take(micro._replace(randomness=begun))
+        if begun is not None:  # the second evaluation draws what the first one drew, or would have drawn
+            begun.restore(level.device)
+        done = take(micro)
         level.operators = operators_of(level, done[0], variables)
     level.seen = True
     if level.operators.elementary and level.compiler is not None:

@@ -249,6 +249,27 @@ def test_transforms_of_layers_without_higher_derivatives(layer, term):
     mlo.check(engine, directions=2)
 
 
+@pytest.mark.parametrize(("term", "product"), [(TERMS["jvp"], "exact"), (penalty, "forward")], ids=["fails", "wrong"])
+def test_a_repeated_first_evaluation_leaves_the_random_state_of_one(term, product):
+    low = nn.Sequential(nn.Linear(3, 4), LAYERS["weight norm"](), nn.Tanh(), nn.Linear(4, 3))
+    dropped: list[Tensor] = []
+
+    def dropping(call: Call, x: Tensor) -> Tensor:
+        dropped.append(F.dropout(x))
+        return term(call, dropped[-1]) * F.dropout(torch.ones(3))
+
+    engine = engine_of(low, {"kind": "one_step", "product": product}, term=dropping, steps=1)
+    torch.manual_seed(0)
+    engine.step()
+    assert len(dropped) > 1
+    assert all(torch.equal(each, dropped[0]) for each in dropped)
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    F.dropout(dropped[0])
+    F.dropout(torch.ones(3))
+    assert torch.equal(torch.get_rng_state(), after)
+
+
 class PerSample(mlo.Problem):
     """The gradient of each sample, as in differential privacy, with the parameters of the evaluation."""
 
