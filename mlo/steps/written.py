@@ -6,7 +6,7 @@ and each evaluation would change the weights once more.
 
 from __future__ import annotations
 
-from operator import attrgetter
+from operator import attrgetter, ne, or_
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -49,10 +49,10 @@ class Unwritten:
         self._values = None if self._level.writes_nothing else values_of(self._tensors)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        written = [n != before for n, before in zip(map(_VERSION, self._tensors), self._versions, strict=True)]
+        written = [*map(ne, map(_VERSION, self._tensors), self._versions)]
         if self._values is not None:
             differs = put_back(self._tensors, self._values)
-            written = [one or other for one, other in zip(written, differs, strict=True)]
+            written = [*map(or_, written, differs)]
         if any(written):
             raise self._error(written.index(True), restored=self._values is not None)
         if kind is None:
