@@ -35,6 +35,10 @@ class Fault(NamedTuple):
 _DIFFERENCE = "use the product 'central'"
 _EXACT = "use the product 'exact'"
 _FORWARD = "use the product 'forward'"
+_COMPILED = Fault(
+    "a function compiled by torch.compile",
+    "call it uncompiled, and pass Engine(compile=True), which compiles whole gradients",
+)
 _CTC = ("CtcLossBackward0", "CtcLossBackward1", "CudnnCtcLossBackward0", "CudnnCtcLossBackward1")
 _REVERSE_ONLY = {
     "AsStridedScatterBackward0": Fault("as_strided_scatter", _FORWARD, wrong=True),
@@ -134,6 +138,8 @@ def custom_function(node: Any) -> type[torch.autograd.Function] | None:
 
 def fault_of(function: type[torch.autograd.Function], mode: Mode) -> Fault | None:
     """What an autograd.Function lacks for ``mode``, as far as its methods say."""
+    if function.__module__.startswith("torch._functorch."):
+        return _COMPILED
     name = f"the autograd.Function {function.__name__!r}"
     if mode == "forward":
         lacks = function.jvp is torch.autograd.Function.jvp
@@ -173,6 +179,8 @@ _OTHER_MESSAGES: dict[str, tuple[Mode, Fault]] = {
         "reverse",
         Fault("CrossMapLRN2d or another operator that writes with out=", "use nn.LocalResponseNorm"),
     ),
+    "does not currently support double backward": ("reverse", _COMPILED),
+    "from the 'Sparse": ("forward", Fault("a sparse tensor or gradient", f"{_EXACT}, or dense tensors (sparse=False)")),
     "does not support 3rd+ order": ("reverse", Fault("batch_norm called by its private name", "use nn.BatchNorm")),
 }
 
