@@ -119,6 +119,15 @@ def test_an_uppermost_level_may_have_them(estimator):
     torch.testing.assert_close(found[1][2], expected, rtol=1e-12, atol=0)
 
 
+def test_hooks_after_accumulation_with_several_batches_are_refused():
+    made = engine(plain, "one_step", steps=1, top_rate=1.0)
+    top = made.problems["factors"]
+    top.accumulate = 2
+    top.module.logs.register_post_accumulate_grad_hook(halve)
+    with pytest.raises(mlo.ConfigError, match=r"'factors': hooks on its parameters .* pass accumulate=1"):
+        made.step()
+
+
 def test_a_hook_after_accumulation_may_take_its_own_step():
     made = engine(plain, "one_step", steps=1, top_rate=1.0)
     logs = made.problems["factors"].module.logs
