@@ -115,6 +115,7 @@ class Same(Adam):
 
 
 EXACT = {
+    "fused SGD": lambda p: SGD(p, lr=0.05, momentum=0.9, dampening=0.4, weight_decay=0.1, maximize=True, fused=True),
     "Projected": lambda p: Projected(p, lr=0.1),
     "Projected with momentum": lambda p: Projected(p, lr=0.1, momentum=0.9),
     "Ball": lambda p: Ball(p, lr=0.1),
