@@ -462,3 +462,12 @@ def test_harmless_changes_are_taken():
     mlo.check(made)
     parametrizations.weight_norm(model.module.head)
     refused_from_now_on(made, "its module has no tensor 'head.weight' any more")
+
+
+def test_a_variable_that_gets_a_second_place_in_its_module_is_refused():
+    """Virtual steps would not exchange it there."""
+    made = engine(plain, "one_step", steps=1)
+    module = made.problems["model"].module
+    module.tied = module.weight
+    with pytest.raises(mlo.GraphError, match="'model': the parameter 'tied' of its module is another tensor"):
+        made.step()
