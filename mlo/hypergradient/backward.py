@@ -76,24 +76,12 @@ def _pulled(top: str, name: str, estimator: Estimator, *arguments: Any) -> Pulle
     except torch.OutOfMemoryError as error:
         error.add_note(f"Memory ran out while {top!r} was differentiated through the training of {name!r}.")
         raise
-    except NotImplementedError as error:
-        raise _no_second_derivative(name, error) from error
     if not isinstance(back, Pulled):
         raise ConfigError(
             f"problem {name!r}: pull of {type(estimator).__name__} returned a {type(back).__name__}; return "
             "mlo.Pulled({target: one tensor per variable, or None})"
         )
     return back
-
-
-def _no_second_derivative(name: str, error: NotImplementedError) -> ConfigError:
-    """The error for an operator of torch without a second derivative, or without one for sparse tensors."""
-    reason = str(error).strip().partition("\n")[0]
-    if "Sparse" in reason:
-        reason, instead = "a gradient is sparse", "pass sparse=False to its embedding, or use the product 'exact'"
-    else:
-        instead = "replace it, or use an estimator without second derivatives, such as 'darts'"
-    return ConfigError(f"problem {name!r}: a second derivative of its loss cannot be computed: {reason}; {instead}")
 
 
 def _depends(step: Step, target: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
-from operator import attrgetter, getitem, is_
+from operator import attrgetter, getitem, is_, itemgetter
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from mlo.errors import GraphError
 if TYPE_CHECKING:
     from mlo.levels.problem import Problem
 
-_REQUIRES_GRAD = attrgetter("requires_grad")
+_REQUIRES_GRAD, _PARAMS = attrgetter("requires_grad"), itemgetter("params")
 _AGAIN = "or make the problem and its engine again after the change (mlo.Problem, mlo.Engine)"
 
 
@@ -50,7 +50,7 @@ class Structure:
             same = False
         if not (same and sum(map(len, self._dictionaries)) == self._count):
             self._check_module()
-        groups = [group["params"] for group in self._problem.optimizer.param_groups]
+        groups = [*map(_PARAMS, self._problem.optimizer.param_groups)]
         if [*map(len, groups)] != self._sizes or not all(map(is_, chain.from_iterable(groups), self._params)):
             self._refuse_groups()
         if [*map(_REQUIRES_GRAD, self._params)] != self._flags:

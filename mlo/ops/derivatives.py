@@ -35,6 +35,10 @@ class Fault(NamedTuple):
 _DIFFERENCE = "use the product 'central'"
 _EXACT = "use the product 'exact'"
 _FORWARD = "use the product 'forward'"
+_COMPILED = Fault(
+    "a function compiled by torch.compile",
+    "call it uncompiled, and pass Engine(compile=True), which compiles whole gradients",
+)
 _CTC = ("CtcLossBackward0", "CtcLossBackward1", "CudnnCtcLossBackward0", "CudnnCtcLossBackward1")
 _REVERSE_ONLY = {
     "AsStridedScatterBackward0": Fault("as_strided_scatter", _FORWARD, wrong=True),
@@ -132,12 +136,15 @@ def custom_function(node: Any) -> type[torch.autograd.Function] | None:
     return getattr(node, "_forward_cls", None)
 
 
-def fault_of(function: type[torch.autograd.Function]) -> Fault | None:
-    """The fault of an autograd.Function that is ``once_differentiable``.
+def fault_of(function: type[torch.autograd.Function], mode: Mode) -> Fault | None:
+    """What an autograd.Function lacks for ``mode``, as far as its methods say.
 
-    Double backward ends there without an error if it follows only the inputs that it reaches.
+    One without a forward-mode derivative may not be called where that is taken. Double backward through one that is
+    ``once_differentiable`` ends without an error if it follows only the inputs that it reaches.
     """
-    if getattr(function.backward, "__code__", None) is not _ONCE:
+    if function.__module__.startswith("torch._functorch."):
+        return _COMPILED
+    if mode == "forward" or getattr(function.backward, "__code__", None) is not _ONCE:
         return None
     instead = f"{_DIFFERENCE}, or a backward that is not once_differentiable"
     return Fault(f"the autograd.Function {function.__name__!r}", instead)
@@ -176,6 +183,8 @@ _OTHER_MESSAGES: dict[str, tuple[Mode, Fault]] = {
         "reverse",
         Fault("CrossMapLRN2d or another operator that writes with out=", "use nn.LocalResponseNorm"),
     ),
+    "does not currently support double backward": ("reverse", _COMPILED),
+    "from the 'Sparse": ("forward", Fault("a sparse tensor or gradient", f"{_EXACT}, or dense tensors (sparse=False)")),
     "does not support 3rd+ order": ("reverse", Fault("batch_norm called by its private name", "use nn.BatchNorm")),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import repeat, zip_longest
 from operator import attrgetter, is_not
 from typing import Any, cast
@@ -19,6 +20,8 @@ from torch import Tensor
 VERSION = attrgetter("_version")  # torch's count of the writes into a tensor
 Vector = tuple[Tensor, ...]
 
+
+_IS_SPARSE, _IS_THERE = attrgetter("is_sparse"), partial(is_not, None)
 
 TOGETHER = 2**20  # bytes of variables that a step is computed for at once
 SMALL = 2**16  # elements; smaller tensors are put together for operators that have no form for lists
@@ -189,9 +192,19 @@ def all_finite(a: Sequence[Tensor]) -> bool:
 
 def dense(a: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The same tensors, none of them sparse, as the gradient of ``nn.Embedding(sparse=True)`` is."""
-    if not any([tensor is not None and tensor.is_sparse for tensor in a]):
+    if not has_sparse(a):
         return a
     return [tensor.to_dense() if tensor is not None and tensor.is_sparse else tensor for tensor in a]
+
+
+def has_sparse(a: Sequence[Tensor | None]) -> bool:
+    """Whether one of the tensors is sparse."""
+    return any(map(_IS_SPARSE, existing(a)))
+
+
+def existing(a: Iterable[Tensor | None]) -> Iterator[Tensor]:
+    """The tensors among these, without None."""
+    return cast(Iterator[Tensor], filter(_IS_THERE, a))
 
 
 def parts(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ again or differentiated. So curvature stays that of the loss, and a cotangent pa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from mlo.levels.problem import Problem, has_hooks
 from mlo.ops.lost_graphs import LostGraphs
 
 Gradients = Sequence[Tensor | None]
+_POST_HOOKS = attrgetter("_post_accumulate_grad_hooks")
 
 
 def hooked(problem: Problem, gradients: Gradients) -> Gradients:
@@ -54,7 +56,8 @@ def transpose_hooks(problem: Problem, gradients: Gradients, cotangents: Sequence
                 )
             found[index] = torch.zeros_like(gradient)
             if after.requires_grad:
-                found[index] = torch.autograd.grad(after, leaf, cotangents[index].to(after.dtype))[0]
+                given = cotangents[index].to(after.dtype)
+                (found[index],) = torch.autograd.grad(after, leaf, given, allow_unused=True, materialize_grads=True)
     return found
 
 
@@ -77,7 +80,7 @@ def _run(problem: Problem, name: str, variable: Tensor, gradient: Tensor) -> Ten
 def accumulated(problem: Problem, gradients: Gradients) -> Gradients:
     """What the hooks that torch runs after it has accumulated a gradient leave in ``.grad`` of each variable."""
     variables = [*problem.variables.values()]
-    if not any([variable._post_accumulate_grad_hooks for variable in variables]):
+    if not any(map(_POST_HOOKS, variables)):
         return gradients
     for variable, gradient in zip(variables, gradients, strict=True):
         variable.grad = None if gradient is None else gradient.clone()

@@ -63,8 +63,7 @@ def operators_of(level: Level, loss: Tensor, variables: Sequence[Tensor]) -> Ope
         faults = derivatives.FAULTS[mode]
         found = [faults[name] for name in sorted(names & faults.keys())]
         replaced |= names & derivatives.REPLACED[mode]
-        if mode == "reverse":  # one without a forward-mode derivative may not be called where that is taken
-            found += [f for n in functions if n not in replaced and (f := derivatives.fault_of(functions[n]))]
+        found += [f for n in functions if n not in replaced and (f := derivatives.fault_of(functions[n], mode))]
         if found:
             raise refused(level, mode, found[0])
     known = level.operators
@@ -92,7 +91,13 @@ def first_evaluation(
     Raises:
         GraphError: if an operator cannot be differentiated as the level's products do.
     """
-    begun = micro.randomness or Randomness.capture(level.device, level.draws_outside)
+    begun = None if micro.randomness else Randomness.capture(level.device, level.draws_outside)
+
+    def repeated() -> Taken:
+        if begun is not None:  # it draws what the first one drew, or would have drawn
+            begun.restore(level.device)
+        return take(micro)
+
     try:
         with forward_ad.dual_level():  # forward-mode derivatives of the loss itself show here: they cannot be nested
             done = take(micro)
@@ -101,10 +106,13 @@ def first_evaluation(
     except GraphError as error:  # it may differentiate its model, with operators that have only one derivative
         if not _differentiates(str(error.__cause__), level.modes):
             raise
-        level.operators, complete = Operators(twice=True, elementary=True), False
+        before, level.operators, complete = level.operators, Operators(twice=True, elementary=True), False
     if not complete:
-        done = take(micro._replace(randomness=begun))
+        done = repeated()
         level.operators = operators_of(level, done[0], variables)
+    elif level.operators.elementary and not before.elementary:  # as products will be taken, to see what is replaced
+        with level.differentiable(again=True):
+            operators_of(level, repeated()[0], variables)
     level.seen = True
     if level.operators.elementary and level.compiler is not None:
         level.compiler.refuse(level.name, "its loss has operators that are replaced by elementary ones")

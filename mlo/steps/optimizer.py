@@ -20,44 +20,21 @@ from mlo.steps.formulas import Gradients, Group
 from mlo.steps.hooks import hooked, transpose_hooks
 from mlo.steps.own_step import Held, has_torch_step, is_replaced
 
-_PLAIN = frozenset((int, float, bool, type(None), str))
 #: the hyperparameters of each parameter group of an optimizer
 Groups = tuple[Group, ...]
 
 
 def hyperparameters(problem: Problem) -> Groups:
-    """The present hyperparameters of the problem's optimizer, with the learning rates that schedulers have set.
-
-    Raises:
-        ConfigError: if one of them requires gradients.
-    """
+    """The present hyperparameters of the problem's optimizer, with the learning rates that schedulers have set."""
     found = []
     for group in problem.optimizer.param_groups:
         of = {**group}
         del of["params"]
         for key, value in of.items():
             if isinstance(value, Tensor):
-                if value.requires_grad:
-                    refuse_learned(problem)
                 of[key] = value.clone()
         found.append(of)
     return tuple(found)
-
-
-def refuse_learned(problem: Problem) -> None:
-    """Raise a ConfigError if a hyperparameter requires gradients: nothing is differentiated for it."""
-    for group in problem.optimizer.param_groups:
-        for key, value in group.items():
-            if type(value) in _PLAIN or key == "params":
-                continue
-            values = value if isinstance(value, tuple | list) else (value,)
-            if any([isinstance(each, Tensor) and each.requires_grad for each in values]):
-                raise ConfigError(
-                    f"problem {problem.name!r}: the option {key!r} of its {type(problem.optimizer).__name__} is a "
-                    "tensor that requires gradients, but no gradient flows through options of an optimizer; pass a "
-                    "number (.item()) or .detach(), and learn a factor of the loss instead, or write the step as part "
-                    "of the upper loss"
-                )
 
 
 def virtual_step(problem: Problem, state: State, gradients: Gradients, groups: Groups) -> State:
@@ -144,14 +121,13 @@ def transpose_step(
         stepped: whether the slots in ``state`` are those after the step.
     """
     numbers, largest = problem.group_numbers, problem.clip_norm_now
-    plain_sgd = sgd.applies(problem.optimizer, groups)
     if slots is None and is_linear(problem, groups) and sgd.by_numbers(groups):
         unreached = [index for index, gradient in enumerate(gradients) if gradient is None]
         scales: Any = sgd.scales([groups[number] for number in numbers], unreached, state.slots)
         return StepCotangents(tuple(torch._foreach_mul(cotangent, scales)), (), ())
     before_clip = hooked(problem, gradients)
     clipped = clip(before_clip, largest)
-    if plain_sgd:
+    if sgd.applies(problem.optimizer, groups):
         found: Any = sgd.transpose(groups, numbers, clipped, state.slots, cotangent, slots or ({},) * len(numbers))
     elif formula := formula_of(problem.optimizer, groups):
         found = formulas.transpose(formula, groups, numbers, state, clipped, stepped, cotangent, slots)

@@ -30,7 +30,7 @@ def has_torch_step(optimizer: Optimizer) -> bool:
         if not (kind.__module__.startswith("torch.optim.") and all(map(_is_torchs, _layers(kind.step)))):
             return False
         _TORCHS[kind] = kind.step
-    return not is_replaced(optimizer)
+    return "step" not in vars(optimizer) or not is_replaced(optimizer)
 
 
 def is_replaced(optimizer: Optimizer) -> bool:
@@ -64,9 +64,7 @@ def check_unchanged(problem: Problem, shadow: Optimizer, groups: Sequence[Mappin
     optimizer = problem.optimizer
     for before, after in zip(groups, shadow.param_groups, strict=True):
         for key, value in before.items():
-            if key in _FLAGS or after.get(key) is value:
-                continue
-            if isinstance(value, Tensor) or after.get(key) != value:
+            if key not in _FLAGS and _differs(value, after.get(key)):
                 raise ConfigError(
                     f"problem {problem.name!r}: {type(optimizer).__name__} changes its option {key!r} in its step, "
                     "which virtual steps and derivatives cannot follow; use a scheduler of torch.optim.lr_scheduler, "
@@ -74,7 +72,7 @@ def check_unchanged(problem: Problem, shadow: Optimizer, groups: Sequence[Mappin
                 )
     own = vars(optimizer)
     for key, value in vars(shadow).items():
-        if key not in COPIED | _OF_TORCH and (key not in own or (own[key] is not value and _differs(own[key], value))):
+        if key not in COPIED | _OF_TORCH and (key not in own or _differs(own[key], value)):
             raise ConfigError(
                 f"problem {problem.name!r}: {type(optimizer).__name__} changes its attribute {key!r} in its step, "
                 "which virtual steps and derivatives cannot follow; keep what a step needs of earlier ones in "
@@ -83,7 +81,7 @@ def check_unchanged(problem: Problem, shadow: Optimizer, groups: Sequence[Mappin
 
 
 def _differs(one: Any, other: Any) -> bool:
-    return isinstance(one, Tensor) or isinstance(other, Tensor) or bool(one != other)
+    return one is not other and (isinstance(one, Tensor) or isinstance(other, Tensor) or bool(one != other))
 
 
 class Held:

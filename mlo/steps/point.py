@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 
-from mlo.errors import GraphError
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import State
 from mlo.ops.rng import Randomness
-from mlo.ops.vectors import Vector, dense, filled
+from mlo.ops.vectors import Vector, dense, filled, has_sparse
 from mlo.steps import compiled
 from mlo.steps.autograd_graph import saved_bytes
 from mlo.steps.evaluation import MicroBatch, evaluate
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from mlo.steps.step import Step
 
 
-_REQUIRES_GRAD = attrgetter("requires_grad")
 NOTHING: Mapping[str, Any] = {}
 
 
@@ -189,7 +186,6 @@ def _evaluated(point: Point, micro: MicroBatch, wanted: Wanted) -> tuple[Tensor,
         if done is not None:
             loss, found, buffers = done
             return loss, _by_level(found, of, states), (), buffers
-    _refuse_frozen(of, states)
     if level.seen:
         loss, found, buffers = _taken(point, states, inputs, wanted, reached, micro)
     else:
@@ -199,11 +195,11 @@ def _evaluated(point: Point, micro: MicroBatch, wanted: Wanted) -> tuple[Tensor,
         level.warn_of_strays(loss, states)  # inner steps would read what they recorded
     if keep_graph and level.graph_bytes is None and not level.recast(point.state):
         level.note_graph(saved_bytes([loss, *found], states.values(), micro.batch), found)
+    if has_sparse(found):
+        kept = len(level.problem.variables) if _stays_sparse(level.problem.optimizer, wanted) else 0
+        found = [*found[:kept], *dense(found[kept:])]
     parts = _by_level(found, of, states)
-    rest = found[sum(map(len, parts.values())) :]
-    kept = level.name if _stays_sparse(level.problem.optimizer, wanted) else None
-    parts = {name: gradients if name == kept else dense(gradients) for name, gradients in parts.items()}
-    return loss.detach(), parts, dense(rest), buffers
+    return loss.detach(), parts, found[sum(map(len, parts.values())) :], buffers
 
 
 def _taken(
@@ -244,7 +240,7 @@ def _taken(
 
 
 def _stays_sparse(optimizer: Optimizer, wanted: Wanted) -> bool:
-    """Whether a level's own gradient, if it is sparse, is only for its optimizer, which takes it like that."""
+    """Whether a level's own gradient, which is sparse, is only for its optimizer, which takes it like that."""
     if wanted.keep_graph or wanted.kind not in ("step", "virtual"):
         return False
     if isinstance(optimizer, SparseAdam):
@@ -269,15 +265,6 @@ def states_at(point: Point, micro: MicroBatch) -> tuple[dict[str, State], Vector
         inputs = inputs if point.shift is None else own.variables
     above = {read: state for read, state in states.items() if read not in point.level.below}
     return {**states, **retaken(point.inner, above, {}, shifts)}, inputs
-
-
-def _refuse_frozen(of: Sequence[str], states: Mapping[str, State]) -> None:
-    for name in of:
-        if not all(map(_REQUIRES_GRAD, states[name].variables)):
-            raise GraphError(
-                f"problem {name!r}: a parameter that its optimizer held at the start no longer requires gradients; "
-                "freeze parameters before the problem is made, or put them in a group with learning rate 0"
-            )
 
 
 def _by_level(found: Found, of: Sequence[str], states: Mapping[str, State]) -> dict[str, Found]:

@@ -7,6 +7,7 @@ takes several passes over the weights. These formulas give the same bits for the
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch.optim import SGD, Optimizer
 from mlo.ops.vectors import chunks
 from mlo.steps.own_step import has_torch_step
 
+_FUSED = itemgetter("fused")
+
 Group = Mapping[str, Any]
 Slots = Sequence[Mapping[str, Any]]
 Gradients = Sequence[Tensor | None]
@@ -23,10 +26,8 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 def applies(optimizer: Optimizer, groups: Sequence[Group]) -> bool:
-    """Whether the optimizer is torch's own SGD, unfused, with learning rates that need no gradient."""
-    if type(optimizer) is not SGD or not has_torch_step(optimizer):
-        return False
-    return not any([group["fused"] or (_by_tensor(group) and group["lr"].requires_grad) for group in groups])
+    """Whether the optimizer is torch's own SGD, unfused."""
+    return type(optimizer) is SGD and has_torch_step(optimizer) and not any(map(_FUSED, groups))
 
 
 def by_numbers(groups: Sequence[Group]) -> bool:

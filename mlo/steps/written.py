@@ -6,6 +6,7 @@ and each evaluation would change the weights once more.
 
 from __future__ import annotations
 
+from operator import ne, or_
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -46,9 +47,9 @@ class Unwritten:
         self._values = None if self._level.writes_nothing else Values(self._tensors)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        written = [n != before for n, before in zip(map(VERSION, self._tensors), self._versions, strict=True)]
+        written = [*map(ne, map(VERSION, self._tensors), self._versions)]
         if self._values is not None:
-            written = [one or other for one, other in zip(written, self._values.put_back(), strict=True)]
+            written = [*map(or_, written, self._values.put_back())]
         if any(written):
             raise self._error(written.index(True), restored=self._values is not None)
         if kind is None:

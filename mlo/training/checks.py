@@ -8,7 +8,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mlo.errors import ConfigError
@@ -16,9 +16,10 @@ from mlo.hypergradient import Estimator
 from mlo.levels.problem import Problem, has_hooks
 from mlo.ops.vectors import Values
 from mlo.steps.hooks import refuse_module_hooks
-from mlo.steps.optimizer import check_own_step, refuse_learned
+from mlo.steps.optimizer import check_own_step
 from mlo.steps.written import refusal, refuse_max_norm
 
+_PLAIN = frozenset((int, float, bool, type(None), str))
 _HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
 _MODULE_HOOKS = attrgetter("_backward_hooks", "_backward_pre_hooks")
 
@@ -48,7 +49,7 @@ class Checks:
         """Raise a GraphError or ConfigError for what is not supported."""
         for name, problem in self._problems.items():
             problem.structure.check()
-            refuse_learned(problem)
+            _refuse_learned(problem)
             step = vars(problem.optimizer).get("step"), type(problem.optimizer).step
             seen = step, hooks_of(problem, self._modules[name])
             if seen != self._seen.get(name):
@@ -98,7 +99,23 @@ def hooks_of(problem: Problem, modules: Iterable[nn.Module]) -> list[tuple[int, 
     found += chain.from_iterable(map(_MODULE_HOOKS, modules))
     found += [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
     found += [_global_optimizer_pre_hooks, _global_optimizer_post_hooks]
-    return [tuple(hooks) for hooks in found if hooks]
+    return [*map(tuple, filter(None, found))]
+
+
+def _refuse_learned(problem: Problem) -> None:
+    """Raise a ConfigError if a hyperparameter requires gradients: nothing is differentiated for it."""
+    for group in problem.optimizer.param_groups:
+        for key, value in group.items():
+            if type(value) in _PLAIN or key == "params":
+                continue
+            values = value if isinstance(value, tuple | list) else (value,)
+            if any([isinstance(each, Tensor) and each.requires_grad for each in values]):
+                raise ConfigError(
+                    f"problem {problem.name!r}: the option {key!r} of its {type(problem.optimizer).__name__} is a "
+                    "tensor that requires gradients, but no gradient flows through options of an optimizer; pass a "
+                    "number (.item()) or .detach(), and learn a factor of the loss instead, or write the step as part "
+                    "of the upper loss"
+                )
 
 
 def _post_hooks(problem: Problem) -> list[str]:

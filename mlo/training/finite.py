@@ -12,7 +12,7 @@ from torch import Tensor
 from mlo.errors import NonFiniteLossError
 from mlo.levels.problem import Problem
 from mlo.levels.state import State
-from mlo.ops.vectors import Vector, all_finite, largest, norm
+from mlo.ops.vectors import Vector, all_finite, existing, largest, norm, parts
 from mlo.steps.losses import Found
 from mlo.steps.scan import Joined
 
@@ -56,8 +56,7 @@ class Watch:
         self._of_buffers = [f"its buffer {names[first + i]!r}" for i in self._checked]
 
     def _step(self, gradients: Found, buffers: Vector) -> list[Tensor]:
-        found = [gradient for gradient in gradients if gradient is not None]
-        return found + self._buffers(buffers)
+        return [*existing(gradients), *self._buffers(buffers)]
 
     def _buffers(self, buffers: Vector) -> list[Tensor]:
         return [buffers[index] for index in self._checked] if buffers else []
@@ -134,7 +133,7 @@ def check(seen: Iterable[Seen], values: Iterable[float]) -> None:
 
 
 def _example(tensor: Tensor) -> float:
-    sizes = (tensor._values() if tensor.is_sparse else tensor).abs()
+    sizes = parts(tensor).abs()
     return sizes[~sizes.isfinite()].view(-1)[0].item() if tensor.dim() else tensor.item()
 
 

@@ -9,15 +9,9 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 
-from mlo.errors import ConfigError
 from mlo.ops.tf32 import Tf32
 from mlo.training.memory import advice
 from mlo.training.plan import Plan
-
-COMPILED = (
-    "a loss calls a function that is compiled by torch.compile, whose gradient cannot be differentiated again; call it "
-    "uncompiled, and pass Engine(compile=True), which compiles whole gradients"
-)
 
 
 class Parts(Protocol):
@@ -39,7 +33,7 @@ def outermost(
     """A decorator that runs the method without the caller's ``torch.autocast``, and with the engine's TensorFloat-32.
 
     Otherwise backward passes and the sums between them would run in the caller's precision. An out-of-memory error gets
-    a note that says what needs less memory, and torch's error about compiled code says what to write.
+    a note that says what needs less memory.
     """
 
     @wraps(method)
@@ -52,10 +46,6 @@ def outermost(
                 return method(self, *args, **kwargs)
             except torch.OutOfMemoryError as error:
                 error.add_note(advice(self._plan))
-                raise
-            except RuntimeError as error:
-                if "does not currently support double backward" in str(error):
-                    raise ConfigError(COMPILED) from error
                 raise
 
     return run

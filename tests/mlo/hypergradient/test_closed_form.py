@@ -248,6 +248,27 @@ def test_minimal_residual_needs_no_rate_and_never_grows(seed):
     assert residual == pytest.approx(((matrix @ solution[0] - b[0]).norm() / b[0].norm()).item())
 
 
+def test_the_first_step_of_minimal_residual_leaves_the_smallest_residual_along_b():
+    a, b = torch.diag(torch.tensor([1.0, 2.0, 5.0])), torch.tensor([1.0, -1.0, 0.5])
+    ((solution,), _) = minimal_residual(lambda u: (a @ u[0],), (b,), 1)
+    torch.testing.assert_close(solution, b * (b @ a @ b) / (a @ b).square().sum())
+
+
+def test_nystrom_takes_its_smallest_eigenvalue_for_directions_that_it_lacks():
+    """The probes span the first two eigenvectors; then the solution is scaled such that the residual is smallest."""
+    a, b = torch.diag(torch.tensor([4.0, 2.0, 1.0])), torch.ones(3)
+    probes = [(each,) for each in torch.eye(3)[:2]]
+    ((solution,), _) = nystrom(lambda u: (a @ u[0],), (b,), probes, None)
+    before = torch.tensor([1 / 4, 1 / 2, 1 / 2])
+    torch.testing.assert_close(solution, before * (a @ before @ b) / (a @ before).square().sum())
+
+
+def test_the_residual_of_nystrom_is_that_of_the_damped_system():
+    a, b = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)), torch.ones(3, dtype=torch.float64)
+    probes = [(each,) for each in torch.eye(3, dtype=torch.float64)]
+    assert nystrom(lambda u: (a @ u[0],), (b,), probes, 0.5)[1] < 1e-12
+
+
 def test_nystrom_without_damping_is_exact_at_full_rank_and_no_worse_than_zero_below():
     torch.manual_seed(0)
     root = torch.randn(6, 6, dtype=torch.float64)

@@ -169,8 +169,8 @@ def test_a_transposed_convolution_whose_third_derivative_torch_has_not():
         engine_of(made(), "unrolled").step()
 
 
-@pytest.mark.parametrize(("layer", "repeated"), [("weight norm", 1), ("layer norm", 0), ("softplus", 0)])
-def test_only_the_first_evaluation_is_repeated_if_it_is_wrong(layer, repeated):
+@pytest.mark.parametrize(("layer", "repeated"), [("weight norm", 1), ("layer norm", 1), ("softplus", 0)])
+def test_only_the_first_evaluation_is_repeated_if_operators_are_replaced(layer, repeated):
     """The gradient of a step takes second derivatives here, and the product third ones."""
     torch.manual_seed(0)
     low = nn.Sequential(nn.Linear(3, 4), LAYERS[layer](), nn.Tanh(), nn.Linear(4, 3))
@@ -181,6 +181,22 @@ def test_only_the_first_evaluation_is_repeated_if_it_is_wrong(layer, repeated):
         engine.step()
         passes.append(engine.passes["low"]["step"] - before)
     assert passes == [passes[1] * (2 + repeated) / 2, passes[1], passes[1]]
+
+
+class PrivateNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.layer_norm(x, (4,))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, "cg"], ids=str)
+def test_a_wrong_operator_that_cannot_be_replaced_is_refused(estimator, steps):
+    """In some of these, no gradient is kept with its graph before the first update."""
+    low = nn.Sequential(nn.Linear(3, 4), PrivateNorm(), nn.Tanh(), nn.Linear(4, 3))
+    before = [p.detach().clone() for p in low.parameters()]
+    with pytest.raises(mlo.GraphError, match=r"NativeLayerNorm\w+ by a private name, .* call torch\.nn\.functional"):
+        engine_of(low, estimator, steps=steps).step()
+    torch.testing.assert_close(list(low.parameters()), before, rtol=0, atol=0)
 
 
 def row(call: Call) -> Call:
@@ -247,6 +263,27 @@ def test_transforms_of_layers_without_higher_derivatives(layer, term):
     engine = engine_of(low, "unrolled", term=TERMS[term])
     engine.step()
     mlo.check(engine, directions=2)
+
+
+@pytest.mark.parametrize(("term", "product"), [(TERMS["jvp"], "exact"), (penalty, "forward")], ids=["fails", "wrong"])
+def test_a_repeated_first_evaluation_leaves_the_random_state_of_one(term, product):
+    low = nn.Sequential(nn.Linear(3, 4), LAYERS["weight norm"](), nn.Tanh(), nn.Linear(4, 3))
+    dropped: list[Tensor] = []
+
+    def dropping(call: Call, x: Tensor) -> Tensor:
+        dropped.append(F.dropout(x))
+        return term(call, dropped[-1]) * F.dropout(torch.ones(3))
+
+    engine = engine_of(low, {"kind": "one_step", "product": product}, term=dropping, steps=1)
+    torch.manual_seed(0)
+    engine.step()
+    assert len(dropped) > 1
+    assert all(torch.equal(each, dropped[0]) for each in dropped)
+    after = torch.get_rng_state()
+    torch.manual_seed(0)
+    F.dropout(dropped[0])
+    F.dropout(torch.ones(3))
+    assert torch.equal(torch.get_rng_state(), after)
 
 
 class PerSample(mlo.Problem):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from mlo.errors import CheckpointError, ConfigError
@@ -175,6 +175,13 @@ class Texts(list):
     pass
 
 
+class Slot:
+    __slots__ = "value"  # a single name is not a list of letters
+
+    def __init__(self, value):
+        self.value = value
+
+
 Named = namedtuple("Named", "x y")
 KINDS = {
     "dictionary": lambda t: {"x": t, "text": "a", "none": None},
@@ -191,6 +198,10 @@ KINDS = {
     "nested": lambda t: [Pair(UserDict(x=(t, "a")), {"y": Frozen([t, None])}), None],
     "deque": lambda t: deque([t]),
 }
+
+
+def test_a_slot_whose_name_is_given_alone_is_found():
+    assert to_device(Slot(torch.ones(2)), torch.device("meta")).value.device.type == "meta"
 
 
 def contents(value: object) -> object:
@@ -243,6 +254,12 @@ def test_a_packed_sequence_keeps_its_sizes():
     packed = pack_sequence([torch.ones(3, 2), torch.ones(2, 2)])
     moved = to_device(packed, torch.device("meta"))
     assert (moved.data.device.type, moved.batch_sizes.device.type) == ("meta", "cpu")
+
+
+def test_a_packed_sequence_keeps_the_order_of_its_parts():
+    parts = [torch.ones(2, 2), torch.zeros(3, 2)]
+    (packed,) = cast_batches((pack_sequence(parts, enforce_sorted=False),), torch.float64)
+    torch.testing.assert_close([*unpack_sequence(packed)], [part.double() for part in parts])
 
 
 class Linked:

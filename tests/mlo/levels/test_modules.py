@@ -267,7 +267,8 @@ MODULES = {
 
 
 @pytest.mark.slow
-def test_a_loss_that_calls_compiled_code_is_reported():
+@pytest.mark.parametrize("product", ["exact", "forward"])
+def test_a_loss_that_calls_compiled_code_is_refused(product):
     class Compiled(Wrapper):
         def __init__(self) -> None:
             super().__init__()
@@ -276,8 +277,10 @@ def test_a_loss_that_calls_compiled_code_is_reported():
         def forward(self, x: Tensor) -> Tensor:
             return self.activation(self.within(x))
 
-    made = engine(Compiled().double(), "one_step")
-    with pytest.raises(mlo.ConfigError, match=r"compiled by torch\.compile.* Engine\(compile=True\)"):
+    made = engine(Compiled().double(), {"kind": "one_step", "product": product})
+    with pytest.raises(
+        mlo.GraphError, match=r"'model': its loss uses a function compiled by torch\.compile.* Engine\(compile=True\)"
+    ):
         made.step()
 
 

@@ -440,7 +440,7 @@ def with_graphs_of_one_memory(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str
 
     monkeypatch.setitem(compiling._OPTIONS, "options", {})
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr("mlo.training.engine.Compiler", lambda device: compiling.Compiler(torch.device("cuda")))
+    monkeypatch.setattr("mlo.training.engine.Compiler", lambda device, **_: compiling.Compiler(torch.device("cuda")))
     return seen
 
 

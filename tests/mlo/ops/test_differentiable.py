@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from mlo.ops.differentiable import ElementaryOperators, TwiceDifferentiable
@@ -87,6 +88,50 @@ def test_weight_norm_by_plain_operators_is_torchs_and_has_its_second_derivative(
         assert torch.autograd.gradgradcheck(lambda v, g: torch._weight_norm(v, g, dim), (v, g))
     assert torch._weight_norm is own
     assert torch.nn.utils.weight_norm.__globals__["_weight_norm"] is own, "where the older hooks look for it"
+
+
+LOSSES = {"mse": F.mse_loss, "soft margin": F.soft_margin_loss, "huber": partial(F.huber_loss, delta=0.7)}
+REDUCTIONS = [{"reduction": "mean"}, {"reduction": "sum"}, {"reduction": "none"}]
+LEGACY = [{"size_average": False}, {"reduce": False}, {"size_average": True, "reduce": True}]
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [(loss, options) for loss in LOSSES for options in REDUCTIONS]
+    + [(loss, options) for loss in ("mse", "soft margin") for options in LEGACY],
+    ids=str,
+)
+def test_losses_by_plain_operators_are_torchs(loss, options, float64):
+    x, y = torch.randn(5, 3), torch.randn(5, 3).sign()
+    with ElementaryOperators():
+        found = LOSSES[loss](x, y, **options)
+    torch.testing.assert_close(found, LOSSES[loss](x, y, **options))
+
+
+@pytest.mark.parametrize("loss", ["mse", "huber"])
+@pytest.mark.parametrize("options", REDUCTIONS, ids=str)
+def test_weighted_losses_by_plain_operators_are_torchs(loss, options, float64):
+    x, y, weight = torch.randn(5, 3), torch.randn(5, 3), torch.rand(5, 3)
+    with ElementaryOperators():
+        found = LOSSES[loss](x, y, weight=weight, **options)
+    torch.testing.assert_close(found, LOSSES[loss](x, y, weight=weight, **options))
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+def test_distances_by_plain_operators_are_torchs(p, float64):
+    x, y = torch.randn(4, 3), torch.randn(5, 3)
+    with ElementaryOperators():
+        found = torch.cdist(x, y, p), F.pdist(x, p)
+    torch.testing.assert_close(found, (torch.cdist(x, y, p), F.pdist(x, p)))
+
+
+def test_a_hard_sigmoid_in_place_is_in_place():
+    x = torch.linspace(-4, 4, 9)
+    expected = F.hardsigmoid(x)
+    with ElementaryOperators():
+        F.hardsigmoid(x, inplace=True)
+    torch.testing.assert_close(x, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -188,6 +188,11 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str]] = {
         "ctc_loss, which has no second derivative .* product 'central'",
     ),
     "multi_margin_loss": (lambda a, b: F.multi_margin_loss(a + b, LABELS), "exact", "multi_margin_loss, which has no"),
+    "hardsigmoid by a private name": (
+        lambda a, b: torch._C._nn.hardsigmoid(a) * b,
+        "exact",
+        "HardsigmoidBackward0 by a private name, .* call torch.nn.functional",
+    ),
     "as_strided_scatter": (
         lambda a, b: torch.as_strided_scatter(a, b[0].square(), (4,), (1,)),
         "exact",

@@ -14,19 +14,29 @@ MASK = torch.tensor([[1.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
 MIX = torch.tensor([[1.0, 0.5, 0, 0], [0, 1, 0, 0], [0, -0.3, 2, 0], [0.1, 0, 0, 1]], dtype=torch.float64)
 
 
+LEARNED = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64, requires_grad=True)
+
+
 def in_place(gradient: Tensor) -> None:
     gradient.mul_(MASK)
+
+
+def not_linear_in_place(gradient: Tensor) -> None:
+    gradient.mul_(1 + gradient)
 
 
 HOOKS = {
     "mask": lambda g: g * MASK,
     "mask in place": in_place,
+    "not linear, in place": not_linear_in_place,
     "clamp": lambda g: g.clamp(-0.4, 0.4),
     "scale": lambda g: 0.3 * g,
     "unit norm": lambda g: g / (g.norm() + 1e-3),
     "not symmetric": lambda g: g @ MIX,
     "centralized": lambda g: g - g.mean(),
     "shrunk": lambda g: torch.where(g.norm() > 0.2, 0.5 * g, g),
+    "constant": lambda g: torch.full_like(g, 0.1),
+    "of another tensor": lambda g: LEARNED * MASK,
     "only looks": lambda g: print(g.norm().item()),
 }
 OPTIMIZERS = {
@@ -210,6 +220,25 @@ def test_a_hook_that_returns_another_shape_is_reported():
 def test_hooks_with_accumulated_batches_are_refused():
     with pytest.raises(mlo.ConfigError, match=r"'model': hooks on its parameters .*accumulate=1"):
         engine(hooked(HOOKS["mask"]), "one_step", accumulate=2)
+
+
+class Sum(mlo.Problem):
+    def loss(self, batch):
+        return (self.params["one"] + self.params["other"] - batch).square().sum()
+
+
+def test_hooks_after_accumulation_have_gradients_of_their_own():
+    """As in torch: the gradient of a sum is one tensor for all its terms, and a hook may write into ``.grad``."""
+    module = nn.ParameterDict({name: nn.Parameter(torch.zeros(2)) for name in ("one", "other", "unused")})
+    module["one"].register_post_accumulate_grad_hook(lambda parameter: parameter.grad.zero_())
+    module["unused"].register_post_accumulate_grad_hook(lambda parameter: pytest.fail("it has no gradient"))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    mlo.Engine(Sum("sum", module=module, optimizer=optimizer, data=[torch.ones(2)]), device="cpu").step()
+    assert {name: parameter.tolist() for name, parameter in module.items()} == {
+        "one": [0, 0],
+        "other": [1, 1],
+        "unused": [0, 0],
+    }
 
 
 def test_pruned_weights_are_exact():

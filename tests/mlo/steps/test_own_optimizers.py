@@ -12,6 +12,7 @@ from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 import mlo
+from mlo.steps.own_step import has_torch_step
 from tests.plain_loop import Factors, batches, derivative, engine, linear, trained, values
 
 
@@ -114,6 +115,7 @@ class Same(Adam):
 
 
 EXACT = {
+    "fused SGD": lambda p: SGD(p, lr=0.05, momentum=0.9, dampening=0.4, weight_decay=0.1, maximize=True, fused=True),
     "Projected": lambda p: Projected(p, lr=0.1),
     "Projected with momentum": lambda p: Projected(p, lr=0.1, momentum=0.9),
     "Ball": lambda p: Ball(p, lr=0.1),
@@ -439,6 +441,13 @@ def test_a_step_that_a_scheduler_has_wrapped_is_torchs(kind):
 
     found = engine(make, "unrolled").hypergradient("factors")["logs"]
     torch.testing.assert_close(found, derivative(make), rtol=1e-8, atol=1e-10)
+
+
+def test_a_step_that_is_replaced_on_torchs_class_is_not_torchs(monkeypatch):
+    optimizer = torch.optim.Adagrad([torch.zeros(1, requires_grad=True)])
+    assert has_torch_step(optimizer)
+    monkeypatch.setattr(torch.optim.Adagrad, "step", lambda self, closure=None: None)
+    assert not has_torch_step(optimizer)
 
 
 def test_the_uppermost_level_takes_any_step():

@@ -119,6 +119,15 @@ def test_an_uppermost_level_may_have_them(estimator):
     torch.testing.assert_close(found[1][2], expected, rtol=1e-12, atol=0)
 
 
+def test_hooks_after_accumulation_with_several_batches_are_refused():
+    made = engine(plain, "one_step", steps=1, top_rate=1.0)
+    top = made.problems["factors"]
+    top.accumulate = 2
+    top.module.logs.register_post_accumulate_grad_hook(halve)
+    with pytest.raises(mlo.ConfigError, match=r"'factors': hooks on its parameters .* pass accumulate=1"):
+        made.step()
+
+
 def test_a_hook_after_accumulation_may_take_its_own_step():
     made = engine(plain, "one_step", steps=1, top_rate=1.0)
     logs = made.problems["factors"].module.logs
@@ -453,3 +462,12 @@ def test_harmless_changes_are_taken():
     mlo.check(made)
     parametrizations.weight_norm(model.module.head)
     refused_from_now_on(made, "its module has no tensor 'head.weight' any more")
+
+
+def test_a_variable_that_gets_a_second_place_in_its_module_is_refused():
+    """Virtual steps would not exchange it there."""
+    made = engine(plain, "one_step", steps=1)
+    module = made.problems["model"].module
+    module.tied = module.weight
+    with pytest.raises(mlo.GraphError, match="'model': the parameter 'tied' of its module is another tensor"):
+        made.step()

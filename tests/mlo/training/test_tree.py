@@ -121,6 +121,13 @@ def test_tensors_that_share_a_storage_still_do(tmp_path):
     assert whole.untyped_storage().nbytes() < base.untyped_storage().nbytes()
 
 
+def test_tensors_of_different_sizes_may_share_a_storage(tmp_path):
+    base = torch.arange(8.0, dtype=torch.float64)
+    halves, whole = back(tmp_path, [base.view(torch.float32)[5:9], base[3:]])
+    assert torch.equal(halves, base.view(torch.float32)[5:9])
+    assert torch.equal(whole, base[3:])
+
+
 def test_expanded_and_conjugated_tensors_are_written_out(tmp_path):
     for tensor in (torch.ones(1).expand(5), torch.tensor([1 + 2j]).conj(), torch.tensor([1 + 2j]).conj().imag):
         found = back(tmp_path, tensor)
