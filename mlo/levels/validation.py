@@ -30,6 +30,11 @@ def faults_of_parts(module: object, optimizer: object, scheduler: object) -> lis
         faults += faults_of_module(module)
     if not isinstance(optimizer, Optimizer):
         faults.append(f"optimizer is a {type(optimizer).__name__}; pass a torch.optim optimizer")
+    elif "_optimizer_step_pre_hooks" not in vars(optimizer):
+        faults.append(
+            f"{type(optimizer).__name__} does not call super().__init__(params, defaults) of torch.optim.Optimizer; "
+            "call it, or, if it wraps another optimizer, make it a subclass of that"
+        )
     elif isinstance(optimizer, LBFGS):
         faults.append("LBFGS evaluates the loss several times per step, which is not supported; pass another optimizer")
     elif any(group.get("differentiable") for group in optimizer.param_groups):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mlo.errors import ConfigError
 from mlo.levels.problem import Problem
@@ -94,7 +94,7 @@ class Held:
         self._tensors = [p for group in optimizer.param_groups for p in group["params"]]
         self._tensors += [t for t in tree_leaves([*attributes.values()]) if isinstance(t, Tensor)]
         self._values = values_of(self._tensors)
-        self._containers = [(k, v, copy(v)) for k, v in attributes.items() if isinstance(v, dict | list | set)]
+        self._containers = [(k, v, _copied(v)) for k, v in attributes.items() if isinstance(v, dict | list | set)]
 
     def restored(self) -> str | None:
         """What has changed since, which is set to what it was; None if nothing has."""
@@ -105,6 +105,12 @@ class Held:
                 (value.extend if isinstance(value, list) else value.update)(before)
                 changed = f"the attribute {key!r}"
         return changed
+
+
+def _copied(container: Any) -> Any:
+    """A copy of it, and of the containers in it; what they hold is the same."""
+    inside = tree_map(lambda leaf: leaf, container)
+    return copy(container) if inside is container else inside
 
 
 def check_graphs(

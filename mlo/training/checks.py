@@ -16,7 +16,8 @@ from mlo.hypergradient import Estimator
 from mlo.levels.problem import Problem, has_hooks
 from mlo.ops.vectors import put_back, values_of
 from mlo.steps.hooks import refuse_module_hooks
-from mlo.steps.optimizer import check_own_step, refuse_learned
+from mlo.steps.optimizer import refuse_learned
+from mlo.steps.trials import check_own_step
 from mlo.steps.written import refusal, refuse_max_norm
 
 _HOOKS = attrgetter("_backward_hooks", "_post_accumulate_grad_hooks")
