@@ -169,6 +169,7 @@ _OTHER_MESSAGES: dict[str, tuple[Mode, Fault]] = {
     "must implement the jvp function": ("forward", Fault("autograd.Function without a method jvp", _EXACT)),
     "ZeroTensors are immutable": ("forward", Fault("an operator with an argument without a tangent", _EXACT)),
     "output_padding is not supported": ("reverse", Fault("conv_transpose with output_padding", _FORWARD)),
+    "expected sparse coordinate tensor layout": ("reverse", Fault("an operator of sparse CSR tensors", _DIFFERENCE)),
     "functions with out=... arguments": (
         "reverse",
         Fault("CrossMapLRN2d or another operator that writes with out=", "use nn.LocalResponseNorm"),
