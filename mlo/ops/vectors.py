@@ -187,10 +187,15 @@ def all_finite(a: Sequence[Tensor]) -> bool:
 
 
 def dense(a: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The same tensors, none of them sparse, as the gradient of ``nn.Embedding(sparse=True)`` is."""
-    if not any([tensor is not None and tensor.is_sparse for tensor in a]):
+    """The same tensors, none of them sparse, as the gradient of ``nn.Embedding(sparse=True)`` is.
+
+    None is a lazy conjugate either, which the steps of torch's optimizers cannot take.
+    """
+    if not any([tensor is not None and (tensor.is_sparse or tensor.is_conj()) for tensor in a]):
         return a
-    return [tensor.to_dense() if tensor is not None and tensor.is_sparse else tensor for tensor in a]
+    return [
+        tensor if tensor is None else tensor.to_dense() if tensor.is_sparse else tensor.resolve_conj() for tensor in a
+    ]
 
 
 def parts(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from mlo.errors import ConfigError
@@ -78,6 +78,7 @@ class Checks:
         self.run()
 
     def _check(self, name: str, problem: Problem) -> None:
+        _refuse_sparse_state(problem)
         if name in self._virtual:
             _refuse_step_hooks(problem)
             check_own_step(problem)
@@ -104,6 +105,17 @@ def hooks_of(problem: Problem, modules: Iterable[nn.Module]) -> list[tuple[int, 
 
 def _post_hooks(problem: Problem) -> list[str]:
     return [name for name, variable in problem.variables.items() if variable._post_accumulate_grad_hooks]
+
+
+def _refuse_sparse_state(problem: Problem) -> None:
+    for name, slot in zip(problem.variables, problem.optimizer_slots(), strict=True):
+        for key, value in slot.items():
+            if isinstance(value, Tensor) and value.is_sparse:
+                raise ConfigError(
+                    f"problem {problem.name!r}: the state {key!r} of its optimizer for the parameter {name!r} is "
+                    "sparse, as earlier steps with sparse gradients made it; write it as "
+                    f"optimizer.state[parameter][{key!r}] = value.to_dense(), or make the optimizer anew"
+                )
 
 
 def _refuse_step_hooks(problem: Problem) -> None:
