@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,7 +75,9 @@ class Attributes:
         raise GraphError(
             f"problem {self._level.name!r}: its loss has another value when it is evaluated again at the same "
             f"parameters, with the same batch and random numbers: {what}. Steps are evaluated several times, so this "
-            "must not change a loss; keep the value in a buffer (register_buffer), or compute it from self.steps_taken"
+            "must not change a loss; keep the value in a buffer (register_buffer), or compute it from "
+            "self.steps_taken. If a first call sets values, run the module once before the engine is made. Draw random "
+            "numbers from the global generators"
         )
 
 
@@ -89,6 +93,12 @@ def _mark(value: Any, inside: bool = True) -> Any:
         return value
     if isinstance(value, Tensor):
         return id(value), value._version
+    if isinstance(value, torch.Generator):
+        return id(value), value.get_state().tolist()
+    if isinstance(value, random.Random):
+        return id(value), value.getstate()
+    if isinstance(value, np.random.Generator):
+        return id(value), str(value.bit_generator.state)
     if inside and isinstance(value, _CONTAINERS):
         members = value.items() if isinstance(value, dict) else value
         marks = [tuple(_mark(x, False) for x in m) if isinstance(m, tuple) else _mark(m, False) for m in members]

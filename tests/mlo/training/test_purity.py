@@ -362,6 +362,24 @@ class ByTensor(Counted):
         return super().forward() * self.average
 
 
+class ByGenerator(Counted):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__(value)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self) -> Tensor:
+        return super().forward() + torch.rand(2, generator=self.generator)
+
+
+class ByNumpy(Counted):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__(value)
+        self.generator = np.random.default_rng(0)
+
+    def forward(self) -> Tensor:
+        return super().forward() * self.generator.random()
+
+
 def by_hook() -> Point:
     module, calls = Point(torch.tensor([0.3, -0.2])), []
     module.register_forward_hook(lambda module, args, output: calls.append(1) or output * len(calls))
@@ -377,6 +395,8 @@ REMEMBERING = {
     "a list": (lambda: counted(ByList), "it changes 'outputs' of the module of 'low'"),
     "a dictionary": (lambda: counted(ByDict), "it changes 'last' of the module of 'low'"),
     "a tensor": (lambda: counted(ByTensor), "it changes 'average' of the module of 'low'"),
+    "a generator": (lambda: counted(ByGenerator), "it changes 'generator' of the module of 'low'"),
+    "a generator of NumPy": (lambda: counted(ByNumpy), "it changes 'generator' of the module of 'low'"),
     "a forward hook": (by_hook, "a forward hook may count its calls"),
 }
 
