@@ -163,14 +163,15 @@ def test_as_on_a_gpu(estimator):
 
 
 class Conjugated(nn.Module):
-    """Its gradient is a lazy conjugate, which torch's Adam cannot take."""
+    """The gradient of its factor is a lazy conjugate, which torch's Adam cannot take."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.linspace(0.1, 0.9, 6).reshape(3, 2) + 0.3j)
+        self.factor = nn.Parameter(torch.tensor([0.5 - 0.2j, 0.3 + 0.4j]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.view_as_real((x.to(self.weight.dtype) @ self.weight).exp() * (0.5 - 0.2j)).sum(-1)
+        return torch.view_as_real((x.to(self.weight.dtype) @ self.weight).exp() * self.factor.conj()).sum(-1)
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "RMSprop", "NAdam", "Rprop"])
