@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import GeneratorType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,9 +33,21 @@ def opened(batch: Any, owner: str | None = None) -> Any:
     return _opened(batch, owner, ())
 
 
+def refuse_iterators(batch: Any, owner: str) -> None:
+    """Raise a ConfigError for a batch that holds an iterator, which a second evaluation would find at its end."""
+    for leaf in tree_leaves(opened(batch)):
+        if isinstance(leaf, _READ_ONCE):
+            raise ConfigError(
+                f"problem {owner!r}: its batch holds an iterator ({type(leaf).__name__}), which can be read only once, "
+                "but a loss may be evaluated several times on one batch; put a list of what it yields into the batch"
+            )
+
+
 _BACK = object()  # in place of an object that holds itself
 #: what holds no tensors, or is one
 _SIMPLE = (Tensor, bool, int, float, complex, str, bytes, type(None), np.generic, np.ndarray, type, ModuleType)
+#: iterators that people put into batches
+_READ_ONCE = (GeneratorType, map, filter, zip, enumerate, reversed)
 
 
 class _Object:
@@ -90,7 +102,15 @@ def _opened(value: Any, owner: str | None, within: tuple[int, ...]) -> Any:
     def visit(part: Any) -> Any:
         return part if isinstance(part, _SIMPLE) else _node(part, owner, within)
 
-    return tree_map(visit, value, is_leaf=lambda part: isinstance(part, PackedSequence))
+    return tree_map(visit, value, is_leaf=_is_object)
+
+
+def _is_object(part: Any) -> bool:
+    """Whether pytree would take it for a plain tuple, which it is not."""
+    if isinstance(part, PackedSequence):
+        return True
+    # a subclass of a named tuple, whose class may take other arguments than its fields
+    return isinstance(part, tuple) and hasattr(part, "_fields") and "_fields" not in vars(type(part))
 
 
 def _node(value: Any, owner: str | None, within: tuple[int, ...]) -> Any:
@@ -139,6 +159,8 @@ def _obstacle(value: Any) -> str | None:
         return "it is a module, which belongs to a problem"
     if isinstance(value, set | frozenset):
         return "sets have no order"
+    if isinstance(value, tuple):
+        return None  # made without a copy
     try:
         copy(value)
     except TypeError:

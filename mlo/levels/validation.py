@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -30,6 +31,11 @@ def faults_of_parts(module: object, optimizer: object, scheduler: object) -> lis
         faults += faults_of_module(module)
     if not isinstance(optimizer, Optimizer):
         faults.append(f"optimizer is a {type(optimizer).__name__}; pass a torch.optim optimizer")
+    elif "_optimizer_step_pre_hooks" not in vars(optimizer):
+        faults.append(
+            f"{type(optimizer).__name__} does not call super().__init__(params, defaults) of torch.optim.Optimizer; "
+            "call it, or, if it wraps another optimizer, make it a subclass of that"
+        )
     elif isinstance(optimizer, LBFGS):
         faults.append("LBFGS evaluates the loss several times per step, which is not supported; pass another optimizer")
     elif any(group.get("differentiable") for group in optimizer.param_groups):
@@ -70,7 +76,27 @@ def faults_of_module(module: nn.Module) -> list[str]:
             f"its module has lazy layers without a shape yet ({few(lazy)}); run the model once on a batch before you "
             "make the optimizer"
         )
-    return faults
+    return faults + ([] if lazy else [*_shared(dict(module.named_parameters()), dict(module.named_buffers()))])
+
+
+def _shared(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Iterator[str]:
+    """A message about a trainable parameter that shares its memory with another tensor, as far as can be seen."""
+    spans = []
+    for name, tensor in [*parameters.items(), *buffers.items()]:
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous() and tensor.numel() and not tensor.is_meta:
+            begin = tensor.data_ptr()
+            trained = name in parameters and tensor.requires_grad
+            spans.append((begin, begin + tensor.numel() * tensor.element_size(), name, trained))
+    spans.sort()
+    for (_, end, one, some), (begin, _, other, more) in pairwise(spans):
+        if begin < end and (some or more):
+            first, second = (one, other) if some else (other, one)
+            yield (
+                f"the parameter {first!r} of its module shares its memory with {second!r}, which is another tensor "
+                "(as after .data), so virtual steps would move only one of them; use the parameter itself in both "
+                "places (self.b.weight = self.a.weight), or a copy (.clone())"
+            )
+            return
 
 
 def _module(name: str) -> str:

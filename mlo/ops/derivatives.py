@@ -179,6 +179,7 @@ _OTHER_MESSAGES: dict[str, tuple[Mode, Fault]] = {
     ),
     "ZeroTensors are immutable": ("forward", Fault("an operator with an argument without a tangent", _EXACT)),
     "output_padding is not supported": ("reverse", Fault("conv_transpose with output_padding", _FORWARD)),
+    "expected sparse coordinate tensor layout": ("reverse", Fault("an operator of sparse CSR tensors", _DIFFERENCE)),
     "functions with out=... arguments": (
         "reverse",
         Fault("CrossMapLRN2d or another operator that writes with out=", "use nn.LocalResponseNorm"),

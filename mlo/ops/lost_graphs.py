@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,37 @@ class LostGraphs(TorchDispatchMode):
 
     def _is_cut(self, tensor: Tensor) -> bool:
         return _key(tensor) in self._followed and not (tensor.requires_grad and torch.is_grad_enabled())
+
+
+class Touched(TorchDispatchMode):
+    """A context that sees whether operators read or write certain tensors.
+
+    Args:
+        tensors: by name.
+
+    Attributes:
+        where: the first of them, and where it was; None: none of them.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._names = {_key(tensor): name for name, tensor in tensors.items() if _is_followed(tensor)}
+        self.where: str | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operator, and look at its arguments."""
+        kwargs = kwargs or {}
+        name = str(func).split(".")[1]
+        if self.where is None and name not in _LOOKS and not name.endswith("_like") and not name.startswith("new_"):
+            given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor) and _is_followed(t)]
+            found = [self._names[_key(tensor)] for tensor in given if _key(tensor) in self._names]
+            self.where = f"the parameter {found[0]!r} itself{_line()}" if found else None
+        return func(*args, **kwargs)
+
+
+_LOOKS = frozenset(("detach", "alias"))
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -17,7 +17,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-VERSION = attrgetter("_version")  # torch's count of the writes into a tensor
 Vector = tuple[Tensor, ...]
 
 
@@ -191,15 +190,20 @@ def all_finite(a: Sequence[Tensor]) -> bool:
 
 
 def dense(a: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """The same tensors, none of them sparse, as the gradient of ``nn.Embedding(sparse=True)`` is."""
-    if not has_sparse(a):
+    """The same tensors, none of them sparse, as the gradient of ``nn.Embedding(sparse=True)`` is.
+
+    None is a lazy conjugate either, which the steps of torch's optimizers cannot take.
+    """
+    if not has_others(a):
         return a
-    return [tensor.to_dense() if tensor is not None and tensor.is_sparse else tensor for tensor in a]
+    return [
+        tensor if tensor is None else tensor.to_dense() if tensor.is_sparse else tensor.resolve_conj() for tensor in a
+    ]
 
 
-def has_sparse(a: Sequence[Tensor | None]) -> bool:
-    """Whether one of the tensors is sparse."""
-    return any(map(_IS_SPARSE, existing(a)))
+def has_others(a: Sequence[Tensor | None]) -> bool:
+    """Whether one of the tensors is sparse, or a lazy conjugate."""
+    return any(map(_IS_SPARSE, existing(a))) or any(map(Tensor.is_conj, existing(a)))
 
 
 def existing(a: Iterable[Tensor | None]) -> Iterator[Tensor]:
@@ -269,32 +273,3 @@ def difference(one: Sequence[Tensor | None], other: Sequence[Tensor | None], wei
         for index, tensor in zip(both, scaled(torch._foreach_sub(ones, others), weight), strict=True):
             found[index] = tensor
     return found
-
-
-class Values:
-    """Copies of tensors, to put back what is written into them."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors, self._versions = tensors, [*map(VERSION, tensors)]
-        self._values = [tensor.detach().clone() for tensor in tensors]
-
-    def put_back(self) -> list[bool]:
-        """Which tensors were written into, and now have their values again.
-
-        What is written through ``.data``, torch does not count. It is found by the values on a CPU only: elsewhere
-        that would wait for the device.
-        """
-        written = []
-        for tensor, value, version in zip(self._tensors, self._values, self._versions, strict=True):
-            counted = tensor._version != version
-            differs = counted or (readable(tensor) and not _equal(tensor, value))
-            if differs:
-                with torch.no_grad():
-                    tensor.copy_(value)
-            written.append(differs)
-        return written
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether all numbers are the same; NaN is the same as NaN."""
-    return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())

@@ -27,7 +27,7 @@ def hooked(problem: Problem, gradients: Gradients) -> Gradients:
     found = [*gradients]
     for index, (name, variable) in enumerate(problem.variables.items()):
         if variable._backward_hooks and (gradient := found[index]) is not None:
-            found[index] = _run(problem, name, variable, gradient.clone())
+            found[index] = run_hooks(problem, name, variable, gradient.clone())
     return found
 
 
@@ -46,7 +46,7 @@ def transpose_hooks(problem: Problem, gradients: Gradients, cotangents: Sequence
             with torch.enable_grad():
                 begun = leaf.clone()
                 with LostGraphs([begun]) as seen:
-                    after = _run(problem, name, variable, begun)
+                    after = run_hooks(problem, name, variable, begun)
             where = seen.where(after) or (seen.read if after is not begun or begun._version else None)
             if where is not None:
                 raise ConfigError(
@@ -61,7 +61,8 @@ def transpose_hooks(problem: Problem, gradients: Gradients, cotangents: Sequence
     return found
 
 
-def _run(problem: Problem, name: str, variable: Tensor, gradient: Tensor) -> Tensor:
+def run_hooks(problem: Problem, name: str, variable: Tensor, gradient: Tensor) -> Tensor:
+    """What the hooks of one variable make of its gradient, which they may write into."""
     hooks = variable._backward_hooks
     for hook in [*hooks.values()] if hooks else ():
         result = hook(gradient)

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mlo.errors import GraphError
+from mlo.levels.batch_trees import refuse_iterators
 from mlo.ops import derivatives
 from mlo.ops.derivatives import Fault, Mode
 from mlo.ops.rng import Randomness
 from mlo.ops.vectors import Vector
+from mlo.steps.attributes import Attributes
 from mlo.steps.autograd_graph import nodes_of, nodes_towards
 
 if TYPE_CHECKING:
@@ -89,7 +91,8 @@ def first_evaluation(
         again: whether the gradient will be differentiated.
 
     Raises:
-        GraphError: if an operator cannot be differentiated as the level's products do.
+        GraphError: if an operator cannot be differentiated as the level's products do, or if the loss has another value
+            when it is evaluated again.
     """
     begun = None if micro.randomness else Randomness.capture(level.device, level.draws_outside)
 
@@ -98,6 +101,10 @@ def first_evaluation(
             begun.restore(level.device)
         return take(micro)
 
+    attributes = None
+    if level.repeats:
+        refuse_iterators(micro.batch, level.name)
+        attributes = Attributes(level)
     try:
         with forward_ad.dual_level():  # forward-mode derivatives of the loss itself show here: they cannot be nested
             done = take(micro)
@@ -113,6 +120,11 @@ def first_evaluation(
     elif level.operators.elementary and not before.elementary:  # as products will be taken, to see what is replaced
         with level.differentiable(again=True):
             operators_of(level, repeated()[0], variables)
+    if attributes is not None and (attributes.hooked or attributes.changed()):
+        first = done[0].detach()
+        del done  # its graph, before the next one
+        done = repeated()
+        attributes.check(first, done[0].detach())
     level.seen = True
     if level.operators.elementary and level.compiler is not None:
         level.compiler.refuse(level.name, "its loss has operators that are replaced by elementary ones")
@@ -150,6 +162,13 @@ def explained(level: Level, error: RuntimeError) -> Exception:
         return GraphError(
             f"problem {level.name!r}: the graph of its loss is freed before its gradient is computed; return it "
             "without calling .backward() on it, and compute all of it in the call, without tensors from earlier calls"
+        )
+    if "modified by an inplace operation" in str(error):
+        return GraphError(
+            f"problem {level.name!r}: a tensor that the gradient of its loss needs was written into since it was used. "
+            "Either the loss or a module uses a parameter itself, from an attribute, a list or a closure, which a real "
+            "step moves; then call the problem, or use its .params[name] (in a module: self.layer.weight). Or an "
+            "operation in place (x += y, x.mul_(y)) changes what another one needs; then write it without"
         )
     if _NESTED in str(error):
         return GraphError(

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mlo.errors import ConfigError
 from mlo.levels.problem import Problem, has_hooks
-from mlo.levels.state import State, leaves
-from mlo.ops.rng import replay
+from mlo.levels.state import State
 from mlo.ops.vectors import Vector
 from mlo.steps import formulas, sgd, torch_step
 from mlo.steps.adaptive import formula_of
 from mlo.steps.clipping import clip, transpose_clip
 from mlo.steps.formulas import Gradients, Group
 from mlo.steps.hooks import hooked, transpose_hooks
-from mlo.steps.own_step import Held, has_torch_step, is_replaced
 
 #: the hyperparameters of each parameter group of an optimizer
 Groups = tuple[Group, ...]
@@ -135,50 +132,3 @@ def transpose_step(
         found = torch_step.transpose(problem, groups, state.variables, clipped, state.slots, cotangent, slots)
     onto = tuple(transpose_hooks(problem, gradients, transpose_clip(before_clip, largest, found[0])))
     return StepCotangents(onto, (), ()) if slots is None else StepCotangents(onto, tuple(found[1]), tuple(found[2]))
-
-
-def check_differentiable(problem: Problem) -> None:
-    """Raise a ConfigError if a step of the problem's optimizer, or a hook before it, cannot be differentiated."""
-    if "differentiable" not in problem.optimizer.defaults:
-        raise ConfigError(
-            f"problem {problem.name!r}: a step of {type(problem.optimizer).__name__} cannot be differentiated (it has "
-            "no option differentiable=True); use another optimizer, or pass hypergradient='cg', 'neumann' or "
-            "'first_order', which do not differentiate optimizer steps"
-        )
-    with replay(None, problem.live_state().device, outside=True):
-        gradients = _any_gradients(problem)
-        transpose_hooks(problem, gradients, gradients)
-        if not has_torch_step(problem.optimizer):
-            _twice(problem, differentiable_step)
-
-
-def check_own_step(problem: Problem) -> None:
-    """Raise a ConfigError if a user's own optimizer would, in a step on copies, change more than these."""
-    optimizer, kind = problem.optimizer, type(problem.optimizer).__name__
-    if is_replaced(optimizer):
-        raise ConfigError(
-            f"problem {problem.name!r}: the method step of its {kind} was replaced by another function, which virtual "
-            "steps cannot run on copies; override step in a subclass, with super().step() in it"
-        )
-    if has_torch_step(optimizer):
-        return
-    held = Held(optimizer)
-    with replay(None, problem.live_state().device, outside=True):
-        _twice(problem, virtual_step)
-    if (changed := held.restored()) is not None:
-        raise ConfigError(
-            f"problem {problem.name!r}: a step of {kind} on copies changes {changed} of the optimizer itself; reach "
-            "parameters through self.param_groups, and keep what a step needs of earlier ones in self.state[parameter]"
-        )
-
-
-def _twice(problem: Problem, take: Callable[[Problem, State, Gradients, Groups], State]) -> None:
-    """Two steps on copies, from which nothing is kept, of the problem's own optimizer and of no hooks."""
-    live, groups = problem.live_state(), hyperparameters(problem)
-    state = live._replace(variables=leaves(live.variables), slots=problem.optimizer_slots(), live=False)
-    for _ in range(2):
-        state = take(problem, state, _any_gradients(problem), groups)
-
-
-def _any_gradients(problem: Problem) -> Vector:
-    return tuple([torch.randn_like(variable, requires_grad=True) for variable in problem.variables.values()])

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from mlo.errors import ConfigError
 from mlo.levels.problem import Problem
 from mlo.ops.lost_graphs import LostGraphs
-from mlo.ops.vectors import Values
+from mlo.ops.writes import Values
 
 #: {class: its step}, where that is known to be torch's
 _TORCHS: dict[type[Optimizer], Any] = {}
@@ -92,7 +92,7 @@ class Held:
         self._tensors = [p for group in optimizer.param_groups for p in group["params"]]
         self._tensors += [t for t in tree_leaves([*attributes.values()]) if isinstance(t, Tensor)]
         self._values = Values(self._tensors)
-        self._containers = [(k, v, copy(v)) for k, v in attributes.items() if isinstance(v, dict | list | set)]
+        self._containers = [(k, v, _copied(v)) for k, v in attributes.items() if isinstance(v, dict | list | set)]
 
     def restored(self) -> str | None:
         """What has changed since, which is set to what it was; None if nothing has."""
@@ -103,6 +103,12 @@ class Held:
                 (value.extend if isinstance(value, list) else value.update)(before)
                 changed = f"the attribute {key!r}"
         return changed
+
+
+def _copied(container: Any) -> Any:
+    """A copy of it, and of the containers in it; what they hold is the same."""
+    inside = tree_map(lambda leaf: leaf, container)
+    return copy(container) if inside is container else inside
 
 
 def check_graphs(

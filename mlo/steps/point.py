@@ -14,7 +14,7 @@ from torch.optim import SGD, Adagrad, Optimizer, SparseAdam
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import State
 from mlo.ops.rng import Randomness
-from mlo.ops.vectors import Vector, dense, filled, has_sparse
+from mlo.ops.vectors import Vector, dense, filled, has_others
 from mlo.steps import compiled
 from mlo.steps.autograd_graph import saved_bytes
 from mlo.steps.evaluation import MicroBatch, evaluate
@@ -195,7 +195,7 @@ def _evaluated(point: Point, micro: MicroBatch, wanted: Wanted) -> tuple[Tensor,
         level.warn_of_strays(loss, states)  # inner steps would read what they recorded
     if keep_graph and level.graph_bytes is None and not level.recast(point.state):
         level.note_graph(saved_bytes([loss, *found], states.values(), micro.batch), found)
-    if has_sparse(found):
+    if has_others(found):
         kept = len(level.problem.variables) if _stays_sparse(level.problem.optimizer, wanted) else 0
         found = [*found[:kept], *dense(found[kept:])]
     parts = _by_level(found, of, states)

@@ -14,7 +14,7 @@ from torch import nn
 from mlo.errors import GraphError
 from mlo.levels.problem import Problem
 from mlo.levels.state import State
-from mlo.ops.vectors import VERSION, Values
+from mlo.ops.writes import VERSION, Values
 
 if TYPE_CHECKING:
     from mlo.steps.level import Level

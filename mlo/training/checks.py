@@ -14,9 +14,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from mlo.errors import ConfigError
 from mlo.hypergradient import Estimator
 from mlo.levels.problem import Problem, has_hooks
-from mlo.ops.vectors import Values
+from mlo.ops.writes import Values
 from mlo.steps.hooks import refuse_module_hooks
-from mlo.steps.optimizer import check_own_step
+from mlo.steps.trials import check_own_step
 from mlo.steps.written import refusal, refuse_max_norm
 
 _PLAIN = frozenset((int, float, bool, type(None), str))
@@ -78,6 +78,7 @@ class Checks:
         self.run()
 
     def _check(self, name: str, problem: Problem) -> None:
+        _refuse_sparse_state(problem)
         if name in self._virtual:
             _refuse_step_hooks(problem)
             check_own_step(problem)
@@ -120,6 +121,17 @@ def _refuse_learned(problem: Problem) -> None:
 
 def _post_hooks(problem: Problem) -> list[str]:
     return [name for name, variable in problem.variables.items() if variable._post_accumulate_grad_hooks]
+
+
+def _refuse_sparse_state(problem: Problem) -> None:
+    for name, slot in zip(problem.variables, problem.optimizer_slots(), strict=True):
+        for key, value in slot.items():
+            if isinstance(value, Tensor) and value.is_sparse:
+                raise ConfigError(
+                    f"problem {problem.name!r}: the state {key!r} of its optimizer for the parameter {name!r} is "
+                    "sparse, as earlier steps with sparse gradients made it; write it as "
+                    f"optimizer.state[parameter][{key!r}] = value.to_dense(), or make the optimizer anew"
+                )
 
 
 def _refuse_step_hooks(problem: Problem) -> None:

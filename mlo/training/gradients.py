@@ -95,6 +95,7 @@ class Gradients:
         self.latest: dict[str, Tensor] = {}
         self.warm: dict[str, dict[str, Vector]] = {}
         self._warned: set[str] = set()
+        self._continued: set[str] = set()  # problems whose solver has begun at an earlier solution
 
     def of(
         self,
@@ -187,6 +188,7 @@ class Gradients:
             elif read not in level.problem.node.sometimes:
                 raise unreached(name, read)
         warm, reports = dict(self.warm.get(name, {})), dict[str, Tensor]()
+        self._continued |= warm.keys()
         answer = backward(name, role.paths, cotangents, records, plan.estimators, self.pullbacks, reports, warm)
         self.latest = reports
         if reports and all(map(vectors.readable, reports.values())):
@@ -204,7 +206,8 @@ class Gradients:
             name, _, what = key.rpartition("/")
             estimator = self._plan.estimators[name]
             most = 1.0 if getattr(estimator, "warm_start", False) else UNSOLVED  # which takes rounds to solve it
-            if what == "residual" and name not in self._warned and not residual <= most:
+            solved = residual <= most and (residual < 1 or name not in self._continued)
+            if what == "residual" and name not in self._warned and not solved:
                 self._warned.add(name)
                 remedy = f"; to solve it better, {estimator.remedy}" if estimator.remedy else ""
                 warnings.warn(

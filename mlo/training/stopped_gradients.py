@@ -120,6 +120,9 @@ class _Evaluation(TorchFunctionMode):
             self._running, self._off_outside = len(RUNNING), self._off
         if func is torch._C._set_grad_enabled:  # not called for the forward of an autograd function
             self._off = not args[0]
+        if func is torch.nn.functional.gumbel_softmax:
+            with self:
+                return _gumbel_softmax(*args, **kwargs)
         result = func(*args, **kwargs)
         given = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
         moves = any([id(tensor) in self._moving for tensor in given])
@@ -142,6 +145,15 @@ class _Evaluation(TorchFunctionMode):
         if isinstance(value, Tensor) and any([value is tensor for tensor in given]):
             return value if constant is value else value.copy_(constant)
         return constant
+
+
+def _gumbel_softmax(logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 1e-10, dim: int = -1) -> Tensor:
+    """Torch's, whose detached value a mode does not see."""
+    noise = -torch.empty_like(logits).exponential_().log()
+    soft = ((logits + noise) / tau).softmax(dim)
+    if not hard:
+        return soft
+    return torch.zeros_like(soft).scatter(dim, soft.argmax(dim, keepdim=True), 1.0) - soft.detach() + soft
 
 
 _STOPS = {

@@ -12,8 +12,8 @@ from mlo.hypergradient.estimators.unrolled import AlongSteps
 from mlo.hypergradient.products import Central
 from mlo.levels.problem import Problem
 from mlo.ops.vectors import Vector
-from mlo.steps.optimizer import check_differentiable
 from mlo.steps.step import Step
+from mlo.steps.trials import check_differentiable
 
 
 class FirstOrder(Estimator):

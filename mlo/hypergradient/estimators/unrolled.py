@@ -15,8 +15,8 @@ from mlo.hypergradient.products import Exact, ProductOption
 from mlo.levels.problem import Problem
 from mlo.levels.state import copied
 from mlo.ops.vectors import Vector, add, scaled, total
-from mlo.steps.optimizer import check_differentiable
 from mlo.steps.step import NOT_STORED, Cotangents, OfSlots, Step
+from mlo.steps.trials import check_differentiable
 
 
 class AlongSteps(Estimator, ABC):

@@ -312,6 +312,17 @@ def test_one_that_is_solved_is_not_warned_of(recwarn):
     assert not recwarn
 
 
+def test_a_warm_start_that_solves_nothing_is_warned_of_from_the_second_round_on(recwarn):
+    """The Hessian is negative: a later round does no better than the first."""
+    quadratics = Quadratics.make(SHAPES[0])
+    quadratics.own["low"] = torch.diag(torch.tensor([-1.0, -2.0, -3.0], dtype=torch.float64))
+    engine = mlo.Engine(quadratics.problems(lr=0.0), {"kind": "cg", "warm_start": True}, device="cpu")
+    engine.step()
+    assert not recwarn
+    with pytest.warns(UserWarning, match="'low': the linear system of ConjugateGradient is not solved"):
+        engine.step()
+
+
 @pytest.mark.parametrize("damping", [None, 0.1])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nystrom_passes_on_what_is_not_finite(damping, bad):

@@ -160,3 +160,35 @@ def test_conjugated_buffers_and_the_state_of_a_checkpoint():
 @pytest.mark.parametrize("estimator", ["darts", {"kind": "cg", "warm_start": True}, "neumann"], ids=str)
 def test_as_on_a_gpu(estimator):
     assert_alike(estimator)
+
+
+class Conjugated(nn.Module):
+    """The gradient of its factor is a lazy conjugate, which torch's Adam cannot take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.1, 0.9, 6).reshape(3, 2) + 0.3j)
+        self.factor = nn.Parameter(torch.tensor([0.5 - 0.2j, 0.3 + 0.4j]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.view_as_real((x.to(self.weight.dtype) @ self.weight).exp() * self.factor.conj()).sum(-1)
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "RMSprop", "NAdam", "Rprop"])
+def test_gradients_that_are_lazy_conjugates(optimizer):
+    class Low(mlo.Problem):
+        def loss(self, batch, top):
+            return (self(batch) - top(batch)).square().mean()
+
+    class Top(mlo.Problem):
+        def loss(self, batch, low):
+            return low(batch).square().mean()
+
+    torch.manual_seed(0)
+    low, top, data = Conjugated(), nn.Linear(3, 2), [torch.randn(4, 3)]
+    stepped = getattr(torch.optim, optimizer)(low.parameters(), lr=0.1)
+    above = Top("top", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=0.1), data=data)
+    engine = mlo.Engine([Low("low", module=low, optimizer=stepped, data=data), above], "unrolled", device="cpu")
+    mlo.check(engine)
+    engine.run(2)
+    mlo.check(engine)

@@ -127,3 +127,29 @@ def test_a_bag_has_no_second_derivative_and_the_error_says_what_does_without(est
 @pytest.mark.parametrize("estimator", ["darts", "sama", "penalty"])
 def test_a_bag_works_without_second_derivatives(estimator):
     assert_alike(estimator, bag=True)
+
+
+def test_a_sparse_state_of_earlier_steps_is_refused():
+    module = nn.Sequential(nn.Embedding(4, 2, sparse=True), nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.5)
+    module(torch.tensor([1, 2])).sum().backward()
+    optimizer.step()
+
+    class Low(mlo.Problem):
+        def loss(self, batch, top):
+            return (self(torch.tensor([1, 2])) * top(torch.ones(1, 1))).square().mean()
+
+    class Top(mlo.Problem):
+        def loss(self, batch, low):
+            return low(torch.tensor([1, 3])).square().mean()
+
+    def engine() -> mlo.Engine:
+        upper = nn.Linear(1, 1)
+        top = Top("top", module=upper, optimizer=torch.optim.SGD(upper.parameters(), lr=0.1))
+        return mlo.Engine([Low("low", module=module, optimizer=optimizer), top], device="cpu")
+
+    with pytest.raises(mlo.ConfigError, match=r"'low': the state 'momentum_buffer' .* '0.weight' is sparse.*to_dense"):
+        engine()
+    state = optimizer.state[module[0].weight]
+    state["momentum_buffer"] = state["momentum_buffer"].to_dense()
+    engine().step()

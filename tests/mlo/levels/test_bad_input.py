@@ -306,6 +306,18 @@ def lazy(run: bool = False) -> nn.Module:
     return module
 
 
+def sharing(kind: str) -> nn.Module:
+    """Two tensors in one place of the memory."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    if kind == "parameters":
+        module[1].weight.data = module[0].weight.data
+    elif kind == "part":
+        module[1].bias = nn.Parameter(module[0].weight.data[1])
+    else:
+        module.register_buffer("copy", module[0].weight.data)
+    return module
+
+
 class Wrapped(nn.Module):
     """As torch's, whose wrapper needs a process group."""
 
@@ -335,6 +347,12 @@ def wrapper(name: str, *device_ids: int) -> nn.Module:
             "the part '0' of its module is a FullyShardedData",
         ),
         (lambda: wrapper("DataParallel", 0, 1), "its module is a DataParallel"),
+        (
+            lambda: sharing("parameters"),
+            "parameter .[01].weight. of its module shares its memory with '[01].weight'",
+        ),
+        (lambda: sharing("part"), r"'0.weight' of its module shares its memory with '1.bias'.*\.clone"),
+        (lambda: sharing("buffer"), r"the parameter '0.weight' of its module shares its memory with 'copy'.*\.clone"),
     ],
 )
 def test_modules_that_cannot_be(module, message):
@@ -353,13 +371,21 @@ def test_tensors_without_values(part):
 def test_modules_that_are_like_those_that_cannot_be():
     """Lazy layers that have run, scripts without tensors, and wrappers of one device."""
     scripted = nn.Sequential(nn.Linear(3, 1), torch.jit.script(nn.Tanh()))
-    for module in (lazy(run=True), scripted, wrapper("DataParallel"), wrapper("DataParallel", 0)):
+    flat = torch.randn(6)  # parts of one tensor that do not overlap
+    apart = nn.ParameterList([nn.Parameter(flat[:2]), nn.Parameter(flat[2:])])
+    for module in (lazy(run=True), scripted, wrapper("DataParallel"), wrapper("DataParallel", 0), apart):
         made(Low, "low", module=module)
 
 
 def test_a_name_that_no_loss_could_read():
     with pytest.raises(mlo.ConfigError, match="must be a Python identifier"):
         made(Low, "my low")
+
+
+def test_an_iterator_in_a_batch():
+    low = made(Low, "low", data=[(x for x in torch.randn(2, 3))])
+    with pytest.raises(mlo.ConfigError, match=r"'low': its batch holds an iterator \(generator\), .* put a list"):
+        engine(low, made(Top, "top")).step()
 
 
 def test_data_without_a_batch():

@@ -183,6 +183,15 @@ class Slot:
 
 
 Named = namedtuple("Named", "x y")
+
+
+class NamedByOne(Named):
+    """A named tuple whose class takes other arguments than its fields."""
+
+    def __new__(cls, x):
+        return super().__new__(cls, x, None)
+
+
 KINDS = {
     "dictionary": lambda t: {"x": t, "text": "a", "none": None},
     "user dictionary": lambda t: UserDict(x=t, text="a", none=None),
@@ -191,6 +200,7 @@ KINDS = {
     "subclass of a dictionary": lambda t: Dictionary(x=t, text="a"),
     "subclass of a list": lambda t: Texts([t, "a"]),
     "named tuple": lambda t: Named(t, None),
+    "subclass of a named tuple": NamedByOne,
     "dataclass": lambda t: Pair(t),
     "frozen dataclass with slots": lambda t: Frozen(t),
     "namespace": lambda t: SimpleNamespace(x=t, y=None),

@@ -404,6 +404,34 @@ def test_a_loss_that_goes_past_the_substitution_is_reported(estimator):
     made.run(2)  # once
 
 
+class OfBatch(mlo.Problem):
+    def loss(self, batch, top):
+        return (self(batch)[:, :2] - top(batch)).square().mean()
+
+
+class InAList(nn.Module):
+    """Uses its weight from a list, which no substitution reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.weights = [self.layer.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) @ self.weights[0]
+
+
+@pytest.mark.filterwarnings("ignore:problem")
+def test_a_parameter_in_a_list_that_moves_is_reported():
+    module = InAList()
+    low = OfBatch(
+        "low", module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1), data=[torch.randn(4, 3)]
+    )
+    top = two_levels()[1]
+    with pytest.raises(mlo.GraphError, match=r"'low': a tensor that the gradient .* written into.*\.params\[name\]"):
+        mlo.Engine([low, top], "one_step", device="cpu").run(2)
+
+
 def test_a_parameter_that_is_frozen_in_mid_run_is_reported():
     stack = two_levels()
     made = mlo.Engine(stack, "cg", device="cpu")

@@ -110,7 +110,7 @@ def test_a_hook_does_not_run_on_the_cotangent_of_what_is_read():
     """The gradient of an upper loss in lower variables is no gradient of a step."""
     seen = []
     made = engine(hooked(lambda g: seen.append(g) or g), "one_step", steps=1)
-    assert len(seen) == 1, "with any gradient, to see whether it can be differentiated"
+    assert len(seen) == 3, "with any gradient, to see whether it repeats itself, and can be differentiated"
     seen.clear()
     made.step()
     module = linear()
@@ -197,6 +197,39 @@ def test_a_hook_without_a_graph_is_refused_when_the_engine_is_made(hook):
     for call in (made.step, lambda: made.hypergradient("factors")):
         with pytest.raises(mlo.ConfigError, match="'model': a hook on its parameter 'weight'"):
             call()
+
+
+def counting():
+    calls = []
+    return lambda module: module.weight.register_hook(lambda g: calls.append(0) or g / len(calls))
+
+
+ELSEWHERE = torch.ones((), dtype=torch.float64, requires_grad=True)
+NOT_OF_THE_GRADIENT = {
+    "a count": (counting(), "another gradient the second time"),
+    "a decay": (lambda m: m.weight.register_hook(lambda g: g + 0.1 * m.weight), "reads the parameter 'weight' itself"),
+    "a decay by data": (lambda m: m.weight.register_hook(lambda g: g + 0.1 * m.weight.data), "reads .*'weight'"),
+    "another parameter": (
+        lambda m: m.weight.register_hook(lambda g: g * ELSEWHERE),
+        "depends on a tensor that requires",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_OF_THE_GRADIENT)
+@pytest.mark.parametrize("estimator", ["one_step", "unrolled", "darts"])
+def test_a_hook_that_is_no_function_of_the_gradient_is_refused(name, estimator):
+    register, what = NOT_OF_THE_GRADIENT[name]
+    module = linear()
+    register(module)
+    before = values(module.parameters())
+    with pytest.raises(mlo.ConfigError, match=f"'model': a hook on its parameter 'weight' .*{what}"):
+        engine(lambda: (module, torch.optim.SGD(module.parameters(), 0.1)), estimator)
+    assert all(map(torch.equal, module.parameters(), before))
+
+
+def test_a_hook_may_draw_random_numbers():
+    engine(hooked(lambda g: g + torch.randn_like(g)), "one_step").step()
 
 
 @pytest.mark.parametrize("estimator", ["cg", "neumann", "nystrom", "penalty"])

@@ -365,10 +365,72 @@ class HoldsParameters(SGD):
                 p.clamp_(-0.7, 0.7)
 
 
+class InOrder(SGD):
+    """Keeps its last gradients in a list."""
+
+    def step(self, closure=None):
+        with graph(self):
+            for p in parameters(self):
+                self.state[p]["last"] = [*self.state[p].get("last", []), p.grad.clone()][-2:]
+                p.sub_(0.1 * sum(self.state[p]["last"]))
+
+
+class Nested(Remembering):
+    def __init__(self, params, lr):
+        SGD.__init__(self, params, lr)
+        self.cache = {"calls": []}
+
+    def step(self, closure=None):
+        self.cache["calls"].append(1)
+        SGD.step(self, closure)
+
+
+CALLS = []
+
+
+class ByGlobal(SGD):
+    def step(self, closure=None):
+        CALLS.append(1)
+        for p in parameters(self):
+            p.grad = p.grad / len(CALLS)
+        super().step(closure)
+
+
+class ReadsOwn(SGD):
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.held = [p for group in self.param_groups for p in group["params"]]
+
+    def step(self, closure=None):
+        for p in parameters(self):
+            p.grad = p.grad * self.held[0].detach().norm()
+        super().step(closure)
+
+
+class Learned(SGD):
+    factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def step(self, closure=None):
+        with graph(self):
+            for p in parameters(self):
+                p.grad = p.grad * self.factor
+        super().step(closure)
+
+
+class SharpnessAware(SGD):
+    def step(self, closure=None):
+        assert closure is not None, "needs a closure"
+
+
 @pytest.mark.parametrize("estimator", ["cg", "darts", "first_order"])
 @pytest.mark.parametrize(
     ("kind", "what"),
     [
+        (InOrder, r"keeps a list of tensors in its state \('last'\)"),
+        (Nested, "changes the attribute 'cache' of the optimizer itself"),
+        (ByGlobal, "with the same gradient, has another result the second time.*self.state"),
+        (ReadsOwn, "reads the parameter 'weight' itself"),
+        (SharpnessAware, "raises AssertionError: needs a closure"),
         (OwnRate, "changes its option 'lr' in its step.*lr_scheduler"),
         (Counting, "changes its attribute 'count' in its step.*self.state"),
         (Remembering, "changes the attribute 'norms' of the optimizer itself"),
@@ -384,7 +446,7 @@ def test_a_step_that_changes_more_than_parameters_and_state_is_refused(kind, wha
         engine(lambda: (module, optimizer), estimator)
     assert all(map(torch.equal, module.parameters(), before))
     assert vars(optimizer) == held
-    assert getattr(optimizer, "norms", []) == []
+    assert getattr(optimizer, "norms", []) == [] == getattr(optimizer, "cache", {"calls": []})["calls"]
     assert torch.equal(torch.get_rng_state(), random)
 
 
@@ -458,3 +520,17 @@ def test_the_uppermost_level_takes_any_step():
     before = made.problems["factors"].module.logs.detach().clone()
     made.step()
     torch.testing.assert_close(made.problems["factors"].module.logs.detach(), before - gradient.clamp(-0.1, 0.1))
+
+
+def test_a_step_with_a_graph_to_another_parameter_is_refused():
+    with pytest.raises(mlo.ConfigError, match="'model': a step of Learned depends on a tensor that requires gradients"):
+        engine(with_optimizer(lambda p: Learned(p, 0.1)), "one_step")
+
+
+def test_a_wrapper_that_is_no_whole_optimizer_is_refused():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, base):
+            self.base, self.param_groups, self.state = base, base.param_groups, base.state
+
+    with pytest.raises(mlo.ConfigError, match="Wrapper does not call super"):
+        engine(with_optimizer(lambda p: Wrapper(SGD(p, 0.1))), "one_step")

@@ -78,6 +78,13 @@ class Softmax(nn.Module):
         return F.softmax(h, dim=-1, dtype=torch.float32).to(h.dtype)
 
 
+class HardGumbel(nn.Module):
+    """Detaches inside a function of torch.nn.functional."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return F.gumbel_softmax(h, hard=True)
+
+
 def net(*middle: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), *middle, nn.Tanh(), nn.Linear(4, 1))
 
@@ -220,6 +227,7 @@ RIGHT = {
     "random mask": lambda: engine(low=random_mask),
     "random distribution": lambda: engine(low=random_normal),
     "new tensor filled": lambda: engine(low=filled),
+    "hard gumbel softmax": lambda: engine(net(HardGumbel())),
     "own target": lambda: engine(low=own_target),
     "own target without graph": lambda: engine(low=own_target_without_graph),
     "own scale as a number": lambda: engine(low=own_scale),

@@ -327,3 +327,135 @@ def test_a_hypergradient_leaves_reports_and_warm_starts_as_the_last_step_made_th
     made.hypergradient("top")
     assert made.metrics() == metrics
     assert all(map(torch.equal, made.state_dict()["warm"]["top"]["low"], warm))
+
+
+class Counted(Point):
+    """Attributes that the next call sees."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__(value)
+        self.calls, self.outputs, self.last, self.average = 0, [], {}, torch.ones(2)
+
+
+class ByCount(Counted):
+    def forward(self) -> Tensor:
+        self.calls += 1
+        return super().forward() * self.calls
+
+
+class ByList(Counted):
+    def forward(self) -> Tensor:
+        self.outputs.append(super().forward().detach())
+        return super().forward() + sum(self.outputs)
+
+
+class ByDict(Counted):
+    def forward(self) -> Tensor:
+        output = super().forward() + self.last.get("output", 0)
+        self.last["output"] = output.detach()
+        return output
+
+
+class ByTensor(Counted):
+    def forward(self) -> Tensor:
+        self.average.mul_(0.9).add_(super().forward().detach(), alpha=0.1)
+        return super().forward() * self.average
+
+
+class ByGenerator(Counted):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__(value)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self) -> Tensor:
+        return super().forward() + torch.rand(2, generator=self.generator)
+
+
+class ByNumpy(Counted):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__(value)
+        self.generator = np.random.default_rng(0)
+
+    def forward(self) -> Tensor:
+        return super().forward() * self.generator.random()
+
+
+def by_hook() -> Point:
+    module, calls = Point(torch.tensor([0.3, -0.2])), []
+    module.register_forward_hook(lambda module, args, output: calls.append(1) or output * len(calls))
+    return module
+
+
+def counted(kind: type[Counted]) -> Counted:
+    return kind(torch.tensor([0.3, -0.2]))
+
+
+REMEMBERING = {
+    "a count": (lambda: counted(ByCount), "it changes 'calls' of the module of 'low'"),
+    "a list": (lambda: counted(ByList), "it changes 'outputs' of the module of 'low'"),
+    "a dictionary": (lambda: counted(ByDict), "it changes 'last' of the module of 'low'"),
+    "a tensor": (lambda: counted(ByTensor), "it changes 'average' of the module of 'low'"),
+    "a generator": (lambda: counted(ByGenerator), "it changes 'generator' of the module of 'low'"),
+    "a generator of NumPy": (lambda: counted(ByNumpy), "it changes 'generator' of the module of 'low'"),
+    "a forward hook": (by_hook, "a forward hook may count its calls"),
+}
+
+
+@pytest.mark.parametrize("estimator", ["one_step", "darts", "cg"])
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_a_module_whose_output_depends_on_earlier_calls_is_refused(name, estimator):
+    """Each evaluation of the same step would see other values."""
+    make, what = REMEMBERING[name]
+    low = make()
+    stack = two_levels(lambda self, batch, top: (self() - top()).square().sum(), low=low)
+    for call in (lambda made: made.step(), lambda made: made.hypergradient("top")):
+        random = torch.get_rng_state()
+        with pytest.raises(mlo.GraphError, match=f"'low': its loss has another value .*{what}.*register_buffer"):
+            call(mlo.Engine(stack, estimator, device="cpu"))
+        assert low.value.tolist() == torch.tensor([0.3, -0.2]).tolist()
+        assert (vars(low).get("calls", 0), vars(low).get("outputs", []), vars(low).get("last", {})) == (0, [], {})
+        assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_loss_that_depends_on_earlier_calls_is_refused():
+    def annealed(self, batch, top):
+        self.factor = 0.5 * getattr(self, "factor", 1.0)
+        return (self() - top()).square().sum() * self.factor
+
+    (low, top) = two_levels(annealed)
+    with pytest.raises(mlo.GraphError, match=r"it changes 'factor' of problem 'low'.*self.steps_taken"):
+        mlo.Engine([low, top], "one_step", device="cpu").step()
+    assert "factor" not in vars(low)
+
+
+class Noted(Counted):
+    """Attributes that no output depends on: a log, a cache, a value for the loss."""
+
+    def forward(self) -> Tensor:
+        self.calls += 1
+        self.outputs.append(self.calls)
+        self.last.setdefault("table", torch.arange(2.0).cos())
+        self.norm = super().forward().square().sum()
+        return super().forward() * self.last["table"] * torch.rand(2)
+
+
+@pytest.mark.parametrize("estimator", ["one_step", "darts", "cg"])
+def test_a_module_may_note_and_cache(estimator):
+    def loss(self, batch, top):
+        return (self() - top()).square().sum() + self.module.norm
+
+    noted = counted(Noted)
+    plain = type("Plain", (Noted,), {"forward": lambda self: self.value * torch.arange(2.0).cos() * torch.rand(2)})
+    found = []
+    for low in (noted, plain(torch.tensor([0.3, -0.2]))):
+        torch.manual_seed(0)
+        body = (
+            loss
+            if low is noted
+            else lambda self, batch, top: (self() - top()).square().sum() + self.params["value"].square().sum()
+        )
+        engine = mlo.Engine(two_levels(body, low=low), estimator, device="cpu")
+        engine.step()
+        engine.step()
+        found.append((low.value.detach(), engine.problems["top"].module.value.detach()))
+    torch.testing.assert_close(found[0], found[1])
