@@ -89,8 +89,8 @@ def test_the_numbers_of_passes_are_those_in_the_docs() -> None:
     }  # fmt: skip
     found = lbt_step.Passes(by_engine).of(engine.step)
     assert found == {"teacher": 7, "teacher images": 4 * 7, "student": 5, "student images": 4 * 9}
-    assert found["teacher"] == engine.passes["teacher"].total()
-    assert found["student"] == engine.passes["student"].total()
+    assert 2 * found["teacher"] == engine.passes["teacher"].total()
+    assert 2 * found["student"] == engine.passes["student"].total()
 
 
 def test_the_table_shows_passes_and_times(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ MASK = torch.tensor([[1.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
 MIX = torch.tensor([[1.0, 0.5, 0, 0], [0, 1, 0, 0], [0, -0.3, 2, 0], [0.1, 0, 0, 1]], dtype=torch.float64)
 
 
-LEARNED = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64, requires_grad=True)
+OTHER = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
 
 
 def in_place(gradient: Tensor) -> None:
@@ -36,7 +36,7 @@ HOOKS = {
     "centralized": lambda g: g - g.mean(),
     "shrunk": lambda g: torch.where(g.norm() > 0.2, 0.5 * g, g),
     "constant": lambda g: torch.full_like(g, 0.1),
-    "of another tensor": lambda g: LEARNED * MASK,
+    "of another tensor": lambda g: OTHER * MASK,
     "only looks": lambda g: print(g.norm().item()),
 }
 OPTIMIZERS = {

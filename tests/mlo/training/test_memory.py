@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import nn
@@ -22,6 +24,9 @@ class Fails(torch.autograd.Function):
         return FailsAgain.apply(grad)
 
 
+EVALUATIONS = Counter[str]()
+
+
 class FailsAgain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -36,11 +41,10 @@ class Low(mlo.Problem):
     """Runs out of memory in a step (its first evaluation), in a product (a later one), or in a pullback."""
 
     where = ""
-    evaluations = 0
 
     def loss(self, batch, top):
-        self.evaluations += 1
-        if self.where == ("step" if self.evaluations == 1 else "product"):
+        EVALUATIONS["low"] += 1
+        if self.where == ("step" if EVALUATIONS["low"] == 1 else "product"):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         own = self(batch)
         return ((Fails.apply(own) if self.where == "pullback" else own) - top(batch)).square().mean()
@@ -48,6 +52,7 @@ class Low(mlo.Problem):
 
 def engine(where: str, estimator: object, **options: object) -> mlo.Engine:
     torch.manual_seed(0)
+    EVALUATIONS.clear()
     made, data = [], [torch.randn(4, 3)]
     for name, cls in (("low", Low), ("top", Judging)):
         module = nn.Linear(3, 2)
