@@ -96,7 +96,7 @@ class Passes:
         self._networks = {"teacher": task.teacher, "student": task.student}
 
     def of(self, step: Callable[[], object]) -> Counter[str]:
-        """Run two steps (the first may look at its losses twice); return {network: passes} of the second, and images."""
+        """Run two steps (the first may look at losses twice); return {network: passes} of the second, and images."""
         step()
         counts: Counter[str] = Counter()
 
