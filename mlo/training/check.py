@@ -16,6 +16,7 @@ from mlo.ops.vectors import dot, norm
 from mlo.options import registry
 from mlo.options.config import Registered
 from mlo.training.engine import Engine
+from mlo.training.finite import refuse_looking_ahead
 from mlo.training.stopped_gradients import StoppedGradients
 
 FIRST = 1e-6  # radius of the first difference, relative to the size of the parameters
@@ -66,7 +67,9 @@ def check(engine: Engine, name: str | None = None, *, directions: int = 4, toler
 
     Raises:
         HypergradientError: if they differ; the message lists both values along each direction.
-        InconclusiveError: if rounding blurs the differences so much that an error of 1 % would not be seen.
+        InconclusiveError: if rounding blurs the differences so much that an error of 1 % would not be seen, or if
+            both are exactly 0.
+        NonFiniteLossError: if a loss, gradient or buffer is not finite.
     """
     top = name or engine.graph.names[-1]
     found = engine.hypergradient(top, torch.float64)
@@ -86,6 +89,14 @@ def check(engine: Engine, name: str | None = None, *, directions: int = 4, toler
 
     with _uncompiled(engine):
         measured = differences(loss, predicted, tolerance, max(1.0, norm(tuple(point.values())).item()))
+    if not (math.isfinite(norm(tuple(found.values())).item()) and all(map(math.isfinite, measured.values))):
+        refuse_looking_ahead(engine, top)
+    if not any(predicted) and not any(measured.values):
+        raise InconclusiveError(
+            f"the hypergradient of {top!r} cannot be checked: it is exactly 0, and so are the finite differences of "
+            "its loss through the lower steps. If a learning rate is 0 (as in a warm-up), check after some "
+            "rounds; otherwise the loss does not depend on the parameters here"
+        )
     if measured.refute(predicted, tolerance):
         raise HypergradientError(_difference(engine, top, predicted, measured))
     if not measured.clear(VISIBLE / 3):

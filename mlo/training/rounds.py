@@ -127,12 +127,12 @@ class Rounds:
         try:
             self._one(of, 0, 0, keep=False)
         except NonFiniteLossError:
-            with self._watched(top):
+            with self.watched(top):
                 self.below(top, due, states)
             raise
 
     @contextmanager
-    def _watched(self, top: str) -> Iterator[None]:
+    def watched(self, top: str) -> Iterator[None]:
         """A context in which each virtual step before one of ``top`` is checked by itself."""
         self._top = top
         try:
