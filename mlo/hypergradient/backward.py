@@ -12,6 +12,7 @@ from torch import Tensor
 from mlo.errors import ConfigError, GraphError
 from mlo.hypergradient.estimators.base import Estimator, Pulled
 from mlo.ops.vectors import Vector, add
+from mlo.steps.operators import WITHOUT_SECOND
 from mlo.steps.point import Point, Wanted, gradient, pulled
 from mlo.steps.step import Step, reached
 
@@ -92,7 +93,7 @@ def _no_second_derivative(name: str, error: NotImplementedError) -> ConfigError:
     if "Sparse" in reason:
         reason, instead = "a gradient is sparse", "pass sparse=False to its embedding, or use the product 'exact'"
     else:
-        instead = "replace it, or use an estimator without second derivatives, such as 'darts'"
+        instead = f"replace it, or {WITHOUT_SECOND}"
     return ConfigError(f"problem {name!r}: a second derivative of its loss cannot be computed: {reason}; {instead}")
 
 

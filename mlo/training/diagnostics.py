@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from mlo.errors import MloError
+from mlo.errors import ConfigError, GraphError, MloError
 from mlo.hypergradient import Darts, Estimator, Exact, Forward, OneStep, Unrolled, build_estimator
 from mlo.levels.state import in_precision
 from mlo.ops.vectors import Vector, add, all_finite, dot, norm
 from mlo.options import registry
+from mlo.steps.operators import WITHOUT_SECOND
 from mlo.training.engine import Engine
 from mlo.training.finite import refuse_looking_ahead
 
@@ -104,15 +105,26 @@ def diagnose(engine: Engine, name: str | None = None, estimators: Sequence[objec
         NonFiniteLossError: if a loss, gradient or buffer is not finite.
     """
     top = name or engine.graph.names[-1]
-    with _every(engine, EXACT, inner_path=True) as exactly:
-        found = exactly.hypergradient(top, torch.float64)
-        exact = tuple(found.values())
-        if not all_finite(exact):
-            refuse_looking_ahead(exactly, top, found)
+    exact = _exact(engine, top)
     if isinstance(estimators, str):
         estimators = [estimators]
     asked = list(registry.entries(registry.ESTIMATORS)) if estimators is None else estimators
     return Diagnosis([_row(engine, top, option, exact) for option in asked])
+
+
+def _exact(engine: Engine, top: str) -> Vector:
+    try:
+        with _every(engine, EXACT, inner_path=True) as exactly:
+            found = exactly.hypergradient(top, torch.float64)
+            exact = tuple(found.values())
+            if not all_finite(exact):
+                refuse_looking_ahead(exactly, top, found)
+    except (ConfigError, GraphError) as error:
+        if WITHOUT_SECOND not in str(error):
+            raise
+        needs = "diagnose compares with an exact derivative, which needs second derivatives; use mlo.check instead"
+        raise type(error)(str(error).replace(WITHOUT_SECOND, needs)) from error
+    return exact
 
 
 def _row(engine: Engine, top: str, option: object, exact: Vector) -> Row:

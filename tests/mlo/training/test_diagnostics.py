@@ -154,3 +154,23 @@ def test_a_loss_that_draws_is_compared_with_the_same_draws(noise, dtype):
     mlo.check(engine)
     (row,) = mlo.diagnose(engine, estimators=["unrolled"]).rows
     assert row.error < 1e-5
+
+
+def test_diagnose_says_that_it_needs_second_derivatives():
+    class Low(mlo.Problem):
+        def loss(self, batch, top):
+            return (self(batch) * top().exp() - 1).square().mean()
+
+    class Top(mlo.Problem):
+        def loss(self, batch, low):
+            return low(batch).square().mean()
+
+    module, scale, data = nn.EmbeddingBag(5, 4), Point(torch.zeros(())), [torch.arange(6).reshape(3, 2) % 5]
+    low = Low("low", module=module, optimizer=torch.optim.SGD(module.parameters(), 0.1), data=data)
+    top = Top("top", module=scale, optimizer=torch.optim.SGD(scale.parameters(), 0.1), data=data)
+    engine = mlo.Engine([low, top], "darts", device="cpu")
+    with pytest.raises(
+        mlo.GraphError, match=r"embedding_bag.*diagnose compares with an exact .*use mlo\.check"
+    ) as error:
+        mlo.diagnose(engine)
+    assert "darts" not in str(error.value)
