@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from mlo.ops.callers import users_line
+
 _READ = torch.ops.aten._local_scalar_dense.default
 _LEAVES_TORCH = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}  # which no operator shows
-_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
 class LostGraphs(TorchDispatchMode):
@@ -121,8 +121,5 @@ def _key(tensor: Tensor) -> int:
 
 def _line() -> str:
     """The line of the user's that runs now, in parentheses."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
-        frame = frame.f_back
-    path = Path(frame.f_code.co_filename)
-    return f" (line {frame.f_lineno} of {path.name})"
+    file, line, _ = users_line()
+    return f" (line {line} of {Path(file).name})"
