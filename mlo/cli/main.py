@@ -91,9 +91,16 @@ def run(
         raise
 
 
-@app.command()
-def resume(folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of the run.")]) -> None:
-    """Continue a stopped run from its last checkpoint."""
+@app.command(context_settings=EXTRA_OPTIONS)
+def resume(
+    context: typer.Context, folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of the run.")]
+) -> None:
+    """Continue a stopped run from its last checkpoint, with the options that it was started with."""
+    if context.args:
+        raise ConfigError(
+            f"mlo resume takes no {' '.join(context.args)}: a run keeps the options that it was started with; for "
+            "other options, start another run: mlo run NAME --config RUN_DIR/config.yaml [--OPTION VALUE]..."
+        )
     if not folder.is_dir():
         raise ConfigError(f"{folder}: there is no such folder; give the folder of a run, such as runs/NAME-DATE-TIME")
     from mlo.runs.run import Run

@@ -12,7 +12,8 @@ from mlo.hypergradient.estimators.one_step import Darts, FirstOrder, OneStep, Sa
 from mlo.hypergradient.estimators.penalty import Penalty
 from mlo.hypergradient.estimators.unrolled import AlongSteps, Truncated, Unrolled
 from mlo.hypergradient.products import Central, Curvature, Exact, Forward, OneSided, Product, ProductOption
-from mlo.options.config import Config, EstimatorOption, explain
+from mlo.options import registry
+from mlo.options.config import Config, EstimatorOption, Registered, explain
 
 __all__ = [
     "AlongSteps",
@@ -39,6 +40,7 @@ __all__ = [
     "Unrolled",
     "backward",
     "build_estimator",
+    "name_of",
 ]
 
 
@@ -63,3 +65,9 @@ def build_estimator(value: object) -> Estimator:
             "mapping {'kind': name, ...}, or an mlo.Estimator"
         )
     return built
+
+
+def name_of(estimator: Estimator) -> str:
+    """The name under which an estimator is registered, or that of its class."""
+    kind = type(estimator)
+    return (Registered(registry.ESTIMATORS).names(kind) or [kind.__name__])[0]

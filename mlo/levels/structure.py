@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlo.levels.problem import Problem
 
 _REQUIRES_GRAD, _PARAMS = attrgetter("requires_grad"), itemgetter("params")
+_RAISE = " (later, raise it in optimizer.param_groups, and with a scheduler also in scheduler.base_lrs)"
 _AGAIN = "or make the problem and its engine again after the change (mlo.Problem, mlo.Engine)"
 
 
@@ -85,7 +86,7 @@ class Structure:
         what = f"holds the parameter {', '.join(added)} by now" if added else "holds its parameters in other groups"
         raise GraphError(
             f"problem {self._problem.name!r}: its optimizer {what}, unlike when the problem was made; make it with all "
-            f"groups from the start, with learning rate 0 for those that are not trained yet, {_AGAIN}"
+            f"groups from the start, with learning rate 0 for those that are not trained yet{_RAISE}, {_AGAIN}"
         )
 
     def _refuse_flags(self) -> None:
@@ -100,7 +101,7 @@ class Structure:
                 raise GraphError(
                     f"problem {self._problem.name!r}: the parameter {self._name(parameter)} requires gradients by now, "
                     "but did not when the problem was made, so it would never move; let it require them from the "
-                    f"start, in a group of the optimizer with learning rate 0 until it is trained, {_AGAIN}"
+                    f"start, in a group of the optimizer with learning rate 0 until it is trained{_RAISE}, {_AGAIN}"
                 )
 
     def _name(self, parameter: Tensor) -> str:

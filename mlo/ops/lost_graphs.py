@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from mlo.ops.callers import users_line
+
 _READ = torch.ops.aten._local_scalar_dense.default
-_OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_LEAVES_TORCH = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__dlpack__}  # which no operator shows
 
 
 class LostGraphs(TorchDispatchMode):
-    """A context that follows the values of tensors through all operators.
+    """A context (:meth:`follow`) that follows the values of tensors through all operators.
 
     A value is lost if it is computed, or written, under ``torch.no_grad``, or through ``.data`` or ``detach()``. What
     is computed of it is lost, too. Integers and booleans have no derivative to lose.
@@ -26,7 +29,7 @@ class LostGraphs(TorchDispatchMode):
         inputs: those that require gradients are followed.
 
     Attributes:
-        read: where a followed value became a Python number (``.item()``); None: nowhere.
+        read: where a followed value became a Python number or a NumPy array (``.item()``); None: nowhere.
     """
 
     def __init__(self, inputs: Iterable[Tensor | None]) -> None:
@@ -34,9 +37,16 @@ class LostGraphs(TorchDispatchMode):
         self._lost: dict[int, str] = {}
         self._followed: dict[int, tuple[Any, str]] = {}  # the storage itself, so that its number is not used again
         self.read: str | None = None
+        self._exits = _Exits(self._see_exit)
         for tensor in inputs:
             if tensor is not None and tensor.requires_grad and _is_followed(tensor):
                 self._followed[_key(tensor)] = tensor.untyped_storage(), "its creation"
+
+    @contextmanager
+    def follow(self) -> Iterator[LostGraphs]:
+        """The context itself, which also sees the values that leave torch."""
+        with self._exits, self:
+            yield self
 
     def where(self, tensor: Tensor) -> str | None:
         """Where a value was lost; None if it was not."""
@@ -67,6 +77,10 @@ class LostGraphs(TorchDispatchMode):
             if lost is not None:
                 self._lost.setdefault(_key(tensor), lost)
         return done
+
+    def _see_exit(self, func: Any, tensor: Tensor) -> None:
+        if _is_followed(tensor) and _key(tensor) in self._followed:
+            self.read = self.read or f".{func.__name__}(){_line()}"
 
     def _is_cut(self, tensor: Tensor) -> bool:
         return _key(tensor) in self._followed and not (tensor.requires_grad and torch.is_grad_enabled())
@@ -103,6 +117,21 @@ class Touched(TorchDispatchMode):
 _LOOKS = frozenset(("detach", "alias"))
 
 
+class _Exits(TorchFunctionMode):
+    """A context that shows tensors whose values leave torch."""
+
+    def __init__(self, see: Callable[[Any, Tensor], None]) -> None:
+        self._see = see
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the function."""
+        if func in _LEAVES_TORCH:
+            self._see(func, args[0])
+        return func(*args, **(kwargs or {}))
+
+
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     if not func._schema.is_mutable:
         return
@@ -123,8 +152,5 @@ def _key(tensor: Tensor) -> int:
 
 def _line() -> str:
     """The line of the user's that runs now, in parentheses."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN):
-        frame = frame.f_back
-    path = Path(frame.f_code.co_filename)
-    return f" (line {frame.f_lineno} of {path.name})"
+    file, line, _ = users_line()
+    return f" (line {line} of {Path(file).name})"

@@ -52,12 +52,15 @@ class Checkpoints:
         Raises:
             CheckpointError: if the only good ones are of another run, or of other options.
         """
-        other = None
-        for rounds, file in sorted(self._files().items(), reverse=True):
+        other, files = None, self._files()
+        for rounds, file in sorted(files.items(), reverse=True):
             try:
                 return checkpoint.load(file, self._of(rounds))
             except CheckpointError as error:
-                print(f"warning: {error}; continuing without it", file=sys.stderr)
+                reason = str(error).removesuffix(checkpoint.EARLIER)
+                first = rounds == min(files)
+                then = "there is none before it" if first else "the one before it is tried"
+                print(f"warning: {reason}; {then}", file=sys.stderr)
                 other = error if isinstance(error, checkpoint.OtherRunError) else other
         if other:
             raise CheckpointError(f"{other}; remove it if the stage should start again from its first round")

@@ -57,6 +57,8 @@ def run_stage(
             state = distributed.on_main(lambda: checkpoints.newest())
             if state is not None:
                 engine.load_state_dict(state)
+                if distributed.is_main():
+                    print(f"{path.name}: continues after round {engine.rounds} of {steps}", file=sys.stderr)
             _train(path, job, checkpoints, steps, engine, stop or (lambda engine: False))
             distributed.on_main(lambda: write_sealed(store, _result_text(path.name, result(engine))))
     return distributed.on_main(lambda: stored_result(store))

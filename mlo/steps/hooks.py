@@ -45,14 +45,14 @@ def transpose_hooks(problem: Problem, gradients: Gradients, cotangents: Sequence
             leaf = gradient.detach().requires_grad_()
             with torch.enable_grad():
                 begun = leaf.clone()
-                with LostGraphs([begun]) as seen:
+                with LostGraphs([begun]).follow() as seen:
                     after = run_hooks(problem, name, variable, begun)
             where = seen.where(after) or (seen.read if after is not begun or begun._version else None)
             if where is not None:
                 raise ConfigError(
                     f"problem {problem.name!r}: a hook on its parameter {name!r} computes the gradient without a "
                     f"graph, by {where}, so it cannot be differentiated; compute it by operators with a graph, without "
-                    "torch.no_grad, .data, detach and .item()"
+                    "torch.no_grad, .data, detach, .item() and NumPy"
                 )
             found[index] = torch.zeros_like(gradient)
             if after.requires_grad:

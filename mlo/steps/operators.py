@@ -144,12 +144,15 @@ def needs_graph(loss: Tensor) -> bool:
     return any([node.name() in derivatives.NEEDS_GRAPH for node in nodes_of([loss])])
 
 
+WITHOUT_SECOND = "use an estimator without second derivatives, such as 'darts'"
+
+
 def refused(level: Level, mode: Mode, fault: Fault) -> GraphError:
     """The error for an operator that cannot be differentiated again."""
     derivative = "second derivative" if mode == "reverse" else "forward-mode derivative"
     found = f"whose {derivative} is wrong" if fault.wrong else f"which has no {derivative}"
     needed = "" if mode == "reverse" else ", but the product 'forward' needs it"
-    without = "; or use an estimator without second derivatives, such as 'darts'" if mode == "reverse" else ""
+    without = f"; or {WITHOUT_SECOND}" if mode == "reverse" else ""
     return GraphError(
         f"problem {level.name!r}: its loss uses {fault.operator}{_where(level, fault.operator)}, {found} in torch "
         f"{torch.__version__}{needed}; {fault.instead}{without}"

@@ -46,7 +46,7 @@ def step(
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if differentiable else default)  # for the counters that a first step creates
     try:
-        with nullcontext() if seen is None else _copies_saved(), seen or nullcontext():
+        with nullcontext() if seen is None else _copies_saved(), nullcontext() if seen is None else seen.follow():
             type(problem.optimizer).step(shadow)
     finally:
         torch.set_default_dtype(default)

@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 
 from mlo.errors import HypergradientError, InconclusiveError
+from mlo.hypergradient import Implicit, Penalty, name_of
 from mlo.levels.state import in_precision
 from mlo.ops.vectors import dot, norm
-from mlo.options import registry
-from mlo.options.config import Registered
 from mlo.training.engine import Engine
+from mlo.training.finite import refuse_looking_ahead
 from mlo.training.stopped_gradients import StoppedGradients
 
 FIRST = 1e-6  # radius of the first difference, relative to the size of the parameters
 RADII = (1e-5, 1e-4, 1e-3, 1e-2)  # of further ones, where the first does not decide
 VISIBLE = 1e-2  # a relative error that must be visible before the check passes
+_AT_A_MINIMUM = (
+    ": look at their residual (the attribute metrics of engine.hypergradient(...)), or run mlo.diagnose with more and "
+    "more lower steps"
+)
 #: the loss at a distance along a direction of some number
 Line = Callable[[int, float], float]
 
@@ -66,7 +70,9 @@ def check(engine: Engine, name: str | None = None, *, directions: int = 4, toler
 
     Raises:
         HypergradientError: if they differ; the message lists both values along each direction.
-        InconclusiveError: if rounding blurs the differences so much that an error of 1 % would not be seen.
+        InconclusiveError: if rounding blurs the differences so much that an error of 1 % would not be seen, or if
+            both are exactly 0.
+        NonFiniteLossError: if a loss, gradient or buffer is not finite.
     """
     top = name or engine.graph.names[-1]
     found = engine.hypergradient(top, torch.float64)
@@ -86,6 +92,14 @@ def check(engine: Engine, name: str | None = None, *, directions: int = 4, toler
 
     with _uncompiled(engine):
         measured = differences(loss, predicted, tolerance, max(1.0, norm(tuple(point.values())).item()))
+    if not (math.isfinite(norm(tuple(found.values())).item()) and all(map(math.isfinite, measured.values))):
+        refuse_looking_ahead(engine, top)
+    if not any(predicted) and not any(measured.values):
+        raise InconclusiveError(
+            f"the hypergradient of {top!r} cannot be checked: it is exactly 0, and so are the finite differences of "
+            "its loss through the lower steps. If a learning rate is 0 (as in a warm-up), check after some "
+            "rounds; otherwise the loss does not depend on the parameters here"
+        )
     if measured.refute(predicted, tolerance):
         raise HypergradientError(_difference(engine, top, predicted, measured))
     if not measured.clear(VISIBLE / 3):
@@ -157,6 +171,7 @@ def _uncompiled(engine: Engine) -> Iterator[None]:
 
 def _difference(engine: Engine, top: str, predicted: Sequence[float], measured: Differences) -> str:
     """The message about a wrong hypergradient."""
+    of_minimum = [isinstance(engine._plan.estimators[lower], Implicit | Penalty) for lower in engine._plan.paths[top]]
     error = math.dist(predicted, measured.values) / max(math.hypot(*measured.values), 1e-300)
     pairs = zip(predicted, measured.values, strict=True)
     values = "\n".join(f"  {one:+.9e}  {other:+.9e}" for one, other in pairs)
@@ -165,7 +180,8 @@ def _difference(engine: Engine, top: str, predicted: Sequence[float], measured: 
         f"{error:.1e} of its size. Along random directions, estimated and measured:\n"
         f"{values}\n"
         f"It was computed with {_estimators_of(engine, top)}. Of mlo's estimators, unrolled is exact, one_step is "
-        "exact if a round has one step, and cg, neumann and nystrom can only be exact at a minimum. If the "
+        "exact if a round has one step, and cg, neumann, nystrom and penalty can only be exact at a minimum"
+        f"{_AT_A_MINIMUM if any(of_minimum) else ''}. If the "
         "estimator should be exact here, either a loss is not a pure function of the problems that it reads "
         f"(detach, no_grad, state kept between calls), or the estimator is wrong{_functions_of(engine)}"
         f"{_left_out(engine)}"
@@ -176,9 +192,8 @@ def _estimators_of(engine: Engine, top: str) -> str:
     """Which estimators the hypergradient of ``top`` uses for which problems, in words."""
     used = []
     for lower in engine._plan.paths[top]:
-        kind = type(engine._plan.estimators[lower])
-        names = Registered(registry.ESTIMATORS).names(kind) or [kind.__name__]
-        used.append(f"{names[0]} through {engine.problems[lower].steps} step(s) of {lower!r}")
+        estimator = name_of(engine._plan.estimators[lower])
+        used.append(f"{estimator} through {engine.problems[lower].steps} step(s) of {lower!r}")
     return " and ".join(used) or "no estimator"
 
 

@@ -31,6 +31,7 @@ from mlo.training.tree import Reader, Writer
 
 OWN = ("random", "cuda_random", "levels")  # the keys of an engine's state that differ between processes
 FORMAT = b"mlo checkpoint, format 1\n"
+EARLIER = "; use an earlier one"
 DIGEST_SIZE = 32
 MOST_HEADER = 2**28  # bytes
 VALUE_MEMORY = 128  # bytes that a value in a header may take in memory
@@ -94,9 +95,7 @@ def load(path: str | Path, identity: Mapping[str, Any] | None = None) -> dict[st
     # RuntimeError: torch has no memory, or refuses a tensor
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, MemoryError, OverflowError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"{path}: this file is not a readable checkpoint ({reason}); use an earlier one"
-        ) from error
+        raise CheckpointError(f"{path}: this file is not a readable checkpoint ({reason}){EARLIER}") from error
     for what, expected in (identity or {}).items():
         given = found["identity"].get(what)
         if given != expected:

@@ -114,8 +114,9 @@ def _refuse_learned(problem: Problem) -> None:
                 raise ConfigError(
                     f"problem {problem.name!r}: the option {key!r} of its {type(problem.optimizer).__name__} is a "
                     "tensor that requires gradients, but no gradient flows through options of an optimizer; pass a "
-                    "number (.item()) or .detach(), and learn a factor of the loss instead, or write the step as part "
-                    "of the upper loss"
+                    "number (.item()) or .detach(). Instead, write the step as part of the upper loss; or learn a "
+                    "factor of the loss, which acts like a learning rate with SGD, but hardly with Adam and others "
+                    "that divide by the size of gradients"
                 )
 
 

@@ -30,7 +30,9 @@ def known_device(device: str | torch.device) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= gpus:
         built = "torch finds" if torch.backends.cuda.is_built() else "this build of torch cannot use them, so there are"
         count = f"{gpus or 'no'} CUDA GPU{'s' * (gpus != 1)}"
-        raise ConfigError(f"device={str(device)!r} cannot be used: {built} {count} here; {DEVICES}")
+        last = f" to 'cuda:{gpus - 1}'" if gpus > 1 else ""
+        there = f"pass 'cuda:0'{last}, or 'cpu'" if gpus else "pass 'cpu' or 'auto'"
+        raise ConfigError(f"device={str(device)!r} cannot be used: {built} {count} here; {there}")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if found.type not in ("cpu", "cuda") and (
         accelerator is None or found.type != accelerator.type or (found.index or 0) >= torch.accelerator.device_count()

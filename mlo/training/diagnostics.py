@@ -18,12 +18,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from mlo.errors import MloError
+from mlo.errors import ConfigError, GraphError, MloError
 from mlo.hypergradient import Darts, Estimator, Exact, Forward, OneStep, Unrolled, build_estimator
 from mlo.levels.state import in_precision
-from mlo.ops.vectors import Vector, add, dot, norm
+from mlo.ops.vectors import Vector, add, all_finite, dot, norm
 from mlo.options import registry
+from mlo.steps.operators import WITHOUT_SECOND
 from mlo.training.engine import Engine
+from mlo.training.finite import refuse_looking_ahead
 
 EXACT = Unrolled()
 WIDTH = 120  # characters of a line of a printed table
@@ -36,8 +38,8 @@ class Row:
 
     Attributes:
         estimator: its registered name.
-        error: |estimate - exact| / |exact|; None if it could not be computed.
-        cosine: the cosine of the angle between them.
+        error: |estimate - exact| / |exact|; None if it could not be computed, or if the exact one is 0.
+        cosine: the cosine of the angle between them; None if one of them is 0.
         residual: the residual that the estimator reports, the largest if it goes through several problems; None for
             estimators without one. It is relative to the right-hand side (cg, nystrom) or to the first term of the
             series (neumann).
@@ -98,14 +100,31 @@ def diagnose(engine: Engine, name: str | None = None, estimators: Sequence[objec
         engine: in any state; it is not changed.
         name: the upper problem; None: the last in the engine's list.
         estimators: names or options of estimators; None: all registered ones, with their defaults.
+
+    Raises:
+        NonFiniteLossError: if a loss, gradient or buffer is not finite.
     """
     top = name or engine.graph.names[-1]
-    with _every(engine, EXACT, inner_path=True) as exactly:
-        exact = tuple(exactly.hypergradient(top, torch.float64).values())
+    exact = _exact(engine, top)
     if isinstance(estimators, str):
         estimators = [estimators]
     asked = list(registry.entries(registry.ESTIMATORS)) if estimators is None else estimators
     return Diagnosis([_row(engine, top, option, exact) for option in asked])
+
+
+def _exact(engine: Engine, top: str) -> Vector:
+    try:
+        with _every(engine, EXACT, inner_path=True) as exactly:
+            found = exactly.hypergradient(top, torch.float64)
+            exact = tuple(found.values())
+            if not all_finite(exact):
+                refuse_looking_ahead(exactly, top, found)
+    except (ConfigError, GraphError) as error:
+        if WITHOUT_SECOND not in str(error):
+            raise
+        needs = "diagnose compares with an exact derivative, which needs second derivatives; use mlo.check instead"
+        raise type(error)(str(error).replace(WITHOUT_SECOND, needs)) from error
+    return exact
 
 
 def _row(engine: Engine, top: str, option: object, exact: Vector) -> Row:
@@ -127,9 +146,13 @@ def _row(engine: Engine, top: str, option: object, exact: Vector) -> Row:
                 one.hypergradient(top)
     except (MloError, RuntimeError, ValueError) as error:
         return Row(title, note=str(error).partition("\n")[0])
-    cosine = (dot(found, exact) / (norm(found) * norm(exact))).item()
     residual = max(residuals, key=lambda value: (math.isnan(value), value), default=None)
     warning = _noise(engine, top, option, found)
+    sizes = norm(found).item(), norm(exact).item()
+    if not sizes[1]:
+        warning = f"the exact hypergradient is 0 (is a learning rate 0?), and this one is of size {sizes[0]:.2g}"
+        return Row(title, None, None, residual, passes, median(times), memory.peak, warning)
+    cosine = (dot(found, exact) / (norm(found) * norm(exact))).item() if sizes[0] else None
     return Row(title, _error(found, exact), cosine, residual, passes, median(times), memory.peak, warning)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from mlo.levels.state import State
 from mlo.ops.vectors import Vector, all_finite, existing, largest, norm, parts
 from mlo.steps.losses import Found
 from mlo.steps.scan import Joined
+
+if TYPE_CHECKING:
+    from mlo.training.engine import Engine
 
 LOSS = "its loss"
 
@@ -130,6 +133,23 @@ def check(seen: Iterable[Seen], values: Iterable[float]) -> None:
             raise _error(each.problem, each.step, *bad[0])
         else:
             virtual = []
+
+
+def refuse_looking_ahead(engine: Engine, top: str, found: Mapping[str, Tensor] | None = None) -> None:
+    """Raise an error if a loss, gradient or buffer on the way to the next loss of ``top`` is not finite.
+
+    Args:
+        engine: is not changed.
+        top: an upper problem.
+        found: its exact hypergradient, to be checked, too.
+    """
+    with engine._rounds.watched(top):
+        loss = engine.objective(top, dtype=torch.float64)
+    number = engine.problems[top].step_number
+    of = {f"the gradient of its parameter {name!r}": tensor for name, tensor in (found or {}).items()}
+    for label, tensor in ({LOSS: loss} | of).items():
+        if not all_finite([tensor]):
+            raise _error(top, number, label, _example(tensor))
 
 
 def _example(tensor: Tensor) -> float:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from mlo.errors import GraphError
+from mlo.hypergradient import name_of
 from mlo.hypergradient.backward import backward, unreached
 from mlo.levels.read_cache import ReadCache
 from mlo.levels.state import State
 from mlo.ops import distributed, vectors
+from mlo.ops.callers import users_line
 from mlo.ops.vectors import Vector, dense, filled
 from mlo.steps.evaluation import MicroBatch, evaluate
 from mlo.steps.level import Level
@@ -210,11 +212,12 @@ class Gradients:
             if what == "residual" and name not in self._warned and not solved:
                 self._warned.add(name)
                 remedy = f"; to solve it better, {estimator.remedy}" if estimator.remedy else ""
+                system = ", of the Hessian plus the damping," if getattr(estimator, "damping", None) else ""
                 warnings.warn(
-                    f"problem {name!r}: the linear system of {type(estimator).__name__} is not solved: its relative "
-                    f"residual is {residual:.2g} (0 is exact, and 1 no better than no solution), so hypergradients "
-                    f"through {name!r} are inaccurate{remedy}",
-                    stacklevel=2,
+                    f"problem {name!r}: the linear system of {name_of(estimator)!r}{system} is not solved: its "
+                    f"relative residual is {residual:.2g} (0 is exact, and 1 no better than no solution), so "
+                    f"hypergradients through {name!r} are inaccurate{remedy}",
+                    stacklevel=users_line()[2],
                 )
         return found
 

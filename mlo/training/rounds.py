@@ -55,6 +55,8 @@ class Rounds:
         self.losses: dict[str, Tensor] = {}
         self._virtual: list[tuple[Problem, int, Tensor]] = []  # the virtual steps below one top, and their losses
         self._top: str | None = None
+        dtypes = {v.dtype.to_real() for each in levels.values() for v in each.problem.variables.values()}
+        self._precision = min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
 
     @contextmanager
     def trial(self, level: Level, dtype: torch.dtype | None) -> Iterator[None]:
@@ -62,7 +64,7 @@ class Rounds:
         if dtype is not None:  # the data make their batches as for any other step
             for each in (level, *[self._levels[name] for name in level.below]):
                 each.problem.batches_ahead(each.problem.steps_now)
-        with replay(None, level.device, level.draws_outside), in_float64(dtype):
+        with replay(None, level.device, level.draws_outside), in_float64(dtype, self._precision):
             yield
 
     def below(
@@ -125,12 +127,12 @@ class Rounds:
         try:
             self._one(of, 0, 0, keep=False)
         except NonFiniteLossError:
-            with self._watched(top):
+            with self.watched(top):
                 self.below(top, due, states)
             raise
 
     @contextmanager
-    def _watched(self, top: str) -> Iterator[None]:
+    def watched(self, top: str) -> Iterator[None]:
         """A context in which each virtual step before one of ``top`` is checked by itself."""
         self._top = top
         try:

@@ -63,7 +63,9 @@ class ConjugateGradient(Implicit):
     tolerance or at a direction of negative curvature. The relative residual is reported as the metric ``residual``.
     """
 
-    remedy: ClassVar[str] = "raise iterations or damping, or train the lower problem closer to its minimum"
+    remedy: ClassVar[str] = (
+        "raise iterations, as in {'kind': 'cg', 'iterations': 100}, or train the lower problem closer to its minimum"
+    )
     iterations: int = Field(20, ge=1, description="maximum number of products with the Hessian")
     tolerance: float = Field(1e-12, ge=0, description="relative residual at which to stop")
     damping: float = Field(0.0, ge=0, description="added to every eigenvalue of the Hessian")
@@ -95,7 +97,9 @@ class Neumann(Implicit):
     The relative residual is reported as ``residual``; with a fixed rate, it is that before the last term.
     """
 
-    remedy: ClassVar[str] = "raise terms, leave out rate (or lower it), or use 'cg'"
+    remedy: ClassVar[str] = (
+        "raise terms, as in {'kind': 'neumann', 'terms': 100}, leave out rate (or lower it), or use 'cg'"
+    )
     terms: int = Field(20, ge=1, description="terms of the series; each takes one product, with a fixed rate one less")
     rate: float | None = Field(None, gt=0, description="step size of the series; null: the best for each term")
     warm_start: bool = Field(
@@ -123,7 +127,7 @@ class Nystrom(Implicit):
     The relative residual is reported as ``residual``.
     """
 
-    remedy: ClassVar[str] = "raise rank or damping, or use 'cg'"
+    remedy: ClassVar[str] = "raise rank, as in {'kind': 'nystrom', 'rank': 50}, or use 'cg'"
     rank: int = Field(10, ge=1, description="random vectors, each of which takes one product with the Hessian")
     damping: float | None = Field(
         None,

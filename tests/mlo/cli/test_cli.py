@@ -147,6 +147,7 @@ def test_all_errors_are_reported_at_once_and_nothing_is_written(mlo):
         (["run", "ridge", "--config", "none.yaml"], "none.yaml: cannot be read"),
         (["run", "--rate", "3", "ridge"], "the name comes first: mlo run NAME --rate"),
         (["resume", "nowhere"], "nowhere: there is no such folder"),
+        (["resume", "out", "--steps", "20"], "mlo resume takes no --steps 20: a run keeps the options"),
         (["resume"], "Missing argument 'RUN_DIR'"),
         (["graph", "rigde"], "'rigde' is not known among mlo.problems; did you mean ridge?"),
         (["swep"], "Did you mean 'sweep'?"),
@@ -271,6 +272,7 @@ def test_a_third_partys_job_that_was_stopped_or_killed_ends_as_an_unbroken_one(m
     for line in (("resume", "SIGTERM"), ("resume", "SIGKILL"), (*words, "unbroken")):
         code, _, err = mlo(*line)
         assert code == 0, err
+        assert ("train: continues after round " in err) == (line[0] == "resume")
     for number in codes:
         assert (tmp_path / number.name / "stages" / "train" / "metrics.jsonl").read_bytes().startswith(MARK)
     runs = [tmp_path / name / "stages" / "train" for name in ("SIGTERM", "SIGKILL", "unbroken")]

@@ -472,11 +472,16 @@ def test_the_gpus_that_are_there_are_known(monkeypatch, gpus):
         known_device(f"cuda:{gpus}" if gpus else "cuda")
 
 
-@pytest.mark.parametrize(("gpus", "device", "message"), [(0, "cuda", "no CUDA GPUs"), (1, "cuda:1", "1 CUDA GPU here")])
+@pytest.mark.parametrize(
+    ("gpus", "device", "message"),
+    [(0, "cuda", "no CUDA GPUs here; pass "), (1, "cuda:1", "1 CUDA GPU here; pass 'cuda:0'")],
+)
 def test_a_gpu_that_is_not_there(monkeypatch, gpus, device, message):
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with pytest.raises(mlo.ConfigError, match=f"device='{device}' cannot be used: torch finds {message}.*'cpu'"):
+    with pytest.raises(
+        mlo.ConfigError, match=f"device='{device}' cannot be used: torch finds {message}.*'cpu'( or 'auto')?$"
+    ):
         engine(made(Low, "low"), made(Top, "top"), device=device)
 
 

@@ -58,15 +58,74 @@ def test_programs_compute_in_float64(program):
     torch.testing.assert_close(found, expected, rtol=1e-15, atol=0)
 
 
-def test_random_numbers_are_those_of_training():
-    for draw in (torch.rand, torch.randn):
-        torch.manual_seed(0)
-        expected = draw(5)
-        torch.manual_seed(0)
-        with InFloat64():
-            found = draw(5)
-        assert found.dtype == torch.float64
-        assert torch.equal(found, expected.double())
+P = torch.linspace(0.1, 0.9, 40)
+ROWS = torch.ones(8, 5).t()  # not contiguous
+DRAWS = {
+    "rand": lambda x: torch.rand(40),
+    "randn": lambda x: torch.randn(40),
+    "randn of float32": lambda x: torch.randn(40, dtype=torch.float32),
+    "randn of the dtype": lambda x: torch.randn(40, dtype=x.dtype),
+    "rand_like": torch.rand_like,
+    "randn_like": torch.randn_like,
+    "randn_like of float32": lambda x: torch.randn_like(x, dtype=torch.float32),
+    "randint_like": lambda x: torch.randint_like(x, 9),
+    "new_empty": lambda x: x.new_empty(40).normal_(),
+    "normal": lambda x: torch.normal(x, 1.0),
+    "normal of a shape": lambda x: torch.normal(0.0, 1.0, (40,)),
+    "normal_": lambda x: x.clone().normal_(),
+    "normal_ of columns": lambda x: (x[0] * ROWS.to(x.dtype)).normal_(),
+    "normal_ of a column": lambda x: x.clone().reshape(20, 2)[:, 1].normal_(),
+    "normal of an expanded mean": lambda x: torch.normal(x[:1].expand(40), 1.0),
+    "new zeros": lambda x: torch.zeros(40).normal_(),
+    "uniform_": lambda x: x.clone().uniform_(),
+    "exponential_": lambda x: x.clone().exponential_(),
+    "cauchy_": lambda x: x.clone().cauchy_(),
+    "log_normal_": lambda x: x.clone().log_normal_(),
+    "geometric_": lambda x: x.clone().geometric_(0.3),
+    "random_": lambda x: x.clone().random_(100),
+    "bernoulli": torch.bernoulli,
+    "bernoulli_": lambda x: x.clone().bernoulli_(0.4),
+    "bernoulli_ of a tensor": lambda x: x.clone().bernoulli_(x),
+    "multinomial": lambda x: torch.multinomial(x, 40, replacement=True),
+    "poisson": lambda x: torch.poisson(x * 3),
+    "out": lambda x: torch.randn(40, out=torch.empty_like(x)),
+    "dropout": lambda x: F.dropout(torch.ones_like(x), 0.5),
+    "native_dropout": lambda x: torch.native_dropout(torch.ones_like(x), 0.5, True)[0],
+    "dropout1d": lambda x: F.dropout1d(torch.ones_like(x)[None, :, None], 0.5),
+    "gumbel_softmax": lambda x: F.gumbel_softmax(torch.zeros_like(x), hard=True),
+    "Normal": lambda x: torch.distributions.Normal(x, 1.0).rsample(),
+    "vmap": lambda x: torch.vmap(lambda p: p + torch.randn_like(p), randomness="different")(x.reshape(4, 10)),
+}
+
+
+@pytest.mark.parametrize("program", DRAWS)
+def test_random_numbers_are_those_of_training(program):
+    torch.manual_seed(0)
+    expected, after = DRAWS[program](P), torch.rand(1)
+    torch.manual_seed(0)
+    with in_float64(torch.float64):
+        found = DRAWS[program](P.double())
+    torch.testing.assert_close(found, expected.double() if found.is_floating_point() else expected)
+    assert torch.equal(torch.rand(1), after)
+    assert found.dtype in (torch.float64, torch.int64)
+
+
+def test_a_training_in_float64_draws_in_float64():
+    torch.manual_seed(0)
+    expected = torch.randn_like(X)
+    torch.manual_seed(0)
+    with in_float64(torch.float64, torch.float64):
+        assert torch.equal(torch.randn_like(X), expected)
+
+
+def test_dropout_is_computed_in_float64():
+    for dropped in (lambda x: F.dropout(x, 0.3), lambda x: torch.native_dropout(x, 0.3, True)[0]):
+        with in_float64(torch.float64):
+            found = dropped(X)
+        assert torch.all((found == 0) | ((found * 0.7 - X).abs() < 1e-15))
+    with in_float64(torch.float64):
+        assert torch.equal(torch.native_dropout(X, 0.3, False)[0], X)
+        assert not torch.native_dropout(X, 1.0, True)[0].any()
 
 
 def test_what_is_no_less_than_float64_stays():

@@ -85,7 +85,10 @@ def test_if_all_checkpoints_are_damaged_the_stage_starts_again(job, tmp_path, ex
     for file in stage.glob("*.pt"):
         file.write_bytes(file.read_bytes()[:-1])
     assert train(Run.open(tmp_path / "run")) == expected
-    assert capsys.readouterr().err.count("it is damaged") == 2
+    err = capsys.readouterr().err
+    assert err.count("it is damaged") == 2
+    assert err.index("the one before it is tried") < err.index("there is none before it")
+    assert "use an earlier one" not in err
 
 
 SLOW = [pytest.param(what, marks=pytest.mark.slow) for what in ("stage", "seed", "round")]

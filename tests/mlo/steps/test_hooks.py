@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ HOOKS = {
     "shrunk": lambda g: torch.where(g.norm() > 0.2, 0.5 * g, g),
     "constant": lambda g: torch.full_like(g, 0.1),
     "of another tensor": lambda g: OTHER * MASK,
-    "only looks": lambda g: print(g.norm().item()),
+    "only looks": lambda g: print(g.norm().item(), g.tolist(), g.detach().numpy()),
 }
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -184,6 +185,12 @@ REFUSED = {
     "by data": by_data,
     "detached": lambda g: g.detach() * MASK,
     "partly detached": lambda g: g / g.norm().detach(),
+    "by NumPy": lambda g: torch.from_numpy(g.detach().numpy() * 0.5),
+    "by NumPy in part": lambda g: g + torch.from_numpy(g.detach().numpy() * 0.5),
+    "by a NumPy function": lambda g: torch.from_numpy(np.clip(np.asarray(g.detach()), -0.1, 0.1)),
+    "by a list": lambda g: torch.tensor(g.tolist()) * 0.5,
+    "by a number of a list": lambda g: g * g.tolist()[0][0],
+    "by DLPack": lambda g: torch.from_numpy(np.from_dlpack(g.detach()) * 0.5),
     "by a number": lambda g: g * min(1.0, 0.1 / g.norm().item()),
 }
 

@@ -119,3 +119,15 @@ def test_states_carry_what_happens_at_a_rate_of_zero(optimizer):
     step = 1e-4
     slope = (outcome(logs + step * along) - outcome(logs - step * along)) / (2 * step)
     assert math.isclose(slope, moved.norm().item(), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_what_looks_ahead_says_that_all_is_zero(optimizer):
+    made = engine(optimizer, "unrolled", steps=1)
+    with pytest.raises(mlo.InconclusiveError, match=r"exactly 0.*learning rate is 0"):
+        mlo.check(made)
+    text = str(mlo.diagnose(made, estimators=["unrolled", "darts"]))
+    assert "nan" not in text
+    assert text.count("the exact hypergradient is 0") == 2
+    made.step()
+    mlo.check(made)

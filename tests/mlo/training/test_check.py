@@ -512,3 +512,11 @@ def test_a_path_that_a_loss_hides_is_found():
         mlo.HypergradientError, match=r"computed with one_step through 1 step\(s\) of 'low'\.(?s:.*)not a pure function"
     ):
         mlo.check(mlo.Engine(stack, "one_step", device="cpu"))
+
+
+def test_of_an_estimator_at_a_minimum_it_says_where_to_look():
+    for estimator in ("cg", "neumann", "nystrom", "penalty", "one_step"):
+        with pytest.raises(mlo.HypergradientError) as error:
+            mlo.check(engine(estimator=estimator, steps=2))
+        looks = "at a minimum: look at their residual" in str(error.value) and "mlo.diagnose" in str(error.value)
+        assert looks == (estimator != "one_step")

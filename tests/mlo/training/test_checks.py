@@ -368,7 +368,7 @@ def regroup(module, optimizer):
 
 
 CHANGES = {
-    thaw: "the parameter 'frozen.weight' requires gradients by now, .*learning rate 0",
+    thaw: "the parameter 'frozen.weight' requires gradients by now, .*learning rate 0 .*base_lrs",
     freeze: "no longer requires gradients: 'head.bias'; freeze",
     replace: "the parameter 'head.weight' of its module is another tensor .*copy_",
     tie: "the parameter 'frozen.other' of its module is another tensor",
@@ -432,9 +432,10 @@ def test_the_remedies_work():
     module = Stages().double().requires_grad_(True)
     parts = [{"params": module.head.parameters()}, {"params": module.frozen.parameters(), "lr": 0.0}]
     optimizer = torch.optim.SGD(parts, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.99**step)
     made = mlo.Engine(
         [
-            FitStages("model", module=module, optimizer=optimizer, data=batches(2), steps=2),
+            FitStages("model", module=module, optimizer=optimizer, data=batches(2), steps=2, scheduler=scheduler),
             Judge("factors", module=top, optimizer=torch.optim.SGD(top.parameters(), lr=0.1), data=batches(1)),
         ],
         "unrolled",
@@ -443,7 +444,9 @@ def test_the_remedies_work():
     before = module.frozen.weight.detach().clone()
     made.step()
     assert torch.equal(module.frozen.weight, before)
-    optimizer.param_groups[1]["lr"] = 0.1
+    scheduler.base_lrs[1] = 0.1  # from which the scheduler computes the rate
+    made.step()
+    before = module.frozen.weight.detach().clone()
     mlo.check(made)
     made.step()
     assert not torch.equal(module.frozen.weight, before)

@@ -122,3 +122,55 @@ def test_of_several_residuals_diagnose_has_the_largest_and_of_other_reports_none
         stack.append(kind(name, module=module, optimizer=torch.optim.SGD(module.parameters(), lr=0.1)))
     (row,) = mlo.diagnose(mlo.Engine(stack, device="cpu"), estimators=[Reporting()]).rows
     assert row.residual == pytest.approx(0.4)
+
+
+NOISES = {
+    "randn_like": torch.randn_like,
+    "rand_like": torch.rand_like,
+    "dtype": lambda x: torch.randn(x.shape, dtype=torch.float32),
+    "dtype of another": lambda x: torch.randn(x.shape, dtype=x.dtype),
+    "bernoulli": lambda x: torch.bernoulli(torch.full_like(x, 0.5)),
+    "gumbel": lambda x: nn.functional.gumbel_softmax(torch.zeros_like(x)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_loss_that_draws_is_compared_with_the_same_draws(noise, dtype):
+    class Low(mlo.Problem):
+        def loss(self, batch, top):
+            noisy = batch + top().exp() * NOISES[noise](batch)
+            return (self(noisy) - 1).square().mean()
+
+    class Top(mlo.Problem):
+        def loss(self, batch, low):
+            return (low(batch + 0.1 * NOISES[noise](batch)) - 2).square().mean()
+
+    torch.manual_seed(0)
+    module, scale, data = nn.Linear(4, 1).to(dtype), Point(torch.zeros(())).to(dtype), [torch.randn(32, 4).to(dtype)]
+    low = Low("low", module=module, optimizer=torch.optim.SGD(module.parameters(), 0.1), data=data, steps=2)
+    top = Top("top", module=scale, optimizer=torch.optim.SGD(scale.parameters(), 0.1), data=data)
+    engine = mlo.Engine([low, top], "unrolled", device="cpu")
+    mlo.check(engine)
+    (row,) = mlo.diagnose(engine, estimators=["unrolled"]).rows
+    assert row.error < 1e-5
+
+
+def test_diagnose_says_that_it_needs_second_derivatives():
+    class Low(mlo.Problem):
+        def loss(self, batch, top):
+            return (self(batch) * top().exp() - 1).square().mean()
+
+    class Top(mlo.Problem):
+        def loss(self, batch, low):
+            return low(batch).square().mean()
+
+    module, scale, data = nn.EmbeddingBag(5, 4), Point(torch.zeros(())), [torch.arange(6).reshape(3, 2) % 5]
+    low = Low("low", module=module, optimizer=torch.optim.SGD(module.parameters(), 0.1), data=data)
+    top = Top("top", module=scale, optimizer=torch.optim.SGD(scale.parameters(), 0.1), data=data)
+    engine = mlo.Engine([low, top], "darts", device="cpu")
+    with pytest.raises(
+        mlo.GraphError, match=r"embedding_bag.*diagnose compares with an exact .*use mlo\.check"
+    ) as error:
+        mlo.diagnose(engine)
+    assert "darts" not in str(error.value)

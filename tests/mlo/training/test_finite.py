@@ -154,3 +154,23 @@ def test_a_virtual_step_is_blamed_only_for_the_real_step_after_it():
         check(seen, [NAN, 1.0, NAN])
     with pytest.raises(mlo.NonFiniteLossError, match=r"'low': its loss is inf at its step 5, a virtual one .* 'left'"):
         check(seen, [INF, NAN, 1.0])
+
+
+@pytest.mark.parametrize("look", [mlo.check, mlo.diagnose])
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"bad": 1, "x": NAN}, r"'low': its loss is nan at its step 2, a virtual one before the step of 'top'"),
+        ({"bad": 2, "x": INF}, r"'low': its loss is nan at its step 3, a virtual one"),
+        (
+            {"bad": 1, "inside": 0.0, "weight": 1.0},
+            r"'low': the gradient of its parameter 'weight' is nan at its step 2",
+        ),
+        ({"bad": 9, "top": NAN}, r"'top': its loss is nan at its step 1"),
+    ],
+)
+def test_what_looks_ahead_names_what_is_not_finite(look, bad, message):
+    top = bad.get("top", 1.0)
+    run = engine(batches(**{key: value for key, value in bad.items() if key != "top"}), top, "unrolled")
+    with pytest.raises(mlo.NonFiniteLossError, match=message):
+        look(run)
