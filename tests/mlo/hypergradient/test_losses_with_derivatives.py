@@ -123,7 +123,7 @@ def slow_unless(quick: Collection[str], every: Iterable[str]) -> list[object]:
 @pytest.mark.parametrize("estimator", [FORWARD, "unrolled", pytest.param(AGAIN, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("layer", slow_unless(("layer norm", "batch norm", "attention", "hard sigmoid"), LAYERS))
 def test_gradient_penalties_take_third_derivatives(layer, estimator):
-    torch.manual_seed(0)
+    torch.manual_seed(layer == "transformer")  # with 0, its first step saturates it, and all derivatives are 0
     low = nn.Sequential(nn.Linear(3, 4), LAYERS[layer](), nn.Tanh(), nn.Linear(4, 3))
     mlo.check(engine_of(low, estimator, steps=1), directions=2)  # whose first evaluation keeps its graph
     engine = engine_of(low, estimator)
