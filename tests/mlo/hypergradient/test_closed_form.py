@@ -322,7 +322,7 @@ def test_a_warm_start_that_solves_nothing_is_warned_of_from_the_second_round_on(
     engine = mlo.Engine(quadratics.problems(lr=0.0), {"kind": "cg", "warm_start": True}, device="cpu")
     engine.step()
     assert not recwarn
-    with pytest.warns(UserWarning, match="'low': the linear system of ConjugateGradient is not solved"):
+    with pytest.warns(UserWarning, match="'low': the linear system of 'cg' is not solved"):
         engine.step()
 
 

@@ -94,7 +94,7 @@ SEEDS = [seed for seed in range(120) if drawn(seed)][:24]
 
 
 @pytest.mark.parametrize("estimator", ["unrolled", {"kind": "unrolled", "product": "forward"}], ids=str)
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("reads", [CHAIN, DIAMOND], ids=["chain", "diamond"])
 def test_levels_nested_in_nested_ones(reads, steps, estimator):
     nested = Nested(reads, steps)

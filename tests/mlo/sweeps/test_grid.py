@@ -232,7 +232,7 @@ def test_a_missing_gpu_is_reported_before_anything_runs(mlo):
     for command in ("run", "sweep"):
         code, out, err = mlo(command, "ridge", "--device", "cuda:1", "--output", "out")
         assert (code, out) == (2, "")
-        assert "device='cuda:1' cannot be used: torch finds no CUDA GPUs here; pass 'cpu', 'cuda' or " in err
+        assert "device='cuda:1' cannot be used: torch finds no CUDA GPUs here; pass 'cpu' or 'auto'" in err
         assert not Path("out").exists()
 
 
