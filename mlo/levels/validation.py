@@ -83,7 +83,8 @@ def _shared(parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> 
     """A message about a trainable parameter that shares its memory with another tensor, as far as can be seen."""
     spans = []
     for name, tensor in [*parameters.items(), *buffers.items()]:
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.is_contiguous() and tensor.numel() and not tensor.is_meta:
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
+        if plain and tensor.is_contiguous() and tensor.numel():
             begin = tensor.data_ptr()
             trained = name in parameters and tensor.requires_grad
             spans.append((begin, begin + tensor.numel() * tensor.element_size(), name, trained))

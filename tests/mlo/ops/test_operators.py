@@ -348,6 +348,8 @@ def database() -> list[Any]:
         sys.modules["expecttest"] = stub
     from torch.testing._internal.common_methods_invocations import op_db
 
+    vars(torch.backends)["__allow_nonbracketed_mutation_flag"] = True  # which that import turns off for the process
+
     names = [op for op in op_db if op.supports_autograd and torch.float64 in op.dtypes]
     return [op for op in names if op.name not in _NOT_SMOOTH]
 
