@@ -7,6 +7,7 @@ import types
 import unittest
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -346,9 +347,8 @@ def database() -> list[Any]:
         stub = types.ModuleType("expecttest")
         stub.TestCase = unittest.TestCase
         sys.modules["expecttest"] = stub
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    vars(torch.backends)["__allow_nonbracketed_mutation_flag"] = True  # which that import turns off for the process
+    with mock.patch.object(torch.backends, "disable_global_flags"):  # which would hold for the whole process
+        from torch.testing._internal.common_methods_invocations import op_db
 
     names = [op for op in op_db if op.supports_autograd and torch.float64 in op.dtypes]
     return [op for op in names if op.name not in _NOT_SMOOTH]
