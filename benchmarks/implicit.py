@@ -100,8 +100,8 @@ def problems(
     top = Judge(
         "upper", module=upper, optimizer=torch.optim.SGD(upper.parameters(), 0.0), data=[(x[count:], y[count:])]
     )
-    low.criterion = top.criterion = criterion  # type: ignore[attr-defined]
-    low.penalty = penalty  # type: ignore[attr-defined]
+    low.criterion = top.criterion = criterion
+    low.penalty = penalty
     return [low, top]
 
 

@@ -23,7 +23,7 @@ from mlo.options.config import Config, Registered
 from mlo.options.registry import PRODUCTS
 from mlo.steps import compiled
 from mlo.steps.losses import Found
-from mlo.steps.operators import explained
+from mlo.steps.operators import reraise
 from mlo.steps.point import Gradient, Point, Wanted, gradient, states_at
 from mlo.steps.step import Cotangents, Step, reached
 
@@ -117,7 +117,7 @@ class Exact(Product):
                 try:
                     derivative = torch.autograd.grad(outputs, inputs, given, retain_graph=True, allow_unused=True)
                 except RuntimeError as error:
-                    raise explained(point.level, error) from error
+                    reraise(point.level, error)
             end = len(inputs) - len(cached)
             return _parted(point, derivative[:end], derivative[end:], own, targets if cross else ())
 
@@ -147,7 +147,7 @@ class Forward(Product):
             try:
                 found = tangents(point, targets, vector, own, cross)
             except RuntimeError as error:
-                raise explained(point.level, error) from error
+                reraise(point.level, error)
             assert point.cache is not None
             end = len(found) - (len(point.cache.leaves) if cross else 0)
             return _parted(point, found[:end], found[end:], own, targets if cross else ())

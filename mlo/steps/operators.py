@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -159,8 +159,15 @@ def refused(level: Level, mode: Mode, fault: Fault) -> GraphError:
     )
 
 
-def explained(level: Level, error: RuntimeError) -> Exception:
-    """An error of autograd in other words, if it is one that a user can correct; otherwise the error itself."""
+def reraise(level: Level, error: RuntimeError) -> NoReturn:
+    """Raise an error of autograd in other words, if it is one that a user can correct; otherwise as it is."""
+    found = _explained(level, error)
+    if found is None:
+        raise error
+    raise found from error
+
+
+def _explained(level: Level, error: RuntimeError) -> GraphError | None:
     if "backward through the graph a second time" in str(error):
         return GraphError(
             f"problem {level.name!r}: the graph of its loss is freed before its gradient is computed; return it "
@@ -179,7 +186,7 @@ def explained(level: Level, error: RuntimeError) -> Exception:
             "inside of which the product 'forward' cannot take another; use the product 'exact'"
         )
     found = derivatives.fault_in(str(error))
-    return error if found is None else refused(level, *found)
+    return None if found is None else refused(level, *found)
 
 
 def _where(level: Level, operator: str) -> str:

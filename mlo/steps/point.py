@@ -20,7 +20,7 @@ from mlo.steps.autograd_graph import saved_bytes
 from mlo.steps.evaluation import MicroBatch, evaluate
 from mlo.steps.level import Level
 from mlo.steps.losses import Found, gradient_of
-from mlo.steps.operators import explained, first_evaluation
+from mlo.steps.operators import first_evaluation, reraise
 from mlo.steps.scan import retaken, shifted
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def _taken(
                 at_leaves=wanted.at_leaves,
             )
     except RuntimeError as error:
-        raise explained(level, error) from error
+        reraise(level, error)
     return loss, found, buffers
 
 

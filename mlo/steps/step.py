@@ -14,7 +14,7 @@ from mlo.ops.vectors import Vector, filled
 from mlo.steps import sgd
 from mlo.steps.evaluation import MicroBatch
 from mlo.steps.losses import Found
-from mlo.steps.operators import explained
+from mlo.steps.operators import reraise
 from mlo.steps.optimizer import Groups, StepCotangents, transpose_step, virtual_step
 from mlo.steps.point import Gradient, Point, Wanted, gradient, own_gradient
 from mlo.steps.scan import Joined
@@ -141,7 +141,7 @@ class Step:
         try:
             before, of_slots, found = self.joined.pull(cotangent, slots, onto, oldest)
         except RuntimeError as error:
-            raise explained(self.point.level, error) from error
+            reraise(self.point.level, error)
         rest = iter(found)
         return before, of_slots, {t: reached(list(islice(rest, len(of))), of) for t, of in inputs.items()}
 
