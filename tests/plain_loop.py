@@ -34,6 +34,23 @@ class Judge(mlo.Problem):
         return (model(batch[0]) - batch[1]).square().mean()
 
 
+class Low(mlo.Problem):
+    """The lowest of three levels, whose middle one has an inner path."""
+
+    def loss(self, batch, middle):
+        return (self(batch) - middle(batch)).square().mean()
+
+
+class Middle(mlo.Problem):
+    def loss(self, batch, low, top):
+        return (low(batch).sin() - top(batch)).square().mean()
+
+
+class Top(mlo.Problem):
+    def loss(self, batch, middle):
+        return middle(batch).cos().square().mean()
+
+
 def inner(output: Tensor, target: Tensor, weight: Tensor, factors: Tensor) -> Tensor:
     return factors[0] * (output - target).square().mean() + factors[1] * weight.square().sum()
 

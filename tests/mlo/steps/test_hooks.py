@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import mlo
-from tests.plain_loop import Factors, batches, derivative, engine, linear, trained, values
+from tests.plain_loop import Factors, Low, Middle, Top, batches, derivative, engine, linear, trained, values
 
 MASK = torch.tensor([[1.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
 MIX = torch.tensor([[1.0, 0.5, 0, 0], [0, 1, 0, 0], [0, -0.3, 2, 0], [0.1, 0, 0, 1]], dtype=torch.float64)
@@ -137,18 +137,6 @@ def test_hooks_of_a_middle_level_are_differentiated_with_its_inner_path():
         torch.manual_seed(0)
         modules = [nn.Linear(3, 2).double() for _ in range(3)]
         data = [torch.randn(4, 3, dtype=torch.float64)]
-
-        class Low(mlo.Problem):
-            def loss(self, batch, middle):
-                return (self(batch) - middle(batch)).square().mean()
-
-        class Middle(mlo.Problem):
-            def loss(self, batch, low, top):
-                return (low(batch).sin() - top(batch)).square().mean()
-
-        class Top(mlo.Problem):
-            def loss(self, batch, middle):
-                return middle(batch).cos().square().mean()
 
         for module in modules[:2]:
             module.weight.register_hook(lambda g: g.clamp(-0.05, 0.05) @ MIX[:3, :3])

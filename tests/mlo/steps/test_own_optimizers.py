@@ -13,7 +13,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 import mlo
 from mlo.steps.own_step import has_torch_step
-from tests.plain_loop import Factors, batches, derivative, engine, linear, trained, values
+from tests.plain_loop import Factors, Low, Middle, Top, batches, derivative, engine, linear, trained, values
 
 
 def parameters(optimizer):
@@ -149,21 +149,6 @@ def test_a_step_with_a_graph_is_exact(name):
     made.run(2)
     expected = trained(make, Factors().logs.detach(), [*batches(3), *batches(3)])
     torch.testing.assert_close([*made.problems["model"].module.parameters()], [*expected.parameters()])
-
-
-class Low(mlo.Problem):
-    def loss(self, batch, middle):
-        return (self(batch) - middle(batch)).square().mean()
-
-
-class Middle(mlo.Problem):
-    def loss(self, batch, low, top):
-        return (low(batch).sin() - top(batch)).square().mean()
-
-
-class Top(mlo.Problem):
-    def loss(self, batch, middle):
-        return middle(batch).cos().square().mean()
 
 
 @pytest.mark.parametrize("kind", [Projected, Ball, pytest.param(Trusted, marks=pytest.mark.slow)])
