@@ -21,8 +21,9 @@ from mlo.cli.arguments import (
     merged,
 )
 from mlo.cli.check import check
-from mlo.cli.help import JobCommand, complete_names, summary_of
+from mlo.cli.help import JobCommand, complete_names
 from mlo.cli.interruption import StoppableCommands, stoppable
+from mlo.cli.listing import list_all
 from mlo.cli.options import read_sweep
 from mlo.errors import ConfigError, MloError, brief
 from mlo.files import write_atomic
@@ -273,15 +274,7 @@ def graph(
     print("\n\n".join(f"{', '.join(names)}:\n{graph}" for graph, names in stages.items()))
 
 
-@app.command(name="list")
-def list_all() -> None:
-    """List jobs, experiments, estimators, curvature products."""
-    for group, written in registry.WRITTEN.items():
-        names = registry.entries(group)
-        print(f"{registry.TITLES[group]}: {written}")
-        for name in names:
-            print(f"  {name:<{max(map(len, names))}}  {summary_of(group, name)}")
-        print("" if names else "  (none)\n")
+app.command(name="list")(list_all)
 
 
 def _execute(run: "Run") -> None:
