@@ -16,9 +16,9 @@ from mlo.ops import distributed, torch_versions
 from mlo.ops.rng import Randomness
 from mlo.steps.level import Level
 from mlo.steps.own_step import has_torch_step
-from mlo.training.checks import hooks_of
 from mlo.training.commit import Updater
 from mlo.training.gradients import Gradients
+from mlo.training.problem_checks import hooks_of
 from mlo.training.recording import PLAIN, Draws, HeldBatches, Host, Rates, fixed_options
 from mlo.training.rounds import Rounds
 

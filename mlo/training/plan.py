@@ -16,7 +16,7 @@ from mlo.levels.graph import Graph
 from mlo.levels.problem import Problem
 from mlo.ops import distributed
 from mlo.ops.derivatives import Mode
-from mlo.training.checks import Checks
+from mlo.training.problem_checks import Checks
 
 
 class Role(NamedTuple):
